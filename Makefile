@@ -1,0 +1,68 @@
+# Each target does its own set-up in a virtual environment; Python 3.11 or newer is all it needs.
+#
+#   TORCH=torch==2.11.0 make test    another PyTorch (the default is below)
+#   PYTHON=python3.13 make demo      another interpreter
+
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+export PYTHONUNBUFFERED := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint format types bench clean FORCE
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/.installed-test ## make the virtual environment for tests, and no more
+
+demo: $(VENV)/.installed-demo ## run examples/demo.py
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/.installed-test ## run the tests; choose some with ARGS="-k mask"
+	$(BIN)/python -m pytest -n 2 -q $(ARGS)
+
+lint: $(VENV)/.installed-test ## check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(VENV)/.installed-test ## format the code and mend what can be mended safely
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+types: $(VENV)/.installed-test ## check types
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-test ## measure kernels on this machine
+	$(BIN)/python -m fusepass bench $(ARGS)
+
+clean: ## remove the virtual environment, build products and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find fusepass patterns exporters tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# The request changes only when its text does, so that another TORCH or PYTHON makes a new environment.
+$(VENV)/.request: FORCE
+	@test -n "$(PYTHON)" || { echo "fusepass needs Python 3.11 or newer: set PYTHON to one" >&2; exit 1; }
+	@mkdir -p $(VENV)
+	@test "$$(cat $@ 2>/dev/null)" = "$(PYTHON) $(TORCH)" || echo "$(PYTHON) $(TORCH)" > $@
+
+# PyTorch goes first and is then pinned: nothing installed later may replace it by another build.
+$(VENV)/.constraints: $(VENV)/.request
+	@echo "== $(VENV): $$($(PYTHON) --version), $(TORCH)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "fusepass needs Python 3.11 or newer, and $(PYTHON) is older" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || $(PYTHON) -m virtualenv --quiet $(VENV) \
+		|| { echo "cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PIP) --upgrade "pip>=23.1"
+	$(PIP) "$(TORCH)"
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
+
+$(VENV)/.installed-%: $(VENV)/.constraints pyproject.toml
+	$(PIP) --constraint $(VENV)/.constraints --editable ".[$*]"
+	@touch $@
