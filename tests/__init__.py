@@ -1,0 +1,1 @@
+"""The test suite. It is a package so that `mypy` and `pytest` agree on module names."""

@@ -1,0 +1,39 @@
+"""Settings for every test: a fixed seed, a clean compiler, fair use of cores. Nothing about attention."""
+
+import os
+import sys
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+# The first example of a test may compile something, so time limits per example would only be noise.
+hypothesis.settings.register_profile("fusepass", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
+hypothesis.settings.load_profile("fusepass")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each pytest-xdist worker its share of the cores."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests on a machine without one."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    """Seed torch, and forget compiled code afterwards: a full cache would silently fall back to eager."""
+    torch.manual_seed(0)
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
