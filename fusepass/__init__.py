@@ -1,0 +1,38 @@
+"""fusepass: finds hand-written attention in PyTorch graphs and runs it on the fastest kernel.
+
+Nothing heavy is imported here: every public name loads its module at first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fusepass.autoenable import disable, enable, enabled
+    from fusepass.explanation import explain
+    from fusepass.rewrite import fuse
+    from fusepass.verification import verify
+
+__version__ = "0.1.0"
+
+__all__ = ["fuse", "explain", "verify", "enable", "disable", "enabled", "__version__"]
+
+_HOME = {
+    "fuse": "fusepass.rewrite",
+    "explain": "fusepass.explanation",
+    "verify": "fusepass.verification",
+    "enable": "fusepass.autoenable",
+    "disable": "fusepass.autoenable",
+    "enabled": "fusepass.autoenable",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fusepass' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value: object = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
