@@ -1,0 +1,74 @@
+"""The pass in every plain `torch.compile(...)` of the process, switched on and off; nothing is edited.
+
+`torch.compile` makes one `_TorchCompileInductorWrapper` a call whose backend is Inductor, and none otherwise.
+While the pass is enabled that name stands for a subclass that runs the pass first. So `mode=`, `options=`
+and every other argument keep their meaning, explicit other backends never notice, and `torch.compile`
+itself, with all references to it that were imported earlier, is left alone. What counts is when
+`torch.compile(...)` is called, not when the first call of the model compiles it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fusepass.backend import run_pass
+from fusepass.config import Options
+
+_HOOK = "_TorchCompileInductorWrapper"
+_original: type[Any] = getattr(torch, _HOOK)
+
+
+def _with_pass(options: Options) -> type[Any]:
+    """A class for the hook: Inductor as it is, with the pass before it."""
+
+    class InductorWithFusepass(_original):  # type: ignore[misc]
+        fusepass_options = options
+
+        def __call__(self, model_: torch.fx.GraphModule, inputs_: Sequence[Any], **kwargs: Any) -> Any:
+            run_pass(model_, inputs_, self.fusepass_options)
+            return super().__call__(model_, inputs_, **kwargs)
+
+        def __eq__(self, other: object) -> bool:
+            # Dynamo reuses compiled code between equal backends.
+            parts = ("fusepass_options", "config", "dynamic", "name")
+            return all(getattr(other, part, None) == getattr(self, part, None) for part in parts)
+
+        __hash__ = None  # type: ignore[assignment]
+
+    return InductorWithFusepass
+
+
+def enable(**options: Any) -> None:
+    """Every `torch.compile(...)` from now on whose backend is Inductor gets the pass.
+
+    Takes the backend's options (`kernel`, `precision`, `validate`) but `inner`; a second call replaces them.
+    """
+    if "inner" in options:
+        raise ValueError(
+            f"enable(inner={options['inner']!r}): the inner backend is the Inductor of each torch.compile "
+            "call; for another one write torch.compile(..., backend='fusepass', options={'inner': ...})"
+        )
+    setattr(torch, _HOOK, _with_pass(Options.from_user(**options)))
+
+
+def disable() -> None:
+    """Later calls of `torch.compile(...)` are torch's own again; models compiled before keep the pass."""
+    setattr(torch, _HOOK, _original)
+
+
+@contextmanager
+def enabled(**options: Any) -> Iterator[None]:
+    """`enable(**options)` for the `torch.compile(...)` calls inside a `with` block; blocks may nest."""
+    before = getattr(torch, _HOOK)
+    enable(**options)
+    try:
+        yield
+    finally:
+        setattr(torch, _HOOK, before)
+
+
+def is_enabled() -> bool:
+    """Whether a plain `torch.compile(...)` gets the pass now."""
+    return getattr(torch, _HOOK) is not _original

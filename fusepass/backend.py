@@ -1,0 +1,64 @@
+"""The torch.compile backend: a captured graph in; the rewritten graph, compiled by an inner backend, out."""
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fusepass.config import Options
+from fusepass.report import GraphReport, publish
+
+log = logging.getLogger("fusepass")
+
+
+def fusepass(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """`torch.compile(model, backend="fusepass", options={...})`: fuses attention, then compiles as usual.
+
+    `mode` ("reduce-overhead", "max-autotune", ...) is handed to the inner backend, which must be Inductor.
+    """
+    checked = Options.from_user(**dict(options or {}))
+    compiler = inner_compiler(checked, mode)
+    run_pass(gm, example_inputs, checked)
+    compiled: Callable[..., Any] = compiler(gm, example_inputs)
+    return compiled
+
+
+def run_pass(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> GraphReport:
+    """Rewrites `gm` in place and publishes the report; a fault of the pass leaves the graph as it was.
+
+    With FUSEPASS_STRICT=1 in the environment such a fault is raised: for tests.
+    """
+    from fusepass.rewrite import rewrite_graph
+
+    try:
+        report: GraphReport = rewrite_graph(gm, options, example_inputs)
+    except Exception as error:
+        if os.environ.get("FUSEPASS_STRICT") == "1":
+            raise
+        gm.recompile()
+        fault = f"the pass failed on a graph, which stays as it was: {type(error).__name__}: {error}"
+        log.warning("fusepass: %s", fault, exc_info=True)
+        report = GraphReport(nodes=len(gm.graph.nodes), notes=[fault])
+    publish(report)
+    return report
+
+
+def inner_compiler(options: Options, mode: str | None = None) -> Callable[..., Any]:
+    """What compiles the rewritten graph: the callable that the options name."""
+    if not mode or mode == "default":
+        if not isinstance(options.inner, str):
+            return options.inner
+        from torch._dynamo.backends.registry import lookup_backend
+
+        return lookup_backend(options.inner)
+    if options.inner != "inductor":
+        raise ValueError(f"mode={mode!r} is for inner='inductor' only; here inner={options.inner!r}")
+    return torch._TorchCompileInductorWrapper(mode, None, None)
