@@ -1,0 +1,79 @@
+"""`explain`: every attention site of a model, what it was recognised as, and its kernel or why it stays."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+from fusepass.backend import fusepass
+from fusepass.config import Options
+from fusepass.report import Collector, SiteReport, collect, render, summary
+from fusepass.sandbox import compiled_apart, fresh, restored, run_eagerly, unwrapped
+from fusepass.tables import site_table
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the pass found in a model. Prints as a table."""
+
+    collector: Collector
+
+    @property
+    def sites(self) -> list[SiteReport]:
+        """Every attention site of every graph, in order."""
+        return self.collector.sites
+
+    @property
+    def fused(self) -> list[SiteReport]:
+        return self.collector.fused
+
+    @property
+    def left(self) -> list[SiteReport]:
+        return self.collector.left
+
+    def table(self) -> Table:
+        """The sites as a rich table; sites that read the same share a row."""
+        return site_table(self.collector)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dump`."""
+        return self.collector.to_json()
+
+    def __str__(self) -> str:
+        text = StringIO()
+        render(self.collector, Console(file=text, width=120))
+        return text.getvalue()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.sites:
+            yield self.table()
+        yield "\n".join([summary(self.collector), *(f"note: {note}" for note in self.collector.notes)])
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    fusepass_options: Mapping[str, Any] | None = None,
+    fusepass_dynamic: bool | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """What the pass does to `model(*args, **kwargs)`, which runs once, on copies of the arguments.
+
+    Keywords that begin with `fusepass_` are for this function, all others go to the model:
+    `fusepass_options` are the backend's (`kernel`, `precision`, ...; `inner` is a plain run of the graph
+    here) and `fusepass_dynamic` is `torch.compile`'s `dynamic`. The model is explained as it is, in its train
+    or eval mode and in the caller's grad mode; its state and its compiled code stay as they were.
+    """
+    settings = {"inner": run_eagerly, **(fusepass_options or {})}
+    Options.from_user(**settings)
+    model = unwrapped(model)
+
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        return fusepass(gm, example_inputs, options=settings)
+
+    with collect() as collector, restored(model):
+        compiled_apart(model, backend, fusepass_dynamic)(*fresh(args), **fresh(kwargs))
+    return Explanation(collector)

@@ -1,0 +1,100 @@
+"""Running somebody's model on trial: its state, random numbers and compiled code stay as they were."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+Call = Callable[..., Any]
+
+
+def unwrapped(model: Call) -> Call:
+    """The model itself, if it comes as a result of `torch.compile`."""
+    for name in ("_orig_mod", "_torchdynamo_orig_callable"):
+        if (original := getattr(model, name, None)) is not None:
+            return unwrapped(original)
+    return model
+
+
+def compiled_apart(model: Call, backend: Call, dynamic: bool | None) -> Call:
+    """`torch.compile(model)` whose cached code is kept apart from what the user has compiled.
+
+    Dynamo keeps compiled code with the function's code object, so the model is called from a function with a
+    code object of its own.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    apart = FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
+    extra: dict[str, Any] = {}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        extra["isolate_recompiles"] = True
+    compiled: Call = torch.compile(apart, backend=backend, dynamic=dynamic, **extra)
+    return compiled
+
+
+def run_eagerly(gm: torch.fx.GraphModule, example_inputs: object) -> Call:
+    """The cheapest inner backend: the rewritten graph, run as it is."""
+    forward: Call = gm.forward
+    return forward
+
+
+@contextmanager
+def restored(model: Call) -> Iterator[None]:
+    """Afterwards random number generators, buffers, gradients and the train/eval mode are as before."""
+    module = model if isinstance(model, torch.nn.Module) else torch.nn.Module()
+    modes = {name: part.training for name, part in module.named_modules()}
+    buffers = {name: (part, part.detach().clone()) for name, part in module.named_buffers()}
+    grads = {name: part.grad for name, part in module.named_parameters()}
+    for part in module.parameters():
+        part.grad = None
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            _restore(module, modes, buffers, grads)
+
+
+def _restore(
+    module: torch.nn.Module,
+    modes: Mapping[str, bool],
+    buffers: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    grads: Mapping[str, torch.Tensor | None],
+) -> None:
+    for name, part in module.named_modules():
+        part.training = modes.get(name, part.training)
+    with torch.no_grad():
+        for buffer, saved in buffers.values():
+            if not torch.equal(buffer, saved):
+                buffer.copy_(saved)
+    for name, parameter in module.named_parameters():
+        parameter.grad = grads.get(name)
+
+
+def fresh(tree: Any, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
+    """Copies of a call's arguments: the model may write into them. Floating tensors become `dtype`."""
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return copy.deepcopy(leaf)
+        floating = leaf.is_floating_point()
+        made = leaf.detach().to(device=device or leaf.device, dtype=dtype if floating else None, copy=True)
+        return made.requires_grad_(leaf.requires_grad)
+
+    return pytree.tree_map(one, tree)
+
+
+def named_tensors(tree: Any) -> dict[str, torch.Tensor]:
+    """The floating tensors of a nest of outputs, by their place in it."""
+    leaves, _ = pytree.tree_flatten_with_path(tree)
+    found = {}
+    for path, leaf in leaves:
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+            found[pytree.keystr(path).lstrip(".") or "output"] = leaf
+    return found
