@@ -4,7 +4,7 @@
 #   PYTHON=python3.13 make demo      another interpreter
 
 TORCH ?= torch==2.13.0
-VENV ?= .venv
+VENV := .venv
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
@@ -56,13 +56,15 @@ $(VENV)/.request: FORCE
 $(VENV)/.constraints: $(VENV)/.request
 	@echo "== $(VENV): $$($(PYTHON) --version), $(TORCH)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "fusepass needs Python 3.11 or newer, and $(PYTHON) is older" >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || $(PYTHON) -m virtualenv --quiet $(VENV) \
+		|| { echo "fusepass needs Python 3.11 or newer, and $(PYTHON) is not" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV) || $(PYTHON) -m virtualenv --quiet --clear $(VENV) \
 		|| { echo "cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo "$(PYTHON) $(TORCH)" > $(VENV)/.request
 	$(PIP) --upgrade "pip>=23.1"
 	$(PIP) "$(TORCH)"
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
 
+# The warning left out says that folders named like the package shadow it: here they are the package.
 $(VENV)/.installed-%: $(VENV)/.constraints pyproject.toml
-	$(PIP) --constraint $(VENV)/.constraints --editable ".[$*]"
+	PYTHONWARNINGS="ignore:Editable installation" $(PIP) --constraint $(VENV)/.constraints --editable ".[$*]"
 	@touch $@

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import fusepass
+
 ROOT = Path(__file__).parent.parent
 LINKS = ("patterns", "exporters")
 HEAVY = ("torch._inductor", "onnx", "onnxruntime", "onnxscript", "flash_attn", "transformers")
@@ -65,8 +67,9 @@ def test_wheel_holds_what_the_tree_holds(wheel: zipfile.ZipFile) -> None:
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
     expected = expected_files()
     assert {"fusepass/py.typed", "fusepass/exporters/__init__.py"} <= expected
-    assert not expected - shipped, "add the package to `packages`, or the file to `package-data`"
-    assert not shipped - expected, "the wheel holds files that the tree does not"
+    missing, extra = sorted(expected - shipped), sorted(shipped - expected)
+    assert not missing, "add the package to `packages`, or the file to `package-data`"
+    assert not extra, "the wheel holds files that the tree does not"
 
 
 def test_wheel_declares_the_entry_points(wheel: zipfile.ZipFile) -> None:
@@ -76,6 +79,10 @@ def test_wheel_declares_the_entry_points(wheel: zipfile.ZipFile) -> None:
     assert entries["torch_dynamo_backends"]["fusepass"] == "fusepass.backend:fusepass"
     assert entries["console_scripts"]["fusepass"] == "fusepass.__main__:main"
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in wheel.namelist())
+
+
+def test_wheel_and_package_name_one_version(wheel: zipfile.ZipFile) -> None:
+    assert f"fusepass-{fusepass.__version__}.dist-info/METADATA" in wheel.namelist()
 
 
 @pytest.mark.parametrize("name", LINKS)
@@ -89,7 +96,9 @@ def test_checkout_links_are_relative(name: str) -> None:
 def python(program: str, cwd: Path) -> str:
     """Run a program in a new interpreter and return what it prints."""
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True).stdout
+    ran = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
 
 
 def test_import_loads_nothing_heavy() -> None:
