@@ -22,6 +22,10 @@ ROOM = 2.0
 """A fused result may err by this many times the eager one's error, plus two units of its type's precision."""
 
 
+class Unsteady(ValueError):
+    """The model gives other results from run to run, so that there is nothing to compare."""
+
+
 @dataclass(frozen=True)
 class Check:
     """One output, or one gradient. Errors are relative to the largest value of the exact result."""
@@ -164,7 +168,7 @@ def _steady(trial: Trial) -> Results:
     limit = torch.finfo(trial.dtype).eps ** 0.5
     for name, value in first.outputs.items():
         if distance(second.outputs[name], value, value) > limit:
-            raise ValueError(
+            raise Unsteady(
                 f"the model's output {name!r} changes from run to run (dropout in training?), so there is "
                 "nothing to compare: call model.eval(), or set its dropout to 0"
             )

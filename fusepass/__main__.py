@@ -1,0 +1,195 @@
+"""The command line: `python -m fusepass {explain,verify,doctor,run}`."""
+
+import argparse
+import json
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusepass import __version__
+from fusepass.config import KERNELS, PRECISIONS, Options
+
+MODEL_HELP = """\
+MODEL is path/to/file.py:factory or package.module:factory. The factory takes no arguments and returns
+(model, args) or (model, args, kwargs): the model, and what to call it with.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; 0 is success, 1 a failed verification, 2 a wrong command line."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    from fusepass.targets import UsageError
+
+    try:
+        return command(arguments)
+    except UsageError as error:
+        print(f"fusepass: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("fusepass", description="Finds hand-written attention and fuses it.")
+    parser.add_argument("--version", action="version", version=f"fusepass {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _explain_parser(commands)
+    _verify_parser(commands)
+    doctor = commands.add_parser("doctor", help="which kernels this machine can run, and why not the others")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(command=_doctor)
+    _run_parser(commands)
+    return parser
+
+
+def _explain_parser(commands: Any) -> None:
+    about = "every attention site of a model: what it is, its kernel or why it stays"
+    explain = commands.add_parser("explain", help=about, description=f"Shows {about}.", epilog=MODEL_HELP)
+    _model_options(explain)
+    explain.set_defaults(command=_explain)
+
+
+def _verify_parser(commands: Any) -> None:
+    about = "a fused model against the eager one against float64: errors, time, memory"
+    verify = commands.add_parser("verify", help=about, description=f"Compares {about}.", epilog=MODEL_HELP)
+    _model_options(verify)
+    verify.add_argument("--grads", action="store_true", help="compare gradients as well")
+    verify.add_argument("--inner", default="aot_eager", help="backend for the rewritten graph (%(default)s)")
+    verify.add_argument("--repeats", type=int, default=5, help="timed runs (%(default)s); 0: no timing")
+    verify.set_defaults(command=_verify)
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="file.py:factory or package.module:factory")
+    _pass_options(parser)
+    parser.add_argument("--dtype", help="float32, bfloat16, float16 or float64: casts model and arguments")
+    parser.add_argument("--device", help="such as cuda: moves model and arguments")
+    parser.add_argument("--dynamic", action="store_true", help="compile for dynamic shapes")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _pass_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kernel", default="auto", help=f"one of {', '.join(KERNELS)} (%(default)s)")
+    parser.add_argument("--precision", default="native", help=f"one of {', '.join(PRECISIONS)} (%(default)s)")
+    parser.add_argument("--validate", action="store_true", help="check every site while compiling")
+
+
+def _run_parser(commands: Any) -> None:
+    about = "runs a script with the pass in every torch.compile(...) of it"
+    usage = "fusepass run [options] [-m] SCRIPT [argument ...]"
+    run = commands.add_parser("run", help=about, description=f"{about.capitalize()}.", usage=usage)
+    _pass_options(run)
+    run.add_argument("--report", action="store_true", help="afterwards print the table of sites to stderr")
+    run.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
+    run.add_argument("script", metavar="SCRIPT")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="argument", help="handed to the script")
+    run.set_defaults(command=_run)
+
+
+def _settings(arguments: argparse.Namespace, **more: str) -> dict[str, Any]:
+    """The pass's options from a command line, checked."""
+    from fusepass.targets import UsageError
+
+    names = ("kernel", "precision", "validate")
+    settings = {name: getattr(arguments, name) for name in names} | more
+    try:
+        Options.from_user(**settings)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    return settings
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from fusepass.explanation import explain
+    from fusepass.targets import load
+
+    settings = _settings(arguments)
+    target = load(arguments.model, arguments.dtype, arguments.device)
+    explanation = explain(
+        target.model,
+        *target.args,
+        fusepass_options=settings,
+        fusepass_dynamic=arguments.dynamic or None,
+        **target.kwargs,
+    )
+    _show(explanation, arguments.json)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from fusepass.targets import UsageError, load
+    from fusepass.verification import Unsteady, verify
+
+    settings = _settings(arguments, inner=arguments.inner)
+    target = load(arguments.model, arguments.dtype, arguments.device)
+    try:
+        verification = verify(
+            target.model,
+            *target.args,
+            fusepass_options=settings,
+            fusepass_dynamic=arguments.dynamic or None,
+            fusepass_grads=arguments.grads,
+            fusepass_repeats=arguments.repeats,
+            **target.kwargs,
+        )
+    except Unsteady as error:
+        raise UsageError(str(error)) from error
+    _show(verification, arguments.json)
+    return 0 if verification.ok else 1
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from fusepass.doctor import diagnose
+
+    _show(diagnose(), arguments.json)
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from fusepass.autoenable import enabled
+    from fusepass.report import collect, render, summary
+    from fusepass.targets import UsageError
+
+    settings, script = _settings(arguments), arguments.script
+    if not arguments.module and not Path(script).is_file():
+        raise UsageError(
+            f"cannot read {script!r}: there is no such file; expected a Python script, or -m MODULE"
+        )
+    console = Console(stderr=True)
+    with collect() as collector, enabled(**settings):
+        try:
+            _run_as_main(script, arguments.module, arguments.arguments)
+        finally:
+            if arguments.report:
+                render(collector, console)
+            else:
+                console.print(f"fusepass: {summary(collector)}", highlight=False, markup=False)
+    return 0
+
+
+def _run_as_main(script: str, module: bool, arguments: list[str]) -> None:
+    """As `python SCRIPT argument ...` or `python -m MODULE argument ...` would."""
+    sys.argv = [script, *arguments]
+    if module:
+        sys.path.insert(0, "")
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(script).resolve().parent))
+        runpy.run_path(script, run_name="__main__")
+
+
+def _show(found: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+        return
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 140
+    Console(width=width).print(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
