@@ -1,0 +1,1 @@
+"""Front ends: what the nodes of a captured graph mean, as :mod:`fusepass.ir` expressions."""

@@ -1,0 +1,418 @@
+"""Reads a captured ``torch.fx`` graph into expressions: Dynamo's, ``symbolic_trace``'s, ``torch.export``'s.
+
+The reader goes through the nodes in program order and gives each its meaning at that point.  It
+knows calling conventions and aliasing, and nothing else: an operation that writes into a tensor gives
+that tensor a new meaning, tensors that share its memory lose theirs, and a node whose memory was
+written to after it was read can no longer be used to stand for its old value.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fusepass.dialects import torch_ops
+from fusepass.dialects.torch_ops import HANDLERS, Result, Value
+from fusepass.index import Facts, simplify_size
+from fusepass.ir import Expr, expr, leaf, pointwise
+
+#: Nodes that are views of their first argument as far as memory is concerned.
+_ALIASES = frozenset(
+    "view reshape flatten unflatten unsqueeze squeeze view_as reshape_as permute transpose swapaxes swapdims t T mT mH "
+    "movedim moveaxis expand expand_as broadcast_to slice narrow select unbind split split_with_sizes chunk tensor_split "
+    "getitem contiguous to type_as float half bfloat16 double alias detach _unsafe_view diagonal as_strided unfold ravel real imag "
+    "numpy_T adjoint requires_grad_ view_copy lift_fresh unsafe_split unsafe_chunk".split()
+)
+_INPLACE_OPERATORS = {
+    "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ifloordiv": "floordiv", "ipow": "pow",
+    "iand": "and", "ior": "or", "ixor": "xor", "imod": "mod",
+}  # fmt: skip
+_ATTRIBUTES = {"T": "t", "mT": "mT", "mH": "mH", "H": "t"}
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake tensor (or number) recorded for a node, or None."""
+    meta = node.meta
+    found = meta.get("example_value")
+    return meta.get("val") if found is None else found
+
+
+def shape_of(value: Any) -> tuple[Any, ...]:
+    """A tensor's shape in integers and sympy expressions."""
+    return tuple(size_of(s) for s in value.shape)
+
+
+def size_of(value: Any) -> Any:
+    """A size as an integer or a sympy expression."""
+    if isinstance(value, torch.SymInt):
+        return simplify_size(value.node.expr)
+    return int(value)
+
+
+def operation(node: fx.Node) -> tuple[str, bool]:
+    """The operation's name, and whether it writes into its first argument."""
+    if node.op == "call_method":
+        name = str(node.target)
+    elif isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name.split("::")[-1]
+        if node.target.namespace not in ("aten", "prims"):
+            return "", node.target._schema.is_mutable
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        if node.target is getattr and len(node.args) == 2:
+            return _ATTRIBUTES.get(str(node.args[1]), ""), False
+        module = getattr(node.target, "__module__", None) or ""
+        if module and module.split(".")[0] not in ("torch", "_operator", "operator", "math", "builtins"):
+            return "", False
+    else:
+        return "", False
+    if name in _INPLACE_OPERATORS:
+        return _INPLACE_OPERATORS[name], True
+    if name.endswith("_") and not name.endswith("__") and name not in HANDLERS:
+        return name[:-1], True
+    return name, False
+
+
+class Reader:
+    """The meanings of a graph's nodes.
+
+    Attributes:
+        meaning: the expression (or tuple of expressions) of every node that has one.
+        home: for an expression, the first node that holds its value.
+        facts: what is known of symbolic sizes.
+    """
+
+    def __init__(self, graph: fx.Graph, owner: torch.nn.Module | None = None) -> None:
+        self.graph = graph
+        self.owner = owner
+        self.meaning: dict[fx.Node, Value] = {}
+        self.home: dict[Expr, fx.Node] = {}
+        self.order: dict[fx.Node, int] = {}
+        self._root: dict[fx.Node, fx.Node] = {}
+        self._members: dict[fx.Node, list[fx.Node]] = {}
+        self._writes: dict[fx.Node, list[int]] = {}
+        self._leaves = 0
+        self.facts = Facts(self._shape_env())
+        for position, node in enumerate(graph.nodes):
+            self.order[node] = position
+            self._read(node, position)
+
+    # -- public ------------------------------------------------------------------------------
+
+    def usable(self, node: fx.Node, since: int, until: fx.Node) -> bool:
+        """Does ``node``, read at position ``since``, still hold the same value just before ``until``?"""
+        end = self.order[until]
+        return self.order[node] < end and not any(since < w < end for w in self._writes.get(self._root[node], ()))
+
+    def _shape_env(self) -> Any:
+        for node in self.graph.nodes:
+            value = value_of(node)
+            if isinstance(value, (torch.SymInt, torch.SymFloat)):
+                return value.node.shape_env
+            if isinstance(value, torch.Tensor):
+                for size in value.shape:
+                    if isinstance(size, torch.SymInt):
+                        return size.node.shape_env
+        return None
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def _read(self, node: fx.Node, position: int) -> None:
+        self._root[node] = node
+        if node.op in ("placeholder", "get_attr"):
+            self._bind(node, self._opaque(node))
+            return
+        if node.op not in ("call_function", "call_method", "call_module"):
+            return
+        name, writes = operation(node)
+        if node.target is operator.setitem or name == "__setitem__":
+            self._set_item(node, position)
+            return
+        if writes or "out" in node.kwargs or _writes_hidden(node):
+            self._write_in_place(node, name, position)
+            return
+        if name in _ALIASES and isinstance(_first(node), fx.Node):
+            self._alias(node, _first(node))
+        self._bind(node, self._meaning(node, name))
+
+    def _alias(self, node: fx.Node, base: Any) -> None:
+        root = self._root[base]
+        self._root[node] = root
+        self._members.setdefault(root, []).append(node)
+
+    def _bind(self, node: fx.Node, meaning: Value) -> None:
+        if meaning is None:
+            return
+        self.meaning[node] = meaning
+        if isinstance(meaning, Expr):
+            held = self.home.get(meaning)
+            if held is None:
+                self.home[meaning] = node
+
+    def _opaque(self, node: fx.Node) -> Value:
+        """A leaf for a tensor, a size for a SymInt, the number itself for a number."""
+        value = value_of(node)
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+            self._leaves += 1
+            return leaf(f"{node.name}", shape_of(value), value.dtype)
+        if isinstance(value, torch.SymInt):
+            return size_of(value)
+        if isinstance(value, (bool, int, float)):
+            return value
+        if isinstance(value, torch.SymFloat):
+            expression = value.node.expr
+            return float(expression) if expression.is_number else leaf(node.name, (), torch.float64)
+        return None
+
+    def _meaning(self, node: fx.Node, name: str) -> Value:
+        value = value_of(node)
+        if isinstance(value, (torch.SymInt, torch.SymFloat, int, float, bool)):
+            return self._opaque(node)
+        out = self._try(node, name, value)
+        if out is None and isinstance(value, torch.Tensor):
+            return self._opaque(node)
+        return out
+
+    def _try(self, node: fx.Node, name: str, value: Any) -> Value:
+        if node.op == "call_module":
+            return self._module(node, value)
+        if node.target is operator.getitem or name == "getitem":
+            return self._get_item(node, value)
+        if isinstance(value, (tuple, list)):
+            return self._many(node, name, value)
+        handler = HANDLERS.get(name)
+        if handler is None or not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+            return None
+        return self._call(handler, node, value)
+
+    def _result(self, node: fx.Node, value: torch.Tensor) -> Result:
+        return Result(shape_of(value), value.dtype, self.facts, node.name)
+
+    def _call(self, handler: Any, node: fx.Node, value: torch.Tensor) -> Value:
+        args, kwargs = self._values(node)
+        for alias in ("input", "self"):
+            if alias in kwargs:
+                args = (kwargs.pop(alias), *args)
+        if "other" in kwargs:
+            args = (*args, kwargs.pop("other"))
+        if "_value" in kwargs:
+            kwargs["value"] = kwargs.pop("_value")
+        if any(isinstance(a, fx.Node) for a in args):
+            return None
+        for name in ("dtype", "device", "layout", "pin_memory", "memory_format", "requires_grad", "non_blocking", "inplace", "implicit", "generator", "_stacklevel"):
+            kwargs.pop(name, None)
+        try:
+            return handler(self._result(node, value), *args, **kwargs)
+        except (TypeError, AttributeError, ValueError, IndexError):
+            return None  # an overload or argument form that the table does not describe: not looked into
+
+    def _values(self, node: fx.Node) -> tuple[tuple[Value, ...], dict[str, Value]]:
+        def convert(a: Any) -> Value:
+            if isinstance(a, fx.Node):
+                return self.meaning.get(a, a)
+            if isinstance(a, (tuple, list)):
+                return tuple(convert(x) for x in a)
+            if isinstance(a, slice):
+                return slice(convert(a.start), convert(a.stop), convert(a.step))
+            return a
+
+        return tuple(convert(a) for a in node.args), {k: convert(v) for k, v in node.kwargs.items()}
+
+    def _module(self, node: fx.Node, value: Any) -> Value:
+        module = self.owner.get_submodule(str(node.target)) if self.owner is not None else None
+        if not isinstance(value, torch.Tensor) or not node.args:
+            return None
+        x = self.meaning.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+        if not isinstance(x, Expr):
+            return None
+        r = self._result(node, value)
+        if type(module) is torch.nn.Softmax:
+            return HANDLERS["softmax"](r, x, module.dim)
+        if type(module) is torch.nn.Dropout:
+            return HANDLERS["dropout"](r, x, module.p, module.training)
+        if type(module) is torch.nn.Identity:
+            return x
+        if type(module) in (torch.nn.Flatten, torch.nn.Unflatten):
+            return HANDLERS["reshape"](r, x)
+        return None
+
+    def _get_item(self, node: fx.Node, value: Any) -> Value:
+        args, _ = self._values(node)
+        base, key = args[0], args[1]
+        if isinstance(base, (tuple, list)) and isinstance(key, int):
+            return base[key] if -len(base) <= key < len(base) else None
+        if not isinstance(base, Expr) or not isinstance(value, torch.Tensor):
+            return None
+        return torch_ops.getitem(self._result(node, value), base, key)
+
+    def _many(self, node: fx.Node, name: str, value: Any) -> Value:
+        """Operations with several results."""
+        args, kwargs = self._values(node)
+        x = args[0] if args else None
+        if not isinstance(x, Expr) or not all(isinstance(v, torch.Tensor) for v in value if v is not None):
+            return None
+        if name in ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk", "split_with_sizes_copy"):
+            dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+            return torch_ops.parts_of(x, [shape_of(v) for v in value], dim)
+        if name == "unbind":
+            return HANDLERS["unbind"](self._result(node, x_like(value, x)), x, *args[1:], **kwargs)
+        if name == "native_dropout":
+            return self._call(HANDLERS["native_dropout"], node, value[0])
+        if name == "max" and len(value) == 2 and len(args) >= 2 or name == "max" and "dim" in kwargs:
+            r = self._result(node, value[0])
+            return (HANDLERS["amax"](r, x, kwargs.get("dim", args[1] if len(args) > 1 else None)), None)
+        return None
+
+    # -- mutation ----------------------------------------------------------------------------
+
+    def _write_in_place(self, node: fx.Node, name: str, position: int) -> None:
+        """``x.op_(...)``: from here on ``x`` means ``op(x, ...)``."""
+        target = _first(node)
+        if not isinstance(target, fx.Node) or "out" in node.kwargs or name == "":
+            for a in node.all_input_nodes:
+                self._forget(a, position)
+            self._bind(node, self._opaque(node))
+            return
+        value = value_of(target)
+        out: Value = None
+        if name == "copy":
+            out = self._copied(node, target)
+        elif isinstance(value, torch.Tensor) and name in HANDLERS:
+            out = self._call(HANDLERS[name], node, value)
+        self._alias(node, target)
+        self._rewrite(target, node, out, position)
+
+    def _copied(self, node: fx.Node, target: fx.Node) -> Value:
+        source = self._values(node)[0][1] if len(node.args) > 1 else None
+        value = value_of(target)
+        if not isinstance(source, Expr) or not isinstance(value, torch.Tensor):
+            return None
+        source = torch_ops.cast(source, value.dtype)
+        return source if source.shape == shape_of(value) else torch_ops.view("expand", source, shape_of(value))
+
+    def _rewrite(self, target: fx.Node, node: fx.Node | None, out: Value, position: int) -> None:
+        """``target``'s memory now holds ``out``; everything that shares it is forgotten."""
+        whole = self._root[target] is target
+        before = self.meaning.get(target)
+        self._forget(target, position)
+        if isinstance(out, Expr) and isinstance(before, Expr) and out.shape == before.shape:
+            out = torch_ops.cast(out, before.dtype)
+            self.meaning[target] = out
+            if node is not None:
+                self._bind(node, out)
+            elif whole:
+                self.home.setdefault(out, target)
+            self.home[out] = target
+            self.order_of_value[target] = position
+
+    @property
+    def order_of_value(self) -> dict[fx.Node, int]:
+        """When the present meaning of a node began, where that is later than the node itself."""
+        if not hasattr(self, "_since"):
+            self._since: dict[fx.Node, int] = {}
+        return self._since
+
+    def since(self, node: fx.Node) -> int:
+        """The position from which ``node`` has had its present meaning."""
+        return self.order_of_value.get(node, self.order[node])
+
+    def _forget(self, target: fx.Node, position: int) -> None:
+        root = self._root[target]
+        self._writes.setdefault(root, []).append(position)
+        for member in [root, *self._members.get(root, [])]:
+            old = self.meaning.get(member)
+            value = value_of(member)
+            if isinstance(value, torch.Tensor):
+                self.meaning[member] = leaf(f"{member.name}@{position}", shape_of(value), value.dtype)
+                self.order_of_value[member] = position
+                self.home[self.meaning[member]] = member
+            if isinstance(old, Expr) and self.home.get(old) is member:
+                del self.home[old]
+
+    def _set_item(self, node: fx.Node, position: int) -> None:
+        """``x[key] = value``, as ``where(selected, value, x)`` where the selection is a boolean mask or a range."""
+        target = node.args[0]
+        if not isinstance(target, fx.Node):
+            return
+        args, _ = self._values(node)
+        x, key, new = args[0], args[1], args[2]
+        out = None
+        if isinstance(x, Expr):
+            selected = self._selection(x, key)
+            value = torch_ops.as_expr(new, x.dtype)
+            if selected is not None and value is not None and value.rank == 0:
+                out = pointwise("where", selected, value, x, dtype=x.dtype)
+        self._rewrite(target, None, out, position)
+
+    def _selection(self, x: Expr, key: Value) -> Expr | None:
+        """A boolean tensor that is true where ``x[key]`` writes."""
+        keys = list(key) if isinstance(key, tuple) else [key]
+        masks = [k for k in keys if isinstance(k, Expr)]
+        if len(masks) == 1 and masks[0].dtype is torch.bool:
+            used = sum(k.rank if isinstance(k, Expr) else 1 for k in keys if k is not Ellipsis)
+            shape: list[Any] = []
+            for k in keys:
+                if isinstance(k, Expr):
+                    shape += k.shape
+                elif k is Ellipsis:
+                    shape += [1] * (x.rank - used)
+                elif k == slice(None):
+                    shape.append(1)
+                else:
+                    return None
+            shape += [1] * (x.rank - len(shape))
+            return torch_ops.reshape(masks[0], tuple(shape))
+        return self._range_selection(x, keys) if not masks else None
+
+    def _range_selection(self, x: Expr, keys: list[Value]) -> Expr | None:
+        if any(k is None for k in keys):
+            return None
+        if Ellipsis in keys:
+            at = keys.index(Ellipsis)
+            keys[at : at + 1] = [slice(None)] * (x.rank - len(keys) + 1)
+        out = expr("const", (), (True,), (), torch.bool)
+        for dim, k in enumerate(keys):
+            if k == slice(None):
+                continue
+            bounds = _range(k, x.shape[dim])
+            if bounds is None:
+                return None
+            n = expr("iota", (), (0, 1), (x.shape[dim],), torch.int64)
+            n = torch_ops.reshape(n, (x.shape[dim],) + (1,) * (x.rank - dim - 1))
+            low, high = (torch_ops.as_expr(b) for b in bounds)
+            assert low is not None and high is not None
+            out = pointwise("and", out, pointwise("and", pointwise("ge", n, low), pointwise("lt", n, high)))
+        return out
+
+
+def _range(key: Value, size: Any) -> tuple[Any, Any] | None:
+    if isinstance(key, slice):
+        start = torch_ops.slice_start(key.start, size)
+        stop = size if key.stop is None else torch_ops.slice_start(key.stop, size)
+        return None if start is None or stop is None or key.step not in (None, 1) else (start, stop)
+    at = torch_ops.slice_start(key, size) if isinstance(key, (int, sympy.Expr)) else None
+    return None if at is None else (at, at + 1)
+
+
+def x_like(values: Iterable[Any], x: Expr) -> Any:
+    """Any one of several results (their handler asks for the operand's type alone)."""
+    return next(iter(values))
+
+
+def _first(node: fx.Node) -> Any:
+    if node.args:
+        return node.args[0]
+    return node.kwargs.get("input", node.kwargs.get("self"))
+
+
+def _writes_hidden(node: fx.Node) -> bool:
+    """Operators whose schema says they write into an argument under a plain name."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable)
+    return bool(node.kwargs.get("inplace"))

@@ -1,0 +1,289 @@
+"""Index algebra: integer sizes, iteration axes, and affine index expressions over them.
+
+A tensor element is named by one index expression per dimension.  Views move those expressions:
+``permute`` reorders them, ``reshape`` re-reads their mixed-radix digits, ``expand`` forgets one.
+An index expression is *affine*, ``c0 + c1*x1 + c2*x2 + ...`` with one term per iteration axis ``x``
+(``0 <= x < size``); coefficients and sizes are integers or, for dynamic shapes, sympy expressions.
+Where a reshape cuts an axis (``bh -> b, h``), the axis is *split* into two finer ones and every
+expression that mentions it is re-read in terms of those: axes are refined until every view is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import sympy
+
+Size = int | sympy.Expr
+
+
+def simplify_size(value: Size) -> Size:
+    """The integer behind a constant sympy expression, or the expression itself."""
+    if isinstance(value, int):
+        return value
+    return int(value) if value.is_Integer else value
+
+
+def prod(sizes: Iterable[Size]) -> Size:
+    """Product of sizes; 1 for none."""
+    total: Size = 1
+    for size in sizes:
+        total = simplify_size(total * size)
+    return total
+
+
+class Facts:
+    """What is known of sizes.  Answers are proofs: ``False`` means "not proved", never "disproved".
+
+    ``shape_env`` is PyTorch's symbolic-shape environment when the graph has one.  Nothing is ever
+    proved from the sizes of the example that happened to be traced.
+    """
+
+    def __init__(self, shape_env: Any = None) -> None:
+        self._env = shape_env
+        self._memo: dict[tuple[str, Size, Size], bool] = {}
+
+    def _ask(self, kind: str, a: Size, b: Size) -> bool:
+        key = (kind, a, b)
+        if key not in self._memo:
+            self._memo[key] = self._prove(sympy.Eq(a, b) if kind == "eq" else sympy.Le(a, b))
+        return self._memo[key]
+
+    def _prove(self, claim: Any) -> bool:
+        if claim in (True, sympy.true):
+            return True
+        if claim in (False, sympy.false):
+            return False
+        if self._env is None:
+            return bool(sympy.simplify(claim) is sympy.true)
+        return self._env._maybe_evaluate_static(claim) is sympy.true
+
+    def equal(self, a: Size, b: Size) -> bool:
+        """Is ``a == b`` for every input the graph may be given?"""
+        if isinstance(a, int) and isinstance(b, int):
+            return a == b
+        if a == b or sympy.expand(sympy.sympify(a) - b) == 0:
+            return True
+        return self._ask("eq", a, b)
+
+    def at_most(self, a: Size, b: Size) -> bool:
+        """Is ``a <= b`` for every input the graph may be given?"""
+        if isinstance(a, int) and isinstance(b, int):
+            return a <= b
+        difference = sympy.expand(sympy.sympify(a) - b)
+        if difference.is_Integer:
+            return bool(difference <= 0)
+        return self._ask("le", sympy.sympify(a), sympy.sympify(b))
+
+    def quotient(self, a: Size, b: Size) -> Size | None:
+        """``a / b`` where the division is exact, else None."""
+        if isinstance(a, int) and isinstance(b, int):
+            return a // b if b and a % b == 0 else None
+        if self.equal(a, b):
+            return 1
+        ratio = sympy.cancel(sympy.sympify(a) / b)
+        exact = ratio.is_polynomial() and all(c.is_Integer for c in sympy.Poly(ratio).coeffs()) if ratio.free_symbols else ratio.is_Integer
+        return simplify_size(ratio) if exact else None
+
+
+@dataclass(frozen=True)
+class Affine:
+    """``const + sum(coefficient * axis)``; terms are sorted by axis name and never zero."""
+
+    terms: tuple[tuple[str, Size], ...] = ()
+    const: Size = 0
+
+    @staticmethod
+    def of(terms: dict[str, Size], const: Size) -> Affine:
+        """Normal form of a term table."""
+        kept = tuple(sorted((axis, c) for axis, c in terms.items() if c != 0))
+        return Affine(kept, simplify_size(const))
+
+    @cached_property
+    def axes(self) -> frozenset[str]:
+        """The axes it depends on."""
+        return frozenset(axis for axis, _ in self.terms)
+
+    @property
+    def is_const(self) -> bool:
+        """Does it depend on no axis?"""
+        return not self.terms
+
+    def __add__(self, other: Affine | Size) -> Affine:
+        if not isinstance(other, Affine):
+            return Affine(self.terms, simplify_size(self.const + other))
+        terms: dict[str, Size] = dict(self.terms)
+        for axis, c in other.terms:
+            terms[axis] = simplify_size(sympy.expand(terms.get(axis, 0) + c)) if not _ints(terms.get(axis, 0), c) else terms.get(axis, 0) + c
+        return Affine.of(terms, self.const + other.const)
+
+    def __mul__(self, factor: Size) -> Affine:
+        if factor == 1:
+            return self
+        return Affine.of({a: simplify_size(c * factor) for a, c in self.terms}, self.const * factor)
+
+    def __sub__(self, other: Affine | Size) -> Affine:
+        return self + (other * -1 if isinstance(other, Affine) else -other)
+
+    def __str__(self) -> str:
+        parts = [axis if c == 1 else f"{c}*{axis}" for axis, c in self.terms]
+        if self.const != 0 or not parts:
+            parts.append(str(self.const))
+        return " + ".join(parts)
+
+
+def _ints(*values: Size) -> bool:
+    return all(isinstance(v, int) for v in values)
+
+
+@dataclass
+class AxisSpace:
+    """The iteration axes of one site: their sizes, and the splits made so far."""
+
+    facts: Facts = field(default_factory=Facts)
+    sizes: dict[str, Size] = field(default_factory=dict)
+    splits: dict[str, Affine] = field(default_factory=dict)
+    count: int = 0
+
+    def fresh(self, prefix: str, size: Size) -> Affine:
+        """A new axis, or the constant 0 where its size is 1."""
+        if size == 1:
+            return Affine()
+        name = f"{prefix}{self.count}"
+        self.count += 1
+        self.sizes[name] = size
+        return Affine(((name, 1),))
+
+    def resolve(self, index: Affine) -> Affine:
+        """The same expression in today's finest axes."""
+        while any(axis in self.splits for axis, _ in index.terms):
+            out = Affine((), index.const)
+            for axis, c in index.terms:
+                out = out + (self.splits[axis] if axis in self.splits else Affine(((axis, 1),))) * c
+            index = out
+        return index
+
+    def split(self, axis: str, inner: Size) -> bool:
+        """Replace ``axis`` by ``outer * inner + rest``; False where its size is no multiple of ``inner``."""
+        outer = self.facts.quotient(self.sizes[axis], inner)
+        if outer is None:
+            return False
+        high, low = self.fresh(f"{axis}_", outer), self.fresh(f"{axis}_", inner)
+        self.splits[axis] = high * inner + low
+        return True
+
+    def bounds(self, index: Affine) -> tuple[Size, Size] | None:
+        """Smallest and largest value, where every coefficient's sign is known."""
+        low: Size = index.const
+        high: Size = index.const
+        for axis, c in index.terms:
+            reach = simplify_size(c * (self.sizes[axis] - 1))
+            if self.facts.at_most(0, c):
+                high = simplify_size(high + reach)
+            elif self.facts.at_most(c, 0):
+                low = simplify_size(low + reach)
+            else:
+                return None
+        return low, high
+
+    def divmod(self, index: Affine, n: Size) -> tuple[Affine, Affine] | None:
+        """Quotient and remainder by ``n``, splitting axes as needed; None where they are not affine."""
+        for _ in range(16):
+            index = self.resolve(index)
+            high: dict[str, Size] = {}
+            low: dict[str, Size] = {}
+            for axis, c in index.terms:
+                quotient = self.facts.quotient(c, n)
+                (low if quotient is None else high)[axis] = c if quotient is None else quotient
+            const_high, const_low = divmod(index.const, n) if _ints(index.const, n) else (0, index.const)
+            rest = Affine.of(low, const_low)
+            reach = self.bounds(rest)
+            if reach is not None and self.facts.at_most(0, reach[0]) and self.facts.at_most(reach[1], n - 1):
+                return Affine.of(high, const_high), rest
+            if not self._split_for(rest, n):
+                return None
+        return None
+
+    def _split_for(self, rest: Affine, n: Size) -> bool:
+        """Split the axis of ``rest`` that crosses multiples of ``n``."""
+        for axis, c in sorted(rest.terms, key=lambda t: str(t[0])):
+            inner = self.facts.quotient(n, c)
+            if inner is None or self.facts.at_most(self.sizes[axis], inner):
+                continue
+            if self.split(axis, inner):
+                return True
+        return False
+
+    def reshape(self, index: Sequence[Affine], new: Sequence[Size], old: Sequence[Size]) -> tuple[Affine, ...] | None:
+        """Indices into a tensor of shape ``old`` for the element ``index`` of its reshape to ``new``.
+
+        Dimensions are matched in groups of equal extent, so that untouched ones pass unchanged.
+        """
+        out: list[Affine] = []
+        i = j = 0
+        while i < len(new) or j < len(old):
+            if i < len(new) and new[i] == 1:
+                i += 1
+                continue
+            if j < len(old) and old[j] == 1:
+                out.append(Affine())
+                j += 1
+                continue
+            group = self._group(new[i:], old[j:])
+            if group is None:
+                return None
+            inner = self._regroup(index[i : i + group[0]], new[i : i + group[0]], old[j : j + group[1]])
+            if inner is None:
+                return None
+            out.extend(inner)
+            i, j = i + group[0], j + group[1]
+        return tuple(out)
+
+    def _group(self, new: Sequence[Size], old: Sequence[Size]) -> tuple[int, int] | None:
+        """How many leading dimensions of each side have the same extent."""
+        if not new or not old:
+            return None
+        # Try the shortest prefixes first; symbolic extents cannot be ordered, so all pairs are tried.
+        for total in range(2, len(new) + len(old) + 1):
+            for a in range(max(1, total - len(old)), min(len(new), total - 1) + 1):
+                if self.facts.equal(prod(new[:a]), prod(old[: total - a])):
+                    return a, total - a
+        return None
+
+    def _regroup(self, index: Sequence[Affine], new: Sequence[Size], old: Sequence[Size]) -> list[Affine] | None:
+        if len(new) == len(old) == 1:
+            return [self.resolve(index[0])]
+        flat, stride = Affine(), 1
+        for position in range(len(new) - 1, -1, -1):
+            flat = flat + self.resolve(index[position]) * stride
+            stride = prod((stride, new[position]))  # type: ignore[assignment]
+        out: list[Affine] = []
+        for size in reversed(old[1:]):
+            if size == 1:
+                out.append(Affine())
+                continue
+            parts = self.divmod(flat, size)
+            if parts is None:
+                return None
+            flat = parts[0]
+            out.append(parts[1])
+        out.append(flat)
+        return [self.resolve(e) for e in reversed(out)]
+
+    def digits(self, index: Affine, size: Size) -> tuple[str, ...] | None:
+        """The axes whose mixed-radix number ``index`` is, outermost first, covering ``0 .. size-1`` exactly."""
+        index = self.resolve(index)
+        if index.const != 0:
+            return None
+        remaining, names, stride = dict(index.terms), [], 1
+        while remaining:
+            axis = next((a for a, c in remaining.items() if self.facts.equal(c, stride)), None)
+            if axis is None:
+                return None
+            names.append(axis)
+            del remaining[axis]
+            stride = prod((stride, self.sizes[axis]))  # type: ignore[assignment]
+        return tuple(reversed(names)) if self.facts.equal(stride, size) else None

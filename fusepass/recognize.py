@@ -1,0 +1,351 @@
+"""From a matrix product to an attention specification: read, peel, understand.
+
+:func:`recognise` starts at a product ``W @ V``, peels the weights down to a softmax, the scores down
+to a product of queries and keys, gives every axis its role, and understands the masks.  It returns a
+:class:`Site`, a :class:`Miss` with the reason, or None where nothing resembles attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from fusepass.index import Affine, AxisSpace, Facts, prod
+from fusepass.ir import Expr, scalar_of
+from fusepass.patterns import heads, masks
+from fusepass.patterns.layout import LAYOUT
+from fusepass.patterns.products import PRODUCTS
+from fusepass.patterns.scores import SCORES, holds_product
+from fusepass.patterns.softmax import SOFTMAX
+from fusepass.patterns.weights import WEIGHTS, holds_softmax
+from fusepass.rule import STEP_LIMIT, Core, Peel, Product, Refuse, Rule, Scope, Term, applied
+from fusepass.spec import (
+    Attention,
+    Atom,
+    Band,
+    Bias,
+    Keep,
+    Mask,
+    Scale,
+    ScaleBy,
+    ScoreModifier,
+    WeightModifier,
+    WeightScale,
+    ZeroEmptyRows,
+    merge_scales,
+    negligible,
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rule lists of every stage, in order."""
+
+    layout: tuple[Rule, ...] = LAYOUT
+    products: tuple[Rule, ...] = PRODUCTS
+    scores: tuple[Rule, ...] = SCORES
+    softmax: tuple[Rule, ...] = SOFTMAX
+    weights: tuple[Rule, ...] = WEIGHTS
+
+
+RULES = Rules()
+
+
+@dataclass
+class Site:
+    """A recognised attention site: the specification and what its letters stand for.
+
+    ``query``, ``keys`` and ``values`` list the tensors that may serve, from the operand of the product
+    inwards through its views; every element of the operand is an element of each of them.
+    """
+
+    spec: Attention
+    roles: heads.Roles
+    space: AxisSpace
+    query: list[Term]
+    keys: list[Term]
+    values: list[Term]
+    operands: list[Term]
+    out: Term
+    product: Expr
+    softmax: Expr
+    trace: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Miss:
+    """Something like attention that stays, and why."""
+
+    reason: str
+    at: Expr
+    trace: tuple[str, ...] = ()
+    softmax: Expr | None = None
+
+
+@dataclass
+class _Scores:
+    """What peeling the scores found."""
+
+    modifiers: list[ScoreModifier]
+    product: Product
+    node: Expr
+
+
+def recognise(anchor: Expr, facts: Facts, rules: Rules = RULES) -> Site | Miss | None:
+    """Read the matrix product ``anchor`` as the last step of attention."""
+    miss: Miss | None = None
+    for position in (0, 1):
+        if not holds_softmax(anchor.args[position]):
+            continue
+        scope = Scope(AxisSpace(facts), views=rules.layout)
+        index = tuple(scope.space.fresh("x", n) for n in anchor.shape)
+        out = Term(anchor, index)
+        product = next((p for r in rules.products if isinstance(p := r.apply(out, scope), Product)), None)
+        if product is None:
+            continue
+        weights, values = (product.left, product.right) if position == 0 else (product.right, product.left)
+        try:
+            found = _Reading(scope, rules, out, weights, values, product.axes).run()
+        except Refuse as refusal:
+            found = Miss(refusal.reason, refusal.at or anchor, tuple(scope.trace))
+        if isinstance(found, Site):
+            return found
+        miss = miss or found
+    return miss
+
+
+class _Reading:
+    """One attempt, from the weights to the specification."""
+
+    def __init__(
+        self, scope: Scope, rules: Rules, out: Term, weights: Term, values: Term, summed: tuple[Affine, ...]
+    ) -> None:
+        self.scope, self.rules, self.out = scope, rules, out
+        self.weights, self.values, self.summed = weights, values, summed
+        self.formulas = masks.Formulas(scope)
+        self.steps = 0
+
+    def run(self) -> Site | Miss | None:
+        peeled = self._peel_weights()
+        if peeled is None:
+            return None
+        mods, core = peeled
+        if len(self.summed) != 1:
+            raise Refuse("the product with the values sums over several dimensions", self.out.expr)
+        along = self.scope.space.resolve(core.scores.index[core.dim])
+        self.scope.keys = self.summed[0]
+        if along != self.scope.space.resolve(self.summed[0]) or along.is_const:
+            raise Refuse("the softmax runs over another axis than the one summed with the values", core.scores.expr)
+        if not holds_product(core.scores.expr):
+            return None  # a softmax of something else: routing, pooling with learned scores
+        found = self._peel_scores(core.scores, [])
+        if isinstance(found, Miss):
+            return found
+        return self._finish(core, found, mods)
+
+    # -- peeling -----------------------------------------------------------------------------
+
+    def _peel_weights(self) -> tuple[list[WeightModifier], Core] | None:
+        term, mods = self.weights, []
+        for _ in range(STEP_LIMIT):
+            found = applied((*self.rules.softmax, *self.rules.weights, *self.rules.layout), term, self.scope)
+            if not found:
+                return None
+            layer = found[0]
+            if isinstance(layer, Core):
+                return list(reversed(mods)), layer
+            assert isinstance(layer, Peel)
+            if layer.modifier is not None:
+                mods.append(layer.modifier)
+            term = layer.inner
+        raise Refuse(f"more than {STEP_LIMIT} layers between the softmax and the values", self.out.expr)
+
+    def _peel_scores(self, term: Term, mods: list[ScoreModifier]) -> _Scores | Miss:
+        """Depth first through the ways to peel; the first that ends in a product of queries and keys wins."""
+        self.steps += 1
+        if self.steps > STEP_LIMIT:
+            raise Refuse(f"more than {STEP_LIMIT} layers in the scores; the last were {self.scope.trace[-4:]}", term.expr)
+        found = applied((*self.rules.products, *self.rules.layout, *self.rules.scores), term, self.scope)
+        miss: Miss | None = None
+        for layer in found:
+            if isinstance(layer, Product):
+                reason = self._not_query_key(layer)
+                if reason is None:
+                    return _Scores(list(reversed(mods)), layer, term.expr)
+                miss = miss or Miss(reason, term.expr)
+            elif isinstance(layer, Peel):
+                deeper = [*mods, layer.modifier] if layer.modifier is not None else mods
+                try:
+                    below = self._peel_scores(layer.inner, deeper)  # type: ignore[arg-type]
+                except Refuse as refusal:
+                    below = Miss(refusal.reason, refusal.at or layer.inner.expr)
+                if isinstance(below, _Scores):
+                    return below
+                miss = below if miss is None else miss
+        return miss or Miss(f"no rule peels {term.expr.op!r} from the scores", term.expr)
+
+    def _not_query_key(self, product: Product) -> str | None:
+        """Why a product is not queries times keys."""
+        sides = [self.scope.varies_over_keys(t) for t in (product.left, product.right)]
+        if all(sides):
+            return "both sides of the score product vary over the key position"
+        if not any(sides):
+            return "no side of the score product varies over the key position"
+        return None
+
+    # -- understanding -----------------------------------------------------------------------
+
+    def _finish(self, core: Core, found: _Scores, weights: list[WeightModifier]) -> Site:
+        scope = self.scope
+        left_is_key = scope.varies_over_keys(found.product.left)
+        query, key = (found.product.right, found.product.left) if left_is_key else (found.product.left, found.product.right)
+        low = self.out.expr.dtype
+        query_scales, query_chain = self._operand(query, low)
+        key_scales, key_chain = self._operand(key, low)
+        _, value_chain = self._operand(self.values, low, scales=False)
+        before = heads.ordered(scope, list(self.weights.index))
+        value_axes = [a for a in heads.ordered(scope, list(self.out.index)) if a not in before]
+        roles = heads.assign(scope, core.scores, core.dim, query, key, self.values, found.product.axes, value_axes)
+        self._settle(roles)
+        scores = merge_scales([Scale(f) for f in (*query_scales, *key_scales)] + found.modifiers)
+        scores = tuple(self._understood(m, roles) for m in scores)
+        atoms = [a for m in scores if isinstance(m, Mask) for a in m.atoms]
+        sizes = {name: self._size(getattr(roles, name)) for name in ("batch", "heads", "kv_heads", "query", "key", "head_dim", "value_dim")}
+        spec = Attention(
+            sizes["batch"], sizes["heads"], sizes["kv_heads"], sizes["query"], sizes["key"], sizes["head_dim"], sizes["value_dim"],
+            dtype=query_chain[-1].expr.dtype,
+            scores=_without_empty(_joined(scores)),
+            weights=tuple(self._weight(w, roles, scores) for w in weights),
+            softmax_dtype=core.dtype,
+            out_dtype=self.out.expr.dtype,
+            rows_seen=self._rows_seen(scores, atoms, sizes),
+            operands=len(scope.operands),
+        )  # fmt: skip
+        return Site(
+            spec, roles, scope.space, query_chain, key_chain, value_chain, scope.operands, self.out, found.node,
+            core.scores.expr, scope.trace,
+        )  # fmt: skip
+
+    def _settle(self, roles: heads.Roles) -> None:
+        """Splits made since an axis was listed replace it by its parts."""
+        for name in ("batch", "kv_heads", "group", "query", "key", "head_dim", "value_dim"):
+            axes = getattr(roles, name)
+            setattr(roles, name, heads.ordered(self.scope, [Affine(((a, 1),)) for a in axes]))
+
+    def _size(self, axes: list[str]) -> object:
+        return prod(self.scope.space.sizes[a] for a in axes)
+
+    def _operand(self, term: Term, low: torch.dtype, scales: bool = True) -> tuple[list[float], list[Term]]:
+        """Constant scales of an operand, and the tensors through its views that hold the rest of it."""
+        factors: list[float] = []
+        chain = [term]
+        for _ in range(STEP_LIMIT):
+            node = term.expr
+            below = self.scope.step(term)
+            factor = _factor(node) if scales else None
+            if below is not None:
+                term = below
+                chain.append(term)
+            elif factor is not None:
+                factors.append(factor[1])
+                term = term.argument(factor[0])
+                chain = [term]
+            elif node.op == "cast" and node.args[0].dtype is low and node.dtype.itemsize > low.itemsize:
+                term = term.argument(0)
+                chain = [term]
+            else:
+                break
+        return factors, chain
+
+    def _understood(self, mod: ScoreModifier, roles: heads.Roles) -> ScoreModifier:
+        """A modifier with its axes named, and a bias that is only ever zero or a fill turned into a mask."""
+        scope = self.scope
+        if isinstance(mod, ScaleBy):
+            return replace(mod, axes=self._letters(scope.operands[mod.slot], roles))
+        if isinstance(mod, Bias):
+            term = scope.operands[mod.slot]
+            hidden = masks.additive_mask(self.formulas, self.formulas.lift(term), term.expr.dtype) if mod.factor == 1 else None
+            if hidden is not None:
+                return Mask(mod.slot, hidden.fill, True, True, self._atoms(hidden.attends, roles))
+            return replace(mod, axes=self._letters(term, roles))
+        if isinstance(mod, Mask):
+            formula = self.formulas.lift(scope.operands[mod.slot])
+            attends = formula if mod.attends else self.formulas.make("not", (formula,), torch.bool)
+            return replace(mod, atoms=self._atoms(attends, roles))
+        return mod
+
+    def _letters(self, term: Term, roles: heads.Roles) -> str:
+        axes = {b for a in self.scope.axes(term) for b in self.scope.space.resolve(Affine(((a, 1),))).axes}
+        table = roles.letters()
+        return "".join(sorted({table.get(a, "b") for a in axes}))
+
+    def _positions(self, roles: heads.Roles) -> masks.Positions:
+        return masks.Positions(self._position(roles.query), self._position(roles.key), roles.letters())
+
+    def _position(self, axes: list[str]) -> Affine:
+        index = Affine()
+        for axis in axes:
+            index = index * self.scope.space.sizes[axis] + Affine(((axis, 1),))
+        return index
+
+    def _atoms(self, attends: Expr, roles: heads.Roles) -> tuple[Atom, ...]:
+        space, at = self.scope.space, self._positions(roles)
+        found = [masks.classify(part, at, space) for part in masks.conjuncts(attends)]
+        bands = [a for a in found if isinstance(a, Band)]
+        if len(bands) > 1:
+            whole = masks.intersect(bands, self.scope.facts)
+            if whole is not None:
+                found = [whole, *(a for a in found if not isinstance(a, Band))]
+        return tuple(dict.fromkeys(found))
+
+    def _weight(self, mod: WeightModifier, roles: heads.Roles, scores: tuple[ScoreModifier, ...]) -> WeightModifier:
+        if isinstance(mod, WeightScale) and mod.slot is not None:
+            return replace(mod, axes=self._letters(self.scope.operands[mod.slot], roles))
+        if not isinstance(mod, Keep):
+            return mod
+        axes = self._letters(self.scope.operands[mod.slot], roles)
+        kept = set(masks.conjuncts(self._visible(mod.slot, mod.attends)))
+        hidden = {c for m in scores if isinstance(m, Mask) for c in masks.conjuncts(self._mask_visible(m))}
+        return replace(mod, axes=axes, implied=kept <= hidden)
+
+    def _visible(self, slot: int, attends: bool) -> Expr:
+        formula = self.formulas.lift(self.scope.operands[slot])
+        return formula if attends else self.formulas.make("not", (formula,), torch.bool)
+
+    def _mask_visible(self, mod: Mask) -> Expr:
+        if not mod.additive:
+            return self._visible(mod.slot, mod.attends)
+        term = self.scope.operands[mod.slot]
+        hidden = masks.additive_mask(self.formulas, self.formulas.lift(term), term.expr.dtype)
+        return hidden.attends if hidden is not None else masks.TRUE
+
+    def _rows_seen(self, scores: tuple[ScoreModifier, ...], atoms: list[Atom], sizes: dict[str, object]) -> bool:
+        return masks.every_row_sees(atoms, sizes["query"], sizes["key"], self.scope)  # type: ignore[arg-type]
+
+
+def _factor(node: Expr) -> tuple[int, float] | None:
+    """The position of the tensor and the constant, where a node is a tensor times a constant."""
+    if node.op == "neg":
+        return 0, -1.0
+    if node.op == "mul":
+        for position in (0, 1):
+            value = scalar_of(node.args[1 - position])
+            if value is not None and node.args[position].rank == node.rank:
+                return position, float(value)
+    if node.op == "div" and (value := scalar_of(node.args[1])):
+        return 0, 1.0 / float(value)
+    return None
+
+
+def _without_empty(scores: tuple[ScoreModifier, ...]) -> tuple[ScoreModifier, ...]:
+    """Masks that hide nothing do nothing."""
+    return tuple(m for m in scores if not (isinstance(m, Mask) and not m.atoms))
+
+
+def _joined(scores: tuple[ScoreModifier, ...]) -> tuple[ScoreModifier, ...]:
+    """A law on pairs of modifiers may go here; none is needed so far."""
+    return scores
+
+
+__all__ = ["RULES", "Miss", "Rules", "Site", "ZeroEmptyRows", "negligible", "recognise"]

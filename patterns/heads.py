@@ -1,0 +1,95 @@
+"""Which axis is which: batch, key/value head, group, query, key, head sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fusepass.index import Affine, Size
+from fusepass.rule import Refuse, Scope, Term
+
+Axes = tuple[str, ...]
+
+
+@dataclass
+class Roles:
+    """The finest axes of a site by role, each list outermost first.
+
+    Query heads are ``kv_heads`` then ``group``: head ``h`` reads key/value head ``h // group``.
+    """
+
+    batch: list[str] = field(default_factory=list)
+    kv_heads: list[str] = field(default_factory=list)
+    group: list[str] = field(default_factory=list)
+    query: list[str] = field(default_factory=list)
+    key: list[str] = field(default_factory=list)
+    head_dim: list[str] = field(default_factory=list)
+    value_dim: list[str] = field(default_factory=list)
+
+    @property
+    def heads(self) -> list[str]:
+        """The axes of the query heads."""
+        return [*self.kv_heads, *self.group]
+
+    def letters(self) -> dict[str, str]:
+        """Axis name to letter, for texts."""
+        table = {a: "b" for a in self.batch} | {a: "h" for a in self.heads}
+        return table | {a: "i" for a in self.query} | {a: "j" for a in self.key}
+
+
+def ordered(scope: Scope, indices: tuple[Affine, ...] | list[Affine]) -> list[str]:
+    """The axes of some indices, outermost first."""
+    out: list[str] = []
+    for index in indices:
+        terms = scope.space.resolve(index).terms
+        for axis, _ in sorted(terms, key=lambda t: _weight(t[1]), reverse=True):
+            if axis not in out:
+                out.append(axis)
+    return out
+
+
+def _weight(coefficient: Size) -> float:
+    if isinstance(coefficient, int):
+        return float(coefficient)
+    return float(coefficient.subs({s: 1009 for s in coefficient.free_symbols}))
+
+
+def assign(
+    scope: Scope, scores: Term, dim: int, query: Term, keys: Term, values: Term, contracted: tuple[Affine, ...], value_axes: list[str]
+) -> Roles:
+    """Give every axis its role from what depends on it.
+
+    Raises:
+        Refuse: the operands do not fit attention, with the reason.
+    """
+    roles = Roles(value_dim=value_axes)
+    roles.head_dim = ordered(scope, contracted)
+    roles.key = ordered(scope, [scope.keys])
+    in_q, in_k, in_v = (scope.axes(t) for t in (query, keys, values))
+    if not set(roles.head_dim) <= in_q & in_k:
+        raise Refuse("queries and keys are not contracted with each other over a head dimension")
+    if not set(roles.key) <= in_v:
+        raise Refuse("the values do not vary over the keys: the same value for every position")
+    outer = [a for a in ordered(scope, [i for d, i in enumerate(scores.index) if d != dim]) if a not in roles.key]
+    outer += [a for a in sorted((in_q | in_k | in_v) - set(outer)) if a not in (*roles.key, *roles.head_dim, *value_axes)]
+    free = [a for a in outer if a not in in_k and a not in in_v]
+    shared = [a for a in outer if a not in free]
+    roles.query = _query_axes(scope, scores, dim, free)
+    roles.group = [a for a in free if a not in roles.query]
+    # The innermost axis that keys or values vary over is the head, where there are several.
+    roles.kv_heads = shared[-1:] if len(shared) > 1 else []
+    roles.batch = [a for a in shared if a not in roles.kv_heads]
+    return roles
+
+
+def _query_axes(scope: Scope, scores: Term, dim: int, free: list[str]) -> list[str]:
+    """The axes of the query position: beside the softmax's dimension where the scores are laid out so."""
+    others = [d for d in range(len(scores.index)) if d != dim]
+    if not others:
+        return []
+    beside = scope.space.resolve(scores.index[dim - 1 if dim - 1 in others else others[-1]])
+    if beside.is_const:
+        return []
+    here = [a for a in ordered(scope, [beside]) if a in free]
+    if here:
+        return here
+    return free[-1:]

@@ -1,0 +1,409 @@
+"""Masks by meaning: lift a tensor to a scalar formula of its indices, simplify, classify.
+
+``lift`` reads one element of a mask or bias as a formula in the iteration axes.  Views, slices,
+``arange`` and gathers with known indices disappear into index expressions; what remains is constants,
+affine comparisons and loads of tensors.  ``conjuncts`` splits a visibility into atoms, and ``classify``
+names them.  Equal meanings give equal formulas, whatever the spelling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fusepass.index import Affine, AxisSpace, Size, simplify_size
+from fusepass.ir import POINTWISE, Expr, affine, const, expr, scalar_of
+from fusepass.rule import Scope, Term
+from fusepass.spec import Atom, Band, Chunk, Dense, Document, KeyPadding, Prefix, intersect, negligible
+
+__all__ = ["Formulas", "Positions", "additive_mask", "classify", "conjuncts", "every_row_sees", "intersect"]
+
+TRUE = const(True, torch.bool)
+FALSE = const(False, torch.bool)
+_INVERSE = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
+_PYTHON: dict[str, Callable[..., float | int | bool]] = {
+    "neg": lambda a: -a, "not": lambda a: not a, "abs": abs, "add": lambda a, b: a + b, "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b, "floordiv": lambda a, b: a // b, "mod": lambda a, b: a % b,
+    "max": max, "min": min, "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b, "eq": lambda a, b: a == b, "ne": lambda a, b: a != b,
+    "and": lambda a, b: a and b, "or": lambda a, b: a or b, "xor": lambda a, b: a != b,
+    "div": lambda a, b: a / b, "isnan": lambda a: a != a, "isinf": lambda a: abs(a) == math.inf,
+}  # fmt: skip
+
+
+class Formulas:
+    """Lifts and simplifies within one site's axes; remembers what it has done."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        self.space: AxisSpace = scope.space
+        self._lifted: dict[Term, Expr] = {}
+
+    # -- lifting -----------------------------------------------------------------------------
+
+    def lift(self, term: Term) -> Expr:
+        """The scalar formula of one element."""
+        found = self._lifted.get(term)
+        if found is None:
+            found = self._lifted[term] = self._lift(term)
+        return found
+
+    def _lift(self, term: Term) -> Expr:
+        node = term.expr
+        if node.op == "const":
+            return node
+        if node.op == "iota":
+            return self._iota(term)
+        if node.op in POINTWISE:
+            args = tuple(self.lift(term.of(a)) for a in node.args)
+            return self.make(node.op, args, node.dtype, node.attrs)
+        if node.op == "index":
+            gathered = self._gather(term)
+            if gathered is not None:
+                return self.lift(gathered)
+        below = self.scope.step(term)
+        return self.load(term) if below is None else self.lift(below)
+
+    def load(self, term: Term) -> Expr:
+        """An element that is not looked into."""
+        index = tuple(self.space.resolve(i) for i in term.index)
+        return expr("load", (term.expr,), index, (), term.expr.dtype)
+
+    def _iota(self, term: Term) -> Expr:
+        start, step = term.expr.attrs
+        position = term.index[0] if term.index else Affine()
+        return affine(position * step + start)  # type: ignore[operator,arg-type]
+
+    def _gather(self, term: Term) -> Term | None:
+        """``x[..., i, ...]`` whose index tensors are affine and provably within bounds."""
+        x, *indices = term.expr.args
+        dim = int(term.expr.attrs[0])  # type: ignore[call-overload]
+        wide = max(i.rank for i in indices)
+        middle = term.index[dim : dim + wide]
+        within: list[Affine] = []
+        for position, node in enumerate(indices):
+            value = self.lift(Term(node, tuple(Affine() if n == 1 else i for n, i in zip(node.shape, middle[wide - node.rank :], strict=True))))
+            at = index_of(value)
+            reach = None if at is None else self.space.bounds(self.space.resolve(at))
+            if at is None or reach is None or not self.scope.facts.at_most(0, reach[0]):
+                return None
+            if not self.scope.facts.at_most(reach[1], x.shape[dim + position] - 1):
+                return None
+            within.append(at)
+        return Term(x, (*term.index[:dim], *within, *term.index[dim + wide :]))
+
+    # -- simplification ----------------------------------------------------------------------
+
+    def make(self, op: str, args: tuple[Expr, ...], dtype: torch.dtype, attrs: tuple[object, ...] = ()) -> Expr:
+        """``op(args)`` in simplest form."""
+        values = [a.attrs[0] if a.op == "const" else None for a in args]
+        if op == "where":
+            return self._where(*args, dtype)
+        if op == "cast":
+            return self._cast(args[0], dtype)
+        if all(v is not None for v in values) and op in _PYTHON:
+            return self._fold(op, values, dtype, args)
+        if op in ("and", "or", "not", "xor"):
+            return self._logic(op, args)
+        for rewrite in (self._arithmetic, self._boolean_product, self._distribute, self._compare):
+            found = rewrite(op, args, dtype)
+            if found is not None:
+                return found
+        return expr(op, args, attrs, (), dtype)  # type: ignore[arg-type]
+
+    def _fold(self, op: str, values: list[object], dtype: torch.dtype, args: tuple[Expr, ...]) -> Expr:
+        try:
+            value = _PYTHON[op](*values)
+        except ZeroDivisionError:
+            return expr(op, args, (), (), dtype)
+        if dtype.is_floating_point and value == value and abs(value) > torch.finfo(dtype).max:
+            value = math.copysign(math.inf, value)
+        return const(value, dtype)
+
+    def _cast(self, x: Expr, dtype: torch.dtype) -> Expr:
+        if x.dtype is dtype:
+            return x
+        if x.op == "const":
+            value = x.attrs[0]
+            return const(bool(value) if dtype is torch.bool else value, dtype)  # type: ignore[arg-type]
+        if x.op == "affine" and not dtype.is_floating_point and dtype is not torch.bool:
+            return x
+        if x.op == "where":
+            return self._where(x.args[0], self._cast(x.args[1], dtype), self._cast(x.args[2], dtype), dtype)
+        if x.dtype is torch.bool:
+            return self._where(x, const(1, dtype), const(0, dtype), dtype)
+        return expr("cast", (x,), (dtype,), (), dtype)
+
+    def _where(self, c: Expr, a: Expr, b: Expr, dtype: torch.dtype) -> Expr:
+        if c.op == "const":
+            return self._cast(a if c.attrs[0] else b, dtype)
+        a, b = self._cast(a, dtype) if a.op == "const" else a, self._cast(b, dtype) if b.op == "const" else b
+        if a is b:
+            return a
+        if c.op == "not":
+            return self._where(c.args[0], b, a, dtype)
+        if dtype is torch.bool:
+            if a is TRUE:
+                return self._logic("or", (c, b))
+            if b is FALSE:
+                return self._logic("and", (c, a))
+            if a is FALSE:
+                return self._logic("and", (self._not(c), b))
+            if b is TRUE:
+                return self._logic("or", (self._not(c), a))
+        return expr("where", (c, a, b), (), (), dtype)
+
+    def _not(self, x: Expr) -> Expr:
+        if x.op == "const":
+            return FALSE if x.attrs[0] else TRUE
+        if x.op == "not":
+            return x.args[0]
+        if x.op in ("and", "or"):
+            return self._logic("or" if x.op == "and" else "and", (self._not(x.args[0]), self._not(x.args[1])))
+        if x.op in _INVERSE and not any(a.is_float for a in x.args):
+            return self.make(_INVERSE[x.op], x.args, torch.bool)
+        return expr("not", (x,), (), (), torch.bool)
+
+    def _logic(self, op: str, args: tuple[Expr, ...]) -> Expr:
+        if op == "not":
+            return self._not(args[0])
+        a, b = (self._cast(x, torch.bool) for x in args)
+        if op == "xor":
+            return self._not(b) if a is TRUE else b if a is FALSE else expr("xor", (a, b), (), (), torch.bool)
+        absorbing, neutral = (FALSE, TRUE) if op == "and" else (TRUE, FALSE)
+        if absorbing in (a, b):
+            return absorbing
+        if a is neutral or a is b:
+            return b
+        return a if b is neutral else expr(op, (a, b), (), (), torch.bool)
+
+    def _arithmetic(self, op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
+        """Affine arithmetic on integers."""
+        if dtype is torch.bool or op not in ("add", "sub", "mul", "neg"):
+            return None
+        parts = [index_of(a) for a in args]
+        if any(p is None for p in parts) or any(a.is_float for a in args):
+            return None
+        if op == "neg":
+            return affine(parts[0] * -1)  # type: ignore[operator]
+        a, b = parts
+        assert a is not None and b is not None
+        if op == "mul":
+            if not (a.is_const or b.is_const):
+                return None
+            return affine(b * a.const if a.is_const else a * b.const)
+        return affine(a + b if op == "add" else a - b)
+
+    def _boolean_product(self, op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
+        """``where(c, 1, 0) * x = where(c, x, 0)``."""
+        if op != "mul":
+            return None
+        for a, b in (args, args[::-1]):
+            if a.op == "where" and scalar_of(a.args[1]) == 1 and scalar_of(a.args[2]) == 0 and b.op != "const":
+                return self._where(a.args[0], self._cast(b, dtype), const(0, dtype), dtype)
+        return None
+
+    def _distribute(self, op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
+        """``f(where(c, a, b), k) = where(c, f(a, k), f(b, k))`` for constants ``k``."""
+        chosen = [i for i, a in enumerate(args) if a.op == "where"]
+        if len(chosen) != 1 or any(a.op != "const" for i, a in enumerate(args) if i != chosen[0]):
+            return None
+        c, yes, no = args[chosen[0]].args
+        if "const" not in (yes.op, no.op):
+            return None
+        branches = [self.make(op, tuple(x if i == chosen[0] else a for i, a in enumerate(args)), dtype) for x in (yes, no)]
+        return self._where(c, branches[0], branches[1], dtype)
+
+    def _compare(self, op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
+        if op not in _INVERSE:
+            return None
+        a, b = args
+        if a.dtype is torch.bool or b.dtype is torch.bool:
+            return self._compare_bits(op, a, b)
+        if op in ("le", "lt", "gt", "ge") and "abs" in (a.op, b.op):
+            return self._compare_abs(op, a, b)
+        x, y = index_of(a), index_of(b)
+        if x is None or y is None:
+            return None
+        if op in ("gt", "ge"):
+            op, x, y = ("lt" if op == "gt" else "le"), y, x
+        difference = self.space.resolve(x - y)
+        if op in ("eq", "ne"):
+            if difference.is_const and isinstance(difference.const, int):
+                return const((difference.const == 0) is (op == "eq"), torch.bool)
+            return expr(op, (affine(difference), const(0, torch.int64)), (), (), torch.bool)
+        return self.at_most_zero(difference + 1 if op == "lt" else difference)
+
+    def _compare_bits(self, op: str, a: Expr, b: Expr) -> Expr | None:
+        if op not in ("eq", "ne"):
+            return None
+        for x, y in ((a, b), (b, a)):
+            if y.op == "const":
+                wanted = bool(y.attrs[0]) is (op == "eq")
+                x = self._cast(x, torch.bool)
+                return x if wanted else self._not(x)
+        return None
+
+    def _compare_abs(self, op: str, a: Expr, b: Expr) -> Expr | None:
+        """``abs(e) <= w`` is ``e <= w and -e <= w``."""
+        if b.op == "abs":
+            flipped = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt"}[op]
+            return self._compare_abs(flipped, b, a) if a.op != "abs" else None
+        inside, width = index_of(a.args[0]), index_of(b)
+        if inside is None or width is None:
+            return None
+        if op in ("ge", "gt"):
+            return self._not(self._compare_abs("lt" if op == "ge" else "le", a, b) or FALSE)
+        slack = 1 if op == "lt" else 0
+        above = self.at_most_zero(self.space.resolve(inside - width) + slack)
+        below = self.at_most_zero(self.space.resolve(inside * -1 - width) + slack)
+        return self._logic("and", (above, below))
+
+    def at_most_zero(self, e: Affine) -> Expr:
+        """``e <= 0``, decided where the bounds of the axes decide it."""
+        reach = self.space.bounds(e)
+        if reach is not None:
+            if self.scope.facts.at_most(reach[1], 0):
+                return TRUE
+            if self.scope.facts.at_most(1, reach[0]):
+                return FALSE
+        return expr("le", (affine(e), const(0, torch.int64)), (), (), torch.bool)
+
+
+def index_of(node: Expr) -> Affine | None:
+    """The affine index behind an integer formula."""
+    if node.op == "affine":
+        return node.attrs[0]  # type: ignore[return-value]
+    if node.op == "const" and not node.is_float:
+        return Affine((), int(node.attrs[0]))  # type: ignore[call-overload]
+    if node.op == "const" and float(node.attrs[0]).is_integer():  # type: ignore[arg-type]
+        return Affine((), int(node.attrs[0]))  # type: ignore[call-overload]
+    return None
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """An additive mask: zero where ``attends``, ``fill`` elsewhere."""
+
+    attends: Expr
+    fill: float
+
+
+def additive_mask(formulas: Formulas, formula: Expr, dtype: torch.dtype) -> Hidden | None:
+    """Is this bias a mask, that is, only ever zero or a negligible fill?"""
+    if formula.op == "cast" and formula.is_float and formula.args[0].is_float:
+        return additive_mask(formulas, formula.args[0], dtype)
+    if formula.op == "const":
+        return Hidden(TRUE, 0.0) if formula.attrs[0] == 0 else None
+    if formula.op == "add":
+        a, b = (additive_mask(formulas, x, dtype) for x in formula.args)
+        if a is None or b is None:
+            return None
+        return Hidden(formulas.make("and", (a.attends, b.attends), torch.bool), min(a.fill, b.fill))
+    if formula.op == "where":
+        condition, yes, no = formula.args
+        for wanted, kept, filler in ((condition, yes, no), (formulas.make("not", (condition,), torch.bool), no, yes)):
+            fill = scalar_of(filler)
+            inner = additive_mask(formulas, kept, dtype)
+            if fill is not None and inner is not None and negligible(float(fill), dtype):
+                return Hidden(formulas.make("and", (wanted, inner.attends), torch.bool), min(float(fill), inner.fill))
+    return None
+
+
+def conjuncts(formula: Expr) -> list[Expr]:
+    """The terms of a conjunction; none for true."""
+    if formula is TRUE:
+        return []
+    if formula.op == "and":
+        return [*conjuncts(formula.args[0]), *conjuncts(formula.args[1])]
+    return [formula]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The axes of the query and key positions, as index expressions."""
+
+    query: Affine
+    key: Affine
+    letters: dict[str, str]
+
+
+def classify(part: Expr, at: Positions, space: AxisSpace) -> Atom:
+    """The name of one conjunct of a visibility."""
+    band = _band(part, at, space)
+    if band is not None:
+        return band
+    used = letters(part, at, space)
+    if used <= {"b", "j"} and _loads(part):
+        return KeyPadding()
+    if part.op == "eq":
+        return _same_label(part, at, space)
+    if part.op == "or" and any(isinstance(classify(x, at, space), Band) for x in part.args) and "i" in used:
+        others = [x for x in part.args if not isinstance(classify(x, at, space), Band)]
+        if len(others) == 1 and "i" not in letters(others[0], at, space):
+            return Prefix()
+    return Dense("".join(sorted(used)))
+
+
+def _band(part: Expr, at: Positions, space: AxisSpace) -> Band | None:
+    """``j - i <= c`` or ``i - j <= c``."""
+    if part.op != "le" or part.args[0].op != "affine":
+        return None
+    e: Affine = space.resolve(part.args[0].attrs[0])  # type: ignore[arg-type]
+    gap = space.resolve(at.key) - space.resolve(at.query)
+    for sign in (1, -1):
+        rest = e - gap * sign
+        if rest.is_const and not gap.is_const:
+            bound = simplify_size(-1 * rest.const)
+            return Band(None, bound) if sign == 1 else Band(bound, None)
+    return None
+
+
+def letters(part: Expr, at: Positions, space: AxisSpace) -> set[str]:
+    """Which of b, h, i, j a formula varies over."""
+    found: set[str] = set()
+    todo = [part]
+    while todo:
+        node = todo.pop()
+        for value in node.attrs:
+            if isinstance(value, Affine):
+                found |= {at.letters.get(a, "b") for a in space.resolve(value).axes}
+        if node.op != "load":
+            todo.extend(node.args)
+    return found
+
+
+def _loads(part: Expr) -> bool:
+    return part.op == "load" or any(_loads(a) for a in part.args)
+
+
+def _same_label(part: Expr, at: Positions, space: AxisSpace) -> Atom:
+    """``label[i] == label[j]``, or equal block numbers."""
+    a, b = part.args
+    if a.op == b.op == "load" and a.args[0] is b.args[0]:
+        return Document()
+    if a.op == b.op == "floordiv" and a.args[1] is b.args[1] and isinstance(size := scalar_of(a.args[1]), int):
+        return Chunk(size)
+    return Dense("".join(sorted(letters(part, at, space))))
+
+
+def every_row_sees(parts: list[Atom], queries: Size, keys: Size, scope: Scope) -> bool:
+    """Does every query see at least one key, whatever the values of tensors?"""
+    at_most = scope.facts.at_most
+    low: list[Size] = []
+    high: list[Size] = []
+    for part in parts:
+        if not isinstance(part, Band):
+            return False
+        low += [] if part.left is None else [part.left]
+        high += [] if part.right is None else [part.right]
+    # Row i sees the keys max(0, i - left) .. min(keys - 1, i + right).
+    if not all(at_most(0, r) for r in high) or not all(at_most(queries - 1 - left, keys - 1) for left in low):
+        return False
+    return all(at_most(0, simplify_size(left + r)) for left in low for r in high)

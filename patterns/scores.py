@@ -1,0 +1,181 @@
+"""Layers of the score, from the softmax inwards to the product of queries and keys."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fusepass.ir import POINTWISE, VIEWS, Expr, const, pointwise, scalar_of
+from fusepass.patterns import examples as eg
+from fusepass.rule import Peel, Refuse, Rule, Scope, Term, rule
+from fusepass.spec import Bias, Mask, Scale, ScaleBy, SoftCap
+
+_holds_product: dict[int, bool] = {}
+
+
+def holds_product(node: Expr) -> bool:
+    """Is there a matrix product below, through views, casts and element-wise operations only?"""
+    todo, seen = [node], {node}
+    while todo:
+        at = todo.pop()
+        if at.op == "dot" or (at.op == "sum" and at.args[0].op == "mul"):
+            return True
+        if at.op in POINTWISE or at.op in VIEWS:
+            fresh = [a for a in at.args if a not in seen]
+            seen.update(fresh)
+            todo.extend(fresh)
+    return False
+
+
+def score_sides(term: Term) -> list[int]:
+    """Which arguments of a binary layer may lead to the product, the likelier first."""
+    sides = [i for i, a in enumerate(term.expr.args) if holds_product(a)]
+    return sorted(sides, key=lambda i: -term.expr.args[i].rank)
+
+
+def number(node: Expr) -> float | None:
+    """A constant as a float."""
+    value = scalar_of(node)
+    return None if value is None else float(value)
+
+
+@rule("cast(x) changes the precision alone", lambda: pointwise("cast", eg.scores(), dtype=torch.float64))
+def cast(term: Term, scope: Scope) -> Peel | None:
+    """A change of floating dtype; the softmax records the dtype it computes in."""
+    if term.expr.op != "cast" or not (term.expr.is_float and term.expr.args[0].is_float):
+        return None
+    return Peel(term.argument(0))
+
+
+@rule("softcap: c * tanh(y) = SoftCap_c(c * y)", lambda: eg.binary("mul", pointwise("tanh", eg.scores()), eg.number(3.0)))
+def softcap(term: Term, scope: Scope) -> Peel | None:
+    """An identity for every ``c > 0``, wherever the inner division was folded to."""
+    if term.expr.op == "mul":
+        for position in (0, 1):
+            cap = number(term.expr.args[1 - position])
+            found = _tanh_below(term.argument(position), scope)
+            if cap is not None and cap > 0 and found is not None:
+                return _capped(found, cap)
+    if term.expr.op == "div":
+        divisor, found = number(term.expr.args[1]), _tanh_below(term.argument(0), scope)
+        if divisor is not None and divisor > 0 and found is not None:
+            return _capped(found, 1.0 / divisor)
+    return _capped(term, 1.0) if term.expr.op == "tanh" else None
+
+
+def _capped(tanh: Term, cap: float) -> Peel:
+    inner = tanh.argument(0)
+    if cap == 1.0:
+        return Peel(inner, SoftCap(1.0))
+    scaled = pointwise("mul", inner.expr, const(cap, inner.expr.dtype), dtype=inner.expr.dtype)
+    return Peel(Term(scaled, inner.index), SoftCap(cap))
+
+
+def _tanh_below(term: Term, scope: Scope) -> Term | None:
+    """The tanh below casts and views."""
+    for _ in range(8):
+        if term.expr.op == "tanh":
+            return term
+        if term.expr.op == "cast" and term.expr.args[0].is_float:
+            term = term.argument(0)
+            continue
+        below = scope.step(term)
+        if below is None:
+            return None
+        term = below
+    return None
+
+
+@rule("scale: x * c, x / c, -x", lambda: eg.binary("div", eg.scores(), eg.number(8.0)))
+def scale(term: Term, scope: Scope) -> Peel | None:
+    """A constant factor of any sign."""
+    node = term.expr
+    if node.op == "neg":
+        return Peel(term.argument(0), Scale(-1.0))
+    if node.op == "mul":
+        for position in (0, 1):
+            factor = number(node.args[1 - position])
+            if factor is not None:
+                return Peel(term.argument(position), Scale(factor))
+    if node.op == "div" and (divisor := number(node.args[1])) is not None and divisor != 0:
+        return Peel(term.argument(0), Scale(1.0 / divisor))
+    return None
+
+
+@rule(
+    "scale by a tensor: x * t, x / t",
+    lambda: eg.binary("mul", eg.leaf("t", (eg.H, 1, 1), torch.float64), eg.scores()),
+)
+def scale_by(term: Term, scope: Scope) -> list[Peel] | None:
+    """A factor that is a tensor: a learned temperature, a multiplied mask."""
+    if term.expr.op == "mul":
+        return [
+            Peel(term.argument(i), ScaleBy(scope.slot(term.argument(1 - i)))) for i in score_sides(term)
+        ] or None
+    if term.expr.op == "div" and term.expr.args[1].is_float and holds_product(term.expr.args[0]):
+        divisor = term.argument(1)
+        one = const(1.0, divisor.expr.dtype)
+        inverse = Term(pointwise("div", one, divisor.expr, dtype=divisor.expr.dtype), divisor.index)
+        return [Peel(term.argument(0), ScaleBy(scope.slot(inverse)))]
+    return None
+
+
+@rule(
+    "softmax(x + t) = softmax(x) where t does not vary over the keys",
+    lambda: eg.binary("sub", eg.scores(), eg.reduced("amax", eg.scores())),
+)
+def shift(term: Term, scope: Scope) -> list[Peel] | None:
+    """A shift of whole rows cancels in the softmax: the usual subtraction of the maximum."""
+    if term.expr.op not in ("add", "sub"):
+        return None
+    sides = [i for i in score_sides(term) if term.expr.op == "add" or i == 0]
+    free = [Peel(term.argument(i)) for i in sides if not scope.varies_over_keys(term.argument(1 - i))]
+    return free or None
+
+
+@rule("bias: x + t, x - t", lambda: eg.binary("add", eg.leaf("t", (eg.H, eg.Q, eg.K), torch.float64), eg.scores()))
+def bias(term: Term, scope: Scope) -> list[Peel] | None:
+    """An added tensor.  Whether it is a mask is decided later, by what it means."""
+    node = term.expr
+    if node.op == "add":
+        return [Peel(term.argument(i), Bias(scope.slot(term.argument(1 - i)))) for i in score_sides(term)] or None
+    if node.op != "sub":
+        return None
+    found = [Peel(term.argument(0), Bias(scope.slot(term.argument(1)), "", -1.0))] if holds_product(node.args[0]) else []
+    if holds_product(node.args[1]):
+        negated = Term(pointwise("neg", node.args[1]), term.argument(1).index)
+        found.append(Peel(negated, Bias(scope.slot(term.argument(0)))))
+    return found or None
+
+
+@rule("mask: where(m, x, fill)", lambda: pointwise("where", eg.bits(), eg.scores(), eg.number(-math.inf)))
+def mask(term: Term, scope: Scope) -> Peel | None:
+    """Hidden scores replaced by a constant."""
+    if term.expr.op != "where":
+        return None
+    _, yes, no = term.expr.args
+    for attends, kept, filler in ((True, 1, no), (False, 2, yes)):
+        fill = number(filler)
+        if fill is not None and holds_product(term.expr.args[kept]):
+            if fill > -1e3:
+                raise Refuse(f"hidden scores are set to {fill:g}, which leaves them visible to the softmax", term.expr)
+            return Peel(term.argument(kept), Mask(scope.slot(term.argument(0)), fill, False, attends))
+    if holds_product(yes) or holds_product(no):
+        raise Refuse("where() chooses between the scores and another tensor, not a constant fill", term.expr)
+    return None
+
+
+@rule("max(x, c) = x for c at or below the lowest finite score", lambda: eg.binary("max", eg.scores(), eg.number(-1e300)))
+def floor(term: Term, scope: Scope) -> Peel | None:
+    """A clamp to the dtype's most negative number: it only turns -inf fills into finite ones."""
+    if term.expr.op != "max":
+        return None
+    for position in (0, 1):
+        bound = number(term.expr.args[1 - position])
+        if bound is not None and bound <= torch.finfo(term.expr.dtype).min * (0.999 if term.expr.dtype is not torch.float64 else 1e-9):
+            return Peel(term.argument(position))
+    return None
+
+
+SCORES: tuple[Rule, ...] = (cast, softcap, scale, mask, shift, bias, scale_by, floor)

@@ -1,0 +1,118 @@
+"""Spellings of the softmax itself."""
+
+from __future__ import annotations
+
+import math
+
+from fusepass.ir import Expr, const, pointwise, scalar_of
+from fusepass.patterns import examples as eg
+from fusepass.rule import Core, Refuse, Rule, Scope, Term, rule
+
+
+def _exponential(node: Expr) -> Expr | None:
+    """The ``x`` of ``exp(x)``, and of ``exp2(x)`` written in base e."""
+    if node.op == "exp":
+        return node.args[0]
+    if node.op == "exp2":
+        return pointwise("mul", node.args[0], const(math.log(2.0), node.dtype), dtype=node.dtype)
+    return None
+
+
+def _under_casts(node: Expr) -> Expr:
+    while node.op == "cast" and node.is_float and node.args[0].is_float:
+        node = node.args[0]
+    return node
+
+
+def _row_sum_of(node: Expr, summand: Expr) -> int | None:
+    """The dimension, where ``node`` is ``sum(summand)`` over one dimension kept with size 1."""
+    node = _under_casts(node)
+    while node.op in ("expand", "reshape") and node.op == "expand":
+        node = node.args[0]
+    if node.op != "sum" or _under_casts(node.args[0]) is not _under_casts(summand):
+        return None
+    dims: tuple[int, ...] = node.attrs[0]  # type: ignore[assignment]
+    return dims[0] if len(dims) == 1 else None
+
+
+def _core(term: Term, scores: Expr, dim: int) -> Core:
+    return Core(Term(scores, term.index), dim, term.expr.dtype)
+
+
+@rule("softmax(x)", lambda: eg.softmax(eg.scores()))
+def softmax(term: Term, scope: Scope) -> Core | None:
+    """The operation itself."""
+    if term.expr.op != "softmax":
+        return None
+    return _core(term, term.expr.args[0], int(term.expr.attrs[0]))  # type: ignore[call-overload]
+
+
+def _divided() -> Expr:
+    e = pointwise("exp", eg.scores())
+    return eg.binary("div", e, eg.reduced("sum", e))
+
+
+@rule("exp(x) / sum(exp(x)) = softmax(x)", _divided)
+def quotient(term: Term, scope: Scope) -> Core | None:
+    """Written out: exponential over its row sum, by division or by the sum's reciprocal."""
+    pair = _numerator_and_sum(term.expr)
+    if pair is None:
+        return None
+    numerator, denominator = pair
+    scores = _exponential(_under_casts(numerator))
+    if scores is None:
+        return None
+    dim = _row_sum_of(denominator, numerator)
+    if dim is None:
+        if denominator.op == "add" and any(_row_sum_of(a, numerator) is not None for a in denominator.args):
+            extra = next((scalar_of(a) for a in denominator.args if scalar_of(a) is not None), "a tensor")
+            raise Refuse(f"the denominator adds {extra} to the row sum: not a softmax", term.expr)
+        return None
+    return _core(term, scores, dim)
+
+
+def _numerator_and_sum(node: Expr) -> tuple[Expr, Expr] | None:
+    if node.op == "div":
+        return node.args[0], node.args[1]
+    if node.op == "mul":
+        for a, b in (node.args, node.args[::-1]):
+            if b.op == "div" and scalar_of(b.args[0]) == 1:
+                return a, b.args[1]
+            if b.op == "pow" and scalar_of(b.args[1]) == -1:
+                return a, b.args[0]
+    return None
+
+
+def _log_form() -> Expr:
+    x = eg.scores()
+    return pointwise("exp", eg.expr("log_softmax", (x,), (3,), x.shape, x.dtype))
+
+
+@rule("exp(log_softmax(x)) = softmax(x)", _log_form)
+def exp_of_log_softmax(term: Term, scope: Scope) -> Core | None:
+    """Through the logarithm."""
+    if term.expr.op != "exp":
+        return None
+    inner = _under_casts(term.expr.args[0])
+    return _core(term, inner.args[0], int(inner.attrs[0])) if inner.op == "log_softmax" else None  # type: ignore[call-overload]
+
+
+def _logsumexp_form() -> Expr:
+    x = eg.scores()
+    return pointwise("exp", eg.binary("sub", x, eg.reduced("logsumexp", x)))
+
+
+@rule("exp(x - logsumexp(x)) = softmax(x)", _logsumexp_form)
+def exp_minus_logsumexp(term: Term, scope: Scope) -> Core | None:
+    """Normalised inside the exponential."""
+    if term.expr.op != "exp" or term.expr.args[0].op != "sub":
+        return None
+    scores, norm = term.expr.args[0].args
+    if norm.op == "logsumexp" and norm.args[0] is scores and len(norm.attrs[0]) == 1:  # type: ignore[arg-type]
+        return _core(term, scores, norm.attrs[0][0])  # type: ignore[index]
+    if norm.op == "log" and (dim := _row_sum_of(norm.args[0], pointwise("exp", scores, dtype=scores.dtype))) is not None:
+        return _core(term, scores, dim)
+    return None
+
+
+SOFTMAX: tuple[Rule, ...] = (softmax, quotient, exp_of_log_softmax, exp_minus_logsumexp)

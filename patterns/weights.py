@@ -1,0 +1,108 @@
+"""Layers between the softmax and the values."""
+
+from __future__ import annotations
+
+import torch
+
+from fusepass.ir import Expr, expr, pointwise
+from fusepass.patterns import examples as eg
+from fusepass.patterns.scores import number
+from fusepass.rule import Peel, Refuse, Rule, Scope, Term, rule
+from fusepass.spec import Dropout, Keep, WeightScale, ZeroEmptyRows
+
+_weighty: set[str] = {"softmax", "log_softmax", "exp", "exp2"}
+
+
+def holds_softmax(node: Expr) -> bool:
+    """Is there a softmax or an exponential below, through the layers that this file peels?"""
+    for _ in range(24):
+        if node.op in _weighty:
+            return True
+        if node.op in ("cast", "dropout", "nan_to_num", "permute", "reshape", "expand", "slice", "select", "flip"):
+            node = node.args[0]
+        elif node.op in ("mul", "div", "where"):
+            return any(holds_softmax(a) for a in node.args)
+        else:
+            return False
+    return False
+
+
+@rule("cast(w) changes the precision alone", lambda: pointwise("cast", eg.softmax(eg.scores()), dtype=torch.float64))
+def cast(term: Term, scope: Scope) -> Peel | None:
+    """Back from the softmax's dtype."""
+    if term.expr.op != "cast" or not term.expr.args[0].is_float or not term.expr.is_float:
+        return None
+    return Peel(term.argument(0))
+
+
+def _dropped() -> Expr:
+    w = eg.softmax(eg.scores())
+    return expr("dropout", (w,), (0.0, "d"), w.shape, w.dtype)
+
+
+@rule("dropout(w)", _dropped)
+def dropout(term: Term, scope: Scope) -> Peel | None:
+    """Dropped weights: the same distribution from another stream of random numbers."""
+    if term.expr.op != "dropout":
+        return None
+    return Peel(term.argument(0), Dropout(float(term.expr.attrs[0])))  # type: ignore[arg-type]
+
+
+def _cleaned() -> Expr:
+    w = eg.softmax(eg.scores())
+    return expr("nan_to_num", (w,), (0.0,), w.shape, w.dtype)
+
+
+@rule("nan_to_num(w): rows that see no key become zero", _cleaned)
+def zero_empty_rows(term: Term, scope: Scope) -> Peel | None:
+    """The guard of a safe softmax."""
+    if term.expr.op != "nan_to_num":
+        return None
+    if term.expr.attrs[0] != 0.0:
+        raise Refuse(f"NaN weights become {term.expr.attrs[0]}, not zero", term.expr)
+    return Peel(term.argument(0), ZeroEmptyRows())
+
+
+@rule(
+    "keep: where(m, w, 0)",
+    lambda: pointwise("where", eg.bits(), eg.softmax(eg.scores()), eg.number(0.0)),
+)
+def keep(term: Term, scope: Scope) -> Peel | None:
+    """Weights hidden after the softmax, without renormalising."""
+    if term.expr.op != "where":
+        return None
+    condition = term.argument(0)
+    for attends, kept, other in ((True, 1, 2), (False, 2, 1)):
+        if holds_softmax(term.expr.args[kept]):
+            if number(term.expr.args[other]) != 0.0:
+                raise Refuse("where() after the softmax puts in weights other than zero", term.expr)
+            return Peel(term.argument(kept), Keep(scope.slot(condition), attends))
+    return None
+
+
+@rule(
+    "w * t, where t does not vary over the keys",
+    lambda: eg.binary("mul", eg.softmax(eg.scores()), eg.leaf("t", (eg.H, 1, 1), torch.float64)),
+)
+def weight_scale(term: Term, scope: Scope) -> Peel | None:
+    """Head masks and gates; a 0/1 mask over the keys is a :class:`Keep`."""
+    node = term.expr
+    if node.op == "div" and holds_softmax(node.args[0]) and (divisor := number(node.args[1])):
+        return Peel(term.argument(0), WeightScale(1.0 / divisor))
+    if node.op != "mul":
+        return None
+    for position in (0, 1):
+        if not holds_softmax(node.args[position]):
+            continue
+        factor, other = number(node.args[1 - position]), term.argument(1 - position)
+        if factor is not None:
+            return Peel(term.argument(position), WeightScale(factor))
+        if other.expr.op == "cast" and other.expr.args[0].dtype is torch.bool:
+            return Peel(term.argument(position), Keep(scope.slot(other.argument(0)), True))
+        if scope.varies_over_keys(other):
+            raise Refuse("the weights are multiplied by a tensor that varies over the keys", node)
+        return Peel(term.argument(position), WeightScale(1.0, scope.slot(other)))
+    return None
+
+
+WEIGHTS: tuple[Rule, ...] = (cast, dropout, zero_empty_rows, keep, weight_scale)
