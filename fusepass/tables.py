@@ -1,7 +1,7 @@
 """Reports as tables for people: from plain data to rich tables."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -77,12 +77,6 @@ def cost_table(costs: Mapping[str, "Cost"], inner: str) -> Table:
     for way, cost in costs.items():
         table.add_row(escape(names.get(way, way)), f"{cost.milliseconds:.2f} ms", size(cost.peak_bytes))
     return table
-
-
-def kinds(sites: Iterable[SiteReport]) -> str:
-    """The labels of some sites with their counts, one a line: for a cell of another table."""
-    labels = Counter(site.kind or site.spec or "not recognised" for site in sites)
-    return "\n".join(label + (f" ×{count}" if count > 1 else "") for label, count in labels.items())
 
 
 def size(count: float | None) -> str:

@@ -108,9 +108,8 @@ def distance(got: torch.Tensor, want: torch.Tensor, like: torch.Tensor, scale: f
     valid = torch.isfinite(got) & torch.isfinite(want)
     if not valid.any():
         return 0.0
-    exact = want[valid].double()
-    largest = max(exact.abs().max().item(), scale, torch.finfo(torch.float32).tiny)
-    return (got[valid].double() - exact).abs().max().item() / largest
+    largest = max(want[want.isfinite()].abs().max().item(), scale, torch.finfo(torch.float32).tiny)
+    return (got[valid].double() - want[valid].double()).abs().max().item() / largest
 
 
 def _same_kinds(got: torch.Tensor, like: torch.Tensor) -> bool:
