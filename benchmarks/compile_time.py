@@ -119,7 +119,7 @@ def in_process(layers: int, inner: str) -> dict[str, Any]:
             "TORCHINDUCTOR_CACHE_DIR": cache,
             "PYTHONPATH": path,
         }
-        command = [sys.executable, __file__, "--one", str(layers), "--inner", inner]
+        command = [sys.executable, "-W", "ignore", __file__, "--one", str(layers), "--inner", inner]
         done = subprocess.run(
             command, env={**os.environ, **off}, stdout=subprocess.PIPE, text=True, check=True
         )

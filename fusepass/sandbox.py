@@ -96,5 +96,11 @@ def named_tensors(tree: Any) -> dict[str, torch.Tensor]:
     found = {}
     for path, leaf in leaves:
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-            found[pytree.keystr(path).lstrip(".") or "output"] = leaf
+            found[".".join(map(_step, path)) or "output"] = leaf
     return found
+
+
+def _step(key: object) -> str:
+    """One step of a path into a nest: a key, a position, or the name of a field."""
+    names = (getattr(key, name, None) for name in ("key", "idx", "name"))
+    return str(next((name for name in names if name is not None), key))

@@ -67,7 +67,8 @@ class Trial:
         self, call: Call, owner: Call, dtype: torch.dtype | None, seed: int
     ) -> Callable[[], Results]:
         args, kwargs = fresh((self.args, dict(self.kwargs)), dtype)
-        leaves = named_tensors((args, kwargs))
+        given = named_tensors(dict(enumerate(args)) | kwargs)
+        leaves = {f"argument {name}": leaf for name, leaf in given.items()}
         if isinstance(owner, torch.nn.Module):
             leaves.update(owner.named_parameters())
         leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}

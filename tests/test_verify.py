@@ -52,7 +52,7 @@ def test_gradients_of_arguments_count() -> None:
         engines.Attention(), x, fusepass_options=QUICK, fusepass_repeats=0, fusepass_grads=True
     )
     assert found.ok
-    assert len(found.gradients) == 3
+    assert {check.name for check in found.gradients} == {"argument 0", "project.weight", "project.bias"}
     assert x.grad is None
 
 
@@ -93,6 +93,14 @@ def test_distance_is_relative_and_strict_about_infinities() -> None:
     assert distance(torch.tensor([1.1, inf, nan]), want, eager) == pytest.approx(0.025)
     assert distance(torch.tensor([1.0, -inf, nan]), want, eager) == inf
     assert distance(torch.zeros(3), torch.zeros(3), torch.zeros(3)) == 0
+
+
+def test_results_are_named_by_their_place() -> None:
+    def many(x: torch.Tensor) -> dict[str, object]:
+        return {"first": x, "rest": [x + 1, (x + 2,)], "count": 3}
+
+    found = fusepass.verify(many, X, fusepass_options=QUICK, fusepass_repeats=0)
+    assert [check.name for check in found.outputs] == ["first", "rest.0", "rest.1.0"]
 
 
 def test_ratio_of_errors() -> None:
