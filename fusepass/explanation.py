@@ -1,17 +1,18 @@
 """`explain`: every attention site of a model, what it was recognised as, and its kernel or why it stays."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
+import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from fusepass.backend import fusepass
+from fusepass.backend import run_pass
 from fusepass.config import Options
 from fusepass.report import Collector, SiteReport, collect, render, summary
-from fusepass.sandbox import compiled_apart, fresh, restored, run_eagerly, unwrapped
+from fusepass.sandbox import compiled_apart, duplicate, fresh, restored, unwrapped
 from fusepass.tables import site_table
 
 
@@ -63,16 +64,17 @@ def explain(
     """What the pass does to `model(*args, **kwargs)`, which runs once, on copies of the arguments.
 
     Keywords that begin with `fusepass_` are for this function, all others go to the model:
-    `fusepass_options` are the backend's (`kernel`, `precision`, ...; `inner` is a plain run of the graph
-    here) and `fusepass_dynamic` is `torch.compile`'s `dynamic`. The model is explained as it is, in its train
-    or eval mode and in the caller's grad mode; its state and its compiled code stay as they were.
+    `fusepass_options` are the backend's and `fusepass_dynamic` is `torch.compile`'s `dynamic`. What runs are
+    the original graphs, without `inner` and without the kernels. The model is explained as it is, in its
+    train or eval mode and in the caller's grad mode; its state and its compiled code stay as they were.
     """
-    settings = {"inner": run_eagerly, **(fusepass_options or {})}
-    Options.from_user(**settings)
+    options = Options.from_user(**(fusepass_options or {}))
     model = unwrapped(model)
 
-    def backend(gm: Any, example_inputs: Any) -> Any:
-        return fusepass(gm, example_inputs, options=settings)
+    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        original = duplicate(gm)
+        run_pass(gm, example_inputs, options)
+        return original
 
     with collect() as collector, restored(model):
         compiled_apart(model, backend, fusepass_dynamic)(*fresh(args), **fresh(kwargs))

@@ -68,3 +68,21 @@ def test_a_model_with_a_graph_break() -> None:
 def test_wrong_options_are_named() -> None:
     with pytest.raises(ValueError, match="unknown fusepass option 'dynamic'"):
         fusepass.explain(engines.Attention(), X, fusepass_options={"dynamic": True})
+
+
+def test_the_original_graph_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines.install(monkeypatch, engines.wrong)
+    seen = []
+
+    class Seen(engines.Attention):
+        def forward(self, x: torch.Tensor, scale: float = 0.25) -> torch.Tensor:
+            out = super().forward(x, scale)
+            torch._dynamo.graph_break()
+            seen.append(out)
+            return out
+
+    model = Seen()
+    explanation = fusepass.explain(model, X)
+    assert len(explanation.fused) == 1
+    model(X)
+    torch.testing.assert_close(*seen)
