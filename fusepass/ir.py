@@ -34,7 +34,7 @@ POINTWISE = frozenset(
 #: Operations that only rename elements.
 VIEWS = frozenset({"permute", "reshape", "expand", "slice", "select", "flip", "repeat"})
 #: Contractions, reductions and the rest.
-OTHERS = frozenset({"dot", "sum", "amax", "logsumexp", "softmax", "log_softmax", "dropout", "index", "cat", "tuple", "item"})
+OTHERS = frozenset({"dot", "sum", "amax", "logsumexp", "softmax", "log_softmax", "dropout", "index", "cat", "cumsum"})
 #: Scalar level only: an affine index, and one element of a tensor.
 SCALAR = frozenset({"affine", "load"})
 OPS = LEAVES | POINTWISE | VIEWS | OTHERS | SCALAR

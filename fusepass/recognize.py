@@ -7,7 +7,7 @@ to a product of queries and keys, gives every axis its role, and understands the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -70,7 +70,12 @@ class Site:
     out: Term
     product: Expr
     softmax: Expr
-    trace: list[str] = field(default_factory=list)
+    scope: Scope
+
+    @property
+    def trace(self) -> list[str]:
+        """The rules that applied, in order."""
+        return self.scope.trace
 
 
 @dataclass(frozen=True)
@@ -224,7 +229,7 @@ class _Reading:
         )  # fmt: skip
         return Site(
             spec, roles, scope.space, query_chain, key_chain, value_chain, scope.operands, self.out, found.node,
-            core.scores.expr, scope.trace,
+            core.scores.expr, scope,
         )  # fmt: skip
 
     def _settle(self, roles: heads.Roles) -> None:

@@ -64,8 +64,41 @@ class Formulas:
             gathered = self._gather(term)
             if gathered is not None:
                 return self.lift(gathered)
+        if node.op == "cat":
+            return self._cat(term)
+        if node.op == "cumsum" and self._everywhere_zero(node.args[0]):
+            return const(0, node.dtype)
         below = self.scope.step(term)
         return self.load(term) if below is None else self.lift(below)
+
+    def _everywhere_zero(self, x: Expr) -> bool:
+        """Is every element of a tensor zero (or false)?"""
+        index = tuple(self.space.fresh("n", n) for n in x.shape)
+        value = scalar_of(self.lift(Term(x, index)))
+        return value is not None and value == 0
+
+    def _cat(self, term: Term) -> Expr:
+        """``cat(x, y)[i] = where(i < len(x), x[i], y[i - len(x)])``."""
+        dim, node = int(term.expr.attrs[0]), term.expr  # type: ignore[call-overload]
+        at = self.space.resolve(term.index[dim])
+        starts: list[Size] = [0]
+        for part in node.args:
+            starts.append(simplify_size(starts[-1] + part.shape[dim]))
+
+        def element(n: int) -> Expr:
+            inside = at + (-1 * starts[n])
+            index = tuple(inside if d == dim else i for d, i in enumerate(term.index))
+            return self.lift(Term(node.args[n], tuple(Affine() if s == 1 else i for s, i in zip(node.args[n].shape, index, strict=True))))
+
+        out: Expr | None = None
+        for n in reversed(range(len(node.args))):
+            before_end = self.at_most_zero(at + 1 - starts[n + 1])
+            if out is None or before_end is TRUE:
+                out = element(n)
+            elif before_end is not FALSE:
+                out = self._where(before_end, element(n), out, node.dtype)
+        assert out is not None
+        return out
 
     def load(self, term: Term) -> Expr:
         """An element that is not looked into."""
@@ -141,8 +174,8 @@ class Formulas:
         if c.op == "const":
             return self._cast(a if c.attrs[0] else b, dtype)
         a, b = self._cast(a, dtype) if a.op == "const" else a, self._cast(b, dtype) if b.op == "const" else b
-        if a is b:
-            return a
+        if a is b or self._same_on_edge(c, a, b):
+            return b
         if c.op == "not":
             return self._where(c.args[0], b, a, dtype)
         if dtype is torch.bool:
@@ -155,6 +188,16 @@ class Formulas:
             if b is TRUE:
                 return self._logic("or", (self._not(c), a))
         return expr("where", (c, a, b), (), (), dtype)
+
+    def _same_on_edge(self, c: Expr, a: Expr, b: Expr) -> bool:
+        """Does ``c`` hold only where its left side is zero, and do ``a`` and ``b`` agree there?"""
+        if c.op != "le" or (edge := index_of(c.args[0])) is None:
+            return False
+        x, y, reach = index_of(a), index_of(b), self.space.bounds(edge)
+        if x is None or y is None or reach is None or reach[0] != 0:
+            return False
+        difference = self.space.resolve(x - y)
+        return any(difference == edge * (n if isinstance(n, int) else 1) for _, n in difference.terms)
 
     def _not(self, x: Expr) -> Expr:
         if x.op == "const":

@@ -8,6 +8,7 @@ written to after it was read can no longer be used to stand for its old value.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -109,6 +110,14 @@ class Reader:
         end = self.order[until]
         return self.order[node] < end and not any(since < w < end for w in self._writes.get(self._root[node], ()))
 
+    def root(self, node: fx.Node) -> fx.Node:
+        """The node whose memory ``node`` shares."""
+        return self._root.get(node, node)
+
+    def members(self, root: fx.Node) -> list[fx.Node]:
+        """The nodes that share a root's memory."""
+        return self._members.get(root, [])
+
     def _shape_env(self) -> Any:
         for node in self.graph.nodes:
             value = value_of(node)
@@ -198,10 +207,7 @@ class Reader:
         for alias in ("input", "self"):
             if alias in kwargs:
                 args = (kwargs.pop(alias), *args)
-        if "other" in kwargs:
-            args = (*args, kwargs.pop("other"))
-        if "_value" in kwargs:
-            kwargs["value"] = kwargs.pop("_value")
+        args = _positional(operation(node)[0], args, kwargs)
         if any(isinstance(a, fx.Node) for a in args):
             return None
         for name in ("dtype", "device", "layout", "pin_memory", "memory_format", "requires_grad", "non_blocking", "inplace", "implicit", "generator", "_stacklevel"):
@@ -399,6 +405,28 @@ def _range(key: Value, size: Any) -> tuple[Any, Any] | None:
     return None if at is None else (at, at + 1)
 
 
+@functools.cache
+def _schemas(name: str) -> tuple[tuple[str, ...], ...]:
+    """The positional parameters of every overload of an ATen operation."""
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return ()
+    schemas = (getattr(packet, overload)._schema for overload in packet.overloads())
+    return tuple(tuple(a.name for a in s.arguments if not a.kwarg_only) for s in schemas)
+
+
+def _positional(name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) -> tuple[Value, ...]:
+    """Arguments given by keyword, put in the place that the operation's schema gives them."""
+    for names in _schemas(name) if kwargs else ():
+        if len(names) > len(args) and names[len(args)] in kwargs:
+            for parameter in names[len(args) :]:
+                if parameter not in kwargs:
+                    break
+                args = (*args, kwargs.pop(parameter))
+            break
+    return args
+
+
 def x_like(values: Iterable[Any], x: Expr) -> Any:
     """Any one of several results (their handler asks for the operand's type alone)."""
     return next(iter(values))
@@ -416,3 +444,11 @@ def _writes_hidden(node: fx.Node) -> bool:
     if schema is not None:
         return bool(schema.is_mutable)
     return bool(node.kwargs.get("inplace"))
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Does the node write into its first argument?"""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name, writes = operation(node)
+    return writes or node.target is operator.setitem or name == "__setitem__" or "out" in node.kwargs or _writes_hidden(node)

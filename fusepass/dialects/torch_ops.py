@@ -651,6 +651,22 @@ HANDLERS["amax"] = _reduce("amax")
 HANDLERS["logsumexp"] = _reduce("logsumexp")
 
 
+@handles("cumsum")
+def _cumsum(r: Result, x: Expr, dim: int) -> Expr:
+    return expr("cumsum", (x,), (dim_of(dim, x.rank),), r.shape, r.dtype)
+
+
+@handles("diff")
+def _diff(r: Result, x: Expr, n: int = 1, dim: int = -1, prepend: Value = None, append: Value = None) -> Expr | None:
+    d = dim_of(dim, x.rank)
+    parts = [p for p in (prepend, x, append) if isinstance(p, Expr)]
+    if n != 1:
+        return None
+    length = simplify_size(r.shape[d] + 1)
+    whole = x if len(parts) == 1 else expr("cat", tuple(parts), (d,), (*x.shape[:d], length, *x.shape[d + 1 :]), x.dtype)
+    return pointwise("sub", slice_dim(whole, d, 1, r.shape[d]), slice_dim(whole, d, 0, r.shape[d]), dtype=r.dtype)
+
+
 @handles("max", "min")
 def _max(r: Result, x: Expr, *args: Value, **kw: Value) -> Value:
     if args and isinstance(args[0], Expr):

@@ -1,0 +1,120 @@
+"""What every kernel shares: the target, the answer "no, because", and the tensors of a site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fusepass.emit import Builder
+from fusepass.program import slots
+from fusepass.recognize import Site
+from fusepass.spec import Attention, Keep, Mask, WeightScale, ZeroEmptyRows
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and how a site will run."""
+
+    device: str
+    training: bool
+    aten: bool
+    requested: bool = False  # the user asked for this kernel by name
+
+
+class Refused(Exception):
+    """Found out while writing nodes: this kernel cannot serve the site."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A way to compute a specification.
+
+    ``refuse`` answers None or the reason from the specification alone; ``emit`` writes the nodes and
+    returns the result ``[B, H, Q, Dv]``, or raises :class:`Refused`.
+    """
+
+    name: str
+    refuse: Callable[[Attention, Target], str | None]
+    emit: Callable[[Site, Builder, Target], fx.Node]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Query ``[B, H, Q, D]``, key ``[B, G, K, D]`` and value ``[B, G, K, Dv]`` of one dtype."""
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+
+
+def operands(site: Site, build: Builder) -> Operands:
+    """Lay out queries, keys and values; grouped heads are not copied."""
+    r = site.roles
+    layouts = (
+        (site.query, (r.batch, r.heads, r.query, r.head_dim)),
+        (site.keys, (r.batch, r.kv_heads, r.key, r.head_dim)),
+        (site.values, (r.batch, r.kv_heads, r.key, r.value_dim)),
+    )
+    nodes = []
+    for chain, groups in layouts:
+        nodes.append(build.layout(build.choose(chain, groups), groups, full=True))
+    dtypes = [build.value(n).dtype for n in nodes]
+    wide = max(dtypes, key=lambda d: (d.itemsize, d is torch.float32))
+    if len(set(dtypes)) > 1 and torch.float16 in dtypes and torch.bfloat16 in dtypes:
+        wide = torch.float32
+    return Operands(*(build.cast(n, wide) for n in nodes))
+
+
+def score_operand(site: Site, build: Builder, slot: int) -> fx.Node:
+    """A modifier's tensor, ``[B | 1, H | 1, Q | 1, K | 1]``."""
+    r = site.roles
+    term = site.operands[slot]
+    made = build.tensor(term.expr)
+    if term.expr.rank == 0 and (not isinstance(made, fx.Node) or not isinstance(build.value(made), torch.Tensor)):
+        return made  # type: ignore[no-any-return]  # a number
+    groups = (r.batch, r.heads, r.query, r.key)
+    return build.layout(build.reach(term, site.scope), groups, full=False)
+
+
+def all_operands(site: Site, build: Builder, bands: bool = False) -> list[fx.Node]:
+    """The tensors of every slot that a program reads, in its order."""
+    made = []
+    for slot in slots(site.spec, bands):
+        tensor = score_operand(site, build, slot)
+        if not isinstance(tensor, fx.Node) or not isinstance(build.value(tensor), torch.Tensor):
+            tensor = build.op("scalar_tensor", tensor, dtype=site.spec.dtype, device=build.value(build.anchor).device)
+        made.append(tensor)
+    return made
+
+
+def empty_rows(spec: Attention) -> str:
+    """What a row that sees no key gives: ``"zero"``, ``"nan"`` or ``"mean"`` (of the values)."""
+    for mod in spec.weights:
+        if isinstance(mod, ZeroEmptyRows) or (isinstance(mod, Keep) and mod.implied):
+            return "zero"
+    return "nan" if any(m.fill == -math.inf for m in spec.masks) else "mean"
+
+
+def after_weights(site: Site, build: Builder, out: fx.Node) -> fx.Node:
+    """Factors of the weights that do not vary over the keys, moved to the result."""
+    for mod in site.spec.weights:
+        if isinstance(mod, WeightScale):
+            factor = mod.factor if mod.slot is None else score_operand(site, build, mod.slot)
+            out = build.op("mul" if isinstance(factor, fx.Node) or not build.is_aten else "mul_scalar", out, factor)
+        elif isinstance(mod, Keep) and "j" not in mod.axes:
+            kept = score_operand(site, build, mod.slot)
+            zero = build.op("scalar_tensor", 0.0, dtype=build.value(out).dtype, device=build.value(out).device)
+            out = build.op("where", kept, out, zero) if mod.attends else build.op("where", kept, zero, out)
+    return out
+
+
+def visible(site: Site, build: Builder, mask: Mask) -> fx.Node:
+    """A mask as a boolean tensor, True where attends."""
+    tensor = score_operand(site, build, mask.slot)
+    if mask.additive:
+        return build.op("eq_scalar", tensor, 0)
+    return tensor if mask.attends else build.op("logical_not", tensor)

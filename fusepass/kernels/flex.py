@@ -1,0 +1,113 @@
+"""FlexAttention, for what SDPA cannot say: softcaps, unusual fills, orders of modifiers.
+
+The whole score formula becomes the ``score_mod``; tensors it reads are passed as its buffers.
+Source: Dong et al., "Flex Attention" (arXiv 2412.05496), ``torch.nn.attention.flex_attention``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fusepass.emit import Builder
+from fusepass.kernels.base import Kernel, Refused, Target, after_weights, all_operands, empty_rows, operands
+from fusepass.program import Program, decode, encode
+from fusepass.recognize import Site
+from fusepass.spec import Attention, Bias, Dropout, Keep, Mask, Scale, ScaleBy, SoftCap
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> Tensor:
+    """FlexAttention of a program; see :func:`fusepass.kernels.reference.attention` for the arguments.
+
+    Returns:
+        ``[B, H, Q, Dv]`` in the dtype of ``q``.
+    """
+    from torch._higher_order_ops.flex_attention import flex_attention as operator
+    from torch.nn.attention.flex_attention import _create_empty_block_mask
+
+    code = decode(program)
+    scale, scores = _leading_scale(code)
+
+    def score_mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *captured: Tensor) -> Tensor:
+        for mod in scores:
+            s = _apply(mod, s, (b, h, i, j), captured)
+        return s
+
+    blocks = _create_empty_block_mask(q, k).as_tuple()
+    found = operator(q, k, v, score_mod, blocks, scale, {}, tuple(tensors), ())
+    return found[0]  # type: ignore[no-any-return]
+
+
+def _leading_scale(code: Program) -> tuple[float, tuple[Any, ...]]:
+    first = code.scores[0] if code.scores else None
+    return (first.factor, code.scores[1:]) if isinstance(first, Scale) else (1.0, code.scores)
+
+
+def _element(t: Tensor, at: tuple[Tensor, ...]) -> Tensor:
+    """``t[b, h, i, j]`` with broadcast dimensions read at 0."""
+    index = [at[d] if t.shape[d] != 1 else torch.zeros_like(at[d]) for d in range(4)]
+    return t[tuple(index)] if t.dim() == 4 else t
+
+
+def _apply(mod: Any, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, ...]) -> Tensor:
+    match mod:
+        case Scale(factor):
+            return s * factor
+        case ScaleBy(slot):
+            return s * _element(captured[slot], at)
+        case SoftCap(cap):
+            return cap * torch.tanh(s / cap)
+        case Bias(slot, _, factor):
+            return s + _element(captured[slot], at) * factor
+        case Mask():
+            return _masked(mod, s, at, captured)
+    raise ValueError(f"FlexAttention program: unknown modifier {mod!r}")
+
+
+def _masked(mod: Mask, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, ...]) -> Tensor:
+    fill = mod.fill if mod.fill == -math.inf else max(mod.fill, torch.finfo(torch.float32).min)
+    if mod.slot >= 0:
+        tensor = _element(captured[mod.slot], at)
+        if mod.additive:
+            return s + tensor
+        return torch.where(tensor, s, fill) if mod.attends else torch.where(tensor, fill, s)
+    gap = at[3] - at[2]
+    for band in mod.atoms:
+        if getattr(band, "right", None) is not None:
+            s = torch.where(gap <= band.right, s, fill)  # type: ignore[union-attr]
+        if getattr(band, "left", None) is not None:
+            s = torch.where(gap >= -band.left, s, fill)  # type: ignore[union-attr,operator]
+    return s
+
+
+def refuse(spec: Attention, target: Target) -> str | None:
+    """Why FlexAttention cannot compute ``spec``."""
+    if target.aten:
+        return "FlexAttention is not written into exported graphs"
+    if target.device == "cpu" and target.training:
+        return "FlexAttention has no gradients on cpu"
+    if any(isinstance(w, Dropout) for w in spec.weights):
+        return "FlexAttention has no dropout"
+    if any(isinstance(w, Keep) and not w.implied and "j" in w.axes for w in spec.weights):
+        return "weights are hidden after the softmax without renormalising"
+    if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"FlexAttention does not compute in {str(spec.dtype).removeprefix('torch.')}"
+    return None
+
+
+def emit(site: Site, build: Builder, target: Target) -> fx.Node:
+    """Write a call to :func:`flex_attention`; the result is mended for rows that see no key."""
+    if not site.spec.rows_seen and site.spec.masks and (empty_rows(site.spec) != "mean" or site.spec.dtype is torch.float16):
+        raise Refused("a row may see no key, and FlexAttention gives such rows another value")
+    x = operands(site, build)
+    tensors = all_operands(site, build, bands=True)
+    if any(build.value(t).requires_grad for t in tensors) and target.device == "cpu":
+        raise Refused("FlexAttention has no gradients on cpu")
+    out = build.call(flex_attention, x.q, x.k, x.v, tensors, encode(site.spec, bands=True))
+    return build.cast(after_weights(site, build, out), site.spec.out_dtype)
+
+
+FLEX = Kernel("flex", refuse, emit)

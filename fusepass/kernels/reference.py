@@ -1,0 +1,109 @@
+"""``torch.ops.fusepass.attention``: the reference semantics as one opaque operator, with gradients.
+
+It shows recognition apart from kernels: any device, any dtype, forward and backward, plain mathematics.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from fusepass.emit import Builder
+from fusepass.kernels.base import Kernel, Target, all_operands, operands
+from fusepass.program import decode, encode
+from fusepass.recognize import Site
+from fusepass.spec import Attention, Dropout, WeightScale, reference
+
+
+def compute(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> Tensor:
+    """Run a program on tensors ``[B, H, Q, D]``, ``[B, G, K, D]``, ``[B, G, K, Dv]``."""
+    code = decode(program)
+    return reference(code.spec(q, k, v, len(tensors)), q, k, v, tensors)
+
+
+@torch.library.custom_op("fusepass::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> Tensor:
+    """Attention in plain mathematics: the semantics of :func:`fusepass.spec.reference`.
+
+    Args:
+        q: ``[B, H, Q, D]``; k: ``[B, G, K, D]``; v: ``[B, G, K, Dv]``.
+        tensors: operands of the program, broadcastable to ``[B, H, Q, K]``.
+        program: modifiers as written by :func:`fusepass.program.encode`.
+    """
+    return compute(q, k, v, tensors, program).contiguous()
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]), dtype=decode(program).out_dtype)
+
+
+@torch.library.custom_op("fusepass::attention_backward", mutates_args=())
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str
+) -> list[Tensor]:
+    """Gradients of :func:`attention` for q, k, v and every floating operand (zeros for the others)."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in (q, k, v, *tensors)]
+        out = compute(leaves[0], leaves[1], leaves[2], leaves[3:], program)
+        wanted = [t for t in leaves if t.requires_grad]
+        found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
+    out_grads = []
+    for t in leaves:
+        g = next(found) if t.requires_grad else None
+        out_grads.append(torch.zeros_like(t) if g is None else g.contiguous())
+    return out_grads
+
+
+@attention_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> list[Tensor]:
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v, *tensors)]
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, tensors, ctx.program = inputs
+    ctx.save_for_backward(q, k, v, *tensors)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    q, k, v, *tensors = ctx.saved_tensors
+    grads = attention_backward(grad, q, k, v, tensors, ctx.program)
+    given = [g if t.is_floating_point() else None for g, t in zip(grads[3:], tensors, strict=True)]
+    return grads[0], grads[1], grads[2], given, None
+
+
+attention.register_autograd(_backward, setup_context=_setup)
+
+
+def refuse(spec: Attention, target: Target) -> str | None:
+    """It computes every specification."""
+    return None
+
+
+def emit(site: Site, build: Builder, target: Target) -> fx.Node:
+    """Write the operator; dropout's mask is drawn outside it, as one more operand."""
+    x = operands(site, build)
+    spec = site.spec
+    tensors = all_operands(site, build)
+    if spec.dropout:
+        spec, drawn = _drawn(site, build, spec)
+        tensors = [*tensors, drawn]
+    return build.call(torch.ops.fusepass.attention.default, x.q, x.k, x.v, tensors, encode(spec))
+
+
+def _drawn(site: Site, build: Builder, spec: Attention) -> tuple[Attention, fx.Node]:
+    """Replace dropout by a multiplication with a drawn tensor."""
+    from dataclasses import replace
+
+    from fusepass.program import slots
+
+    sizes = [build.size(s) for s in (spec.batch, spec.heads, spec.queries, spec.keys)]
+    device = build.value(build.anchor).device
+    ones = build.op("full", sizes, 1.0, dtype=spec.softmax_dtype, device=device)
+    drawn = build.op("dropout", ones, spec.dropout, True)
+    slot = max([*slots(spec), -1]) + 1
+    weights = tuple(w for w in spec.weights if not isinstance(w, Dropout))
+    return replace(spec, weights=(*weights, WeightScale(1.0, slot, "bhij"))), drawn
+
+
+REFERENCE = Kernel("reference", refuse, emit)

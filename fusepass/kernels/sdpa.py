@@ -1,0 +1,244 @@
+"""``torch.nn.functional.scaled_dot_product_attention``.
+
+``softmax(q k^T * scale + attn_mask) v`` with dropout and grouped heads; ``is_causal`` is aligned
+top-left (PyTorch documentation of ``scaled_dot_product_attention``).  Its flash kernels take no
+``attn_mask``, so a mask that is proved causal, or to hide nothing, is never passed as a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusepass.emit import Builder
+from fusepass.kernels.base import (
+    Kernel,
+    Operands,
+    Refused,
+    Target,
+    after_weights,
+    empty_rows,
+    operands,
+    score_operand,
+    visible,
+)
+from fusepass.recognize import Site
+from fusepass.spec import Attention, Band, Bias, Keep, Mask, Scale, ScaleBy, ScoreModifier, negligible
+
+
+def refuse(spec: Attention, target: Target) -> str | None:
+    """Why SDPA cannot compute ``spec``."""
+    for position, mod in enumerate(spec.scores):
+        before = spec.scores[:position]
+        if isinstance(mod, (Scale, ScaleBy)):
+            if not all(isinstance(m, (Scale, ScaleBy)) for m in before):
+                return f"'{mod}' comes after '{before[-1]}'"
+            if isinstance(mod, ScaleBy) and "j" in mod.axes:
+                return "the scores are multiplied by a tensor that varies over the keys"
+        elif not isinstance(mod, (Bias, Mask)):
+            return f"it has no '{mod}'"
+        elif isinstance(mod, Mask) and not mod.additive and not negligible(mod.fill, spec.softmax_dtype if spec.softmax_dtype.itemsize < 4 else spec.dtype):
+            return f"hidden scores are set to {mod.fill:g}, which is within reach of real scores"
+    for weight in spec.weights:
+        if isinstance(weight, Keep) and not weight.implied and "j" in weight.axes:
+            return "weights are hidden after the softmax without renormalising"
+    return None
+
+
+def is_causal(spec: Attention) -> bool:
+    """Is the whole visibility ``j <= i``, with no other term added to the scores?"""
+    extra = [m for m in spec.scores if isinstance(m, (Bias, Mask))]
+    return bool(extra) and all(isinstance(m, Mask) and m.atoms == (Band(None, 0),) for m in extra)
+
+
+def emit(site: Site, build: Builder, target: Target) -> fx.Node:
+    """Write the call."""
+    spec = site.spec
+    x = operands(site, build)
+    scale, x = _scaled(site, build, x)
+    causal = is_causal(spec)
+    mask = None if causal else attn_mask(site, build, x)
+    out = _call(site, build, target, x, mask, causal, scale)
+    out = _mend(site, build, out, x)
+    return build.cast(after_weights(site, build, out), spec.out_dtype)
+
+
+def _scaled(site: Site, build: Builder, x: Operands) -> tuple[float, Operands]:
+    """The constant scale; what the kernel's scale cannot say is multiplied into the queries."""
+    factor, q = 1.0, x.q
+    for mod in site.spec.scores:
+        if isinstance(mod, Scale):
+            factor *= mod.factor
+        elif isinstance(mod, ScaleBy):
+            dtype = build.value(q).dtype
+            q = build.cast(build.op("mul", q, score_operand(site, build, mod.slot)), dtype)
+    if factor <= 0:
+        q = build.op("mul_scalar", q, factor)
+        factor = 1.0
+    return factor, Operands(q, x.k, x.v)
+
+
+def attn_mask(site: Site, build: Builder, x: Operands) -> fx.Node | None:
+    """Everything added to the scores, as one tensor; None where nothing is."""
+    spec, dtype = site.spec, build.value(x.q).dtype
+    extra = [m for m in spec.scores if isinstance(m, (Bias, Mask))]
+    if not extra:
+        return None
+    if all(isinstance(m, Mask) and not m.additive for m in extra) and (spec.rows_seen or not _absorbs(spec, dtype)):
+        return _conjunction(site, build, [m for m in extra if isinstance(m, Mask)])
+    total: fx.Node | None = None
+    for mod in extra:
+        term = _added(site, build, mod, dtype)
+        total = term if total is None else build.op("add", total, term)
+    assert total is not None
+    return build.cast(total, dtype)
+
+
+
+
+def _absorbs(spec: Attention, dtype: torch.dtype) -> bool:
+    """Does adding the dtype's lowest number give the original's answer for rows that see no key?
+
+    ``score + finfo.min`` rounds to ``finfo.min`` in float32 and bfloat16, so such a row is uniform, as
+    it is where scores are replaced by one finite fill.  In float16 it does not round away.
+    """
+    return empty_rows(spec) == "mean" and dtype is not torch.float16
+
+
+def _conjunction(site: Site, build: Builder, masks: list[Mask]) -> fx.Node:
+    out = visible(site, build, masks[0])
+    for mask in masks[1:]:
+        out = build.op("logical_and", out, visible(site, build, mask))
+    return out
+
+
+def _added(site: Site, build: Builder, mod: ScoreModifier, dtype: torch.dtype) -> fx.Node:
+    """One bias or mask as a floating tensor to add."""
+    assert isinstance(mod, (Bias, Mask))
+    if isinstance(mod, Mask) and not mod.additive:
+        fill = -math.inf if mod.fill == -math.inf else torch.finfo(dtype).min
+        device = build.value(build.anchor).device
+        zero, hidden = (build.op("scalar_tensor", v, dtype=dtype, device=device) for v in (0.0, fill))
+        return build.op("where", visible(site, build, mod), zero, hidden)
+    tensor = score_operand(site, build, mod.slot)
+    if not isinstance(tensor, fx.Node) or not isinstance(build.value(tensor), torch.Tensor):
+        raise Refused("a bias that is one number for all keys")
+    if isinstance(mod, Bias) and mod.factor != 1:
+        return build.op("mul_scalar", tensor, mod.factor)
+    return tensor
+
+
+def _call(site: Site, build: Builder, target: Target, x: Operands, mask: fx.Node | None, causal: bool, scale: float) -> fx.Node:
+    """The call itself, in the first form for which the device has a fused kernel."""
+    grouped = bool(site.roles.group)
+    p = site.spec.dropout
+    forms = [(x, grouped, None)]
+    width = site.spec.value_dim
+    if site.spec.head_dim != width and isinstance(site.spec.head_dim, int) and isinstance(width, int):
+        forms.append((_same_width(build, x, site.spec.head_dim, width), grouped, width))
+    if grouped:
+        forms += [(_repeated(site, build, form), False, cut) for form, _, cut in list(forms)]
+    chosen = next((f for f in forms if not _is_math(build, f[0], mask, p, causal, scale, f[1])), None)
+    if chosen is None:
+        if not target.requested:
+            raise Refused(_why_math(site, build, target, mask, p))
+        chosen = forms[0]
+    y, gqa, cut = chosen
+    function: Any = torch.ops.aten.scaled_dot_product_attention.default if build.is_aten else torch.nn.functional.scaled_dot_product_attention
+    kwargs: dict[str, Any] = {"attn_mask": mask, "dropout_p": p, "is_causal": causal, "scale": scale, "enable_gqa": gqa}
+    out = build.call(function, y.q, y.k, y.v, **{k: v for k, v in kwargs.items() if v not in (None, False, 0.0)})
+    return out if cut is None else build.op("slice", out, 3, 0, cut, 1)
+
+
+def _is_math(build: Builder, x: Operands, mask: fx.Node | None, p: float, causal: bool, scale: float, gqa: bool) -> bool:
+    """Would PyTorch compute this call with its unfused fallback?  It is asked, on fake tensors."""
+    values = [build.value(n) for n in (x.q, x.k, x.v)]
+    added = None if mask is None else build.value(mask)
+    with build.mode(), _Dispatched() as seen:
+        torch.nn.functional.scaled_dot_product_attention(
+            *values, attn_mask=added, dropout_p=p, is_causal=causal, scale=scale, enable_gqa=gqa
+        )
+    return not any(name.startswith("_scaled_dot_product") and "math" not in name for name in seen.names)
+
+
+class _Dispatched(TorchDispatchMode):
+    """Notes the names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name.split("::")[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def _why_math(site: Site, build: Builder, target: Target, mask: fx.Node | None, p: float) -> str:
+    where = f"on {target.device} SDPA has no fused kernel for"
+    if p > 0 and target.device == "cpu":
+        return f"{where} dropout"
+    if mask is not None and build.value(mask).requires_grad:
+        return f"{where} a bias that needs a gradient"
+    return f"{where} {str(site.spec.dtype).removeprefix('torch.')} with head sizes {site.spec.head_dim} and {site.spec.value_dim}"
+
+
+def _same_width(build: Builder, x: Operands, head_dim: int, value_dim: int) -> Operands:
+    """Pad the narrower of keys and values with zeros: they add nothing to a product."""
+    missing = [0, abs(head_dim - value_dim)]
+    if head_dim > value_dim:
+        return Operands(x.q, x.k, build.op("pad", x.v, missing))
+    return Operands(build.op("pad", x.q, missing), build.op("pad", x.k, missing), x.v)
+
+
+def _repeated(site: Site, build: Builder, x: Operands) -> Operands:
+    """Key/value heads copied once a query head, for kernels that do not group."""
+    r = site.roles
+
+    def repeat(node: fx.Node) -> fx.Node:
+        batch, keys = build.sizes(r.batch), build.sizes(r.key)
+        heads, group, width = build.sizes(r.kv_heads), build.sizes(r.group), build.value(node).shape[3]
+        thin = build.op("reshape", node, build.shape([batch, heads, 1, keys, int(width)]))
+        wide = build.op("expand", thin, [build.size(s) for s in (batch, heads, group, keys, int(width))])
+        return build.op("reshape", wide, build.shape([batch, site.spec.heads, keys, int(width)]))
+
+    return Operands(x.q, repeat(x.k), repeat(x.v))
+
+
+def _mend(site: Site, build: Builder, out: fx.Node, x: Operands) -> fx.Node:
+    """Rows that see no key, as the original computes them."""
+    spec = site.spec
+    if spec.rows_seen or not spec.masks:
+        return out
+    policy = empty_rows(spec)
+    if policy == "mean" and _absorbs(spec, build.value(x.q).dtype) and not (target_is_cuda(build)):
+        return out
+    seen = build.op("any", _conjunction(site, build, list(spec.masks)), -1, True)
+    value = build.value(out)
+    if policy == "mean":
+        other = build.op("mean", x.v, [2], True)
+        if site.roles.group:
+            other = _repeated_rows(site, build, other)
+    else:
+        other = build.op("scalar_tensor", math.nan if policy == "nan" else 0.0, dtype=value.dtype, device=value.device)
+    return build.op("where", seen, out, other)
+
+
+def target_is_cuda(build: Builder) -> bool:
+    """Is the site on a CUDA device?"""
+    return build.value(build.anchor).device.type == "cuda"
+
+
+def _repeated_rows(site: Site, build: Builder, node: fx.Node) -> fx.Node:
+    r = site.roles
+    batch, heads, group = build.sizes(r.batch), build.sizes(r.kv_heads), build.sizes(r.group)
+    width = int(build.value(node).shape[3])
+    thin = build.op("reshape", node, build.shape([batch, heads, 1, 1, width]))
+    wide = build.op("expand", thin, [build.size(s) for s in (batch, heads, group, 1, width)])
+    return build.op("reshape", wide, build.shape([batch, site.spec.heads, 1, width]))
+
+
+SDPA = Kernel("sdpa", refuse, emit)

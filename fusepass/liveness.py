@@ -1,0 +1,61 @@
+"""Which nodes of a graph matter, and what else looks at a site's scores and weights."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fusepass.dialects.fx_graph import Reader, writes_in_place
+from fusepass.ir import POINTWISE, VIEWS, Expr
+
+_LIGHT = POINTWISE | VIEWS | {"softmax", "log_softmax", "sum", "amax", "logsumexp", "dropout", "cumsum", "index", "cat"}
+
+
+def live_nodes(graph: fx.Graph, reader: Reader) -> set[fx.Node]:
+    """The nodes that the output, or a write that somebody can see, depends on."""
+    live: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op in ("output", "placeholder") or any(u in live for u in node.users):
+            live.add(node)
+        elif writes_in_place(node):
+            root = reader.root(node)
+            sharing = [root, *reader.members(root)]
+            if root.op in ("placeholder", "get_attr") or any(u in live for m in sharing for u in m.users):
+                live.add(node)
+    return live
+
+
+def outside_reader(reader: Reader, live: set[fx.Node], product: fx.Node, anchor: fx.Node, limit: int = 400) -> fx.Node | None:
+    """A live node, not on the way to ``anchor``, for which the scores or weights must still be computed."""
+    seen, todo = {product}, [product]
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if user is anchor or user in seen or user not in live:
+                continue
+            meaning = reader.meaning.get(user)
+            light = isinstance(meaning, Expr) and meaning.op in _LIGHT
+            several = isinstance(meaning, tuple)
+            if not (light or several or writes_in_place(user)) or len(seen) > limit:
+                return user
+            seen.add(user)
+            todo.append(user)
+    return None
+
+
+def erase_dead(graph: fx.Graph, start: fx.Node) -> None:
+    """Remove ``start`` and what only it needed; writes into tensors that nobody reads any more go too."""
+    todo = [start]
+    while todo:
+        node = todo.pop()
+        if node._erased or node.op not in ("call_function", "call_method"):
+            continue
+        writers = [u for u in node.users if writes_in_place(u) and u.args and u.args[0] is node and not u.users]
+        if len(writers) < len(node.users) or (writes_in_place(node) and node.users):
+            continue
+        inputs = [i for n in (node, *writers) for i in n.all_input_nodes]
+        for writer in writers:
+            graph.erase_node(writer)
+        if writes_in_place(node):
+            continue  # it may still be seen through its target; its target decides
+        graph.erase_node(node)
+        todo.extend(i for i in inputs if i is not node)

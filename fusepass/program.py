@@ -1,0 +1,119 @@
+"""A specification's modifiers as text, so that an operator in a graph can carry them.
+
+The operators of :mod:`fusepass.kernels` take tensors and one string; the string is JSON and is read
+back (once) into the same frozen modifiers.  Only what a computation needs is written: a mask whose
+atoms are bands with known bounds goes as its bands, any other as the slot of its tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from fusepass.ir import DTYPE_NAMES, DTYPES
+from fusepass.spec import (
+    Attention,
+    Band,
+    Bias,
+    Dropout,
+    Keep,
+    Mask,
+    Scale,
+    ScaleBy,
+    ScoreModifier,
+    SoftCap,
+    WeightModifier,
+    WeightScale,
+    ZeroEmptyRows,
+)
+
+_KINDS: dict[str, Any] = {
+    k.__name__: k for k in (Scale, ScaleBy, SoftCap, Bias, Mask, Dropout, Keep, WeightScale, ZeroEmptyRows)
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """The computation of one site: modifiers over operand slots, and the dtypes it rounds in."""
+
+    scores: tuple[ScoreModifier, ...]
+    weights: tuple[WeightModifier, ...]
+    softmax_dtype: torch.dtype
+    out_dtype: torch.dtype
+
+    def spec(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, operands: int) -> Attention:
+        """The specification for given tensors (``[B, H, Q, D]``, ``[B, G, K, D]``, ``[B, G, K, Dv]``)."""
+        batch, heads, queries, head_dim = q.shape
+        return Attention(
+            batch, heads, k.shape[1], queries, k.shape[2], head_dim, v.shape[3], q.dtype,
+            self.scores, self.weights, self.softmax_dtype, self.out_dtype, False, operands,
+        )  # fmt: skip
+
+
+def known_bands(mask: Mask) -> bool:
+    """Are all atoms of a mask bands with integer bounds?"""
+    return bool(mask.atoms) and all(
+        isinstance(a, Band) and all(b is None or isinstance(b, int) for b in (a.left, a.right)) for a in mask.atoms
+    )
+
+
+def slots(spec: Attention, bands: bool = False) -> list[int]:
+    """The operand slots a computation reads; with ``bands``, masks that are known bands need none."""
+    used = []
+    for mod in (*spec.scores, *spec.weights):
+        if bands and isinstance(mod, Mask) and known_bands(mod):
+            continue
+        slot = getattr(mod, "slot", None)
+        if slot is not None and slot not in used:
+            used.append(slot)
+    return used
+
+
+def encode(spec: Attention, bands: bool = False) -> str:
+    """The modifiers of ``spec`` as JSON, with its slots renumbered as :func:`slots` lists them."""
+    number = {slot: n for n, slot in enumerate(slots(spec, bands))}
+    table = {
+        "scores": [_encode(m, number, bands) for m in spec.scores],
+        "weights": [_encode(m, number, bands) for m in spec.weights],
+        "softmax": DTYPE_NAMES[spec.softmax_dtype],
+        "out": DTYPE_NAMES[spec.out_dtype],
+    }
+    return json.dumps(table, separators=(",", ":"))
+
+
+def _encode(mod: Any, number: dict[int, int], bands: bool) -> dict[str, Any]:
+    out: dict[str, Any] = {"is": type(mod).__name__}
+    for f in fields(mod):
+        value = getattr(mod, f.name)
+        if f.name == "slot":
+            value = number.get(value) if value is not None else None
+        if f.name == "atoms":
+            value = [[a.left, a.right] for a in value] if bands and known_bands(mod) else []
+        out[f.name] = value
+    return out
+
+
+@functools.lru_cache(maxsize=512)
+def decode(text: str) -> Program:
+    """The program that :func:`encode` wrote."""
+    table = json.loads(text)
+    return Program(
+        tuple(_decode(m) for m in table["scores"]),
+        tuple(_decode(m) for m in table["weights"]),
+        DTYPES[table["softmax"]],
+        DTYPES[table["out"]],
+    )
+
+
+def _decode(entry: dict[str, Any]) -> Any:
+    entry = dict(entry)
+    kind = _KINDS[entry.pop("is")]
+    if "atoms" in entry:
+        entry["atoms"] = tuple(Band(*bounds) for bounds in entry["atoms"])
+    if kind is Mask and entry["slot"] is None:
+        entry["slot"] = -1
+    return kind(**entry)

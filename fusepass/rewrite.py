@@ -1,0 +1,318 @@
+"""The pass: read a graph, recognise its sites, choose a kernel for each, write it in.
+
+The graph outside a fused site is not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from fusepass.config import Options
+from fusepass.dialects.fx_graph import Reader, value_of
+from fusepass.emit import Builder, CannotEmit
+from fusepass.ir import Expr
+from fusepass.kernels import BY_NAME, KERNELS, Kernel, Refused, Target
+from fusepass.liveness import erase_dead, live_nodes, outside_reader
+from fusepass.patterns.scores import holds_product
+from fusepass.recognize import RULES, Miss, Rules, Site, recognise
+from fusepass.report import GraphReport, SiteReport, source_of
+
+
+def rewrite_graph(
+    gm: fx.GraphModule, options: Options, example_inputs: Sequence[Any] = (), rules: Rules = RULES
+) -> GraphReport:
+    """Fuse the attention sites of ``gm`` in place, those of its inner graphs included.
+
+    Args:
+        gm: a graph whose nodes carry fake values (``meta["example_value"]`` or ``meta["val"]``).
+        options: which kernel, which precision, whether to validate.
+        example_inputs: the inputs Dynamo compiles for; not used to prove anything.
+        rules: the rule lists (for tests of the engine).
+    """
+    start = time.perf_counter()
+    report = GraphReport(nodes=0)
+    for graph_module in _graphs(gm):
+        report.nodes += len(graph_module.graph.nodes)
+        one = _Pass(graph_module, options, rules)
+        report.sites.extend(one.run())
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The graph and the bodies of its higher-order operators."""
+    seen: set[int] = set()
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule) and id(module) not in seen:
+            seen.add(id(module))
+            yield module
+
+
+class _Pass:
+    """One graph."""
+
+    def __init__(self, gm: fx.GraphModule, options: Options, rules: Rules) -> None:
+        self.gm, self.options, self.rules = gm, options, rules
+        self.graph = gm.graph
+        self.replaced: dict[fx.Node, fx.Node] = {}
+        self.settled: set[Expr] = set()
+
+    def run(self) -> list[SiteReport]:
+        """Every site's report, in program order."""
+        self.reader = Reader(self.graph, self.gm)
+        self.live = live_nodes(self.graph, self.reader)
+        reports = []
+        for node in list(self.graph.nodes):
+            meaning = self.reader.meaning.get(node)
+            if node not in self.live or not isinstance(meaning, Expr) or meaning.op != "dot":
+                continue
+            if self.reader.home.get(meaning) is not node:
+                continue
+            found = recognise(meaning, self.reader.facts, self.rules)
+            if found is not None:
+                reports.append(self._settle(node, found))
+        reports.extend(self._left_over())
+        if self.replaced:
+            for old in self.replaced:
+                erase_dead(self.graph, old)
+            self.graph.lint()
+            self.gm.recompile()
+        return reports
+
+    # -- one site ----------------------------------------------------------------------------
+
+    def _settle(self, node: fx.Node, found: Site | Miss) -> SiteReport:
+        self.settled.update(_softmaxes(self.reader.meaning[node]))
+        if isinstance(found, Miss):
+            return self._report(node, None, reason=found.reason)
+        product = self.reader.home.get(found.product)
+        reader = outside_reader(self.reader, self.live, product, node) if product is not None else None
+        if reader is not None:
+            return self._report(node, found, reason=f"its scores or weights are also used by '{reader.name}'")
+        return self._fuse(node, found)
+
+    def _fuse(self, node: fx.Node, site: Site) -> SiteReport:
+        target = self._target(node, site)
+        rejected: list[tuple[str, str]] = []
+        for name, kernel in self._candidates():
+            reason = f"there is no '{name}' kernel yet" if kernel is None else kernel.refuse(site.spec, target)
+            if kernel is not None and reason is None:
+                build = Builder(self.reader, node, self.replaced, site.space)
+                try:
+                    out = build.restore(kernel.emit(site, build, target), _result_groups(site), site.out)
+                except (Refused, CannotEmit) as refusal:
+                    build.discard()
+                    reason = str(refusal)
+                else:
+                    error = self._validated(site, node, out)
+                    if error is None or error <= 1.0:
+                        self._replace(node, out)
+                        return self._report(node, site, kernel.name, rejected=rejected, max_error=error)
+                    build.discard()
+                    reason = f"validation: its error is {error:.3g} times what is allowed"
+            rejected.append((name, reason or ""))
+        return self._report(node, site, reason="; ".join(dict.fromkeys(f"{n}: {r}" for n, r in rejected)), rejected=rejected)
+
+    def _candidates(self) -> list[tuple[str, Kernel | None]]:
+        if self.options.kernel == "auto":
+            return [(k.name, k) for k in KERNELS]
+        return [(self.options.kernel, BY_NAME.get(self.options.kernel))]
+
+    def _target(self, node: fx.Node, site: Site) -> Target:
+        value = value_of(node)
+        training = torch.is_grad_enabled() and bool(getattr(value, "requires_grad", False))
+        aten = isinstance(node.target, torch._ops.OpOverload)
+        return Target(value.device.type, training, aten, self.options.kernel != "auto")
+
+    def _validated(self, site: Site, node: fx.Node, out: fx.Node) -> float | None:
+        """The replacement's error relative to what is allowed, or None where validation is off."""
+        if not self.options.validate:
+            return None
+        from fusepass.validate import site_error
+
+        return site_error(node, out)
+
+    def _replace(self, node: fx.Node, out: fx.Node) -> None:
+        node.replace_all_uses_with(out, propagate_meta=False)
+        self.replaced[node] = out
+
+    # -- reporting ---------------------------------------------------------------------------
+
+    def _report(
+        self,
+        node: fx.Node,
+        site: Site | None,
+        kernel: str | None = None,
+        reason: str | None = None,
+        rejected: Sequence[tuple[str, str]] = (),
+        max_error: float | None = None,
+    ) -> SiteReport:
+        spec = "" if site is None else str(site.spec)
+        kind = "" if site is None else site.spec.kind()
+        return SiteReport(node.name, kernel is not None, spec, kind, kernel, reason, source_of(node), tuple(rejected), max_error)
+
+    def _left_over(self) -> list[SiteReport]:
+        """Softmaxes of products that no product with values was found for."""
+        reports = []
+        for node in list(self.graph.nodes):
+            meaning = self.reader.meaning.get(node)
+            if node not in self.live or not isinstance(meaning, Expr) or meaning.op != "softmax" or meaning in self.settled:
+                continue
+            self.settled.add(meaning)
+            if self.reader.home.get(meaning) is node and _of_activations(meaning):
+                reports.append(self._report(node, None, reason=self._why_alone(node)))
+        return reports
+
+    def _why_alone(self, node: fx.Node) -> str:
+        """What happens to weights that reach no product with values."""
+        seen, todo, last = {node}, [node], node
+        while todo:
+            at = todo.pop()
+            for user in at.users:
+                if user in seen or user not in self.live:
+                    continue
+                meaning = self.reader.meaning.get(user)
+                if user.op == "output":
+                    return "the weights are returned, and no product with values uses them"
+                if isinstance(meaning, Expr) and meaning.op in ("input", "dot", "cat", "sum", "index", "amax"):
+                    last = user
+                    continue
+                seen.add(user)
+                todo.append(user)
+        return f"the weights go into '{last.name}' before any product with values" if last is not node else "nothing uses the weights"
+
+
+def _result_groups(site: Site) -> tuple[list[str], ...]:
+    r = site.roles
+    return r.batch, r.heads, r.query, r.value_dim
+
+
+def _softmaxes(anchor: Any) -> set[Expr]:
+    """The softmax nodes directly behind a product, whatever was made of them."""
+    found: set[Expr] = set()
+    todo = list(anchor.args)
+    for _ in range(64):
+        if not todo:
+            break
+        node = todo.pop()
+        if node.op in ("softmax", "exp", "log_softmax"):
+            found.add(node)
+        elif node.op not in ("input", "dot"):
+            todo.extend(node.args)
+    return found
+
+
+def _of_activations(softmax: Expr) -> bool:
+    """Does the softmax come from a product of two tensors of rank 3 or more?"""
+    if not holds_product(softmax.args[0]):
+        return False
+    todo = [softmax.args[0]]
+    for _ in range(200):
+        if not todo:
+            return False
+        node = todo.pop()
+        if node.op == "dot":
+            if min(a.rank for a in node.args) >= 3:
+                return True
+        elif node.op != "input":
+            todo.extend(node.args)
+    return False
+
+
+@overload
+def fuse(graph: fx.GraphModule, *example_inputs: Any, **options: Any) -> fx.GraphModule: ...
+@overload
+def fuse(graph: ExportedProgram, *example_inputs: Any, **options: Any) -> ExportedProgram: ...
+def fuse(graph: Any, *example_inputs: Any, **options: Any) -> Any:
+    """A copy of ``graph`` with its attention fused.
+
+    Args:
+        graph: a ``GraphModule`` (from ``torch.fx.symbolic_trace``, say) or an ``ExportedProgram``,
+            before or after ``run_decompositions()``.
+        example_inputs: tensors for a ``GraphModule`` whose nodes carry no shapes.  The result is then
+            for inputs of these shapes and dtypes, and says so when it is given others.
+        options: ``kernel=``, ``precision=``, ``validate=`` as for the backend.
+
+    Raises:
+        TypeError: ``graph`` is neither, or needs example inputs and has none.
+        ValueError: an unknown option or value.
+    """
+    checked = Options.from_user(**options)
+    if isinstance(graph, ExportedProgram):
+        return _fuse_exported(graph, checked)
+    if not isinstance(graph, fx.GraphModule):
+        raise TypeError(f"fuse() takes a torch.fx.GraphModule or an ExportedProgram, got {type(graph).__name__}; for a module use torch.compile(model, backend='fusepass')")
+    return _fuse_module(graph, example_inputs, checked)
+
+
+def _fuse_exported(program: ExportedProgram, options: Options) -> ExportedProgram:
+    from fusepass.report import publish
+
+    out = copy.copy(program)
+    graph_module = copy.deepcopy(program.graph_module)
+    with torch.no_grad():
+        publish(rewrite_graph(graph_module, options))
+    out._graph_module = graph_module
+    out._graph_signature = copy.deepcopy(program.graph_signature)
+    return out
+
+
+def _fuse_module(gm: fx.GraphModule, example_inputs: tuple[Any, ...], options: Options) -> fx.GraphModule:
+    from fusepass.report import publish
+
+    out = copy.deepcopy(gm)
+    needs_shapes = any(value_of(n) is None for n in out.graph.nodes if n.op in ("placeholder", "call_function", "call_method", "call_module"))
+    if needs_shapes:
+        if not example_inputs:
+            raise TypeError("fuse() of a graph without shapes needs example inputs: fuse(graph, *inputs)")
+        _propagate(out, example_inputs)
+    publish(rewrite_graph(out, options, example_inputs))
+    return out
+
+
+def _propagate(gm: fx.GraphModule, example_inputs: tuple[Any, ...]) -> None:
+    """Record fake values on every node, and a check that later inputs have these shapes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in example_inputs]
+
+    class Propagate(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            n.meta["example_value"] = result
+            return result
+
+    with mode:
+        Propagate(gm).run(*fakes)
+    _insert_check(gm, example_inputs)
+
+
+def _insert_check(gm: fx.GraphModule, example_inputs: tuple[Any, ...]) -> None:
+    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    expected = tuple((tuple(x.shape), str(x.dtype)) if isinstance(x, torch.Tensor) else None for x in example_inputs)
+    with gm.graph.inserting_after(places[-1]):
+        gm.graph.call_function(expect_inputs, (tuple(places[: len(expected)]), expected))
+
+
+@fx.has_side_effect
+def expect_inputs(given: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+    """Raise where inputs have other shapes or dtypes than the graph was fused for."""
+    for number, (value, wanted) in enumerate(zip(given, expected, strict=True)):
+        if wanted is None or not isinstance(value, torch.Tensor):
+            continue
+        if tuple(value.shape) != tuple(wanted[0]) or str(value.dtype) != wanted[1]:
+            raise ValueError(
+                f"input {number} is {tuple(value.shape)} {value.dtype}, but the graph was fused for {tuple(wanted[0])} {wanted[1]}; "
+                "call fusepass.fuse() again with inputs of the new shape"
+            )
+
+
+__all__ = ["expect_inputs", "fuse", "rewrite_graph"]
