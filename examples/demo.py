@@ -163,6 +163,11 @@ def table(rows: list[Row], inner: str, setting: str) -> Table:
         f"before → after: {inner} alone → {inner} with fusepass. Error: largest difference from eager,\n"
         "relative to the largest output; each result was also checked against a float64 run of the model."
     )
+    kernels = {site.kernel for row in rows for site in row.verification.sites}
+    if "flex" in kernels and inner != "inductor":
+        made.caption += (
+            f"\nFlexAttention is one kernel under --inner inductor only; under {inner} it is plain math."
+        )
     made.caption_justify = "left"
     for head in ("model", "fused", "recognised as", "kernel"):
         made.add_column(head)
