@@ -37,8 +37,21 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], progr
         return s
 
     blocks = _create_empty_block_mask(q, k).as_tuple()
-    found = operator(q, k, v, score_mod, blocks, scale, {}, tuple(tensors), ())
+    found = operator(q, k, v, score_mod, blocks, scale, _options(q), tuple(tensors), ())
     return found[0]  # type: ignore[no-any-return]
+
+
+def _options(q: Tensor) -> dict[str, Any]:
+    """The kernel options that the public function would set; the CPU kernel writes no log-sum-exp."""
+    return {
+        "BACKEND": "AUTO",
+        "PRESCALE_QK": False,
+        "ROWS_GUARANTEED_SAFE": False,
+        "BLOCKS_ARE_CONTIGUOUS": False,
+        "WRITE_DQ": True,
+        "OUTPUT_LOGSUMEXP": q.device.type != "cpu" and torch.is_grad_enabled(),
+        "OUTPUT_MAX": False,
+    }
 
 
 def _leading_scale(code: Program) -> tuple[float, tuple[Any, ...]]:
@@ -48,8 +61,9 @@ def _leading_scale(code: Program) -> tuple[float, tuple[Any, ...]]:
 
 def _element(t: Tensor, at: tuple[Tensor, ...]) -> Tensor:
     """``t[b, h, i, j]`` with broadcast dimensions read at 0."""
-    index = [at[d] if t.shape[d] != 1 else torch.zeros_like(at[d]) for d in range(4)]
-    return t[tuple(index)] if t.dim() == 4 else t
+    if t.dim() == 0:
+        return t
+    return t[tuple(at[d] if t.shape[d] != 1 else torch.zeros_like(at[d]) for d in range(4))]
 
 
 def _apply(mod: Any, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, ...]) -> Tensor:

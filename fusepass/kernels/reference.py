@@ -5,14 +5,17 @@ It shows recognition apart from kernels: any device, any dtype, forward and back
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, fx
 
 from fusepass.emit import Builder
 from fusepass.kernels.base import Kernel, Target, all_operands, operands
-from fusepass.program import decode, encode
+from fusepass.program import decode, encode, slots
 from fusepass.recognize import Site
 from fusepass.spec import Attention, Dropout, WeightScale, reference
+from fusepass.spec_grad import gradients
 
 
 def compute(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> Tensor:
@@ -42,17 +45,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> T
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str
 ) -> list[Tensor]:
-    """Gradients of :func:`attention` for q, k, v and every floating operand (zeros for the others)."""
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in (q, k, v, *tensors)]
-        out = compute(leaves[0], leaves[1], leaves[2], leaves[3:], program)
-        wanted = [t for t in leaves if t.requires_grad]
-        found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
-    out_grads = []
-    for t in leaves:
-        g = next(found) if t.requires_grad else None
-        out_grads.append(torch.zeros_like(t) if g is None else g.contiguous())
-    return out_grads
+    """Gradients of :func:`attention` for q, k, v and every operand (zeros for boolean ones)."""
+    code = decode(program)
+    grads = gradients(code.spec(q, k, v, len(tensors)), grad, q, k, v, tensors)
+    return [g.to(t.dtype).contiguous() for g, t in zip(grads, (q, k, v, *tensors), strict=True)]
 
 
 @attention_backward.register_fake
@@ -93,10 +89,6 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
 
 def _drawn(site: Site, build: Builder, spec: Attention) -> tuple[Attention, fx.Node]:
     """Replace dropout by a multiplication with a drawn tensor."""
-    from dataclasses import replace
-
-    from fusepass.program import slots
-
     sizes = [build.size(s) for s in (spec.batch, spec.heads, spec.queries, spec.keys)]
     device = build.value(build.anchor).device
     ones = build.op("full", sizes, 1.0, dtype=spec.softmax_dtype, device=device)
