@@ -50,7 +50,9 @@ class CannotEmit(Exception):
 class Builder:
     """Inserts nodes before ``anchor`` in the graph that ``reader`` has read."""
 
-    def __init__(self, reader: Reader, anchor: fx.Node, replaced: dict[fx.Node, fx.Node], space: AxisSpace) -> None:
+    def __init__(
+        self, reader: Reader, anchor: fx.Node, replaced: dict[fx.Node, fx.Node], space: AxisSpace
+    ) -> None:
         self.reader, self.anchor, self.replaced, self.space = reader, anchor, replaced, space
         self.graph = anchor.graph
         self.key = "example_value" if "example_value" in anchor.meta else "val"
@@ -119,9 +121,13 @@ class Builder:
             return node
         if size.is_Add or size.is_Mul:
             combine = operator.add if size.is_Add else operator.mul
-            return functools.reduce(lambda a, b: self.call(combine, a, b), [self.size(_int(a)) for a in size.args])
+            return functools.reduce(
+                lambda a, b: self.call(combine, a, b), [self.size(_int(a)) for a in size.args]
+            )
         if size.is_Pow and size.exp.is_Integer and size.exp > 0:
-            return functools.reduce(lambda a, b: self.call(operator.mul, a, b), [self.size(_int(size.base))] * int(size.exp))
+            return functools.reduce(
+                lambda a, b: self.call(operator.mul, a, b), [self.size(_int(size.base))] * int(size.exp)
+            )
         if type(size).__name__ in ("FloorDiv", "CleanDiv"):
             return self.call(operator.floordiv, self.size(_int(size.args[0])), self.size(_int(size.args[1])))
         raise CannotEmit(f"the size {size} cannot be computed in the graph")
@@ -142,7 +148,11 @@ class Builder:
             if node.op == "placeholder" and isinstance(value, torch.Tensor):
                 for dim, extent in enumerate(value.shape):
                     if isinstance(extent, torch.SymInt) and extent.node.expr == size:
-                        return self.call(aten.sym_size.int, node, dim) if self.is_aten else self.call(torch.Tensor.size, node, dim)
+                        return (
+                            self.call(aten.sym_size.int, node, dim)
+                            if self.is_aten
+                            else self.call(torch.Tensor.size, node, dim)
+                        )
         return None
 
     def shape(self, sizes: Sequence[Size]) -> list[Any]:
@@ -189,7 +199,9 @@ class Builder:
             return self._iota(node)
         if node.op == "iota":
             return self.size(node.attrs[0])  # type: ignore[arg-type]
-        raise CannotEmit(f"{node.op} of shape {list(map(str, node.shape))} is written over before it is needed")
+        raise CannotEmit(
+            f"{node.op} of shape {list(map(str, node.shape))} is written over before it is needed"
+        )
 
     def _target_shape(self, node: Expr) -> list[Any]:
         return self.shape(node.shape) if node.op == "reshape" else [self.size(s) for s in node.shape]
@@ -202,7 +214,9 @@ class Builder:
 
     def _pointwise(self, node: Expr) -> Any:
         args = [self.tensor(a) for a in node.args]
-        if node.op in ("where", "max", "min", "and", "or", "not", "pow") or not any(isinstance(a, fx.Node) for a in args):
+        if node.op in ("where", "max", "min", "and", "or", "not", "pow") or not any(
+            isinstance(a, fx.Node) for a in args
+        ):
             args = [self.as_tensor(a) for a in node.args]
         elif not isinstance(args[0], fx.Node) and self.is_aten:
             args[0] = self.as_tensor(node.args[0])
@@ -257,7 +271,9 @@ class Builder:
         flat = [a for f in found for a in f]
         present = [tuple(a for a in g if a in flat) for g in groups]
         work = 0 if flat == [a for a in wanted if a in flat] else 1
-        return work + (0 if [f for f in found if f] == [p for p in present if p] and len(found) == len(groups) else 1)
+        return work + (
+            0 if [f for f in found if f] == [p for p in present if p] and len(found) == len(groups) else 1
+        )
 
     def layout(self, term: Term, groups: Groups, full: bool) -> fx.Node:
         """``term``'s tensor with one dimension a group; absent groups have size 1 unless ``full``."""
@@ -268,7 +284,13 @@ class Builder:
         return self.relayout(node, [a for f in found for a in f], list(term.expr.shape), groups, full, found)
 
     def relayout(
-        self, node: fx.Node, flat: list[str], shape: list[Size], groups: Groups, full: bool, dims: Sequence[Sequence[str]]
+        self,
+        node: fx.Node,
+        flat: list[str],
+        shape: list[Size],
+        groups: Groups,
+        full: bool,
+        dims: Sequence[Sequence[str]],
     ) -> fx.Node:
         """Re-lay a tensor whose elements run over the axes ``flat`` into the given groups."""
         extra = [a for a in flat if a not in {x for g in groups for x in g}]

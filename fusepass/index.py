@@ -85,7 +85,11 @@ class Facts:
         if self.equal(a, b):
             return 1
         ratio = sympy.cancel(sympy.sympify(a) / b)
-        exact = ratio.is_polynomial() and all(c.is_Integer for c in sympy.Poly(ratio).coeffs()) if ratio.free_symbols else ratio.is_Integer
+        exact = (
+            ratio.is_polynomial() and all(c.is_Integer for c in sympy.Poly(ratio).coeffs())
+            if ratio.free_symbols
+            else ratio.is_Integer
+        )
         return simplify_size(ratio) if exact else None
 
 
@@ -117,7 +121,11 @@ class Affine:
             return Affine(self.terms, simplify_size(self.const + other))
         terms: dict[str, Size] = dict(self.terms)
         for axis, c in other.terms:
-            terms[axis] = simplify_size(sympy.expand(terms.get(axis, 0) + c)) if not _ints(terms.get(axis, 0), c) else terms.get(axis, 0) + c
+            terms[axis] = (
+                simplify_size(sympy.expand(terms.get(axis, 0) + c))
+                if not _ints(terms.get(axis, 0), c)
+                else terms.get(axis, 0) + c
+            )
         return Affine.of(terms, self.const + other.const)
 
     def __mul__(self, factor: Size) -> Affine:
@@ -217,7 +225,9 @@ class AxisSpace:
                 return True
         return False
 
-    def reshape(self, index: Sequence[Affine], new: Sequence[Size], old: Sequence[Size]) -> tuple[Affine, ...] | None:
+    def reshape(
+        self, index: Sequence[Affine], new: Sequence[Size], old: Sequence[Size]
+    ) -> tuple[Affine, ...] | None:
         """Indices into a tensor of shape ``old`` for the element ``index`` of its reshape to ``new``.
 
         Dimensions are matched in groups of equal extent, so that untouched ones pass unchanged.
@@ -253,7 +263,9 @@ class AxisSpace:
                     return a, total - a
         return None
 
-    def _regroup(self, index: Sequence[Affine], new: Sequence[Size], old: Sequence[Size]) -> list[Affine] | None:
+    def _regroup(
+        self, index: Sequence[Affine], new: Sequence[Size], old: Sequence[Size]
+    ) -> list[Affine] | None:
         if len(new) == len(old) == 1:
             return [self.resolve(index[0])]
         flat, stride = Affine(), 1

@@ -34,7 +34,9 @@ POINTWISE = frozenset(
 #: Operations that only rename elements.
 VIEWS = frozenset({"permute", "reshape", "expand", "slice", "select", "flip", "repeat"})
 #: Contractions, reductions and the rest.
-OTHERS = frozenset({"dot", "sum", "amax", "logsumexp", "softmax", "log_softmax", "dropout", "index", "cat", "cumsum"})
+OTHERS = frozenset(
+    {"dot", "sum", "amax", "logsumexp", "softmax", "log_softmax", "dropout", "index", "cat", "cumsum"}
+)
 #: Scalar level only: an affine index, and one element of a tensor.
 SCALAR = frozenset({"affine", "load"})
 OPS = LEAVES | POINTWISE | VIEWS | OTHERS | SCALAR
@@ -130,7 +132,9 @@ def pointwise(op: str, *args: Expr, dtype: torch.dtype | None = None) -> Expr:
     """An element-wise node whose shape is broadcast from its arguments'."""
     if dtype is None:
         boolean = op in ("lt", "le", "gt", "ge", "eq", "ne", "not", "and", "or", "xor", "isnan", "isinf")
-        dtype = torch.bool if boolean else max(args, key=lambda a: (a.is_float, a.rank, a.dtype.itemsize)).dtype
+        dtype = (
+            torch.bool if boolean else max(args, key=lambda a: (a.is_float, a.rank, a.dtype.itemsize)).dtype
+        )
     return expr(op, args, (), broadcast(*(a.shape for a in args)), dtype)
 
 

@@ -7,7 +7,11 @@ from torch import fx
 from fusepass.dialects.fx_graph import Reader, writes_in_place
 from fusepass.ir import POINTWISE, VIEWS, Expr
 
-_LIGHT = POINTWISE | VIEWS | {"softmax", "log_softmax", "sum", "amax", "logsumexp", "dropout", "cumsum", "index", "cat"}
+_LIGHT = (
+    POINTWISE
+    | VIEWS
+    | {"softmax", "log_softmax", "sum", "amax", "logsumexp", "dropout", "cumsum", "index", "cat"}
+)
 
 
 def live_nodes(graph: fx.Graph, reader: Reader) -> set[fx.Node]:
@@ -24,7 +28,9 @@ def live_nodes(graph: fx.Graph, reader: Reader) -> set[fx.Node]:
     return live
 
 
-def outside_reader(reader: Reader, live: set[fx.Node], product: fx.Node, anchor: fx.Node, limit: int = 400) -> fx.Node | None:
+def outside_reader(
+    reader: Reader, live: set[fx.Node], product: fx.Node, anchor: fx.Node, limit: int = 400
+) -> fx.Node | None:
     """A live node, not on the way to ``anchor``, for which the scores or weights must still be computed."""
     seen, todo = {product}, [product]
     while todo:
@@ -32,7 +38,7 @@ def outside_reader(reader: Reader, live: set[fx.Node], product: fx.Node, anchor:
         for user in node.users:
             if user is anchor or user in seen or user not in live:
                 continue
-            meaning = reader.meaning.get(user)
+            meaning = reader.defined.get(user)
             light = isinstance(meaning, Expr) and meaning.op in _LIGHT
             several = isinstance(meaning, tuple)
             if not (light or several or writes_in_place(user)) or len(seen) > limit:
@@ -49,7 +55,9 @@ def erase_dead(graph: fx.Graph, start: fx.Node) -> None:
         node = todo.pop()
         if node._erased or node.op not in ("call_function", "call_method"):
             continue
-        writers = [u for u in node.users if writes_in_place(u) and u.args and u.args[0] is node and not u.users]
+        writers = [
+            u for u in node.users if writes_in_place(u) and u.args and u.args[0] is node and not u.users
+        ]
         if len(writers) < len(node.users) or (writes_in_place(node) and node.users):
             continue
         inputs = [i for n in (node, *writers) for i in n.all_input_nodes]

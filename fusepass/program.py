@@ -20,6 +20,7 @@ from fusepass.spec import (
     Band,
     Bias,
     Dropout,
+    Floor,
     Keep,
     Mask,
     Scale,
@@ -32,7 +33,7 @@ from fusepass.spec import (
 )
 
 _KINDS: dict[str, Any] = {
-    k.__name__: k for k in (Scale, ScaleBy, SoftCap, Bias, Mask, Dropout, Keep, WeightScale, ZeroEmptyRows)
+    k.__name__: k for k in (Scale, ScaleBy, SoftCap, Bias, Mask, Floor, Dropout, Keep, WeightScale, ZeroEmptyRows)
 }
 
 
@@ -57,7 +58,8 @@ class Program:
 def known_bands(mask: Mask) -> bool:
     """Are all atoms of a mask bands with integer bounds?"""
     return bool(mask.atoms) and all(
-        isinstance(a, Band) and all(b is None or isinstance(b, int) for b in (a.left, a.right)) for a in mask.atoms
+        isinstance(a, Band) and all(b is None or isinstance(b, int) for b in (a.left, a.right))
+        for a in mask.atoms
     )
 
 

@@ -7,12 +7,13 @@ to a product of queries and keys, gives every axis its role, and understands the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
 from fusepass.index import Affine, AxisSpace, Facts, prod
-from fusepass.ir import Expr, scalar_of
+from fusepass.ir import Expr, const, pointwise, scalar_of
 from fusepass.patterns import heads, masks
 from fusepass.patterns.layout import LAYOUT
 from fusepass.patterns.products import PRODUCTS
@@ -21,10 +22,11 @@ from fusepass.patterns.softmax import SOFTMAX
 from fusepass.patterns.weights import WEIGHTS, holds_softmax
 from fusepass.rule import STEP_LIMIT, Core, Peel, Product, Refuse, Rule, Scope, Term, applied
 from fusepass.spec import (
-    Attention,
     Atom,
+    Attention,
     Band,
     Bias,
+    Floor,
     Keep,
     Mask,
     Scale,
@@ -132,16 +134,18 @@ class _Reading:
         self.steps = 0
 
     def run(self) -> Site | Miss | None:
+        if len(self.summed) != 1:
+            raise Refuse("the product with the values sums over several dimensions", self.out.expr)
+        self.scope.keys = self.summed[0]
         peeled = self._peel_weights()
         if peeled is None:
             return None
         mods, core = peeled
-        if len(self.summed) != 1:
-            raise Refuse("the product with the values sums over several dimensions", self.out.expr)
         along = self.scope.space.resolve(core.scores.index[core.dim])
-        self.scope.keys = self.summed[0]
         if along != self.scope.space.resolve(self.summed[0]) or along.is_const:
-            raise Refuse("the softmax runs over another axis than the one summed with the values", core.scores.expr)
+            raise Refuse(
+                "the softmax runs over another axis than the one summed with the values", core.scores.expr
+            )
         if not holds_product(core.scores.expr):
             return None  # a softmax of something else: routing, pooling with learned scores
         found = self._peel_scores(core.scores, [])
@@ -170,7 +174,10 @@ class _Reading:
         """Depth first through the ways to peel; the first that ends in a product of queries and keys wins."""
         self.steps += 1
         if self.steps > STEP_LIMIT:
-            raise Refuse(f"more than {STEP_LIMIT} layers in the scores; the last were {self.scope.trace[-4:]}", term.expr)
+            raise Refuse(
+                f"more than {STEP_LIMIT} layers in the scores; the last were {self.scope.trace[-4:]}",
+                term.expr,
+            )
         found = applied((*self.rules.products, *self.rules.layout, *self.rules.scores), term, self.scope)
         miss: Miss | None = None
         for layer in found:
@@ -204,23 +211,32 @@ class _Reading:
     def _finish(self, core: Core, found: _Scores, weights: list[WeightModifier]) -> Site:
         scope = self.scope
         left_is_key = scope.varies_over_keys(found.product.left)
-        query, key = (found.product.right, found.product.left) if left_is_key else (found.product.left, found.product.right)
+        query, key = (
+            (found.product.right, found.product.left)
+            if left_is_key
+            else (found.product.left, found.product.right)
+        )
         low = self.out.expr.dtype
         query_scales, query_chain = self._operand(query, low)
         key_scales, key_chain = self._operand(key, low)
         _, value_chain = self._operand(self.values, low, scales=False)
         before = heads.ordered(scope, list(self.weights.index))
         value_axes = [a for a in heads.ordered(scope, list(self.out.index)) if a not in before]
-        roles = heads.assign(scope, core.scores, core.dim, query, key, self.values, found.product.axes, value_axes)
+        roles = heads.assign(
+            scope, core.scores, core.dim, query, key, self.values, found.product.axes, value_axes
+        )
         self._settle(roles)
         scores = merge_scales([Scale(f) for f in (*query_scales, *key_scales)] + found.modifiers)
-        scores = tuple(self._understood(m, roles) for m in scores)
+        scores = self._floored([self._understood(m, roles) for m in scores])
         atoms = [a for m in scores if isinstance(m, Mask) for a in m.atoms]
-        sizes = {name: self._size(getattr(roles, name)) for name in ("batch", "heads", "kv_heads", "query", "key", "head_dim", "value_dim")}
+        sizes = {
+            name: self._size(getattr(roles, name))
+            for name in ("batch", "heads", "kv_heads", "query", "key", "head_dim", "value_dim")
+        }
         spec = Attention(
             sizes["batch"], sizes["heads"], sizes["kv_heads"], sizes["query"], sizes["key"], sizes["head_dim"], sizes["value_dim"],
             dtype=query_chain[-1].expr.dtype,
-            scores=_without_empty(_joined(scores)),
+            scores=_without_empty(scores),
             weights=tuple(self._weight(w, roles, scores) for w in weights),
             softmax_dtype=core.dtype,
             out_dtype=self.out.expr.dtype,
@@ -270,7 +286,11 @@ class _Reading:
             return replace(mod, axes=self._letters(scope.operands[mod.slot], roles))
         if isinstance(mod, Bias):
             term = scope.operands[mod.slot]
-            hidden = masks.additive_mask(self.formulas, self.formulas.lift(term), term.expr.dtype) if mod.factor == 1 else None
+            hidden = (
+                masks.additive_mask(self.formulas, self.formulas.lift(term), term.expr.dtype)
+                if mod.factor == 1
+                else None
+            )
             if hidden is not None:
                 return Mask(mod.slot, hidden.fill, True, True, self._atoms(hidden.attends, roles))
             return replace(mod, axes=self._letters(term, roles))
@@ -279,6 +299,30 @@ class _Reading:
             attends = formula if mod.attends else self.formulas.make("not", (formula,), torch.bool)
             return replace(mod, atoms=self._atoms(attends, roles))
         return mod
+
+    def _floored(self, scores: list[ScoreModifier]) -> tuple[ScoreModifier, ...]:
+        """``max(where(m, s, -inf), c) = where(m, s, c)``: a floor goes into the masks before it.
+
+        Where the only other things before it are scales, nothing is left for it to do.
+        """
+        at = next((n for n, m in enumerate(scores) if isinstance(m, Floor)), None)
+        if at is None:
+            return tuple(scores)
+        floor = scores[at]
+        assert isinstance(floor, Floor)
+        before = [self._refilled(m, floor.bound) if isinstance(m, Mask) else m for m in scores[:at]]
+        kept = [floor] if any(isinstance(m, Bias) for m in before) else []
+        return tuple([*before, *kept, *self._floored(scores[at + 1 :])])
+
+    def _refilled(self, mod: Mask, fill: float) -> Mask:
+        """A mask of ``-inf`` with another fill."""
+        if mod.fill != -math.inf:
+            return mod
+        if not mod.additive:
+            return replace(mod, fill=fill)
+        term = self.scope.operands[mod.slot]
+        attends = pointwise("eq", term.expr, const(0.0, term.expr.dtype))
+        return Mask(self.scope.slot(Term(attends, term.index)), fill, False, True, mod.atoms)
 
     def _letters(self, term: Term, roles: heads.Roles) -> str:
         axes = {b for a in self.scope.axes(term) for b in self.scope.space.resolve(Affine(((a, 1),))).axes}
@@ -304,7 +348,9 @@ class _Reading:
                 found = [whole, *(a for a in found if not isinstance(a, Band))]
         return tuple(dict.fromkeys(found))
 
-    def _weight(self, mod: WeightModifier, roles: heads.Roles, scores: tuple[ScoreModifier, ...]) -> WeightModifier:
+    def _weight(
+        self, mod: WeightModifier, roles: heads.Roles, scores: tuple[ScoreModifier, ...]
+    ) -> WeightModifier:
         if isinstance(mod, WeightScale) and mod.slot is not None:
             return replace(mod, axes=self._letters(self.scope.operands[mod.slot], roles))
         if not isinstance(mod, Keep):
@@ -325,7 +371,9 @@ class _Reading:
         hidden = masks.additive_mask(self.formulas, self.formulas.lift(term), term.expr.dtype)
         return hidden.attends if hidden is not None else masks.TRUE
 
-    def _rows_seen(self, scores: tuple[ScoreModifier, ...], atoms: list[Atom], sizes: dict[str, object]) -> bool:
+    def _rows_seen(
+        self, scores: tuple[ScoreModifier, ...], atoms: list[Atom], sizes: dict[str, object]
+    ) -> bool:
         return masks.every_row_sees(atoms, sizes["query"], sizes["key"], self.scope)  # type: ignore[arg-type]
 
 
@@ -346,11 +394,6 @@ def _factor(node: Expr) -> tuple[int, float] | None:
 def _without_empty(scores: tuple[ScoreModifier, ...]) -> tuple[ScoreModifier, ...]:
     """Masks that hide nothing do nothing."""
     return tuple(m for m in scores if not (isinstance(m, Mask) and not m.atoms))
-
-
-def _joined(scores: tuple[ScoreModifier, ...]) -> tuple[ScoreModifier, ...]:
-    """A law on pairs of modifiers may go here; none is needed so far."""
-    return scores
 
 
 __all__ = ["RULES", "Miss", "Rules", "Site", "ZeroEmptyRows", "negligible", "recognise"]

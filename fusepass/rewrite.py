@@ -70,10 +70,10 @@ class _Pass:
         self.live = live_nodes(self.graph, self.reader)
         reports = []
         for node in list(self.graph.nodes):
-            meaning = self.reader.meaning.get(node)
+            meaning = self.reader.defined.get(node)
             if node not in self.live or not isinstance(meaning, Expr) or meaning.op != "dot":
                 continue
-            if self.reader.home.get(meaning) is not node:
+            if self.reader.definer[meaning] is not node:
                 continue
             found = recognise(meaning, self.reader.facts, self.rules)
             if found is not None:
@@ -89,10 +89,10 @@ class _Pass:
     # -- one site ----------------------------------------------------------------------------
 
     def _settle(self, node: fx.Node, found: Site | Miss) -> SiteReport:
-        self.settled.update(_softmaxes(self.reader.meaning[node]))
+        self.settled.update(_softmaxes(self.reader.defined[node]))
         if isinstance(found, Miss):
             return self._report(node, None, reason=found.reason)
-        product = self.reader.home.get(found.product)
+        product = self.reader.definer.get(found.product)
         reader = outside_reader(self.reader, self.live, product, node) if product is not None else None
         if reader is not None:
             return self._report(node, found, reason=f"its scores or weights are also used by '{reader.name}'")
@@ -102,7 +102,9 @@ class _Pass:
         target = self._target(node, site)
         rejected: list[tuple[str, str]] = []
         for name, kernel in self._candidates():
-            reason = f"there is no '{name}' kernel yet" if kernel is None else kernel.refuse(site.spec, target)
+            reason = (
+                f"there is no '{name}' kernel yet" if kernel is None else kernel.refuse(site.spec, target)
+            )
             if kernel is not None and reason is None:
                 build = Builder(self.reader, node, self.replaced, site.space)
                 try:
@@ -118,7 +120,9 @@ class _Pass:
                     build.discard()
                     reason = f"validation: its error is {error:.3g} times what is allowed"
             rejected.append((name, reason or ""))
-        return self._report(node, site, reason="; ".join(dict.fromkeys(f"{n}: {r}" for n, r in rejected)), rejected=rejected)
+        return self._report(
+            node, site, reason="; ".join(dict.fromkeys(f"{n}: {r}" for n, r in rejected)), rejected=rejected
+        )
 
     def _candidates(self) -> list[tuple[str, Kernel | None]]:
         if self.options.kernel == "auto":
@@ -156,17 +160,32 @@ class _Pass:
     ) -> SiteReport:
         spec = "" if site is None else str(site.spec)
         kind = "" if site is None else site.spec.kind()
-        return SiteReport(node.name, kernel is not None, spec, kind, kernel, reason, source_of(node), tuple(rejected), max_error)
+        return SiteReport(
+            node.name,
+            kernel is not None,
+            spec,
+            kind,
+            kernel,
+            reason,
+            source_of(node),
+            tuple(rejected),
+            max_error,
+        )
 
     def _left_over(self) -> list[SiteReport]:
         """Softmaxes of products that no product with values was found for."""
         reports = []
         for node in list(self.graph.nodes):
-            meaning = self.reader.meaning.get(node)
-            if node not in self.live or not isinstance(meaning, Expr) or meaning.op != "softmax" or meaning in self.settled:
+            meaning = self.reader.defined.get(node)
+            if (
+                node not in self.live
+                or not isinstance(meaning, Expr)
+                or meaning.op != "softmax"
+                or meaning in self.settled
+            ):
                 continue
             self.settled.add(meaning)
-            if self.reader.home.get(meaning) is node and _of_activations(meaning):
+            if self.reader.definer[meaning] is node and _of_activations(meaning):
                 reports.append(self._report(node, None, reason=self._why_alone(node)))
         return reports
 
@@ -178,15 +197,26 @@ class _Pass:
             for user in at.users:
                 if user in seen or user not in self.live:
                     continue
-                meaning = self.reader.meaning.get(user)
+                meaning = self.reader.defined.get(user)
                 if user.op == "output":
                     return "the weights are returned, and no product with values uses them"
-                if isinstance(meaning, Expr) and meaning.op in ("input", "dot", "cat", "sum", "index", "amax"):
+                if isinstance(meaning, Expr) and meaning.op in (
+                    "input",
+                    "dot",
+                    "cat",
+                    "sum",
+                    "index",
+                    "amax",
+                ):
                     last = user
                     continue
                 seen.add(user)
                 todo.append(user)
-        return f"the weights go into '{last.name}' before any product with values" if last is not node else "nothing uses the weights"
+        return (
+            f"the weights go into '{last.name}' before any product with values"
+            if last is not node
+            else "nothing uses the weights"
+        )
 
 
 def _result_groups(site: Site) -> tuple[list[str], ...]:
@@ -248,7 +278,9 @@ def fuse(graph: Any, *example_inputs: Any, **options: Any) -> Any:
     if isinstance(graph, ExportedProgram):
         return _fuse_exported(graph, checked)
     if not isinstance(graph, fx.GraphModule):
-        raise TypeError(f"fuse() takes a torch.fx.GraphModule or an ExportedProgram, got {type(graph).__name__}; for a module use torch.compile(model, backend='fusepass')")
+        raise TypeError(
+            f"fuse() takes a torch.fx.GraphModule or an ExportedProgram, got {type(graph).__name__}; for a module use torch.compile(model, backend='fusepass')"
+        )
     return _fuse_module(graph, example_inputs, checked)
 
 
@@ -268,7 +300,11 @@ def _fuse_module(gm: fx.GraphModule, example_inputs: tuple[Any, ...], options: O
     from fusepass.report import publish
 
     out = copy.deepcopy(gm)
-    needs_shapes = any(value_of(n) is None for n in out.graph.nodes if n.op in ("placeholder", "call_function", "call_method", "call_module"))
+    needs_shapes = any(
+        value_of(n) is None
+        for n in out.graph.nodes
+        if n.op in ("placeholder", "call_function", "call_method", "call_module")
+    )
     if needs_shapes:
         if not example_inputs:
             raise TypeError("fuse() of a graph without shapes needs example inputs: fuse(graph, *inputs)")
@@ -297,7 +333,9 @@ def _propagate(gm: fx.GraphModule, example_inputs: tuple[Any, ...]) -> None:
 
 def _insert_check(gm: fx.GraphModule, example_inputs: tuple[Any, ...]) -> None:
     places = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    expected = tuple((tuple(x.shape), str(x.dtype)) if isinstance(x, torch.Tensor) else None for x in example_inputs)
+    expected = tuple(
+        (tuple(x.shape), str(x.dtype)) if isinstance(x, torch.Tensor) else None for x in example_inputs
+    )
     with gm.graph.inserting_after(places[-1]):
         gm.graph.call_function(expect_inputs, (tuple(places[: len(expected)]), expected))
 

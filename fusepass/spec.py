@@ -151,6 +151,16 @@ class Mask:
 
 
 @dataclass(frozen=True)
+class Floor:
+    """``max(s, bound)`` with a negligible bound: what was hidden by ``-inf`` is hidden by ``bound``."""
+
+    bound: float
+
+    def __str__(self) -> str:
+        return f"floor {self.bound:.4g}"
+
+
+@dataclass(frozen=True)
 class Dropout:
     """Weights dropped with probability ``p`` and the rest scaled by ``1 / (1 - p)``."""
 
@@ -193,7 +203,7 @@ class ZeroEmptyRows:
         return "empty rows zero"
 
 
-ScoreModifier = Scale | ScaleBy | SoftCap | Bias | Mask
+ScoreModifier = Scale | ScaleBy | SoftCap | Bias | Mask | Floor
 WeightModifier = Dropout | Keep | WeightScale | ZeroEmptyRows
 
 
@@ -220,7 +230,11 @@ class Attention:
         sizes = f"B={self.batch} H={self.heads} G={self.kv_heads} Q={self.queries} K={self.keys} D={self.head_dim} Dv={self.value_dim}"
         mods = [str(m) for m in (*self.scores, *self.weights)]
         kind = str(self.dtype).removeprefix("torch.")
-        soft = "" if self.softmax_dtype is self.dtype else f"; softmax in {str(self.softmax_dtype).removeprefix('torch.')}"
+        soft = (
+            ""
+            if self.softmax_dtype is self.dtype
+            else f"; softmax in {str(self.softmax_dtype).removeprefix('torch.')}"
+        )
         return f"attention({sizes}; {kind}{soft}; {', '.join(mods) or 'plain'})"
 
     @property
@@ -245,7 +259,9 @@ class Attention:
         words += [f"bias[{m.axes}]" for m in self.scores if isinstance(m, Bias)]
         words += ["dropout"] if self.dropout else []
         if self.heads != self.kv_heads:
-            words.append("single kv head" if self.kv_heads == 1 else f"grouped heads {self.heads}:{self.kv_heads}")
+            words.append(
+                "single kv head" if self.kv_heads == 1 else f"grouped heads {self.heads}:{self.kv_heads}"
+            )
         return ", ".join(words) or "full"
 
 
@@ -264,7 +280,7 @@ def merge_scales(mods: Sequence[ScoreModifier]) -> tuple[ScoreModifier, ...]:
             out.append(mod)
             continue
         at = len(out)
-        while at > 0 and not isinstance(out[at - 1], (SoftCap, Scale)):
+        while at > 0 and not isinstance(out[at - 1], (SoftCap, Scale, Floor)):
             if isinstance(out[at - 1], Mask) and mod.factor <= 0:
                 break  # a hidden score would change sides
             at -= 1
@@ -292,7 +308,11 @@ def intersect(bands: Sequence[Band], facts: Facts) -> Band | None:
     right: Size | None = None
     for band in bands:
         for mine, theirs in ((left, band.left), (right, band.right)):
-            if mine is not None and theirs is not None and not (facts.at_most(mine, theirs) or facts.at_most(theirs, mine)):
+            if (
+                mine is not None
+                and theirs is not None
+                and not (facts.at_most(mine, theirs) or facts.at_most(theirs, mine))
+            ):
                 return None
         if band.left is not None and (left is None or facts.at_most(band.left, left)):
             left = band.left
@@ -326,6 +346,8 @@ def apply_score(mod: ScoreModifier, s: Tensor, operands: Sequence[Tensor]) -> Te
         case Bias(slot, _, factor):
             bias = operands[slot]
             return s + (bias if factor == 1 else bias * factor)
+        case Floor(bound):
+            return s.clamp(min=max(bound, torch.finfo(s.dtype).min))
         case Mask(slot, fill, additive, attends):
             if additive:
                 return s + operands[slot]
@@ -343,11 +365,18 @@ def apply_weight(mod: WeightModifier, w: Tensor, operands: Sequence[Tensor]) -> 
         case ZeroEmptyRows():
             return torch.nan_to_num(w, nan=0.0)
         case Dropout():
-            raise ValueError("dropout in a reference computation: expected its drawn mask as a WeightScale operand")
+            raise ValueError(
+                "dropout in a reference computation: expected its drawn mask as a WeightScale operand"
+            )
 
 
 def reference(
-    spec: Attention, q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor] = (), dtype: torch.dtype | None = None
+    spec: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Sequence[Tensor] = (),
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Plain mathematics of a specification: the oracle.
 

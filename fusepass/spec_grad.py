@@ -14,6 +14,7 @@ from torch import Tensor
 from fusepass.spec import (
     Attention,
     Bias,
+    Floor,
     Keep,
     Mask,
     Scale,
@@ -89,6 +90,8 @@ def _through_score(
         case Bias(slot, _, factor):
             _add(found, slot, ds * factor)
             return ds.to(before.dtype)
+        case Floor(bound):
+            return torch.where(before >= bound, ds, torch.zeros_like(ds))
         case Mask(slot, _, additive, attends):
             if additive:
                 _add(found, slot, ds)

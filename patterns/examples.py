@@ -6,14 +6,20 @@ import torch
 
 from fusepass.ir import Expr, const, expr, leaf, pointwise
 
-__all__ = ["binary", "bits", "expr", "leaf", "number", "reduced", "scores", "softmax"]
+__all__ = ["binary", "bits", "cast", "expr", "leaf", "number", "reduced", "scores", "softmax"]
 
 B, H, Q, K, D = 2, 3, 5, 6, 4
 
 
 def scores(name: str = "s") -> Expr:
-    """A score tensor ``[B, H, Q, K]``."""
-    return leaf(name, (B, H, Q, K), torch.float64)
+    """Scores ``[B, H, Q, K]``: the product of queries and keys."""
+    q, k = leaf(f"{name}_q", (B, H, Q, D), torch.float64), leaf(f"{name}_k", (B, H, K, D), torch.float64)
+    return expr("dot", (q, k), ("abmk", "abnk", "abmn"), (B, H, Q, K), torch.float64)
+
+
+def cast(x: Expr, dtype: torch.dtype = torch.float32) -> Expr:
+    """``x`` in another dtype."""
+    return expr("cast", (x,), (dtype,), x.shape, dtype)
 
 
 def number(value: float) -> Expr:

@@ -32,8 +32,8 @@ class Roles:
 
     def letters(self) -> dict[str, str]:
         """Axis name to letter, for texts."""
-        table = {a: "b" for a in self.batch} | {a: "h" for a in self.heads}
-        return table | {a: "i" for a in self.query} | {a: "j" for a in self.key}
+        table = dict.fromkeys(self.batch, "b") | dict.fromkeys(self.heads, "h")
+        return table | dict.fromkeys(self.query, "i") | dict.fromkeys(self.key, "j")
 
 
 def ordered(scope: Scope, indices: tuple[Affine, ...] | list[Affine]) -> list[str]:
@@ -50,11 +50,18 @@ def ordered(scope: Scope, indices: tuple[Affine, ...] | list[Affine]) -> list[st
 def _weight(coefficient: Size) -> float:
     if isinstance(coefficient, int):
         return float(coefficient)
-    return float(coefficient.subs({s: 1009 for s in coefficient.free_symbols}))
+    return float(coefficient.subs(dict.fromkeys(coefficient.free_symbols, 1009)))
 
 
 def assign(
-    scope: Scope, scores: Term, dim: int, query: Term, keys: Term, values: Term, contracted: tuple[Affine, ...], value_axes: list[str]
+    scope: Scope,
+    scores: Term,
+    dim: int,
+    query: Term,
+    keys: Term,
+    values: Term,
+    contracted: tuple[Affine, ...],
+    value_axes: list[str],
 ) -> Roles:
     """Give every axis its role from what depends on it.
 
@@ -69,8 +76,14 @@ def assign(
         raise Refuse("queries and keys are not contracted with each other over a head dimension")
     if not set(roles.key) <= in_v:
         raise Refuse("the values do not vary over the keys: the same value for every position")
-    outer = [a for a in ordered(scope, [i for d, i in enumerate(scores.index) if d != dim]) if a not in roles.key]
-    outer += [a for a in sorted((in_q | in_k | in_v) - set(outer)) if a not in (*roles.key, *roles.head_dim, *value_axes)]
+    outer = [
+        a for a in ordered(scope, [i for d, i in enumerate(scores.index) if d != dim]) if a not in roles.key
+    ]
+    outer += [
+        a
+        for a in sorted((in_q | in_k | in_v) - set(outer))
+        if a not in (*roles.key, *roles.head_dim, *value_axes)
+    ]
     free = [a for a in outer if a not in in_k and a not in in_v]
     shared = [a for a in outer if a not in free]
     roles.query = _query_axes(scope, scores, dim, free)

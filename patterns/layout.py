@@ -13,7 +13,9 @@ def _view(op: str, shape: tuple[int, ...], *attrs: object) -> Expr:
     return expr(op, (x,), attrs, shape, x.dtype)  # type: ignore[arg-type]
 
 
-@rule("permute(x, p)[i] = x[i by p inverse]", lambda: _view("permute", (eg.H, eg.B, eg.K, eg.Q), (1, 0, 3, 2)))
+@rule(
+    "permute(x, p)[i] = x[i by p inverse]", lambda: _view("permute", (eg.H, eg.B, eg.K, eg.Q), (1, 0, 3, 2))
+)
 def permute(term: Term, scope: Scope) -> Peel | None:
     """Reorder the index."""
     if term.expr.op != "permute":

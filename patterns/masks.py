@@ -88,7 +88,12 @@ class Formulas:
         def element(n: int) -> Expr:
             inside = at + (-1 * starts[n])
             index = tuple(inside if d == dim else i for d, i in enumerate(term.index))
-            return self.lift(Term(node.args[n], tuple(Affine() if s == 1 else i for s, i in zip(node.args[n].shape, index, strict=True))))
+            return self.lift(
+                Term(
+                    node.args[n],
+                    tuple(Affine() if s == 1 else i for s, i in zip(node.args[n].shape, index, strict=True)),
+                )
+            )
 
         out: Expr | None = None
         for n in reversed(range(len(node.args))):
@@ -118,7 +123,15 @@ class Formulas:
         middle = term.index[dim : dim + wide]
         within: list[Affine] = []
         for position, node in enumerate(indices):
-            value = self.lift(Term(node, tuple(Affine() if n == 1 else i for n, i in zip(node.shape, middle[wide - node.rank :], strict=True))))
+            value = self.lift(
+                Term(
+                    node,
+                    tuple(
+                        Affine() if n == 1 else i
+                        for n, i in zip(node.shape, middle[wide - node.rank :], strict=True)
+                    ),
+                )
+            )
             at = index_of(value)
             reach = None if at is None else self.space.bounds(self.space.resolve(at))
             if at is None or reach is None or not self.scope.facts.at_most(0, reach[0]):
@@ -130,7 +143,9 @@ class Formulas:
 
     # -- simplification ----------------------------------------------------------------------
 
-    def make(self, op: str, args: tuple[Expr, ...], dtype: torch.dtype, attrs: tuple[object, ...] = ()) -> Expr:
+    def make(
+        self, op: str, args: tuple[Expr, ...], dtype: torch.dtype, attrs: tuple[object, ...] = ()
+    ) -> Expr:
         """``op(args)`` in simplest form."""
         values = [a.attrs[0] if a.op == "const" else None for a in args]
         if op == "where":
@@ -245,7 +260,12 @@ class Formulas:
         if op != "mul":
             return None
         for a, b in (args, args[::-1]):
-            if a.op == "where" and scalar_of(a.args[1]) == 1 and scalar_of(a.args[2]) == 0 and b.op != "const":
+            if (
+                a.op == "where"
+                and scalar_of(a.args[1]) == 1
+                and scalar_of(a.args[2]) == 0
+                and b.op != "const"
+            ):
                 return self._where(a.args[0], self._cast(b, dtype), const(0, dtype), dtype)
         return None
 
@@ -257,7 +277,10 @@ class Formulas:
         c, yes, no = args[chosen[0]].args
         if "const" not in (yes.op, no.op):
             return None
-        branches = [self.make(op, tuple(x if i == chosen[0] else a for i, a in enumerate(args)), dtype) for x in (yes, no)]
+        branches = [
+            self.make(op, tuple(x if i == chosen[0] else a for i, a in enumerate(args)), dtype)
+            for x in (yes, no)
+        ]
         return self._where(c, branches[0], branches[1], dtype)
 
     def _compare(self, op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
@@ -351,11 +374,16 @@ def additive_mask(formulas: Formulas, formula: Expr, dtype: torch.dtype) -> Hidd
         return Hidden(formulas.make("and", (a.attends, b.attends), torch.bool), min(a.fill, b.fill))
     if formula.op == "where":
         condition, yes, no = formula.args
-        for wanted, kept, filler in ((condition, yes, no), (formulas.make("not", (condition,), torch.bool), no, yes)):
+        for wanted, kept, filler in (
+            (condition, yes, no),
+            (formulas.make("not", (condition,), torch.bool), no, yes),
+        ):
             fill = scalar_of(filler)
             inner = additive_mask(formulas, kept, dtype)
             if fill is not None and inner is not None and negligible(float(fill), dtype):
-                return Hidden(formulas.make("and", (wanted, inner.attends), torch.bool), min(float(fill), inner.fill))
+                return Hidden(
+                    formulas.make("and", (wanted, inner.attends), torch.bool), min(float(fill), inner.fill)
+                )
     return None
 
 
@@ -431,7 +459,11 @@ def _same_label(part: Expr, at: Positions, space: AxisSpace) -> Atom:
     a, b = part.args
     if a.op == b.op == "load" and a.args[0] is b.args[0]:
         return Document()
-    if a.op == b.op == "floordiv" and a.args[1] is b.args[1] and isinstance(size := scalar_of(a.args[1]), int):
+    if (
+        a.op == b.op == "floordiv"
+        and a.args[1] is b.args[1]
+        and isinstance(size := scalar_of(a.args[1]), int)
+    ):
         return Chunk(size)
     return Dense("".join(sorted(letters(part, at, space))))
 

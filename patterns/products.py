@@ -33,7 +33,13 @@ def dot(term: Term, scope: Scope) -> Product | None:
 
 
 def _sum_example() -> Expr:
-    a = expr("reshape", (eg.leaf("a", (eg.B, eg.Q, eg.D), eg.scores().dtype),), (), (eg.B, eg.Q, 1, eg.D), eg.scores().dtype)
+    a = expr(
+        "reshape",
+        (eg.leaf("a", (eg.B, eg.Q, eg.D), eg.scores().dtype),),
+        (),
+        (eg.B, eg.Q, 1, eg.D),
+        eg.scores().dtype,
+    )
     b = expr("reshape", (eg.leaf("b", (eg.B, eg.K, eg.D), a.dtype),), (), (eg.B, 1, eg.K, eg.D), a.dtype)
     total = eg.reduced("sum", eg.binary("mul", a, b))
     return expr("reshape", (total,), (), (eg.B, eg.Q, eg.K), a.dtype)

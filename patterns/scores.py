@@ -9,9 +9,8 @@ import torch
 from fusepass.ir import POINTWISE, VIEWS, Expr, const, pointwise, scalar_of
 from fusepass.patterns import examples as eg
 from fusepass.rule import Peel, Refuse, Rule, Scope, Term, rule
-from fusepass.spec import Bias, Mask, Scale, ScaleBy, SoftCap
+from fusepass.spec import Bias, Floor, Mask, Scale, ScaleBy, SoftCap, negligible
 
-_holds_product: dict[int, bool] = {}
 
 
 def holds_product(node: Expr) -> bool:
@@ -40,7 +39,7 @@ def number(node: Expr) -> float | None:
     return None if value is None else float(value)
 
 
-@rule("cast(x) changes the precision alone", lambda: pointwise("cast", eg.scores(), dtype=torch.float64))
+@rule("cast(x) changes the precision alone", lambda: eg.cast(eg.scores()))
 def cast(term: Term, scope: Scope) -> Peel | None:
     """A change of floating dtype; the softmax records the dtype it computes in."""
     if term.expr.op != "cast" or not (term.expr.is_float and term.expr.args[0].is_float):
@@ -48,7 +47,10 @@ def cast(term: Term, scope: Scope) -> Peel | None:
     return Peel(term.argument(0))
 
 
-@rule("softcap: c * tanh(y) = SoftCap_c(c * y)", lambda: eg.binary("mul", pointwise("tanh", eg.scores()), eg.number(3.0)))
+@rule(
+    "softcap: c * tanh(y) = SoftCap_c(c * y)",
+    lambda: eg.binary("mul", pointwise("tanh", eg.scores()), eg.number(3.0)),
+)
 def softcap(term: Term, scope: Scope) -> Peel | None:
     """An identity for every ``c > 0``, wherever the inner division was folded to."""
     if term.expr.op == "mul":
@@ -134,15 +136,24 @@ def shift(term: Term, scope: Scope) -> list[Peel] | None:
     return free or None
 
 
-@rule("bias: x + t, x - t", lambda: eg.binary("add", eg.leaf("t", (eg.H, eg.Q, eg.K), torch.float64), eg.scores()))
+@rule(
+    "bias: x + t, x - t",
+    lambda: eg.binary("add", eg.leaf("t", (eg.H, eg.Q, eg.K), torch.float64), eg.scores()),
+)
 def bias(term: Term, scope: Scope) -> list[Peel] | None:
     """An added tensor.  Whether it is a mask is decided later, by what it means."""
     node = term.expr
     if node.op == "add":
-        return [Peel(term.argument(i), Bias(scope.slot(term.argument(1 - i)))) for i in score_sides(term)] or None
+        return [
+            Peel(term.argument(i), Bias(scope.slot(term.argument(1 - i)))) for i in score_sides(term)
+        ] or None
     if node.op != "sub":
         return None
-    found = [Peel(term.argument(0), Bias(scope.slot(term.argument(1)), "", -1.0))] if holds_product(node.args[0]) else []
+    found = (
+        [Peel(term.argument(0), Bias(scope.slot(term.argument(1)), "", -1.0))]
+        if holds_product(node.args[0])
+        else []
+    )
     if holds_product(node.args[1]):
         negated = Term(pointwise("neg", node.args[1]), term.argument(1).index)
         found.append(Peel(negated, Bias(scope.slot(term.argument(0)))))
@@ -159,22 +170,26 @@ def mask(term: Term, scope: Scope) -> Peel | None:
         fill = number(filler)
         if fill is not None and holds_product(term.expr.args[kept]):
             if fill > -1e3:
-                raise Refuse(f"hidden scores are set to {fill:g}, which leaves them visible to the softmax", term.expr)
+                raise Refuse(
+                    f"hidden scores are set to {fill:g}, which leaves them visible to the softmax", term.expr
+                )
             return Peel(term.argument(kept), Mask(scope.slot(term.argument(0)), fill, False, attends))
     if holds_product(yes) or holds_product(no):
         raise Refuse("where() chooses between the scores and another tensor, not a constant fill", term.expr)
     return None
 
 
-@rule("max(x, c) = x for c at or below the lowest finite score", lambda: eg.binary("max", eg.scores(), eg.number(-1e300)))
+@rule("floor: max(x, c)", lambda: eg.binary("max", eg.scores(), eg.number(-1e300)))
 def floor(term: Term, scope: Scope) -> Peel | None:
-    """A clamp to the dtype's most negative number: it only turns -inf fills into finite ones."""
+    """A clamp from below at a negligible number: it only turns -inf fills into finite ones."""
     if term.expr.op != "max":
         return None
     for position in (0, 1):
         bound = number(term.expr.args[1 - position])
-        if bound is not None and bound <= torch.finfo(term.expr.dtype).min * (0.999 if term.expr.dtype is not torch.float64 else 1e-9):
-            return Peel(term.argument(position))
+        if bound is not None and holds_product(term.expr.args[position]):
+            if not negligible(bound, term.expr.dtype):
+                raise Refuse(f"the scores are clamped from below at {bound:g}", term.expr)
+            return Peel(term.argument(position), Floor(bound))
     return None
 
 

@@ -110,7 +110,10 @@ def exp_minus_logsumexp(term: Term, scope: Scope) -> Core | None:
     scores, norm = term.expr.args[0].args
     if norm.op == "logsumexp" and norm.args[0] is scores and len(norm.attrs[0]) == 1:  # type: ignore[arg-type]
         return _core(term, scores, norm.attrs[0][0])  # type: ignore[index]
-    if norm.op == "log" and (dim := _row_sum_of(norm.args[0], pointwise("exp", scores, dtype=scores.dtype))) is not None:
+    if (
+        norm.op == "log"
+        and (dim := _row_sum_of(norm.args[0], pointwise("exp", scores, dtype=scores.dtype))) is not None
+    ):
         return _core(term, scores, dim)
     return None
 

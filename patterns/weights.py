@@ -18,7 +18,17 @@ def holds_softmax(node: Expr) -> bool:
     for _ in range(24):
         if node.op in _weighty:
             return True
-        if node.op in ("cast", "dropout", "nan_to_num", "permute", "reshape", "expand", "slice", "select", "flip"):
+        if node.op in (
+            "cast",
+            "dropout",
+            "nan_to_num",
+            "permute",
+            "reshape",
+            "expand",
+            "slice",
+            "select",
+            "flip",
+        ):
             node = node.args[0]
         elif node.op in ("mul", "div", "where"):
             return any(holds_softmax(a) for a in node.args)
@@ -27,7 +37,10 @@ def holds_softmax(node: Expr) -> bool:
     return False
 
 
-@rule("cast(w) changes the precision alone", lambda: pointwise("cast", eg.softmax(eg.scores()), dtype=torch.float64))
+@rule(
+    "cast(w) changes the precision alone",
+    lambda: eg.cast(eg.softmax(eg.scores())),
+)
 def cast(term: Term, scope: Scope) -> Peel | None:
     """Back from the softmax's dtype."""
     if term.expr.op != "cast" or not term.expr.args[0].is_float or not term.expr.is_float:
@@ -97,8 +110,9 @@ def weight_scale(term: Term, scope: Scope) -> Peel | None:
         factor, other = number(node.args[1 - position]), term.argument(1 - position)
         if factor is not None:
             return Peel(term.argument(position), WeightScale(factor))
-        if other.expr.op == "cast" and other.expr.args[0].dtype is torch.bool:
-            return Peel(term.argument(position), Keep(scope.slot(other.argument(0)), True))
+        bits = other.argument(0) if other.expr.op == "cast" else other
+        if bits.expr.dtype is torch.bool:
+            return Peel(term.argument(position), Keep(scope.slot(bits), True))
         if scope.varies_over_keys(other):
             raise Refuse("the weights are multiplied by a tensor that varies over the keys", node)
         return Peel(term.argument(position), WeightScale(1.0, scope.slot(other)))

@@ -83,7 +83,8 @@ class Reader:
     """The meanings of a graph's nodes.
 
     Attributes:
-        meaning: the expression (or tuple of expressions) of every node that has one.
+        meaning: the present expression (or tuple of expressions) of every node that has one.
+        defined: the expression it had when it was made, whatever was written into it later.
         home: for an expression, the first node that holds its value.
         facts: what is known of symbolic sizes.
     """
@@ -92,6 +93,8 @@ class Reader:
         self.graph = graph
         self.owner = owner
         self.meaning: dict[fx.Node, Value] = {}
+        self.defined: dict[fx.Node, Value] = {}
+        self.definer: dict[Expr, fx.Node] = {}
         self.home: dict[Expr, fx.Node] = {}
         self.order: dict[fx.Node, int] = {}
         self._root: dict[fx.Node, fx.Node] = {}
@@ -108,7 +111,9 @@ class Reader:
     def usable(self, node: fx.Node, since: int, until: fx.Node) -> bool:
         """Does ``node``, read at position ``since``, still hold the same value just before ``until``?"""
         end = self.order[until]
-        return self.order[node] < end and not any(since < w < end for w in self._writes.get(self._root[node], ()))
+        return self.order[node] < end and not any(
+            since < w < end for w in self._writes.get(self._root[node], ())
+        )
 
     def root(self, node: fx.Node) -> fx.Node:
         """The node whose memory ``node`` shares."""
@@ -158,7 +163,9 @@ class Reader:
         if meaning is None:
             return
         self.meaning[node] = meaning
+        self.defined.setdefault(node, meaning)
         if isinstance(meaning, Expr):
+            self.definer.setdefault(meaning, node)
             held = self.home.get(meaning)
             if held is None:
                 self.home[meaning] = node
@@ -210,7 +217,19 @@ class Reader:
         args = _positional(operation(node)[0], args, kwargs)
         if any(isinstance(a, fx.Node) for a in args):
             return None
-        for name in ("dtype", "device", "layout", "pin_memory", "memory_format", "requires_grad", "non_blocking", "inplace", "implicit", "generator", "_stacklevel"):
+        for name in (
+            "dtype",
+            "device",
+            "layout",
+            "pin_memory",
+            "memory_format",
+            "requires_grad",
+            "non_blocking",
+            "inplace",
+            "implicit",
+            "generator",
+            "_stacklevel",
+        ):
             kwargs.pop(name, None)
         try:
             return handler(self._result(node, value), *args, **kwargs)
@@ -262,14 +281,22 @@ class Reader:
         x = args[0] if args else None
         if not isinstance(x, Expr) or not all(isinstance(v, torch.Tensor) for v in value if v is not None):
             return None
-        if name in ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk", "split_with_sizes_copy"):
+        if name in (
+            "split",
+            "split_with_sizes",
+            "chunk",
+            "tensor_split",
+            "unsafe_split",
+            "unsafe_chunk",
+            "split_with_sizes_copy",
+        ):
             dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
             return torch_ops.parts_of(x, [shape_of(v) for v in value], dim)
         if name == "unbind":
             return HANDLERS["unbind"](self._result(node, x_like(value, x)), x, *args[1:], **kwargs)
         if name == "native_dropout":
             return self._call(HANDLERS["native_dropout"], node, value[0])
-        if name == "max" and len(value) == 2 and len(args) >= 2 or name == "max" and "dim" in kwargs:
+        if (name == "max" and len(value) == 2 and len(args) >= 2) or (name == "max" and "dim" in kwargs):
             r = self._result(node, value[0])
             return (HANDLERS["amax"](r, x, kwargs.get("dim", args[1] if len(args) > 1 else None)), None)
         return None
@@ -299,7 +326,9 @@ class Reader:
         if not isinstance(source, Expr) or not isinstance(value, torch.Tensor):
             return None
         source = torch_ops.cast(source, value.dtype)
-        return source if source.shape == shape_of(value) else torch_ops.view("expand", source, shape_of(value))
+        return (
+            source if source.shape == shape_of(value) else torch_ops.view("expand", source, shape_of(value))
+        )
 
     def _rewrite(self, target: fx.Node, node: fx.Node | None, out: Value, position: int) -> None:
         """``target``'s memory now holds ``out``; everything that shares it is forgotten."""
@@ -451,4 +480,10 @@ def writes_in_place(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name, writes = operation(node)
-    return writes or node.target is operator.setitem or name == "__setitem__" or "out" in node.kwargs or _writes_hidden(node)
+    return (
+        writes
+        or node.target is operator.setitem
+        or name == "__setitem__"
+        or "out" in node.kwargs
+        or _writes_hidden(node)
+    )

@@ -202,7 +202,7 @@ def _masked_fill(r: Result, x: Expr, mask: Expr, value: Value) -> Expr | None:
 
 
 @handles("clamp", "clip", "clamp_min", "clamp_max")
-def _clamp(r: Result, x: Expr, min: Value = None, max: Value = None) -> Expr | None:  # noqa: A002
+def _clamp(r: Result, x: Expr, min: Value = None, max: Value = None) -> Expr | None:
     out: Expr = x
     for op, bound in (("max", min), ("min", max)):
         if bound is not None:
@@ -213,12 +213,14 @@ def _clamp(r: Result, x: Expr, min: Value = None, max: Value = None) -> Expr | N
     return out
 
 
-HANDLERS["clamp_min"] = lambda r, x, min: _clamp(r, x, min)  # noqa: A006
-HANDLERS["clamp_max"] = lambda r, x, max: _clamp(r, x, None, max)  # noqa: A006
+HANDLERS["clamp_min"] = lambda r, x, min: _clamp(r, x, min)
+HANDLERS["clamp_max"] = lambda r, x, max: _clamp(r, x, None, max)
 
 
 @handles("nan_to_num")
-def _nan_to_num(r: Result, x: Expr, nan: float | None = None, posinf: Value = None, neginf: Value = None) -> Expr | None:
+def _nan_to_num(
+    r: Result, x: Expr, nan: float | None = None, posinf: Value = None, neginf: Value = None
+) -> Expr | None:
     return expr("nan_to_num", (x,), (float(nan or 0.0),), x.shape, x.dtype)
 
 
@@ -231,12 +233,37 @@ def cast(x: Expr, dtype: torch.dtype) -> Expr:
     return expr("cast", (x,), (dtype,), x.shape, dtype)
 
 
-@handles("to", "type_as", "float", "half", "bfloat16", "double", "bool", "long", "int", "type", "_to_copy", "convert_element_type", "cpu", "cuda")
+@handles(
+    "to",
+    "type_as",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+    "bool",
+    "long",
+    "int",
+    "type",
+    "_to_copy",
+    "convert_element_type",
+    "cpu",
+    "cuda",
+)
 def _to(r: Result, x: Expr, *args: Value, **_: Value) -> Expr | None:
     return cast(x, r.dtype)
 
 
-@handles("contiguous", "clone", "alias", "lift_fresh_copy", "lift_fresh", "positive", "identity", "requires_grad_", "alias_copy")
+@handles(
+    "contiguous",
+    "clone",
+    "alias",
+    "lift_fresh_copy",
+    "lift_fresh",
+    "positive",
+    "identity",
+    "requires_grad_",
+    "alias_copy",
+)
 def _same(r: Result, x: Expr, *args: Value, **_: Value) -> Expr:
     return x
 
@@ -244,7 +271,19 @@ def _same(r: Result, x: Expr, *args: Value, **_: Value) -> Expr:
 # ---------------------------------------------------------------------------------------- views
 
 
-@handles("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as", "view_copy", "ravel")
+@handles(
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "unsqueeze",
+    "squeeze",
+    "view_as",
+    "reshape_as",
+    "view_copy",
+    "ravel",
+)
 def _reshape(r: Result, x: Expr, *args: Value, **_: Value) -> Expr | None:
     if args and isinstance(args[0], torch.dtype):
         return None
@@ -278,7 +317,9 @@ def _mt(r: Result, x: Expr) -> Expr:
 @handles("movedim", "moveaxis")
 def _movedim(r: Result, x: Expr, source: Value, destination: Value) -> Expr:
     src = [dim_of(d, x.rank) for d in (source if isinstance(source, (tuple, list)) else (source,))]
-    dst = [dim_of(d, x.rank) for d in (destination if isinstance(destination, (tuple, list)) else (destination,))]
+    dst = [
+        dim_of(d, x.rank) for d in (destination if isinstance(destination, (tuple, list)) else (destination,))
+    ]
     rest = [d for d in range(x.rank) if d not in src]
     order = [-1] * x.rank
     for s, d in zip(src, dst, strict=True):
@@ -333,7 +374,9 @@ def slice_start(start: Value, size: Size) -> Size | None:
 
 
 @handles("slice", "slice_copy")
-def _slice(r: Result, x: Expr, dim: int = 0, start: Value = None, end: Value = None, step: Value = 1) -> Expr | None:
+def _slice(
+    r: Result, x: Expr, dim: int = 0, start: Value = None, end: Value = None, step: Value = 1
+) -> Expr | None:
     d = dim_of(dim, x.rank)
     first = slice_start(start, x.shape[d])
     return None if first is None else slice_dim(x, d, first, r.shape[d], step)
@@ -361,7 +404,15 @@ def _unbind(r: Result, x: Expr, dim: int = 0) -> Value:
     return tuple(expr("select", (x,), (d, i), shape, x.dtype) for i in range(count))
 
 
-@handles("split", "split_with_sizes", "tensor_split", "chunk", "unsafe_split", "unsafe_chunk", "split_with_sizes_copy")
+@handles(
+    "split",
+    "split_with_sizes",
+    "tensor_split",
+    "chunk",
+    "unsafe_split",
+    "unsafe_chunk",
+    "split_with_sizes_copy",
+)
 def _split(r: Result, x: Expr, *_: Value, **kw: Value) -> Value:
     return None  # the reader knows the parts' shapes: see parts_of
 
@@ -385,7 +436,11 @@ def _cat(r: Result, tensors: Value, dim: int = 0, **kw: Value) -> Expr | None:
     dim = kw.get("axis", dim)
     if not all(isinstance(t, Expr) and t.rank == len(r.shape) for t in tensors):
         return None
-    return tensors[0] if len(tensors) == 1 else expr("cat", tuple(tensors), (dim_of(dim, len(r.shape)),), r.shape, r.dtype)
+    return (
+        tensors[0]
+        if len(tensors) == 1
+        else expr("cat", tuple(tensors), (dim_of(dim, len(r.shape)),), r.shape, r.dtype)
+    )
 
 
 @handles("stack")
@@ -398,7 +453,11 @@ def _stack(r: Result, tensors: Value, dim: int = 0) -> Expr | None:
 def getitem(r: Result, x: Expr, key: Value) -> Expr | None:
     """Basic and advanced indexing ``x[key]``."""
     keys = list(key) if isinstance(key, tuple) else [key]
-    used = sum(k.rank if isinstance(k, Expr) and k.dtype is torch.bool else 1 for k in keys if k is not None and k is not Ellipsis)
+    used = sum(
+        k.rank if isinstance(k, Expr) and k.dtype is torch.bool else 1
+        for k in keys
+        if k is not None and k is not Ellipsis
+    )
     if Ellipsis in [k for k in keys if not isinstance(k, Expr)]:
         at = next(i for i, k in enumerate(keys) if k is Ellipsis)
         keys[at : at + 1] = [slice(None)] * (x.rank - used)
@@ -618,11 +677,15 @@ def _einsum_labels(equation: str, ranks: list[int]) -> tuple[str, str, str] | No
     if len(terms) != 2:
         return None
     spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789" if c not in equation]
-    dots = [rank - len(t.replace("...", "")) if "..." in t else 0 for t, rank in zip(terms, ranks, strict=True)]
+    dots = [
+        rank - len(t.replace("...", "")) if "..." in t else 0 for t, rank in zip(terms, ranks, strict=True)
+    ]
     wide = "".join(spare[: max(dots)])
     if not arrow:
         letters = left.replace(",", "").replace(".", "")
-        out = ("..." if "." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+        out = ("..." if "." in left else "") + "".join(
+            sorted(c for c in set(letters) if letters.count(c) == 1)
+        )
     full = [t.replace("...", wide[len(wide) - n :] if n else "") for t, n in zip(terms, dots, strict=True)]
     return full[0], full[1], out.replace("...", wide)
 
@@ -657,14 +720,22 @@ def _cumsum(r: Result, x: Expr, dim: int) -> Expr:
 
 
 @handles("diff")
-def _diff(r: Result, x: Expr, n: int = 1, dim: int = -1, prepend: Value = None, append: Value = None) -> Expr | None:
+def _diff(
+    r: Result, x: Expr, n: int = 1, dim: int = -1, prepend: Value = None, append: Value = None
+) -> Expr | None:
     d = dim_of(dim, x.rank)
     parts = [p for p in (prepend, x, append) if isinstance(p, Expr)]
     if n != 1:
         return None
     length = simplify_size(r.shape[d] + 1)
-    whole = x if len(parts) == 1 else expr("cat", tuple(parts), (d,), (*x.shape[:d], length, *x.shape[d + 1 :]), x.dtype)
-    return pointwise("sub", slice_dim(whole, d, 1, r.shape[d]), slice_dim(whole, d, 0, r.shape[d]), dtype=r.dtype)
+    whole = (
+        x
+        if len(parts) == 1
+        else expr("cat", tuple(parts), (d,), (*x.shape[:d], length, *x.shape[d + 1 :]), x.dtype)
+    )
+    return pointwise(
+        "sub", slice_dim(whole, d, 1, r.shape[d]), slice_dim(whole, d, 0, r.shape[d]), dtype=r.dtype
+    )
 
 
 @handles("max", "min")
@@ -674,11 +745,15 @@ def _max(r: Result, x: Expr, *args: Value, **kw: Value) -> Value:
     return None  # max(dim) returns two results: see the reader
 
 
-HANDLERS["min"] = lambda r, x, *args, **kw: pointwise("min", x, args[0], dtype=r.dtype) if args and isinstance(args[0], Expr) else None
+HANDLERS["min"] = lambda r, x, *args, **kw: (
+    pointwise("min", x, args[0], dtype=r.dtype) if args and isinstance(args[0], Expr) else None
+)
 
 
 @handles("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "special_softmax")
-def _softmax(r: Result, x: Expr, dim: Value = None, *rest: Value, op: str = "softmax", **_: Value) -> Expr | None:
+def _softmax(
+    r: Result, x: Expr, dim: Value = None, *rest: Value, op: str = "softmax", **_: Value
+) -> Expr | None:
     if dim is None or x.rank == 0:
         return None
     x = cast(x, r.dtype)
@@ -696,11 +771,17 @@ def _safe_softmax(r: Result, x: Expr, dim: int, *_: Value, **__: Value) -> Expr 
 
 
 @handles("dropout", "feature_dropout", "alpha_dropout")
-def _dropout(r: Result, x: Expr, p: Value = 0.5, training: Value = True, *_: Value, **kw: Value) -> Expr | None:
+def _dropout(
+    r: Result, x: Expr, p: Value = 0.5, training: Value = True, *_: Value, **kw: Value
+) -> Expr | None:
     training = kw.get("train", training)
     if training is False or p == 0:
         return x
-    return expr("dropout", (x,), (p, r.unique), x.shape, x.dtype) if training is True and isinstance(p, float) else None
+    return (
+        expr("dropout", (x,), (p, r.unique), x.shape, x.dtype)
+        if training is True and isinstance(p, float)
+        else None
+    )
 
 
 HANDLERS["feature_dropout"] = HANDLERS["alpha_dropout"] = lambda r, *_, **__: None
@@ -712,7 +793,9 @@ def _native_dropout(r: Result, x: Expr, p: float, train: Value) -> Value:
     return None if out is None else (out, None)
 
 
-def sdpa(r: Result, q: Expr, k: Expr, v: Expr, mask: Value, p: float, causal: bool, scale: Value, weights: Shape) -> Expr | None:
+def sdpa(
+    r: Result, q: Expr, k: Expr, v: Expr, mask: Value, p: float, causal: bool, scale: Value, weights: Shape
+) -> Expr | None:
     """``scaled_dot_product_attention`` written out, as its documentation defines it."""
     factor = scale if scale is not None else _default_scale(q.shape[-1])
     if not isinstance(factor, (int, float)):

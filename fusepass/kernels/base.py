@@ -74,7 +74,9 @@ def score_operand(site: Site, build: Builder, slot: int) -> fx.Node:
     r = site.roles
     term = site.operands[slot]
     made = build.tensor(term.expr)
-    if term.expr.rank == 0 and (not isinstance(made, fx.Node) or not isinstance(build.value(made), torch.Tensor)):
+    if term.expr.rank == 0 and (
+        not isinstance(made, fx.Node) or not isinstance(build.value(made), torch.Tensor)
+    ):
         return made  # type: ignore[no-any-return]  # a number
     groups = (r.batch, r.heads, r.query, r.key)
     return build.layout(build.reach(term, site.scope), groups, full=False)
@@ -86,17 +88,20 @@ def all_operands(site: Site, build: Builder, bands: bool = False) -> list[fx.Nod
     for slot in slots(site.spec, bands):
         tensor = score_operand(site, build, slot)
         if not isinstance(tensor, fx.Node) or not isinstance(build.value(tensor), torch.Tensor):
-            tensor = build.op("scalar_tensor", tensor, dtype=site.spec.dtype, device=build.value(build.anchor).device)
+            tensor = build.op(
+                "scalar_tensor", tensor, dtype=site.spec.dtype, device=build.value(build.anchor).device
+            )
         made.append(tensor)
     return made
 
 
 def empty_rows(spec: Attention) -> str:
     """What a row that sees no key gives: ``"zero"``, ``"nan"`` or ``"mean"`` (of the values)."""
-    for mod in spec.weights:
-        if isinstance(mod, ZeroEmptyRows) or (isinstance(mod, Keep) and mod.implied):
-            return "zero"
-    return "nan" if any(m.fill == -math.inf for m in spec.masks) else "mean"
+    if any(isinstance(w, Keep) and w.implied for w in spec.weights):
+        return "zero"
+    if not any(m.fill == -math.inf for m in spec.masks):
+        return "mean"
+    return "zero" if any(isinstance(w, ZeroEmptyRows) for w in spec.weights) else "nan"
 
 
 def after_weights(site: Site, build: Builder, out: fx.Node) -> fx.Node:
@@ -104,10 +109,14 @@ def after_weights(site: Site, build: Builder, out: fx.Node) -> fx.Node:
     for mod in site.spec.weights:
         if isinstance(mod, WeightScale):
             factor = mod.factor if mod.slot is None else score_operand(site, build, mod.slot)
-            out = build.op("mul" if isinstance(factor, fx.Node) or not build.is_aten else "mul_scalar", out, factor)
+            out = build.op(
+                "mul" if isinstance(factor, fx.Node) or not build.is_aten else "mul_scalar", out, factor
+            )
         elif isinstance(mod, Keep) and "j" not in mod.axes:
             kept = score_operand(site, build, mod.slot)
-            zero = build.op("scalar_tensor", 0.0, dtype=build.value(out).dtype, device=build.value(out).device)
+            zero = build.op(
+                "scalar_tensor", 0.0, dtype=build.value(out).dtype, device=build.value(out).device
+            )
             out = build.op("where", kept, out, zero) if mod.attends else build.op("where", kept, zero, out)
     return out
 

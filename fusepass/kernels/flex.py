@@ -16,7 +16,7 @@ from fusepass.emit import Builder
 from fusepass.kernels.base import Kernel, Refused, Target, after_weights, all_operands, empty_rows, operands
 from fusepass.program import Program, decode, encode
 from fusepass.recognize import Site
-from fusepass.spec import Attention, Bias, Dropout, Keep, Mask, Scale, ScaleBy, SoftCap
+from fusepass.spec import Attention, Bias, Dropout, Floor, Keep, Mask, Scale, ScaleBy, SoftCap
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> Tensor:
@@ -76,6 +76,8 @@ def _apply(mod: Any, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, 
             return cap * torch.tanh(s / cap)
         case Bias(slot, _, factor):
             return s + _element(captured[slot], at) * factor
+        case Floor(bound):
+            return torch.maximum(s, torch.full_like(s, max(bound, torch.finfo(torch.float32).min)))
         case Mask():
             return _masked(mod, s, at, captured)
     raise ValueError(f"FlexAttention program: unknown modifier {mod!r}")
@@ -114,7 +116,11 @@ def refuse(spec: Attention, target: Target) -> str | None:
 
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     """Write a call to :func:`flex_attention`; the result is mended for rows that see no key."""
-    if not site.spec.rows_seen and site.spec.masks and (empty_rows(site.spec) != "mean" or site.spec.dtype is torch.float16):
+    if (
+        not site.spec.rows_seen
+        and site.spec.masks
+        and (empty_rows(site.spec) != "mean" or site.spec.dtype is torch.float16)
+    ):
         raise Refused("a row may see no key, and FlexAttention gives such rows another value")
     x = operands(site, build)
     tensors = all_operands(site, build, bands=True)

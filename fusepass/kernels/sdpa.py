@@ -41,7 +41,13 @@ def refuse(spec: Attention, target: Target) -> str | None:
                 return "the scores are multiplied by a tensor that varies over the keys"
         elif not isinstance(mod, (Bias, Mask)):
             return f"it has no '{mod}'"
-        elif isinstance(mod, Mask) and not mod.additive and not negligible(mod.fill, spec.softmax_dtype if spec.softmax_dtype.itemsize < 4 else spec.dtype):
+        elif (
+            isinstance(mod, Mask)
+            and not mod.additive
+            and not negligible(
+                mod.fill, spec.softmax_dtype if spec.softmax_dtype.itemsize < 4 else spec.dtype
+            )
+        ):
             return f"hidden scores are set to {mod.fill:g}, which is within reach of real scores"
     for weight in spec.weights:
         if isinstance(weight, Keep) and not weight.implied and "j" in weight.axes:
@@ -88,7 +94,9 @@ def attn_mask(site: Site, build: Builder, x: Operands) -> fx.Node | None:
     extra = [m for m in spec.scores if isinstance(m, (Bias, Mask))]
     if not extra:
         return None
-    if all(isinstance(m, Mask) and not m.additive for m in extra) and (spec.rows_seen or not _absorbs(spec, dtype)):
+    if all(isinstance(m, Mask) and not m.additive for m in extra) and (
+        spec.rows_seen or not _absorbs(spec, dtype)
+    ):
         return _conjunction(site, build, [m for m in extra if isinstance(m, Mask)])
     total: fx.Node | None = None
     for mod in extra:
@@ -96,8 +104,6 @@ def attn_mask(site: Site, build: Builder, x: Operands) -> fx.Node | None:
         total = term if total is None else build.op("add", total, term)
     assert total is not None
     return build.cast(total, dtype)
-
-
 
 
 def _absorbs(spec: Attention, dtype: torch.dtype) -> bool:
@@ -132,7 +138,9 @@ def _added(site: Site, build: Builder, mod: ScoreModifier, dtype: torch.dtype) -
     return tensor
 
 
-def _call(site: Site, build: Builder, target: Target, x: Operands, mask: fx.Node | None, causal: bool, scale: float) -> fx.Node:
+def _call(
+    site: Site, build: Builder, target: Target, x: Operands, mask: fx.Node | None, causal: bool, scale: float
+) -> fx.Node:
     """The call itself, in the first form for which the device has a fused kernel."""
     grouped = bool(site.roles.group)
     p = site.spec.dropout
@@ -148,13 +156,27 @@ def _call(site: Site, build: Builder, target: Target, x: Operands, mask: fx.Node
             raise Refused(_why_math(site, build, target, mask, p))
         chosen = forms[0]
     y, gqa, cut = chosen
-    function: Any = torch.ops.aten.scaled_dot_product_attention.default if build.is_aten else torch.nn.functional.scaled_dot_product_attention
-    kwargs: dict[str, Any] = {"attn_mask": mask, "dropout_p": p, "is_causal": causal, "scale": scale, "enable_gqa": gqa}
-    out = build.call(function, y.q, y.k, y.v, **{k: v for k, v in kwargs.items() if v not in (None, False, 0.0)})
+    function: Any = (
+        torch.ops.aten.scaled_dot_product_attention.default
+        if build.is_aten
+        else torch.nn.functional.scaled_dot_product_attention
+    )
+    kwargs: dict[str, Any] = {
+        "attn_mask": mask,
+        "dropout_p": p,
+        "is_causal": causal,
+        "scale": scale,
+        "enable_gqa": gqa,
+    }
+    out = build.call(
+        function, y.q, y.k, y.v, **{k: v for k, v in kwargs.items() if v not in (None, False, 0.0)}
+    )
     return out if cut is None else build.op("slice", out, 3, 0, cut, 1)
 
 
-def _is_math(build: Builder, x: Operands, mask: fx.Node | None, p: float, causal: bool, scale: float, gqa: bool) -> bool:
+def _is_math(
+    build: Builder, x: Operands, mask: fx.Node | None, p: float, causal: bool, scale: float, gqa: bool
+) -> bool:
     """Would PyTorch compute this call with its unfused fallback?  It is asked, on fake tensors."""
     values = [build.value(n) for n in (x.q, x.k, x.v)]
     added = None if mask is None else build.value(mask)
@@ -223,7 +245,9 @@ def _mend(site: Site, build: Builder, out: fx.Node, x: Operands) -> fx.Node:
         if site.roles.group:
             other = _repeated_rows(site, build, other)
     else:
-        other = build.op("scalar_tensor", math.nan if policy == "nan" else 0.0, dtype=value.dtype, device=value.device)
+        other = build.op(
+            "scalar_tensor", math.nan if policy == "nan" else 0.0, dtype=value.dtype, device=value.device
+        )
     return build.op("where", seen, out, other)
 
 
