@@ -1,0 +1,228 @@
+"""Every rule is an identity: its example before and after gives the same numbers. So are the spec's laws."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fusepass.index import AxisSpace, Facts
+from fusepass.ir import expr
+from fusepass.recognize import RULES
+from fusepass.rule import Core, Found, Peel, Product, Rule, Scope, Term
+from fusepass.spec import (
+    Band,
+    Bias,
+    Dropout,
+    Mask,
+    Scale,
+    ScaleBy,
+    ScoreModifier,
+    SoftCap,
+    WeightModifier,
+    apply_score,
+    apply_weight,
+    intersect,
+    merge_scales,
+    negligible,
+)
+from tests.evaluate import Evaluator, Grid, random_inputs
+
+LISTS = [field.name for field in fields(RULES)]
+SEEDS = (0, 1, 2)
+
+
+def every_rule() -> list[Any]:
+    pairs = [(name, rule) for name in LISTS for rule in getattr(RULES, name)]
+    return [pytest.param(name, rule, id=f"{name}-{rule.name}") for name, rule in pairs]
+
+
+def applied(rule: Rule) -> tuple[Term, Scope, list[Found]]:
+    """The rule on its example, one fresh axis a dimension; the last one stands for the keys."""
+    root = rule.example()
+    scope = Scope(AxisSpace(Facts()), views=RULES.layout)
+    index = tuple(scope.space.fresh("x", n) for n in root.shape)
+    scope.keys = index[-1]
+    term = Term(root, index)
+    found = rule.apply(term, scope)
+    if found is None:
+        return term, scope, []
+    return term, scope, list(found) if isinstance(found, Sequence) else [found]
+
+
+def modified(mod: object, inner: Tensor, operands: Sequence[Tensor]) -> Tensor:
+    if isinstance(mod, ScoreModifier):
+        return apply_score(mod, inner, operands)
+    if isinstance(mod, Dropout):
+        assert mod.p == 0, "an example of dropout must not be random"
+        return inner
+    assert isinstance(mod, WeightModifier)
+    return apply_weight(mod, inner, operands)
+
+
+def softmax(x: Tensor, dims: list[int]) -> Tensor:
+    return (x - x.logsumexp(dims, keepdim=True)).exp()
+
+
+def after(layer: Found, grid: Grid, scope: Scope) -> Tensor:
+    """What a layer says the term is."""
+    match layer:
+        case Peel(inner, None):
+            return grid.term(inner)
+        case Peel(inner, mod):
+            return modified(mod, grid.term(inner), [grid.term(t) for t in scope.operands])
+        case Core(scores, dim, _):
+            dims = grid.dims([scores.index[dim]])
+            covered = scope.space.digits(scores.index[dim], scores.expr.shape[dim])
+            assert covered is not None, "the softmax runs over a part of its dimension"
+            return softmax(grid.term(scores), dims)
+        case Product(left, right, axes):
+            return (grid.term(left) * grid.term(right)).sum(grid.dims(axes), keepdim=True).expand(grid.shape)
+    raise AssertionError(f"unknown layer {layer!r}")
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_no_list_is_empty_and_no_name_is_twice(name: str) -> None:
+    names = [rule.name for rule in getattr(RULES, name)]
+    assert names and len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(("name", "rule"), every_rule())
+def test_a_rule_says_its_law_and_what_it_does(name: str, rule: Rule) -> None:
+    assert rule.law and rule.apply.__doc__, f"{name}.{rule.name} has no law or no docstring"
+
+
+@pytest.mark.parametrize(("name", "rule"), every_rule())
+def test_a_rule_applies_to_its_own_example(name: str, rule: Rule) -> None:
+    term, _, found = applied(rule)
+    assert found, f"{name}.{rule.name} does not apply to its example\n{term.expr}"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("name", "rule"), every_rule())
+def test_a_rule_is_an_identity(name: str, rule: Rule, seed: int) -> None:
+    term, scope, found = applied(rule)
+    assert found, f"{name}.{rule.name} does not apply to its example"
+    evaluate = Evaluator(random_inputs(term.expr, seed))
+    grid = Grid(scope.space, evaluate)
+    before = grid.term(term)
+    for layer in found:
+        result = after(layer, grid, scope)
+        if rule.name == "shift":  # an identity after the softmax only
+            dims = grid.dims([scope.keys])
+            before, result = softmax(before, dims), softmax(result, dims)
+        torch.testing.assert_close(result, before, rtol=1e-11, atol=1e-11, equal_nan=True)
+
+
+@pytest.mark.parametrize(("name", "rule"), every_rule())
+def test_a_rule_ignores_what_does_not_concern_it(name: str, rule: Rule) -> None:
+    scope = Scope(AxisSpace(Facts()), views=RULES.layout)
+    x = expr("input", (), ("x",), (2, 3), torch.float64)
+    term = Term(x, tuple(scope.space.fresh("x", n) for n in x.shape))
+    assert rule.apply(term, scope) is None
+
+
+# ---------------------------------------------------------------------------------------- merge_scales
+
+factors = st.sampled_from([-2.0, -1.0, -0.5, 0.25, 0.5, 1.0, 2.0, 3.0])
+modifiers = st.one_of(
+    st.builds(Scale, factors),
+    st.builds(SoftCap, st.sampled_from([1.0, 3.0, 20.0])),
+    st.builds(Bias, st.sampled_from([0, 1]), st.just("hij"), factors),
+    st.builds(ScaleBy, st.just(1), st.just("h")),
+    st.builds(Mask, st.just(2), st.sampled_from([-math.inf, -1e4, -1e9]), st.just(False), st.booleans()),
+    st.just(Mask(3, -math.inf, True)),
+    st.just(Mask(4, -1e9, True)),
+)
+
+
+def score_operands(shape: tuple[int, ...] = (2, 3, 4, 5)) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    bias = torch.randn(shape, generator=generator, dtype=torch.float64)
+    per_head = torch.rand((3, 1, 1), generator=generator, dtype=torch.float64) + 0.5
+    bits = torch.rand(shape, generator=generator) < 0.7
+    bits[..., 0] = True  # every row sees a key
+    added = [torch.zeros(shape, dtype=torch.float64).masked_fill(~bits, fill) for fill in (-math.inf, -1e9)]
+    return [bias, per_head, bits, *added]
+
+
+@settings(max_examples=400)
+@given(st.lists(modifiers, max_size=6))
+def test_merged_scales_compute_the_same_scores(mods: list[ScoreModifier]) -> None:
+    operands = score_operands()
+    scores = torch.randn((2, 3, 4, 5), generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    before, now = scores, scores
+    for mod in mods:
+        before = apply_score(mod, before, operands)
+    for mod in merge_scales(mods):
+        now = apply_score(mod, now, operands)
+    torch.testing.assert_close(now, before, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@settings(max_examples=200)
+@given(st.lists(modifiers, max_size=6))
+def test_merging_scales_twice_changes_nothing(mods: list[ScoreModifier]) -> None:
+    once = merge_scales(mods)
+    assert merge_scales(once) == once
+    assert Scale(1.0) not in once
+    pairs = itertools.pairwise(once)
+    assert not any(isinstance(a, Scale) and isinstance(b, Scale) for a, b in pairs)
+
+
+def test_a_scale_moves_through_a_bias_and_a_mask() -> None:
+    assert merge_scales([Bias(0), Scale(0.5)]) == (Scale(0.5), Bias(0, factor=0.5))
+    assert merge_scales([Scale(2.0), Mask(0, -1e4), Scale(0.5)]) == (Mask(0, -5e3),)
+    assert merge_scales([Scale(2.0), SoftCap(5.0), Scale(0.5)]) == (Scale(2.0), SoftCap(5.0), Scale(0.5))
+
+
+# ---------------------------------------------------------------------------------------- bands
+
+bounds = st.none() | st.integers(-4, 5)
+bands = st.builds(Band, bounds, bounds)
+
+
+def visible(band: Band, queries: int = 6, keys: int = 7) -> Tensor:
+    gap = torch.arange(keys) - torch.arange(queries)[:, None]
+    out = torch.ones(queries, keys, dtype=torch.bool)
+    if band.left is not None:
+        out &= gap >= -int(band.left)
+    if band.right is not None:
+        out &= gap <= int(band.right)
+    return out
+
+
+@given(st.lists(bands, max_size=4))
+def test_the_intersection_of_bands_is_their_conjunction(some: list[Band]) -> None:
+    whole = intersect(some, Facts())
+    assert whole is not None
+    expected = torch.ones(6, 7, dtype=torch.bool)
+    for band in some:
+        expected &= visible(band)
+    assert torch.equal(visible(whole), expected)
+
+
+# ---------------------------------------------------------------------------------------- fills
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_negligible_fills_vanish_and_others_do_not(dtype: torch.dtype) -> None:
+    lowest = torch.finfo(dtype).min
+    assert negligible(-math.inf, dtype) and negligible(lowest, dtype)
+    assert not any(negligible(fill, dtype) for fill in (0.0, 1.0, -1.0, -1e2, -1e3, -1e4, 1e9, math.inf))
+
+
+@given(st.floats(-1e38, 0), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_what_is_negligible_has_no_weight_beside_ordinary_scores(fill: float, dtype: torch.dtype) -> None:
+    if not negligible(fill, dtype):
+        return
+    scores = torch.linspace(-1e4, 1e4, 9, dtype=dtype)
+    weights = torch.cat([scores, torch.tensor([fill], dtype=dtype)]).float().softmax(0)
+    assert float(weights[-1]) == 0.0
