@@ -12,6 +12,7 @@ per distinct node and the parser reads the text back:
 from __future__ import annotations
 
 import ast
+import math
 import re
 import weakref
 from collections.abc import Hashable, Iterator
@@ -77,6 +78,10 @@ class Expr:
         return to_text(self)
 
 
+def _attr_key(value: Hashable) -> Hashable:
+    return repr(value) if isinstance(value, (bool, int, float)) else value
+
+
 _table: weakref.WeakValueDictionary[tuple[Any, ...], Expr] = weakref.WeakValueDictionary()
 
 
@@ -92,8 +97,8 @@ def expr(
     Raises:
         ValueError: ``op`` is not in ``OPS``.
     """
-    # The kinds of the attributes tell True, 1 and 1.0 apart, which compare equal.
-    key = (op, tuple(map(id, args)), attrs, tuple(type(a) for a in attrs), shape, dtype)
+    # The texts of numbers tell True, 1, 1.0 and -0.0 apart, and let nan equal itself.
+    key = (op, tuple(map(id, args)), tuple(_attr_key(a) for a in attrs), shape, dtype)
     found = _table.get(key)
     if found is not None:
         return found
@@ -179,8 +184,8 @@ def type_text(node: Expr) -> str:
 def _attr_text(value: Hashable) -> str:
     if isinstance(value, torch.dtype):
         return DTYPE_NAMES.get(value, str(value))
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
-        return "1e999" if value > 0 else "-1e999"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "'nan'" if math.isnan(value) else "1e999" if value > 0 else "-1e999"
     if isinstance(value, tuple):
         inner = ", ".join(map(_attr_text, value))
         return f"({inner},)" if len(value) == 1 else f"({inner})"
@@ -229,7 +234,12 @@ def parse(text: str) -> Expr:
 
 
 def _parse_size(text: str) -> Size:
-    return int(text) if re.fullmatch(r"-?\d+", text) else simplify_size(sympy.sympify(text))
+    """An integer or an expression of sizes; as in PyTorch, ``s0`` is positive and ``u0`` may be zero."""
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    names = set(re.findall(r"\b[a-z]+\d+\b", text))
+    known = {n: sympy.Symbol(n, integer=True, **({"positive": True} if n[0] == "s" else {})) for n in names}
+    return simplify_size(sympy.sympify(text, locals=known))
 
 
 def _parse_attrs(op: str, text: str) -> tuple[Hashable, ...]:
@@ -238,6 +248,6 @@ def _parse_attrs(op: str, text: str) -> tuple[Hashable, ...]:
     if op == "cast":
         return (DTYPES[text],)
     value = ast.literal_eval(f"({text},)")
-    if op == "iota":
+    if op in ("iota", "slice", "select"):
         return tuple(_parse_size(str(v)) for v in value)
-    return tuple(value)
+    return tuple(math.nan if v == "nan" and op == "const" else v for v in value)

@@ -285,20 +285,22 @@ class _Reading:
         if isinstance(mod, ScaleBy):
             return replace(mod, axes=self._letters(scope.operands[mod.slot], roles))
         if isinstance(mod, Bias):
-            term = scope.operands[mod.slot]
-            hidden = (
-                masks.additive_mask(self.formulas, self.formulas.lift(term), term.expr.dtype)
-                if mod.factor == 1
-                else None
-            )
-            if hidden is not None:
-                return Mask(mod.slot, hidden.fill, True, True, self._atoms(hidden.attends, roles))
-            return replace(mod, axes=self._letters(term, roles))
+            return self._understood_bias(mod, roles)
         if isinstance(mod, Mask):
             formula = self.formulas.lift(scope.operands[mod.slot])
             attends = formula if mod.attends else self.formulas.make("not", (formula,), torch.bool)
             return replace(mod, atoms=self._atoms(attends, roles))
         return mod
+
+    def _understood_bias(self, mod: Bias, roles: heads.Roles) -> Bias | Mask:
+        term = self.scope.operands[mod.slot]
+        scaled = term
+        if mod.factor != 1:
+            scaled = Term(pointwise("mul", term.expr, const(mod.factor, term.expr.dtype)), term.index)
+        hidden = masks.additive_mask(self.formulas, self.formulas.lift(scaled), term.expr.dtype)
+        if hidden is None:
+            return replace(mod, axes=self._letters(term, roles))
+        return Mask(self.scope.slot(scaled), hidden.fill, True, True, self._atoms(hidden.attends, roles))
 
     def _floored(self, scores: list[ScoreModifier]) -> tuple[ScoreModifier, ...]:
         """``max(where(m, s, -inf), c) = where(m, s, c)``: a floor goes into the masks before it.

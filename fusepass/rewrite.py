@@ -15,10 +15,11 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from fusepass.config import Options
-from fusepass.dialects.fx_graph import Reader, value_of
+from fusepass.dialects.composites import Expansion, expand_all
+from fusepass.dialects.fx_graph import Reader, operation, value_of
 from fusepass.emit import Builder, CannotEmit
 from fusepass.ir import Expr
-from fusepass.kernels import BY_NAME, KERNELS, Kernel, Refused, Target
+from fusepass.kernels import BY_NAME, KERNELS, Kernel, Refused, Target, sdpa
 from fusepass.liveness import erase_dead, live_nodes, outside_reader
 from fusepass.patterns.scores import holds_product
 from fusepass.recognize import RULES, Miss, Rules, Site, recognise
@@ -66,6 +67,7 @@ class _Pass:
 
     def run(self) -> list[SiteReport]:
         """Every site's report, in program order."""
+        expansions = expand_all(self.graph)
         self.reader = Reader(self.graph, self.gm)
         self.live = live_nodes(self.graph, self.reader)
         reports = []
@@ -79,12 +81,21 @@ class _Pass:
             if found is not None:
                 reports.append(self._settle(node, found))
         reports.extend(self._left_over())
+        self._close(expansions)
         if self.replaced:
             for old in self.replaced:
                 erase_dead(self.graph, old)
             self.graph.lint()
             self.gm.recompile()
         return reports
+
+    def _close(self, expansions: list[Expansion]) -> None:
+        """Keep the steps of a call where something in them was fused."""
+        for expansion in expansions:
+            if expansion.used_outside() or any(n in self.replaced for n in expansion.steps):
+                expansion.accept()
+            else:
+                expansion.revert()
 
     # -- one site ----------------------------------------------------------------------------
 
@@ -96,6 +107,8 @@ class _Pass:
         reader = outside_reader(self.reader, self.live, product, node) if product is not None else None
         if reader is not None:
             return self._report(node, found, reason=f"its scores or weights are also used by '{reader.name}'")
+        if self.options.kernel != "reference" and as_good(node, found):
+            return self._report(node, found, "sdpa", reason="a call to SDPA already; nothing to improve")
         return self._fuse(node, found)
 
     def _fuse(self, node: fx.Node, site: Site) -> SiteReport:
@@ -217,6 +230,16 @@ class _Pass:
             if last is not node
             else "nothing uses the weights"
         )
+
+
+def as_good(node: fx.Node, site: Site) -> bool:
+    """Is the node a call to SDPA that a new call would not improve on?"""
+    if operation(node)[0] != "scaled_dot_product_attention":
+        return False
+    given = dict(zip(("q", "k", "v", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"), node.args, strict=False)) | node.kwargs
+    drops_mask = given.get("attn_mask") is not None and (sdpa.is_causal(site.spec) or not sdpa.added(site.spec))
+    groups = bool(site.roles.group) and not given.get("enable_gqa")
+    return not (drops_mask or groups)
 
 
 def _result_groups(site: Site) -> tuple[list[str], ...]:

@@ -99,7 +99,9 @@ def _query_axes(scope: Scope, scores: Term, dim: int, free: list[str]) -> list[s
     others = [d for d in range(len(scores.index)) if d != dim]
     if not others:
         return []
-    beside = scope.space.resolve(scores.index[dim - 1 if dim - 1 in others else others[-1]])
+    # Scores are laid out [..., i, j] or [..., j, i].
+    last = len(scores.index) - 1
+    beside = scope.space.resolve(scores.index[last if dim == last - 1 else dim - 1 if dim else others[-1]])
     if beside.is_const:
         return []
     here = [a for a in ordered(scope, [beside]) if a in free]

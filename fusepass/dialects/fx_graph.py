@@ -215,6 +215,8 @@ class Reader:
             if alias in kwargs:
                 args = (kwargs.pop(alias), *args)
         args = _positional(operation(node)[0], args, kwargs)
+        if node.target is getattr:
+            args = args[:1]
         if any(isinstance(a, fx.Node) for a in args):
             return None
         for name in (

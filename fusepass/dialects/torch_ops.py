@@ -793,32 +793,55 @@ def _native_dropout(r: Result, x: Expr, p: float, train: Value) -> Value:
     return None if out is None else (out, None)
 
 
+@handles("scaled_dot_product_attention")
 def sdpa(
-    r: Result, q: Expr, k: Expr, v: Expr, mask: Value, p: float, causal: bool, scale: Value, weights: Shape
+    r: Result,
+    q: Expr,
+    k: Expr,
+    v: Expr,
+    attn_mask: Value = None,
+    dropout_p: Value = 0.0,
+    is_causal: Value = False,
+    *,
+    scale: Value = None,
+    enable_gqa: bool = False,
 ) -> Expr | None:
-    """``scaled_dot_product_attention`` written out, as its documentation defines it."""
+    """``scaled_dot_product_attention`` written out, as PyTorch's documentation defines it."""
     factor = scale if scale is not None else _default_scale(q.shape[-1])
-    if not isinstance(factor, (int, float)):
+    if not isinstance(factor, (int, float)) or not isinstance(dropout_p, (int, float)) or q.rank < 3:
         return None
+    if enable_gqa:
+        k, v = (_grouped(r, t, q.shape[-3]) for t in (k, v))
     batch = _batch_labels(q.rank - 2)
-    kv_batch = batch[len(batch) - (k.rank - 2) :]
-    scores = expr("dot", (q, k), (batch + "mk", kv_batch + "nk", batch + "mn"), weights, r.dtype)
+    kv_batch, v_batch = (batch[len(batch) - (t.rank - 2) :] for t in (k, v))
+    weights = Result((*r.shape[:-2], q.shape[-2], k.shape[-2]), r.dtype, r.facts, r.unique)
+    scores = dot(q, k, batch + "mk", kv_batch + "nk", batch + "mn", weights)
     scores = pointwise("mul", scores, const(factor, r.dtype), dtype=r.dtype)
-    inner = Result(weights, r.dtype, r.facts, r.unique)
-    if causal:
-        ones = filled(Result(weights, torch.bool, r.facts, r.unique), True)
-        inside = triangle(inner, ones, 0, "le")
-        scores = pointwise("where", inside, scores, const(-math.inf, r.dtype), dtype=r.dtype)  # type: ignore[arg-type]
-    if isinstance(mask, Expr) and mask.dtype is torch.bool:
-        scores = pointwise("where", mask, scores, const(-math.inf, r.dtype), dtype=r.dtype)
-    elif isinstance(mask, Expr):
-        scores = pointwise("add", scores, mask, dtype=r.dtype)
-    probabilities = expr("softmax", (scores,), (len(weights) - 1,), weights, r.dtype)
-    if causal or mask is not None:
-        probabilities = expr("nan_to_num", (probabilities,), (0.0,), weights, r.dtype)
-    if p > 0:
-        probabilities = expr("dropout", (probabilities,), (p, r.unique), weights, r.dtype)
-    return expr("dot", (probabilities, v), (batch + "mn", kv_batch + "nd", batch + "md"), r.shape, r.dtype)
+    hidden = const(-math.inf, r.dtype)
+    if is_causal:
+        ones = filled(Result(weights.shape, torch.bool, r.facts, r.unique), True)
+        scores = pointwise("where", triangle(r, ones, 0, "le"), scores, hidden, dtype=r.dtype)  # type: ignore[arg-type]
+    if isinstance(attn_mask, Expr) and attn_mask.dtype is torch.bool:
+        scores = pointwise("where", attn_mask, scores, hidden, dtype=r.dtype)
+    elif isinstance(attn_mask, Expr):
+        scores = pointwise("add", scores, attn_mask, dtype=r.dtype)
+    elif attn_mask is not None:
+        return None
+    p = expr("softmax", (scores,), (len(weights.shape) - 1,), weights.shape, r.dtype)
+    if is_causal or attn_mask is not None:
+        p = expr("nan_to_num", (p,), (0.0,), weights.shape, r.dtype)
+    if dropout_p > 0:
+        p = expr("dropout", (p,), (float(dropout_p), r.unique), weights.shape, r.dtype)
+    return dot(p, v, batch + "mn", v_batch + "nd", batch + "md", r)
+
+
+def _grouped(r: Result, x: Expr, heads: Size) -> Expr:
+    """Key/value heads repeated so that there is one a query head."""
+    count = r.facts.quotient(heads, x.shape[-3])
+    if count is None:
+        raise ValueError("query heads are no multiple of key/value heads")
+    wide = Result((*x.shape[:-3], heads, *x.shape[-2:]), x.dtype, r.facts, r.unique)
+    return _repeat_interleave(wide, x, count, x.rank - 3) or x
 
 
 def _default_scale(size: Size) -> Value:

@@ -55,9 +55,14 @@ def refuse(spec: Attention, target: Target) -> str | None:
     return None
 
 
+def added(spec: Attention) -> list[Bias | Mask]:
+    """What is added to the scores or hides some."""
+    return [m for m in spec.scores if isinstance(m, (Bias, Mask))]
+
+
 def is_causal(spec: Attention) -> bool:
     """Is the whole visibility ``j <= i``, with no other term added to the scores?"""
-    extra = [m for m in spec.scores if isinstance(m, (Bias, Mask))]
+    extra = added(spec)
     return bool(extra) and all(isinstance(m, Mask) and m.atoms == (Band(None, 0),) for m in extra)
 
 
@@ -91,7 +96,7 @@ def _scaled(site: Site, build: Builder, x: Operands) -> tuple[float, Operands]:
 def attn_mask(site: Site, build: Builder, x: Operands) -> fx.Node | None:
     """Everything added to the scores, as one tensor; None where nothing is."""
     spec, dtype = site.spec, build.value(x.q).dtype
-    extra = [m for m in spec.scores if isinstance(m, (Bias, Mask))]
+    extra = added(spec)
     if not extra:
         return None
     if all(isinstance(m, Mask) and not m.additive for m in extra) and (

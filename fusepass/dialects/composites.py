@@ -1,0 +1,186 @@
+"""Functions of several steps that a graph holds as one node, written out next to it.
+
+Dynamo records ``torch.nn.functional.multi_head_attention_forward`` as a single call.  Its steps are
+written in front of it so that the pass can read them; where nothing in them is fused, they are taken
+out again and the call stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fusepass.dialects.fx_graph import value_of
+
+
+@dataclass
+class Expansion:
+    """A call and the nodes that compute the same results step by step."""
+
+    call: fx.Node
+    steps: list[fx.Node]
+    results: tuple[fx.Node | None, ...]
+
+    def engage(self) -> None:
+        """Let the steps' results stand for the call's."""
+        for user, result in self._pairs():
+            user.replace_all_uses_with(result, propagate_meta=False)
+
+    def revert(self) -> None:
+        """Let the call's results stand again, and take the steps out."""
+        for user, result in self._pairs():
+            result.replace_all_uses_with(user, propagate_meta=False)
+        for node in reversed(self.steps):
+            self.call.graph.erase_node(node)
+
+    def accept(self) -> None:
+        """Take the call out."""
+        for user in list(self.call.users):
+            self.call.graph.erase_node(user)
+        self.call.graph.erase_node(self.call)
+
+    def used_outside(self) -> bool:
+        """Does anything but the steps and the call's readers use a step?"""
+        inside, results = set(self.steps), {r for _, r in self._pairs()}
+        return any(u not in inside for n in self.steps if n not in results for u in n.users)
+
+    def _pairs(self) -> list[tuple[fx.Node, fx.Node]]:
+        """The call's results as they were read, with the steps that compute them."""
+        read = [(u, self.results[int(u.args[1])]) for u in self.call.users]  # type: ignore[arg-type]
+        return [(u, r) for u, r in read if r is not None]
+
+
+def expand_all(graph: fx.Graph) -> list[Expansion]:
+    """Write out every composite call whose results are read by index."""
+    found = []
+    for node in list(graph.nodes):
+        steps = COMPOSITES.get(node.target) if node.op == "call_function" else None
+        if steps is not None and all(len(u.args) == 2 and isinstance(u.args[1], int) for u in node.users):
+            expansion = _expand(node, steps)
+            if expansion is not None:
+                expansion.engage()
+                found.append(expansion)
+    return found
+
+
+def _expand(call: fx.Node, steps: Callable[..., Any]) -> Expansion | None:
+    read = {u.args[1] for u in call.users if u.users}
+    before = set(call.graph.nodes)
+    with call.graph.inserting_before(call):
+        tracer = fx.proxy.GraphAppendingTracer(call.graph)
+        args, kwargs = fx.node.map_aggregate((call.args, call.kwargs), lambda a: _argument(a, tracer))  # type: ignore[misc]
+        results = steps(call, 1 in read, *args, **kwargs)
+    made = [n for n in call.graph.nodes if n not in before]
+    if results is None or not _give_values(call, made):
+        for node in reversed(made):
+            call.graph.erase_node(node)
+        return None
+    return Expansion(call, made, tuple(r.node if isinstance(r, fx.Proxy) else None for r in results))
+
+
+def _argument(value: Any, tracer: Any) -> Any:
+    """A tensor as a proxy, a number that the graph knows as itself."""
+    if not isinstance(value, fx.Node):
+        return value
+    known = value_of(value)
+    if isinstance(known, torch.SymFloat) and known.node.expr.is_number:
+        return float(known.node.expr)
+    return fx.Proxy(value, tracer)
+
+
+def _give_values(call: fx.Node, made: list[fx.Node]) -> bool:
+    """Compute the fake values of new nodes; False where a step does not apply."""
+    key = "example_value" if "example_value" in call.meta else "val"
+    mode = next((m for n in call.all_input_nodes if (m := getattr(value_of(n), "fake_mode", None))), None)
+    if mode is None:
+        return False
+    try:
+        with mode:
+            for node in made:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)  # type: ignore[misc]
+                if node.op == "call_method":
+                    node.meta[key] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                else:
+                    node.meta[key] = node.target(*args, **kwargs)  # type: ignore[operator]
+                for name in ("stack_trace", "nn_module_stack"):
+                    if name in call.meta:
+                        node.meta[name] = call.meta[name]
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def multi_head_attention(
+    call: fx.Node, weights_read: bool, query: Any, key: Any, value: Any, embed_dim: int, heads: int,
+    in_proj_weight: Any, in_proj_bias: Any, bias_k: Any, bias_v: Any, add_zero_attn: bool, dropout_p: float,
+    out_proj_weight: Any, out_proj_bias: Any, training: bool = True, key_padding_mask: Any = None,
+    need_weights: bool = True, attn_mask: Any = None, use_separate_proj_weight: bool = False,
+    q_proj_weight: Any = None, k_proj_weight: Any = None, v_proj_weight: Any = None, static_k: Any = None,
+    static_v: Any = None, average_attn_weights: bool = True, is_causal: bool = False,
+) -> tuple[Any, Any] | None:  # fmt: skip
+    """The steps of ``multi_head_attention_forward`` (documentation of ``torch.nn.MultiheadAttention``).
+
+    query: ``[Q, B, E]`` or ``[Q, E]``; key and value: ``[K, B, ...]`` or ``[K, ...]``.
+    """
+    if not training:
+        dropout_p = 0.0
+    if isinstance(dropout_p, fx.Proxy) or weights_read or add_zero_attn or any(x is not None for x in (bias_k, bias_v, static_k, static_v)):
+        return None
+    dtype, alone = value_of(query.node).dtype, value_of(query.node).dim() == 2
+    if alone:
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+    if use_separate_proj_weight:
+        projections = (q_proj_weight, k_proj_weight, v_proj_weight)
+    else:
+        projections = in_proj_weight.chunk(3)
+    biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+    q, k, v = (F.linear(x, projections[n], None if in_proj_bias is None else biases[n]) for n, x in enumerate((query, key, value)))
+    length, batch, width = query.size(0), query.size(1), embed_dim // heads
+    q, k, v = (x.reshape(x.size(0), batch, heads, width).permute(1, 2, 0, 3) for x in (q, k, v))
+    mask = _joint_mask(attn_mask, key_padding_mask, batch, heads, dtype)
+    if need_weights:
+        scores = torch.matmul(q * math.sqrt(1.0 / width), k.transpose(-2, -1))
+        scores = scores if mask is None else scores + mask
+        weights = F.softmax(scores, dim=-1)
+        weights = F.dropout(weights, p=dropout_p) if dropout_p > 0 else weights
+        out = torch.matmul(weights, v)
+    else:
+        causal = is_causal and key_padding_mask is None
+        out = F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout_p, causal)
+    out = out.permute(2, 0, 1, 3).reshape(length, batch, embed_dim)
+    out = F.linear(out, out_proj_weight, out_proj_bias)
+    return (out.squeeze(1) if alone else out), None
+
+
+def _joint_mask(attn_mask: Any, key_padding_mask: Any, batch: Any, heads: int, dtype: torch.dtype) -> Any:
+    """Both masks as one tensor to add, ``[B | 1, H | 1, Q | 1, K]``."""
+    total = None
+    for mask, place in ((attn_mask, _attn_mask), (key_padding_mask, _padding)):
+        if mask is None:
+            continue
+        shaped = place(mask, batch, heads)
+        if value_of(mask.node).dtype is torch.bool:
+            shaped = torch.zeros_like(shaped, dtype=dtype).masked_fill(shaped, -math.inf)
+        total = shaped if total is None else total + shaped
+    return total
+
+
+def _attn_mask(mask: Any, batch: Any, heads: int) -> Any:
+    if value_of(mask.node).dim() == 2:
+        return mask
+    return mask.reshape(batch, heads, mask.size(1), mask.size(2))
+
+
+def _padding(mask: Any, batch: Any, heads: int) -> Any:
+    if value_of(mask.node).dim() == 1:
+        return mask.reshape(1, 1, 1, -1)
+    return mask.reshape(batch, 1, 1, mask.size(1))
+
+
+COMPOSITES: dict[Any, Callable[..., Any]] = {F.multi_head_attention_forward: multi_head_attention}
