@@ -34,7 +34,7 @@ _ATEN: dict[str, Any] = {
     "sqrt": aten.sqrt.default, "rsqrt": aten.rsqrt.default, "abs": aten.abs.default, "maximum": aten.maximum.default,
     "minimum": aten.minimum.default, "scalar_tensor": aten.scalar_tensor.default, "log": aten.log.default,
     "eq_scalar": aten.eq.Scalar, "mul_scalar": aten.mul.Scalar, "sigmoid": aten.sigmoid.default, "pow": aten.pow.Tensor_Tensor,
-    "ne": aten.ne.Tensor, "logical_or": aten.logical_or.default, "relu": aten.relu.default,
+    "ne": aten.ne.Tensor, "logical_or": aten.logical_or.default, "relu": aten.relu.default, "cat": aten.cat.default,
 }  # fmt: skip
 _POINTWISE = {
     "neg": "neg", "add": "add", "sub": "sub", "mul": "mul", "div": "div", "eq": "eq", "ne": "ne", "le": "le", "ge": "ge", "lt": "lt",
@@ -244,8 +244,20 @@ class Builder:
         flat = [a for f in found for a in f or ()]
         return found if len(set(flat)) == len(flat) else None  # type: ignore[return-value]
 
+    def finest(self, groups: Groups) -> list[list[str]]:
+        """Groups in today's finest axes: reading an operand may have split some since they were listed."""
+        return [[b for a in g for b in self._parts(a)] for g in groups]
+
+    def _parts(self, axis: str) -> list[str]:
+        if axis not in self.space.splits:
+            return [axis]
+        terms = self.space.splits[axis].terms
+        inner = next(a for a, c in terms if c == 1)
+        return [b for a in (*(a for a, _ in terms if a != inner), inner) for b in self._parts(a)]
+
     def choose(self, chain: Sequence[Term], groups: Groups) -> Term:
         """Of the tensors that may serve, the one without copies that is nearest to the wanted layout."""
+        groups = self.finest(groups)
         wanted = [a for g in groups for a in g]
         best: tuple[tuple[int, int, int], Term] | None = None
         for depth, term in enumerate(chain):
@@ -277,7 +289,7 @@ class Builder:
 
     def layout(self, term: Term, groups: Groups, full: bool) -> fx.Node:
         """``term``'s tensor with one dimension a group; absent groups have size 1 unless ``full``."""
-        found = self.digits(term)
+        found, groups = self.digits(term), self.finest(groups)
         if found is None:
             raise CannotEmit("an operand is a part or a repetition of its tensor that no view can express")
         node = self.as_tensor(term.expr)
@@ -322,8 +334,8 @@ class Builder:
 
     def restore(self, node: fx.Node, groups: Groups, out: Term) -> fx.Node:
         """Lay a kernel's result (one dimension a group) out as the tensor it replaces."""
+        dims, groups = self.digits(out), self.finest(groups)
         flat = [a for g in groups for a in g]
-        dims = self.digits(out)
         if dims is None:
             raise CannotEmit("the result's layout is no permutation of the kernel's")
         wanted = [a for d in dims for a in d]

@@ -26,6 +26,7 @@ from fusepass.spec import (
     Scale,
     ScaleBy,
     ScoreModifier,
+    Sink,
     SoftCap,
     WeightModifier,
     WeightScale,
@@ -33,7 +34,7 @@ from fusepass.spec import (
 )
 
 _KINDS: dict[str, Any] = {
-    k.__name__: k for k in (Scale, ScaleBy, SoftCap, Bias, Mask, Floor, Dropout, Keep, WeightScale, ZeroEmptyRows)
+    k.__name__: k for k in (Scale, ScaleBy, SoftCap, Bias, Mask, Floor, Dropout, Keep, WeightScale, ZeroEmptyRows, Sink)
 }
 
 
@@ -45,13 +46,14 @@ class Program:
     weights: tuple[WeightModifier, ...]
     softmax_dtype: torch.dtype
     out_dtype: torch.dtype
+    sink: Sink | None = None
 
     def spec(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, operands: int) -> Attention:
         """The specification for given tensors (``[B, H, Q, D]``, ``[B, G, K, D]``, ``[B, G, K, Dv]``)."""
         batch, heads, queries, head_dim = q.shape
         return Attention(
             batch, heads, k.shape[1], queries, k.shape[2], head_dim, v.shape[3], q.dtype,
-            self.scores, self.weights, self.softmax_dtype, self.out_dtype, False, operands,
+            self.scores, self.weights, self.softmax_dtype, self.out_dtype, self.sink, False, operands,
         )  # fmt: skip
 
 
@@ -66,7 +68,7 @@ def known_bands(mask: Mask) -> bool:
 def slots(spec: Attention, bands: bool = False) -> list[int]:
     """The operand slots a computation reads; with ``bands``, masks that are known bands need none."""
     used = []
-    for mod in (*spec.scores, *spec.weights):
+    for mod in (*spec.scores, *spec.weights, spec.sink):
         if bands and isinstance(mod, Mask) and known_bands(mod):
             continue
         slot = getattr(mod, "slot", None)
@@ -83,6 +85,7 @@ def encode(spec: Attention, bands: bool = False) -> str:
         "weights": [_encode(m, number, bands) for m in spec.weights],
         "softmax": DTYPE_NAMES[spec.softmax_dtype],
         "out": DTYPE_NAMES[spec.out_dtype],
+        "sink": None if spec.sink is None else _encode(spec.sink, number, bands),
     }
     return json.dumps(table, separators=(",", ":"))
 
@@ -108,6 +111,7 @@ def decode(text: str) -> Program:
         tuple(_decode(m) for m in table["weights"]),
         DTYPES[table["softmax"]],
         DTYPES[table["out"]],
+        None if table["sink"] is None else _decode(table["sink"]),
     )
 
 

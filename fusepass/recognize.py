@@ -32,6 +32,7 @@ from fusepass.spec import (
     Scale,
     ScaleBy,
     ScoreModifier,
+    Sink,
     WeightModifier,
     WeightScale,
     ZeroEmptyRows,
@@ -148,6 +149,7 @@ class _Reading:
             )
         if not holds_product(core.scores.expr):
             return None  # a softmax of something else: routing, pooling with learned scores
+        self.scope.sunk = core.sink is not None
         found = self._peel_scores(core.scores, [])
         if isinstance(found, Miss):
             return found
@@ -237,10 +239,11 @@ class _Reading:
             sizes["batch"], sizes["heads"], sizes["kv_heads"], sizes["query"], sizes["key"], sizes["head_dim"], sizes["value_dim"],
             dtype=query_chain[-1].expr.dtype,
             scores=_without_empty(scores),
-            weights=tuple(self._weight(w, roles, scores) for w in weights),
+            weights=tuple(w for m in weights if (w := self._weight(m, roles, scores)) is not None),
             softmax_dtype=core.dtype,
             out_dtype=self.out.expr.dtype,
-            rows_seen=self._rows_seen(scores, atoms, sizes),
+            sink=None if core.sink is None else Sink(scope.slot(core.sink), self._letters(core.sink, roles)),
+            rows_seen=core.sink is not None or self._rows_seen(scores, atoms, sizes),
             operands=len(scope.operands),
         )  # fmt: skip
         return Site(
@@ -327,6 +330,7 @@ class _Reading:
         return Mask(self.scope.slot(Term(attends, term.index)), fill, False, True, mod.atoms)
 
     def _letters(self, term: Term, roles: heads.Roles) -> str:
+        self._settle(roles)
         axes = {b for a in self.scope.axes(term) for b in self.scope.space.resolve(Affine(((a, 1),))).axes}
         table = roles.letters()
         return "".join(sorted({table.get(a, "b") for a in axes}))
@@ -341,6 +345,7 @@ class _Reading:
         return index
 
     def _atoms(self, attends: Expr, roles: heads.Roles) -> tuple[Atom, ...]:
+        self._settle(roles)
         space, at = self.scope.space, self._positions(roles)
         found = [masks.classify(part, at, space) for part in masks.conjuncts(attends)]
         bands = [a for a in found if isinstance(a, Band)]
@@ -352,13 +357,15 @@ class _Reading:
 
     def _weight(
         self, mod: WeightModifier, roles: heads.Roles, scores: tuple[ScoreModifier, ...]
-    ) -> WeightModifier:
+    ) -> WeightModifier | None:
         if isinstance(mod, WeightScale) and mod.slot is not None:
             return replace(mod, axes=self._letters(self.scope.operands[mod.slot], roles))
         if not isinstance(mod, Keep):
             return mod
         axes = self._letters(self.scope.operands[mod.slot], roles)
         kept = set(masks.conjuncts(self._visible(mod.slot, mod.attends)))
+        if not kept:
+            return None  # it hides nothing
         hidden = {c for m in scores if isinstance(m, Mask) for c in masks.conjuncts(self._mask_visible(m))}
         return replace(mod, axes=axes, implied=kept <= hidden)
 

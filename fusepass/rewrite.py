@@ -237,7 +237,7 @@ def as_good(node: fx.Node, site: Site) -> bool:
     if operation(node)[0] != "scaled_dot_product_attention":
         return False
     given = dict(zip(("q", "k", "v", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"), node.args, strict=False)) | node.kwargs
-    drops_mask = given.get("attn_mask") is not None and (sdpa.is_causal(site.spec) or not sdpa.added(site.spec))
+    drops_mask = given.get("attn_mask") is not None and site.spec.sink is None and (sdpa.is_causal(site.spec) or not sdpa.added(site.spec))
     groups = bool(site.roles.group) and not given.get("enable_gqa")
     return not (drops_mask or groups)
 

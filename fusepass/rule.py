@@ -61,6 +61,7 @@ class Core:
     scores: Term
     dim: int
     dtype: torch.dtype
+    sink: Term | None = None  # one more logit of every row
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Scope:
     operands: list[Term] = field(default_factory=list)
     trace: list[str] = field(default_factory=list)
     views: Sequence[Rule] = ()
+    sunk: bool = False  # the softmax has a sink, so that shifts of whole rows do not cancel
 
     @property
     def facts(self) -> Facts:

@@ -203,6 +203,20 @@ class ZeroEmptyRows:
         return "empty rows zero"
 
 
+@dataclass(frozen=True)
+class Sink:
+    """One more logit in every row's softmax, which attends to nothing: ``exp(s) / (sum(exp(s)) + exp(sink))``.
+
+    The operand is a tensor ``[B | 1, H | 1, Q | 1, 1]``.  Source: Xiao et al. (arXiv 2309.17453); gpt-oss.
+    """
+
+    slot: int
+    axes: str = ""
+
+    def __str__(self) -> str:
+        return f"sink[{self.axes}]"
+
+
 ScoreModifier = Scale | ScaleBy | SoftCap | Bias | Mask | Floor
 WeightModifier = Dropout | Keep | WeightScale | ZeroEmptyRows
 
@@ -223,12 +237,14 @@ class Attention:
     weights: tuple[WeightModifier, ...] = ()
     softmax_dtype: torch.dtype = torch.float32
     out_dtype: torch.dtype = torch.float32
+    sink: Sink | None = None
     rows_seen: bool = True  # proved: every query sees at least one key
     operands: int = 0
 
     def __str__(self) -> str:
         sizes = f"B={self.batch} H={self.heads} G={self.kv_heads} Q={self.queries} K={self.keys} D={self.head_dim} Dv={self.value_dim}"
-        mods = [str(m) for m in (*self.scores, *self.weights)]
+        sink = () if self.sink is None else (self.sink,)
+        mods = [str(m) for m in (*self.scores, *sink, *self.weights)]
         kind = str(self.dtype).removeprefix("torch.")
         soft = (
             ""
@@ -257,6 +273,7 @@ class Attention:
         words = [str(a) for a in dict.fromkeys(self.atoms)]
         words += ["softcap" for m in self.scores if isinstance(m, SoftCap)][:1]
         words += [f"bias[{m.axes}]" for m in self.scores if isinstance(m, Bias)]
+        words += [] if self.sink is None else ["sink"]
         words += ["dropout"] if self.dropout else []
         if self.heads != self.kv_heads:
             words.append(
@@ -274,6 +291,14 @@ def merge_scales(mods: Sequence[ScoreModifier]) -> tuple[ScoreModifier, ...]:
     ``(s + f*t) * c = s*c + (f*c)*t``; ``where(m, s, fill) * c = where(m, s*c, fill*c)``;
     ``(s * t) * c = (s * c) * t``; a softcap stops it.
     """
+    before: tuple[ScoreModifier, ...] = ()
+    now = tuple(mods)
+    while now != before:
+        before, now = now, _merged(now)
+    return now
+
+
+def _merged(mods: Sequence[ScoreModifier]) -> tuple[ScoreModifier, ...]:
     out: list[ScoreModifier] = []
     for mod in mods:
         if not isinstance(mod, Scale):
@@ -370,6 +395,14 @@ def apply_weight(mod: WeightModifier, w: Tensor, operands: Sequence[Tensor]) -> 
             )
 
 
+def softmax(spec: Attention, s: Tensor, operands: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The weights of scores ``s`` (``[B, H, Q, K]``), computed in ``dtype``."""
+    if spec.sink is None:
+        return torch.softmax(s, -1, dtype=dtype)
+    sink = operands[spec.sink.slot].to(s.dtype).expand(*s.shape[:-1], 1)
+    return torch.softmax(torch.cat([s, sink], -1), -1, dtype=dtype)[..., :-1]
+
+
 def reference(
     spec: Attention,
     q: Tensor,
@@ -400,7 +433,7 @@ def reference(
     s = q @ k.transpose(-2, -1)
     for mod in spec.scores:
         s = apply_score(mod, s, operands)
-    w = torch.softmax(s, -1, dtype=soft)
+    w = softmax(spec, s, operands, soft)
     for weight in spec.weights:
         w = apply_weight(weight, w, operands)
     return (w.to(v.dtype) @ v).to(out)

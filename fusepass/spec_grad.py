@@ -26,6 +26,7 @@ from fusepass.spec import (
     ZeroEmptyRows,
     apply_score,
     apply_weight,
+    softmax,
 )
 
 
@@ -46,7 +47,7 @@ def gradients(
     scores = [q @ wide_k.transpose(-2, -1)]
     for mod in spec.scores:
         scores.append(apply_score(mod, scores[-1], operands))
-    weights = [torch.softmax(scores[-1], -1, dtype=spec.softmax_dtype)]
+    weights = [softmax(spec, scores[-1], operands, spec.softmax_dtype)]
     for weight in spec.weights:
         weights.append(apply_weight(weight, weights[-1], operands))
     found: list[Tensor] = [torch.zeros_like(t) for t in operands]
@@ -57,7 +58,10 @@ def gradients(
     for weight, before in zip(reversed(spec.weights), reversed(weights[:-1]), strict=True):
         dw = _through_weight(weight, dw, before, operands, found)
     w = weights[0]
-    ds = (w * (dw - (dw * w).sum(-1, keepdim=True))).to(scores[-1].dtype)
+    mean = (dw * w).sum(-1, keepdim=True)
+    ds = (w * (dw - mean)).to(scores[-1].dtype)
+    if spec.sink is not None:
+        _add(found, spec.sink.slot, -mean * (1 - w.sum(-1, keepdim=True)))
     for score, before in zip(reversed(spec.scores), reversed(scores[:-1]), strict=True):
         ds = _through_score(score, ds, before, operands, found)
     ds = ds.to(q.dtype)

@@ -30,6 +30,7 @@ _PYTHON: dict[str, Callable[..., float | int | bool]] = {
     "max": max, "min": min, "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b,
     "ge": lambda a, b: a >= b, "eq": lambda a, b: a == b, "ne": lambda a, b: a != b,
     "and": lambda a, b: a and b, "or": lambda a, b: a or b, "xor": lambda a, b: a != b,
+    "log": lambda a: math.log(a) if a > 0 else -math.inf if a == 0 else math.nan, "exp": math.exp,
     "div": lambda a, b: a / b, "isnan": lambda a: a != a, "isinf": lambda a: abs(a) == math.inf,
 }  # fmt: skip
 

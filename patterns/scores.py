@@ -129,7 +129,7 @@ def scale_by(term: Term, scope: Scope) -> list[Peel] | None:
 )
 def shift(term: Term, scope: Scope) -> list[Peel] | None:
     """A shift of whole rows cancels in the softmax: the usual subtraction of the maximum."""
-    if term.expr.op not in ("add", "sub"):
+    if term.expr.op not in ("add", "sub") or scope.sunk:
         return None
     sides = [i for i in score_sides(term) if term.expr.op == "add" or i == 0]
     free = [Peel(term.argument(i)) for i in sides if not scope.varies_over_keys(term.argument(1 - i))]

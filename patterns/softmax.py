@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
-from fusepass.ir import Expr, const, pointwise, scalar_of
+import torch
+
+from fusepass.index import Affine
+from fusepass.ir import Expr, const, expr, pointwise, scalar_of
 from fusepass.patterns import examples as eg
 from fusepass.rule import Core, Refuse, Rule, Scope, Term, rule
 
@@ -63,12 +66,22 @@ def quotient(term: Term, scope: Scope) -> Core | None:
     if scores is None:
         return None
     dim = _row_sum_of(denominator, numerator)
-    if dim is None:
-        if denominator.op == "add" and any(_row_sum_of(a, numerator) is not None for a in denominator.args):
-            extra = next((scalar_of(a) for a in denominator.args if scalar_of(a) is not None), "a tensor")
-            raise Refuse(f"the denominator adds {extra} to the row sum: not a softmax", term.expr)
+    return _plus_constant(term, scores, denominator, numerator) if dim is None else _core(term, scores, dim)
+
+
+def _plus_constant(term: Term, scores: Expr, denominator: Expr, numerator: Expr) -> Core | None:
+    """``exp(x) / (sum(exp(x)) + c)`` is a softmax with a sink ``log(c)``."""
+    if denominator.op != "add":
         return None
-    return _core(term, scores, dim)
+    for total, extra in (denominator.args, denominator.args[::-1]):
+        dim, constant = _row_sum_of(total, numerator), scalar_of(extra)
+        if dim is None:
+            continue
+        if constant is None or constant <= 0:
+            raise Refuse("the denominator adds a tensor to the row sum: not a softmax", term.expr)
+        sink = Term(const(math.log(constant), scores.dtype), ())
+        return Core(Term(scores, term.index), dim, term.expr.dtype, sink)
+    return None
 
 
 def _numerator_and_sum(node: Expr) -> tuple[Expr, Expr] | None:
@@ -81,6 +94,46 @@ def _numerator_and_sum(node: Expr) -> tuple[Expr, Expr] | None:
             if b.op == "pow" and scalar_of(b.args[1]) == -1:
                 return a, b.args[0]
     return None
+
+
+def _sink_form() -> Expr:
+    s, sink = eg.scores(), eg.leaf("sink", (eg.B, eg.H, eg.Q, 1), torch.float64)
+    wide = (eg.B, eg.H, eg.Q, eg.K + 1)
+    weights = eg.softmax(expr("cat", (s, sink), (3,), wide, s.dtype))
+    return expr("slice", (weights,), (3, 0, 1), s.shape, s.dtype)
+
+
+@rule("softmax(cat(x, sink)) without its last column", _sink_form)
+def extra_column(term: Term, scope: Scope) -> Core | None:
+    """A logit that takes weight and gives nothing, dropped after the softmax."""
+    node = term.expr
+    if node.op != "slice" or node.attrs[2] != 1:
+        return None
+    inner = _under_casts(node.args[0])
+    if inner.op != "softmax" or inner.attrs[0] != node.attrs[0]:
+        return None
+    dim, start = int(inner.attrs[0]), node.attrs[1]  # type: ignore[call-overload]
+    joined = _unshifted(inner.args[0], dim)
+    if joined.op != "cat" or joined.attrs[0] != dim or len(joined.args) != 2:
+        return None
+    first, second = joined.args
+    scores, sink, at = (first, second, 0) if start == 0 else (second, first, first.shape[dim])
+    if start != at or scores.shape != node.shape or sink.shape[dim] != 1:
+        return None
+    index = tuple(Affine() if d == dim else i for d, i in enumerate(term.index))
+    return Core(Term(scores, term.index), dim, inner.dtype, Term(sink, index))
+
+
+def _unshifted(node: Expr, dim: int) -> Expr:
+    """The operand below casts and subtractions of its own row maximum, which cancel in the softmax."""
+    while True:
+        node = _under_casts(node)
+        if node.op != "sub":
+            return node
+        shift = _under_casts(node.args[1])
+        if shift.op != "amax" or shift.attrs[0] != (dim,) or _under_casts(shift.args[0]) is not _under_casts(node.args[0]):
+            return node
+        node = node.args[0]
 
 
 def _log_form() -> Expr:
@@ -118,4 +171,4 @@ def exp_minus_logsumexp(term: Term, scope: Scope) -> Core | None:
     return None
 
 
-SOFTMAX: tuple[Rule, ...] = (softmax, quotient, exp_of_log_softmax, exp_minus_logsumexp)
+SOFTMAX: tuple[Rule, ...] = (softmax, extra_column, quotient, exp_of_log_softmax, exp_minus_logsumexp)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -69,7 +70,7 @@ def operands(site: Site, build: Builder) -> Operands:
     return Operands(*(build.cast(n, wide) for n in nodes))
 
 
-def score_operand(site: Site, build: Builder, slot: int) -> fx.Node:
+def score_operand(site: Site, build: Builder, slot: int) -> Any:
     """A modifier's tensor, ``[B | 1, H | 1, Q | 1, K | 1]``."""
     r = site.roles
     term = site.operands[slot]
@@ -77,9 +78,17 @@ def score_operand(site: Site, build: Builder, slot: int) -> fx.Node:
     if term.expr.rank == 0 and (
         not isinstance(made, fx.Node) or not isinstance(build.value(made), torch.Tensor)
     ):
-        return made  # type: ignore[no-any-return]  # a number
+        return made  # a number
     groups = (r.batch, r.heads, r.query, r.key)
     return build.layout(build.reach(term, site.scope), groups, full=False)
+
+
+def row_operand(site: Site, build: Builder, slot: int) -> Any:
+    """A tensor that does not vary over the keys, ``[B | 1, H | 1, Q | 1, 1]``, or a number."""
+    tensor = score_operand(site, build, slot)
+    if isinstance(tensor, fx.Node) and isinstance(value := build.value(tensor), torch.Tensor) and value.dim() == 4:
+        return tensor if value.shape[3] == 1 else build.op("slice", tensor, 3, 0, 1, 1)
+    return tensor
 
 
 def all_operands(site: Site, build: Builder, bands: bool = False) -> list[fx.Node]:
@@ -108,12 +117,12 @@ def after_weights(site: Site, build: Builder, out: fx.Node) -> fx.Node:
     """Factors of the weights that do not vary over the keys, moved to the result."""
     for mod in site.spec.weights:
         if isinstance(mod, WeightScale):
-            factor = mod.factor if mod.slot is None else score_operand(site, build, mod.slot)
+            factor = mod.factor if mod.slot is None else row_operand(site, build, mod.slot)
             out = build.op(
                 "mul" if isinstance(factor, fx.Node) or not build.is_aten else "mul_scalar", out, factor
             )
         elif isinstance(mod, Keep) and "j" not in mod.axes:
-            kept = score_operand(site, build, mod.slot)
+            kept = row_operand(site, build, mod.slot)
             zero = build.op(
                 "scalar_tensor", 0.0, dtype=build.value(out).dtype, device=build.value(out).device
             )

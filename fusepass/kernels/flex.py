@@ -105,6 +105,8 @@ def refuse(spec: Attention, target: Target) -> str | None:
         return "FlexAttention is not written into exported graphs"
     if target.device == "cpu" and target.training:
         return "FlexAttention has no gradients on cpu"
+    if spec.sink is not None:
+        return "FlexAttention has no sink"
     if any(isinstance(w, Dropout) for w in spec.weights):
         return "FlexAttention has no dropout"
     if any(isinstance(w, Keep) and not w.implied and "j" in w.axes for w in spec.weights):

@@ -93,7 +93,7 @@ def _drawn(site: Site, build: Builder, spec: Attention) -> tuple[Attention, fx.N
     device = build.value(build.anchor).device
     ones = build.op("full", sizes, 1.0, dtype=spec.softmax_dtype, device=device)
     drawn = build.op("dropout", ones, spec.dropout, True)
-    slot = max([*slots(spec), -1]) + 1
+    slot = max([*slots(spec), site.spec.operands]) + 1
     weights = tuple(w for w in spec.weights if not isinstance(w, Dropout))
     return replace(spec, weights=(*weights, WeightScale(1.0, slot, "bhij"))), drawn
 

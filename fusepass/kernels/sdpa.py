@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusepass.dialects.fx_graph import size_of
 from fusepass.emit import Builder
 from fusepass.kernels.base import (
     Kernel,
@@ -23,6 +24,7 @@ from fusepass.kernels.base import (
     after_weights,
     empty_rows,
     operands,
+    row_operand,
     score_operand,
     visible,
 )
@@ -55,6 +57,29 @@ def refuse(spec: Attention, target: Target) -> str | None:
     return None
 
 
+def _with_sink(site: Site, build: Builder, x: Operands, mask: fx.Node | None) -> tuple[Operands, fx.Node]:
+    """A sink as one more key and value of zeros: its score is zero plus the sink, its value nothing."""
+    spec, like = site.spec, build.value(x.q)
+    assert spec.sink is not None
+    k, v = (build.op("pad", t, [0, 0, 0, 1]) for t in (x.k, x.v))
+    sink = row_operand(site, build, spec.sink.slot)
+    if not isinstance(sink, fx.Node) or not isinstance(build.value(sink), torch.Tensor):
+        sink = build.op("full", [1, 1, 1, 1], sink, dtype=like.dtype, device=like.device)
+    sink = build.cast(sink if build.value(sink).dim() == 4 else build.op("reshape", sink, [1, 1, 1, 1]), like.dtype)
+    if mask is None:
+        mask = build.op("full", [1, 1, 1, 1], 0.0, dtype=like.dtype, device=like.device)
+    if build.value(mask).dtype is torch.bool:
+        zero, hidden = (build.op("scalar_tensor", n, dtype=like.dtype, device=like.device) for n in (0.0, -math.inf))
+        mask = build.op("where", mask, zero, hidden)
+    lead = [
+        max((build.value(t).shape[d] for t in (mask, sink)), key=lambda n: n != 1) for d in range(3)
+    ]
+    whole = [build.size(size_of(n)) for n in lead]
+    keys = build.size(spec.keys)
+    columns = [build.op("expand", mask, [*whole, keys]), build.op("expand", sink, [*whole, 1])]
+    return Operands(x.q, k, v), build.op("cat", columns, 3)
+
+
 def added(spec: Attention) -> list[Bias | Mask]:
     """What is added to the scores or hides some."""
     return [m for m in spec.scores if isinstance(m, (Bias, Mask))]
@@ -71,8 +96,10 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     spec = site.spec
     x = operands(site, build)
     scale, x = _scaled(site, build, x)
-    causal = is_causal(spec)
+    causal = is_causal(spec) and spec.sink is None
     mask = None if causal else attn_mask(site, build, x)
+    if spec.sink is not None:
+        x, mask = _with_sink(site, build, x, mask)
     out = _call(site, build, target, x, mask, causal, scale)
     out = _mend(site, build, out, x)
     return build.cast(after_weights(site, build, out), spec.out_dtype)
@@ -86,7 +113,7 @@ def _scaled(site: Site, build: Builder, x: Operands) -> tuple[float, Operands]:
             factor *= mod.factor
         elif isinstance(mod, ScaleBy):
             dtype = build.value(q).dtype
-            q = build.cast(build.op("mul", q, score_operand(site, build, mod.slot)), dtype)
+            q = build.cast(build.op("mul", q, row_operand(site, build, mod.slot)), dtype)
     if factor <= 0:
         q = build.op("mul_scalar", q, factor)
         factor = 1.0
@@ -226,7 +253,7 @@ def _repeated(site: Site, build: Builder, x: Operands) -> Operands:
     r = site.roles
 
     def repeat(node: fx.Node) -> fx.Node:
-        batch, keys = build.sizes(r.batch), build.sizes(r.key)
+        batch, keys = build.sizes(r.batch), size_of(build.value(node).shape[2])
         heads, group, width = build.sizes(r.kv_heads), build.sizes(r.group), build.value(node).shape[3]
         thin = build.op("reshape", node, build.shape([batch, heads, 1, keys, int(width)]))
         wide = build.op("expand", thin, [build.size(s) for s in (batch, heads, group, keys, int(width))])
