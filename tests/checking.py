@@ -1,0 +1,101 @@
+"""Compile a function with the pass, see what it reports, and hold its numbers against float64."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusepass import report
+from fusepass.report import SiteReport
+
+# A fault of the pass must fail the test that meets it, instead of leaving the graph as it was.
+os.environ["FUSEPASS_STRICT"] = "1"
+
+Function = Callable[..., Any]
+Inputs = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One compiled call: what the pass reports, the result, the gradients by name of input."""
+
+    sites: list[SiteReport]
+    out: Tensor
+    grads: dict[str, Tensor]
+
+    @property
+    def site(self) -> SiteReport:
+        """The only site."""
+        assert len(self.sites) == 1, f"expected one attention site, got {self.sites}"
+        return self.sites[0]
+
+
+def compiled(fn: Function, kernel: str = "auto", inner: Any = "eager", **kwargs: Any) -> Function:
+    """`fn` through the pass; the graph must not break."""
+    options = {"inner": inner, "kernel": kernel}
+    return torch.compile(fn, backend="fusepass", options=options, **({"fullgraph": True} | kwargs))
+
+
+def fresh(inputs: Inputs, dtype: torch.dtype | None = None, grads: bool = False) -> dict[str, Tensor]:
+    """Copies with the same strides; floating ones in `dtype`, and asking for gradients."""
+    out = {}
+    for name, tensor in inputs.items():
+        copy = tensor.clone(memory_format=torch.preserve_format)
+        if tensor.is_floating_point():
+            copy = copy.to(dtype or tensor.dtype).detach().requires_grad_(grads)
+        out[name] = copy
+    return out
+
+
+def call(fn: Function, inputs: Inputs, dtype: torch.dtype | None = None, grads: bool = False) -> Run:
+    """Call a function on copies of the inputs, in `dtype`; gradients are of a fixed weighted sum."""
+    given = fresh(inputs, dtype, grads)
+    with report.collect() as seen, torch.set_grad_enabled(grads):
+        out = fn(**given)
+        found: dict[str, Tensor] = {}
+        if grads:
+            weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
+            (out * weights.to(out.dtype)).sum().backward()
+            found = {name: t.grad for name, t in given.items() if t.grad is not None}
+    return Run(seen.sites, out.detach(), found)
+
+
+def assert_as_accurate(
+    got: Tensor, eager: Tensor, exact: Tensor, what: str = "output", scale: float = 0.0
+) -> None:
+    """NaN and infinity where eager has them; elsewhere at most twice eager's error against float64.
+
+    The floor is eight roundings, in eager's own dtype, of the largest true value or of `scale`.
+    """
+    assert got.dtype is eager.dtype and got.shape == eager.shape, f"{what}: {got.dtype} {tuple(got.shape)}"
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(got), kind(eager)), f"{what}: {kind.__name__} at other places than eager"
+    valid = torch.isfinite(eager) & torch.isfinite(exact)
+    if not valid.any():
+        return
+    true = exact.double()[valid]
+    mine, theirs = ((t.double()[valid] - true).abs().max().item() for t in (got, eager))
+    floor = 8 * torch.finfo(eager.dtype).eps * max(scale, true.abs().max().item())
+    allowed = 2 * theirs + floor
+    assert mine <= allowed, f"{what}: error {mine:.3g}, eager {theirs:.3g}, allowed {allowed:.3g}"
+
+
+def assert_same_accuracy(got: Run, eager: Run, exact: Run) -> None:
+    """Results and gradients; a gradient that is a sum over many elements may cancel to little."""
+    assert_as_accurate(got.out, eager.out, exact.out)
+    assert set(got.grads) == set(eager.grads)
+    scale = max((g.abs().nan_to_num(0.0, 0.0).max().item() for g in exact.grads.values()), default=0.0)
+    for name, grad in got.grads.items():
+        assert_as_accurate(grad, eager.grads[name], exact.grads[name], f"gradient of {name}", scale)
+
+
+def assert_identical(got: Tensor, eager: Tensor) -> None:
+    """What was left alone gives eager's very numbers."""
+    assert got.dtype is eager.dtype
+    assert torch.equal(got.nan_to_num(7.0), eager.nan_to_num(7.0))
+    assert torch.equal(got.isnan(), eager.isnan())
