@@ -143,7 +143,8 @@ class _Reading:
             return None
         mods, core = peeled
         along = self.scope.space.resolve(core.scores.index[core.dim])
-        if along != self.scope.space.resolve(self.summed[0]) or along.is_const:
+        single = self.summed[0].is_const and core.scores.expr.shape[core.dim] == 1
+        if along != self.scope.space.resolve(self.summed[0]) or (along.is_const and not single):
             raise Refuse(
                 "the softmax runs over another axis than the one summed with the values", core.scores.expr
             )
@@ -201,18 +202,26 @@ class _Reading:
 
     def _not_query_key(self, product: Product) -> str | None:
         """Why a product is not queries times keys."""
-        sides = [self.scope.varies_over_keys(t) for t in (product.left, product.right)]
+        sides = [self._is_key_side(product, n) for n in (0, 1)]
         if all(sides):
             return "both sides of the score product vary over the key position"
         if not any(sides):
             return "no side of the score product varies over the key position"
         return None
 
+    def _is_key_side(self, product: Product, side: int) -> bool:
+        """Does one operand run over the keys?  Of a single key: is it the one that the queries do not vary?"""
+        operands = (product.left, product.right)
+        if not self.scope.keys.is_const:
+            return self.scope.varies_over_keys(operands[side])
+        free = [self.scope.axes(t) - self.scope.axes(self.values) for t in operands]
+        return len(free[side]) < len(free[1 - side]) or (side == 1 and len(free[0]) == len(free[1]))
+
     # -- understanding -----------------------------------------------------------------------
 
     def _finish(self, core: Core, found: _Scores, weights: list[WeightModifier]) -> Site:
         scope = self.scope
-        left_is_key = scope.varies_over_keys(found.product.left)
+        left_is_key = self._is_key_side(found.product, 0)
         query, key = (
             (found.product.right, found.product.left)
             if left_is_key

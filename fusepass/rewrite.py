@@ -67,10 +67,10 @@ class _Pass:
 
     def run(self) -> list[SiteReport]:
         """Every site's report, in program order."""
-        expansions = expand_all(self.graph)
+        expansions, stay = expand_all(self.graph)
         self.reader = Reader(self.graph, self.gm)
         self.live = live_nodes(self.graph, self.reader)
-        reports = []
+        reports = [self._report(call, None, reason=reason) for call, reason in stay]
         for node in list(self.graph.nodes):
             meaning = self.reader.defined.get(node)
             if node not in self.live or not isinstance(meaning, Expr) or meaning.op != "dot":

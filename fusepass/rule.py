@@ -133,7 +133,11 @@ class Scope:
                 return visit(inner)
             return frozenset().union(*(self.space.resolve(i).axes for i in t.index))
 
-        return visit(term)
+        return self.finest(visit(term))
+
+    def finest(self, axes: frozenset[str]) -> frozenset[str]:
+        """Axes as of now: looking into a tensor may split some that were named before."""
+        return frozenset().union(*(self.space.resolve(Affine(((a, 1),))).axes for a in axes))
 
     def step(self, term: Term) -> Term | None:
         """The term below one view, or None."""
@@ -145,7 +149,8 @@ class Scope:
 
     def varies_over_keys(self, term: Term) -> bool:
         """Does the term depend on the key position?"""
-        return bool(self.space.resolve(self.keys).axes & self.axes(term))
+        over = self.axes(term)  # first: it may split the key axis
+        return bool(self.space.resolve(self.keys).axes & over)
 
 
 def applied(rules: Sequence[Rule], term: Term, scope: Scope) -> list[Found]:

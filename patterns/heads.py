@@ -68,10 +68,13 @@ def assign(
     Raises:
         Refuse: the operands do not fit attention, with the reason.
     """
+    found = [scope.axes(t) for t in (query, keys, values)]
+    # Looking into the operands may have split axes: every list is made after that.
+    in_q, in_k, in_v = (scope.finest(axes) for axes in found)
+    value_axes = ordered(scope, [Affine(((a, 1),)) for a in value_axes])
     roles = Roles(value_dim=value_axes)
     roles.head_dim = ordered(scope, contracted)
     roles.key = ordered(scope, [scope.keys])
-    in_q, in_k, in_v = (scope.axes(t) for t in (query, keys, values))
     if not set(roles.head_dim) <= in_q & in_k:
         raise Refuse("queries and keys are not contracted with each other over a head dimension")
     if not set(roles.key) <= in_v:

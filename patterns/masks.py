@@ -178,13 +178,21 @@ class Formulas:
         if x.op == "const":
             value = x.attrs[0]
             return const(bool(value) if dtype is torch.bool else value, dtype)  # type: ignore[arg-type]
-        if x.op == "affine" and not dtype.is_floating_point and dtype is not torch.bool:
+        if x.op == "affine" and dtype is not torch.bool and self._exact(x, dtype):
             return x
         if x.op == "where":
             return self._where(x.args[0], self._cast(x.args[1], dtype), self._cast(x.args[2], dtype), dtype)
         if x.dtype is torch.bool:
             return self._where(x, const(1, dtype), const(0, dtype), dtype)
         return expr("cast", (x,), (dtype,), (), dtype)
+
+    def _exact(self, x: Expr, dtype: torch.dtype) -> bool:
+        """Does an index value survive a cast?  Floats hold integers up to a bound exactly."""
+        if not dtype.is_floating_point:
+            return dtype.itemsize >= 4
+        reach = self.space.bounds(self.space.resolve(x.attrs[0]))  # type: ignore[arg-type]
+        most = 2 ** {torch.float64: 53, torch.float32: 24, torch.float16: 11}.get(dtype, 8)
+        return reach is not None and self.scope.facts.at_most(-most, reach[0]) and self.scope.facts.at_most(reach[1], most)
 
     def _where(self, c: Expr, a: Expr, b: Expr, dtype: torch.dtype) -> Expr:
         if c.op == "const":
@@ -220,6 +228,8 @@ class Formulas:
             return FALSE if x.attrs[0] else TRUE
         if x.op == "not":
             return x.args[0]
+        if x.op == "where" and x.dtype is not torch.bool:
+            return self._not(self._cast(x, torch.bool))
         if x.op in ("and", "or"):
             return self._logic("or" if x.op == "and" else "and", (self._not(x.args[0]), self._not(x.args[1])))
         if x.op in _INVERSE and not any(a.is_float for a in x.args):
@@ -244,7 +254,7 @@ class Formulas:
         if dtype is torch.bool or op not in ("add", "sub", "mul", "neg"):
             return None
         parts = [index_of(a) for a in args]
-        if any(p is None for p in parts) or any(a.is_float for a in args):
+        if any(p is None for p in parts) or any(a.op != "affine" and a.is_float for a in args):
             return None
         if op == "neg":
             return affine(parts[0] * -1)  # type: ignore[operator]
@@ -330,7 +340,8 @@ class Formulas:
         return self._logic("and", (above, below))
 
     def at_most_zero(self, e: Affine) -> Expr:
-        """``e <= 0``, decided where the bounds of the axes decide it."""
+        """``e <= 0``, decided where the bounds of the axes decide it; a common factor is divided out."""
+        e = _reduced(e)
         reach = self.space.bounds(e)
         if reach is not None:
             if self.scope.facts.at_most(reach[1], 0):
@@ -338,6 +349,17 @@ class Formulas:
             if self.scope.facts.at_most(1, reach[0]):
                 return FALSE
         return expr("le", (affine(e), const(0, torch.int64)), (), (), torch.bool)
+
+
+def _reduced(e: Affine) -> Affine:
+    """``2*x + 3 <= 0`` is ``x + 2 <= 0``: integers on the left let the constant be rounded up."""
+    factors = [c for _, c in e.terms]
+    if not factors or not all(isinstance(c, int) for c in (*factors, e.const)):
+        return e
+    common = math.gcd(*factors)  # type: ignore[arg-type]
+    if common <= 1:
+        return e
+    return Affine(tuple((a, c // common) for a, c in e.terms), -(-e.const // common))
 
 
 def index_of(node: Expr) -> Affine | None:
@@ -414,6 +436,8 @@ def classify(part: Expr, at: Positions, space: AxisSpace) -> Atom:
     used = letters(part, at, space)
     if used <= {"b", "j"} and _loads(part):
         return KeyPadding()
+    if part.op == "eq" and part.args[0].op == "affine" and (diagonal := _diagonal(part, at, space)) is not None:
+        return diagonal
     if part.op == "eq":
         return _same_label(part, at, space)
     if part.op == "or" and any(isinstance(classify(x, at, space), Band) for x in part.args) and "i" in used:
@@ -435,6 +459,15 @@ def _band(part: Expr, at: Positions, space: AxisSpace) -> Band | None:
             bound = simplify_size(-1 * rest.const)
             return Band(None, bound) if sign == 1 else Band(bound, None)
     return None
+
+
+def _diagonal(part: Expr, at: Positions, space: AxisSpace) -> Band | None:
+    """``j - i == c``."""
+    below = _band(expr("le", part.args, (), (), torch.bool), at, space)
+    if below is None:
+        return None
+    bound = below.right if below.left is None else -1 * below.left  # type: ignore[operator]
+    return Band(simplify_size(-1 * bound), bound)  # type: ignore[operator]
 
 
 def letters(part: Expr, at: Positions, space: AxisSpace) -> set[str]:

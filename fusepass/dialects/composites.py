@@ -8,6 +8,7 @@ out again and the call stays.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,10 +41,8 @@ class Expansion:
             self.call.graph.erase_node(node)
 
     def accept(self) -> None:
-        """Take the call out."""
-        for user in list(self.call.users):
-            self.call.graph.erase_node(user)
-        self.call.graph.erase_node(self.call)
+        """Take the call out, with what read results that nothing needs."""
+        _erase_with_users(self.call)
 
     def used_outside(self) -> bool:
         """Does anything but the steps and the call's readers use a step?"""
@@ -56,31 +55,50 @@ class Expansion:
         return [(u, r) for u, r in read if r is not None]
 
 
-def expand_all(graph: fx.Graph) -> list[Expansion]:
-    """Write out every composite call whose results are read by index."""
-    found = []
-    for node in list(graph.nodes):
-        steps = COMPOSITES.get(node.target) if node.op == "call_function" else None
-        if steps is not None and all(len(u.args) == 2 and isinstance(u.args[1], int) for u in node.users):
-            expansion = _expand(node, steps)
-            if expansion is not None:
-                expansion.engage()
-                found.append(expansion)
-    return found
+def _erase_with_users(node: fx.Node) -> None:
+    for user in list(node.users):
+        _erase_with_users(user)
+    node.graph.erase_node(node)
 
 
-def _expand(call: fx.Node, steps: Callable[..., Any]) -> Expansion | None:
-    read = {u.args[1] for u in call.users if u.users}
+def expand_all(graph: fx.Graph) -> tuple[list[Expansion], list[tuple[fx.Node, str]]]:
+    """Write out every composite call; the second list holds those that stay, with the reason."""
+    found: list[Expansion] = []
+    stay: list[tuple[fx.Node, str]] = []
+    calls = [n for n in graph.nodes if n.op == "call_function" and n.target in COMPOSITES]
+    live = _reaching_output(graph) if calls else set()
+    for call in calls:
+        expansion = _expand(call, COMPOSITES[call.target], live)
+        if isinstance(expansion, Expansion):
+            expansion.engage()
+            found.append(expansion)
+        else:
+            stay.append((call, expansion))
+    return found, stay
+
+
+def _reaching_output(graph: fx.Graph) -> set[fx.Node]:
+    live: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or any(u in live for u in node.users):
+            live.add(node)
+    return live
+
+
+def _expand(call: fx.Node, steps: Callable[..., Any], live: set[fx.Node]) -> Expansion | str:
+    if not all(u.target is operator.getitem and isinstance(u.args[1], int) for u in call.users):
+        return "its results are passed on as a tuple"
+    read = {u.args[1] for u in call.users if u in live}
     before = set(call.graph.nodes)
     with call.graph.inserting_before(call):
         tracer = fx.proxy.GraphAppendingTracer(call.graph)
         args, kwargs = fx.node.map_aggregate((call.args, call.kwargs), lambda a: _argument(a, tracer))  # type: ignore[misc]
-        results = steps(call, 1 in read, *args, **kwargs)
+        results = steps(1 in read, *args, **kwargs)
     made = [n for n in call.graph.nodes if n not in before]
-    if results is None or not _give_values(call, made):
+    if isinstance(results, str) or not _give_values(call, made):
         for node in reversed(made):
             call.graph.erase_node(node)
-        return None
+        return results if isinstance(results, str) else "its arguments are of a form that is not written out"
     return Expansion(call, made, tuple(r.node if isinstance(r, fx.Proxy) else None for r in results))
 
 
@@ -117,21 +135,23 @@ def _give_values(call: fx.Node, made: list[fx.Node]) -> bool:
 
 
 def multi_head_attention(
-    call: fx.Node, weights_read: bool, query: Any, key: Any, value: Any, embed_dim: int, heads: int,
+    weights_read: bool, query: Any, key: Any, value: Any, embed_dim: int, heads: int,
     in_proj_weight: Any, in_proj_bias: Any, bias_k: Any, bias_v: Any, add_zero_attn: bool, dropout_p: float,
     out_proj_weight: Any, out_proj_bias: Any, training: bool = True, key_padding_mask: Any = None,
     need_weights: bool = True, attn_mask: Any = None, use_separate_proj_weight: bool = False,
     q_proj_weight: Any = None, k_proj_weight: Any = None, v_proj_weight: Any = None, static_k: Any = None,
     static_v: Any = None, average_attn_weights: bool = True, is_causal: bool = False,
-) -> tuple[Any, Any] | None:  # fmt: skip
+) -> tuple[Any, Any] | str:  # fmt: skip
     """The steps of ``multi_head_attention_forward`` (documentation of ``torch.nn.MultiheadAttention``).
 
     query: ``[Q, B, E]`` or ``[Q, E]``; key and value: ``[K, B, ...]`` or ``[K, ...]``.
     """
     if not training:
         dropout_p = 0.0
-    if isinstance(dropout_p, fx.Proxy) or weights_read or add_zero_attn or any(x is not None for x in (bias_k, bias_v, static_k, static_v)):
-        return None
+    if weights_read:
+        return "its attention weights are read"
+    if isinstance(dropout_p, fx.Proxy) or add_zero_attn or any(x is not None for x in (bias_k, bias_v, static_k, static_v)):
+        return "it adds keys or values of its own"
     dtype, alone = value_of(query.node).dtype, value_of(query.node).dim() == 2
     if alone:
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))

@@ -582,6 +582,14 @@ def _zero(r: Result, x: Expr) -> Expr:
     return filled(r, 0)
 
 
+@handles("eye")
+def _eye(r: Result, *_: Value, **__: Value) -> Expr | None:
+    rows, columns = r.shape
+    row = reshape(expr("iota", (), (0, 1), (rows,), torch.int64), (rows, 1))
+    same = pointwise("eq", row, expr("iota", (), (0, 1), (columns,), torch.int64))
+    return cast(same, r.dtype)
+
+
 @handles("tril", "triu")
 def _tril(r: Result, x: Expr, diagonal: Value = 0) -> Expr | None:
     return triangle(r, x, diagonal, "le")
