@@ -28,20 +28,45 @@ def live_nodes(graph: fx.Graph, reader: Reader) -> set[fx.Node]:
     return live
 
 
-def outside_reader(
-    reader: Reader, live: set[fx.Node], product: fx.Node, anchor: fx.Node, limit: int = 400
-) -> fx.Node | None:
+def outside_reader(reader: Reader, live: set[fx.Node], product: Expr, anchor: fx.Node) -> fx.Node | None:
     """A live node, not on the way to ``anchor``, for which the scores or weights must still be computed."""
-    seen, todo = {product}, [product]
+    for node in _computing(reader, product, anchor):
+        found = _reader_of(reader, live, node, anchor)
+        if found is not None:
+            return found
+    return None
+
+
+def _computing(reader: Reader, product: Expr, anchor: fx.Node, limit: int = 400) -> list[fx.Node]:
+    """The nodes behind ``anchor`` that compute ``product``."""
+    found, seen, todo = [], {anchor}, [anchor]
+    while todo and len(seen) < limit:
+        node = todo.pop()
+        for source in node.all_input_nodes:
+            if source in seen:
+                continue
+            seen.add(source)
+            meaning = reader.defined.get(source)
+            if meaning is product:
+                found.append(source)
+            elif _is_light(meaning) or writes_in_place(source):
+                todo.append(source)
+    return found
+
+
+def _is_light(meaning: object) -> bool:
+    return isinstance(meaning, tuple) or (isinstance(meaning, Expr) and meaning.op in _LIGHT)
+
+
+def _reader_of(reader: Reader, live: set[fx.Node], start: fx.Node, anchor: fx.Node, limit: int = 400) -> fx.Node | None:
+    seen, todo = {start}, [start]
     while todo:
         node = todo.pop()
         for user in node.users:
             if user is anchor or user in seen or user not in live:
                 continue
-            meaning = reader.defined.get(user)
-            light = isinstance(meaning, Expr) and meaning.op in _LIGHT
-            several = isinstance(meaning, tuple)
-            if not (light or several or writes_in_place(user)) or len(seen) > limit:
+            light = _is_light(reader.defined.get(user)) or writes_in_place(user)
+            if not light or len(seen) > limit:
                 return user
             seen.add(user)
             todo.append(user)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fusepass.index import Affine, AxisSpace, Facts, prod
+from fusepass.index import Affine, AxisSpace, Facts, Size, prod
 from fusepass.ir import Expr, const, pointwise, scalar_of
 from fusepass.patterns import heads, masks
 from fusepass.patterns.layout import LAYOUT
@@ -20,6 +20,7 @@ from fusepass.patterns.products import PRODUCTS
 from fusepass.patterns.scores import SCORES, holds_product
 from fusepass.patterns.softmax import SOFTMAX
 from fusepass.patterns.weights import WEIGHTS, holds_softmax
+from fusepass.program import slots
 from fusepass.rule import STEP_LIMIT, Core, Peel, Product, Refuse, Rule, Scope, Term, applied
 from fusepass.spec import (
     Atom,
@@ -150,11 +151,17 @@ class _Reading:
             )
         if not holds_product(core.scores.expr):
             return None  # a softmax of something else: routing, pooling with learned scores
+        if not single and not self.scope.facts.equal(self._extent(self.summed[0]), core.scores.expr.shape[core.dim]):
+            raise Refuse("the softmax runs over more keys than are summed with the values", core.scores.expr)
         self.scope.sunk = core.sink is not None
         found = self._peel_scores(core.scores, [])
         if isinstance(found, Miss):
             return found
         return self._finish(core, found, mods)
+
+    def _extent(self, axis: Affine) -> Size:
+        """The number of values of an axis."""
+        return self.scope.space.sizes[axis.terms[0][0]]
 
     # -- peeling -----------------------------------------------------------------------------
 
@@ -255,10 +262,23 @@ class _Reading:
             rows_seen=core.sink is not None or self._rows_seen(scores, atoms, sizes),
             operands=len(scope.operands),
         )  # fmt: skip
+        self._check_operands(spec, found.node)
         return Site(
             spec, roles, scope.space, query_chain, key_chain, value_chain, scope.operands, self.out, found.node,
             core.scores.expr, scope,
         )  # fmt: skip
+
+    def _check_operands(self, spec: Attention, product: Expr) -> None:
+        """A modifier made of the scores would compute them a second time."""
+        for slot in slots(spec):
+            todo, seen = [self.scope.operands[slot].expr], set()
+            while todo:
+                node = todo.pop()
+                if node is product:
+                    raise Refuse("a mask, bias or factor of the scores is computed from the scores themselves", node)
+                if node not in seen and node.op not in ("input", "dot"):
+                    seen.add(node)
+                    todo.extend(node.args)
 
     def _settle(self, roles: heads.Roles) -> None:
         """Splits made since an axis was listed replace it by its parts."""

@@ -103,8 +103,7 @@ class _Pass:
         self.settled.update(_softmaxes(self.reader.defined[node]))
         if isinstance(found, Miss):
             return self._report(node, None, reason=found.reason)
-        product = self.reader.definer.get(found.product)
-        reader = outside_reader(self.reader, self.live, product, node) if product is not None else None
+        reader = outside_reader(self.reader, self.live, found.product, node)
         if reader is not None:
             return self._report(node, found, reason=f"its scores or weights are also used by '{reader.name}'")
         if self.options.kernel != "reference" and as_good(node, found):

@@ -90,6 +90,8 @@ def assign(
     free = [a for a in outer if a not in in_k and a not in in_v]
     shared = [a for a in outer if a not in free]
     roles.query = _query_axes(scope, scores, dim, free)
+    if not roles.query and {a for a in shared if a in in_k} != {a for a in shared if a in in_v}:
+        raise Refuse("no axis is left for the queries: keys or values differ for every one of them (mixed heads, routing)")
     roles.group = [a for a in free if a not in roles.query]
     # The innermost axis that keys or values vary over is the head, where there are several.
     roles.kv_heads = shared[-1:] if len(shared) > 1 else []
