@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from fusepass.dialects.fx_graph import Reader, writes_in_place
+from fusepass.dialects.fx_graph import Reader, operation, writes_in_place
 from fusepass.ir import POINTWISE, VIEWS, Expr
 
 _LIGHT = (
@@ -49,13 +49,16 @@ def _computing(reader: Reader, product: Expr, anchor: fx.Node, limit: int = 400)
             meaning = reader.defined.get(source)
             if meaning is product:
                 found.append(source)
-            elif _is_light(meaning) or writes_in_place(source):
+            elif _is_light(source, meaning):
                 todo.append(source)
     return found
 
 
-def _is_light(meaning: object) -> bool:
-    return isinstance(meaning, tuple) or (isinstance(meaning, Expr) and meaning.op in _LIGHT)
+def _is_light(node: fx.Node, meaning: object) -> bool:
+    """Element-wise operations, views, reductions, writes: what lies between the two products of a site."""
+    if isinstance(meaning, tuple) or writes_in_place(node) or operation(node)[0] == "detach":
+        return True
+    return isinstance(meaning, Expr) and meaning.op in _LIGHT
 
 
 def _reader_of(reader: Reader, live: set[fx.Node], start: fx.Node, anchor: fx.Node, limit: int = 400) -> fx.Node | None:
@@ -65,8 +68,7 @@ def _reader_of(reader: Reader, live: set[fx.Node], start: fx.Node, anchor: fx.No
         for user in node.users:
             if user is anchor or user in seen or user not in live:
                 continue
-            light = _is_light(reader.defined.get(user)) or writes_in_place(user)
-            if not light or len(seen) > limit:
+            if not _is_light(user, reader.defined.get(user)) or len(seen) > limit:
                 return user
             seen.add(user)
             todo.append(user)

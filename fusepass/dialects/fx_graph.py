@@ -189,10 +189,17 @@ class Reader:
         value = value_of(node)
         if isinstance(value, (torch.SymInt, torch.SymFloat, int, float, bool)):
             return self._opaque(node)
-        out = self._try(node, name, value)
+        out = None if self._stops_gradients(node, value) else self._try(node, name, value)
         if out is None and isinstance(value, torch.Tensor):
             return self._opaque(node)
         return out
+
+    def _stops_gradients(self, node: fx.Node, value: Any) -> bool:
+        """Was the node computed without gradients (``detach``, a ``no_grad`` region) from what has some?"""
+        if not torch.is_grad_enabled() or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return False
+        sources = (value_of(n) for n in node.all_input_nodes)
+        return not value.requires_grad and any(isinstance(s, torch.Tensor) and s.requires_grad for s in sources)
 
     def _try(self, node: fx.Node, name: str, value: Any) -> Value:
         if node.op == "call_module":
