@@ -1,0 +1,304 @@
+"""Kernels: what each refuses and says, what it writes, and that a site without a kernel stays right."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from fusepass.config import KERNELS as NAMES
+from fusepass.config import Options
+from fusepass.kernels import BY_NAME, FLEX, KERNELS, REFERENCE, SDPA, Kernel, Target
+from fusepass.rewrite import rewrite_graph
+from fusepass.spec import (
+    Attention,
+    Band,
+    Bias,
+    Dropout,
+    Keep,
+    KeyPadding,
+    Mask,
+    Scale,
+    ScaleBy,
+    ScoreModifier,
+    SoftCap,
+    WeightModifier,
+    WeightScale,
+    ZeroEmptyRows,
+)
+from tests.capture import agrees, close, compiled, copies, dynamo_graph, qkv
+
+INF = math.inf
+CAUSAL = Mask(0, -INF, atoms=(Band(None, 0),))
+CPU, CUDA = Target("cpu", False, False), Target("cuda", False, False)
+
+
+def spec(
+    *scores: Any, weights: tuple[Any, ...] = (), dtype: torch.dtype = torch.float32, **more: Any
+) -> Attention:
+    return Attention(2, 4, 2, 8, 8, 16, 16, dtype, scores, weights, dtype, dtype, operands=4, **more)
+
+
+@dataclass(frozen=True)
+class Novelty:
+    """A modifier that no kernel has heard of."""
+
+    slot: int = 0
+    axes: str = "bhij"
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+SDPA_REFUSES: dict[str, tuple[Attention, str]] = {
+    "softcap": (spec(SoftCap(50.0)), "it has no 'softcap 50'"),
+    "scale after a bias": (spec(Bias(0), Scale(0.5)), "'scale 0.5' comes after 'bias[]'"),
+    "scale after a mask": (spec(CAUSAL, ScaleBy(1, "h")), "'scale by [h]' comes after 'causal'"),
+    "scale over keys": (spec(ScaleBy(0, "bj")), "multiplied by a tensor that varies over the keys"),
+    "fill within reach": (spec(replace(CAUSAL, fill=-1e4)), "set to -10000, which is within reach"),
+    "fill within reach in half": (
+        spec(replace(CAUSAL, fill=-6e4), dtype=torch.float32),
+        "set to -60000, which is within reach",
+    ),
+    "kept weights": (spec(weights=(Keep(0, axes="bj"),)), "after the softmax without renormalising"),
+    "unknown": (spec(Novelty()), "Novelty"),
+    "unknown weight": (spec(weights=(Novelty(),)), "Novelty"),
+}
+SDPA_TAKES: dict[str, Attention] = {
+    "plain": spec(),
+    "scales": spec(Scale(-0.5), ScaleBy(0, "hi"), Scale(2.0)),
+    "bias and mask": spec(Scale(0.1), Bias(0, "h"), CAUSAL, Mask(1, -INF, atoms=(KeyPadding(),))),
+    "lowest": spec(replace(CAUSAL, fill=torch.finfo(torch.float32).min)),
+    "lowest half": spec(replace(CAUSAL, fill=torch.finfo(torch.float16).min), dtype=torch.float16),
+    "small fills added": spec(replace(CAUSAL, fill=-1e4, additive=True)),
+    "implied keep": spec(CAUSAL, weights=(Keep(0, axes="ij", implied=True),)),
+    "rows kept": spec(weights=(Keep(0, axes="bi"),)),
+    "weights scaled": spec(weights=(WeightScale(0.5), ZeroEmptyRows(), Dropout(0.1))),
+}
+FLEX_REFUSES: dict[str, tuple[Attention, Target, str]] = {
+    "exported": (spec(), replace(CPU, aten=True), "not written into exported graphs"),
+    "training on cpu": (spec(SoftCap(5.0)), replace(CPU, training=True), "no gradients on cpu"),
+    "dropout": (spec(weights=(Dropout(0.1),)), CPU, "no dropout"),
+    "dropout on cuda": (spec(weights=(Dropout(0.1),)), CUDA, "no dropout"),
+    "kept weights": (spec(weights=(Keep(0, axes="j"),)), CPU, "after the softmax without renormalising"),
+    "float64": (spec(dtype=torch.float64), CPU, "does not compute in float64"),
+    "unknown": (spec(Novelty()), CPU, "Novelty"),
+    "unknown weight": (spec(weights=(Novelty(),)), CPU, "Novelty"),
+}
+FLEX_TAKES: dict[str, tuple[Attention, Target]] = {
+    "softcap": (spec(Scale(0.5), SoftCap(5.0), CAUSAL), CPU),
+    "any order": (spec(Bias(0), Scale(2.0), ScaleBy(1, "bj"), CAUSAL, SoftCap(1.0)), CPU),
+    "any fill": (spec(replace(CAUSAL, fill=-1e4)), CPU),
+    "training on cuda": (spec(SoftCap(5.0)), replace(CUDA, training=True)),
+    "half": (spec(dtype=torch.bfloat16), CPU),
+}
+
+
+@pytest.mark.parametrize("name", SDPA_REFUSES)
+def test_sdpa_refuses(name: str) -> None:
+    given, words = SDPA_REFUSES[name]
+    assert words in str(SDPA.refuse(given, CPU)) and words in str(SDPA.refuse(given, CUDA))
+
+
+@pytest.mark.parametrize("name", SDPA_TAKES)
+def test_sdpa_takes(name: str) -> None:
+    assert SDPA.refuse(SDPA_TAKES[name], CPU) is None
+
+
+@pytest.mark.parametrize("name", FLEX_REFUSES)
+def test_flex_refuses(name: str) -> None:
+    given, target, words = FLEX_REFUSES[name]
+    assert words in str(FLEX.refuse(given, target))
+
+
+@pytest.mark.parametrize("name", FLEX_TAKES)
+def test_flex_takes(name: str) -> None:
+    given, target = FLEX_TAKES[name]
+    assert FLEX.refuse(given, target) is None
+
+
+def test_the_reference_takes_everything_known() -> None:
+    for given in (*SDPA_TAKES.values(), *(s for s, _ in FLEX_TAKES.values())):
+        assert REFERENCE.refuse(given, CPU) is None
+
+
+def test_the_list_of_kernels() -> None:
+    assert REFERENCE not in KERNELS, "the reference is chosen by name alone"
+    assert set(BY_NAME) <= set(NAMES) and all(k.name == name for name, k in BY_NAME.items())
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+def test_every_kernel_refuses_what_it_does_not_know(kernel: Kernel) -> None:
+    for unknown in (spec(Novelty()), spec(Scale(0.5), Novelty()), spec(weights=(Novelty(),))):
+        assert all(kernel.refuse(unknown, target) for target in (CPU, CUDA)), kernel.name
+
+
+# ---------------------------------------------------------------------------------------- what is written
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.transpose(-1, -2) * 0.3
+    return s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -INF).softmax(-1) @ v
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-1, -2) * 0.3).softmax(-1) @ v
+
+
+def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (5.0 * torch.tanh(q @ k.transpose(-1, -2) / 5.0)).softmax(-1) @ v
+
+
+def dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.dropout((q @ k.transpose(-1, -2)).softmax(-1), 0.5) @ v
+
+
+def rewritten(program: Callable[..., Tensor], *args: Any, kernel: str = "auto") -> fx.GraphModule:
+    graph = dynamo_graph(program, *args)
+    rewrite_graph(graph, Options(kernel=kernel))
+    return graph
+
+
+def calls(graph: fx.GraphModule, name: str) -> list[fx.Node]:
+    return [n for n in graph.graph.nodes if n.op == "call_function" and name in str(n.target)]
+
+
+def test_what_is_proved_causal_carries_no_mask() -> None:
+    (call,) = calls(rewritten(causal, *qkv()), "scaled_dot_product_attention")
+    assert call.kwargs.get("is_causal") is True and call.kwargs.get("attn_mask") is None
+    assert call.kwargs.get("scale") == pytest.approx(0.3)
+
+
+def test_what_has_no_mask_gets_none() -> None:
+    (call,) = calls(rewritten(plain, *qkv()), "scaled_dot_product_attention")
+    assert not {"attn_mask", "is_causal", "dropout_p"} & set(call.kwargs) and len(call.args) == 3
+
+
+@pytest.mark.parametrize(("Q", "K"), [(3, 7), (7, 3)])
+def test_a_causal_mask_from_the_top_left_or_the_bottom_right(Q: int, K: int) -> None:
+    def bottom(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.transpose(-1, -2)
+        hidden = torch.ones(s.shape[-2:], dtype=torch.bool).triu(s.shape[-1] - s.shape[-2] + 1)
+        return s.masked_fill(hidden, -1e30).softmax(-1) @ v
+
+    for program, kernel in itertools.product((causal, bottom), ("auto", "sdpa", "flex", "reference")):
+        agrees(program, *qkv(Q=Q, K=K), kernel=kernel)
+
+
+def test_nothing_of_the_site_is_left() -> None:
+    for kernel in ("auto", "reference"):
+        graph = rewritten(causal, *qkv(), kernel=kernel)
+        assert not [n for n in graph.graph.nodes if "softmax" in str(n.target) or "matmul" in str(n.target)]
+
+
+def test_rewriting_twice_changes_nothing_more() -> None:
+    args = qkv()
+    graph = rewritten(causal, *args, kernel="reference")
+    code = graph.code
+    report = rewrite_graph(graph, Options(kernel="reference"))
+    assert graph.code == code and not report.sites
+
+
+# ---------------------------------------------------------------------------------------- choices
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "flash2", "flash3", "flash4"])
+def test_a_kernel_that_is_not_here_gives_a_reason_and_the_right_result(kernel: str) -> None:
+    args = qkv()
+    got, seen = compiled(causal, *args, kernel=kernel)
+    close(got, causal(*args))
+    (site,) = seen.sites
+    assert not site.fused and site.kernel is None and site.reason and kernel in site.reason
+
+
+@pytest.mark.parametrize(
+    ("kernel", "program", "words"),
+    [
+        ("sdpa", capped, "sdpa: it has no 'softcap 5'"),
+        ("flex", dropped, "flex: FlexAttention has no dropout"),
+    ],
+)
+def test_a_named_kernel_means_that_kernel(kernel: str, program: Callable[..., Tensor], words: str) -> None:
+    _, seen = compiled(program, *qkv(), kernel=kernel)
+    (site,) = seen.sites
+    assert not site.fused and site.reason == words and site.rejected == ((kernel, words.partition(": ")[2]),)
+
+
+def test_the_first_kernel_that_takes_a_site_gets_it_and_the_others_are_told() -> None:
+    seen = agrees(capped, *qkv(), kernel="auto")
+    (site,) = seen.sites
+    assert (site.fused, site.kernel) == (True, "flex")
+    assert site.rejected == (("sdpa", "it has no 'softcap 5'"),)
+
+
+def test_gradients_on_cpu_keep_softcaps_out_of_flex() -> None:
+    args = [t.requires_grad_() for t in qkv()]
+    got, seen = compiled(capped, *args, kernel="auto")
+    (site,) = seen.sites
+    assert not site.fused and "FlexAttention has no gradients on cpu" in str(site.reason)
+    close(got, capped(*args))
+    assert compiled(capped, *args)[1].sites[0].fused, "the reference operator has gradients"
+
+
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "flex", "reference"])
+def test_float64(kernel: str) -> None:
+    args = [t.double() for t in qkv()]
+    got, _ = compiled(causal, *args, kernel=kernel)
+    close(got, causal(*args), 1e-10)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize("program", [plain, causal])
+def test_gradients_are_eagers(program: Callable[..., Tensor], kernel: str) -> None:
+    args = qkv()
+    mine, theirs = ([t.requires_grad_() for t in copies(args)] for _ in range(2))
+    got, seen = compiled(program, *mine, kernel=kernel)
+    assert seen.sites[0].fused
+    got.square().sum().backward()
+    program(*theirs).square().sum().backward()
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------- fills within reach
+
+
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "flex", "reference"])
+@pytest.mark.parametrize(
+    ("fill", "scores"), [(-1e4, 0.0), (-1e4, -1e4), (-5e3, -4998.0), (-1e9, 0.0), (-INF, 0.0)]
+)
+def test_scores_that_survive_a_finite_fill(fill: float, scores: float, kernel: str) -> None:
+    bias = torch.full((6, 6), scores)
+
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        s = q @ k.transpose(-1, -2) + b
+        hidden = torch.ones(s.shape[-2:], dtype=torch.bool).triu(1)
+        return s.masked_fill(hidden, fill).softmax(-1) @ v
+
+    q, k, v = qkv()
+    want = program(q, k, v, bias)
+    got, _ = compiled(program, q, k, v, bias, kernel=kernel)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=2e-3)
+
+
+def test_no_modifier_is_forgotten() -> None:
+    """A new modifier must come with an answer of every kernel: these tests name the ones that have one."""
+    known = {
+        "Scale",
+        "ScaleBy",
+        "SoftCap",
+        "Bias",
+        "Mask",
+        "Floor",
+        "Dropout",
+        "Keep",
+        "WeightScale",
+        "ZeroEmptyRows",
+    }
+    assert {t.__name__ for t in (*get_args(ScoreModifier), *get_args(WeightModifier))} == known
