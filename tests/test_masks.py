@@ -20,7 +20,7 @@ from fusepass.patterns.masks import Formulas, Positions, classify, conjuncts, ev
 from fusepass.recognize import RULES
 from fusepass.rule import Scope, Term
 from fusepass.spec import Atom, Band, Dense, KeyPadding
-from tests.capture import agrees, meaning, qkv
+from tests.capture import agrees, compiled, meaning, qkv
 from tests.evaluate import Evaluator, Grid
 
 N = 8
@@ -387,3 +387,40 @@ def test_rows_that_see_no_key_are_eagers(form: str, kernel: str) -> None:
 
     agrees(strictly, q, k, v, kernel=kernel)
     agrees(padded, q, k, v, pad, kernel=kernel)
+
+
+TWO_MASKS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "both added": lambda s, a, b: s + torch.where(a, 0.0, LOWEST).to(s) + torch.where(b, 0.0, LOWEST).to(s),
+    "-inf, then lowest": lambda s, a, b: s.masked_fill(~a, -INF).masked_fill(~b, LOWEST),
+    "lowest, then -inf": lambda s, a, b: s.masked_fill(~a, LOWEST).masked_fill(~b, -INF),
+    "filled, then added": lambda s, a, b: s.masked_fill(~a, LOWEST) + torch.where(b, 0.0, LOWEST).to(s),
+    "same fill twice": lambda s, a, b: s.masked_fill(~a, LOWEST).masked_fill(~b, LOWEST),
+    "two fills": lambda s, a, b: s.masked_fill(~a, -1e9).masked_fill(~b, LOWEST),
+}
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+@pytest.mark.parametrize("form", TWO_MASKS)
+def test_rows_that_see_no_key_under_two_masks_are_eagers(form: str, kernel: str) -> None:
+    pad = torch.tensor([[False] * N, [True] * 3 + [False] * 5])
+
+    def program(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+        i, j = ij()
+        return TWO_MASKS[form](q @ k.mT, p[:, None, None], j < i).softmax(-1) @ v
+
+    agrees(program, *qkv(Q=N, D=4), pad, kernel=kernel)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+@pytest.mark.parametrize("form", ["masked_fill lowest", "added where", "added product"])
+def test_gradients_of_rows_that_see_no_key_are_eagers(form: str, kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i, j = ij()
+        return FORMS[form](q @ k.mT, j < i).softmax(-1) @ v
+
+    args = qkv(Q=N, D=4)
+    mine, theirs = ([t.clone().requires_grad_() for t in args] for _ in range(2))
+    compiled(program, *mine, kernel=kernel)[0].square().sum().backward()
+    program(*theirs).square().sum().backward()
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
