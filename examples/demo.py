@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -149,7 +150,7 @@ class Row:
 
 def counted(labels: Any) -> str:
     """Each label once, with its count."""
-    return "\n".join(f"{label} [dim]×{count}[/]" for label, count in Counter(labels).items())
+    return "\n".join(f"{escape(label)} [dim]×{count}[/]" for label, count in Counter(labels).items())
 
 
 def megabytes(count: int | None) -> str:
