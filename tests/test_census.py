@@ -1,0 +1,77 @@
+"""What the demo's models are recognised as: a change of the rules must not change it unnoticed.
+
+The table is the expected reading of every attention site, in order of the forward pass;
+`benchmarks/census.py` measures the same for all of `transformers`.
+"""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusepass
+from benchmarks import census
+from examples import demo
+
+GROUPED = "grouped heads 4:2"
+KINDS: dict[str, list[tuple[str, str]]] = {  # model -> (recognised as, kernel on a CPU) of each site
+    "gpt2": [("causal", "sdpa")] * 2,
+    "llama": [(f"causal, {GROUPED}", "sdpa")] * 2,
+    "mistral": [(f"window(255), {GROUPED}", "sdpa")] * 2,
+    "gemma2": [(f"window(255), softcap, {GROUPED}", "flex"), (f"causal, softcap, {GROUPED}", "flex")],
+    "t5": [("bias[hij]", "sdpa")] * 2 + [("causal, bias[hij]", "sdpa"), ("full", "sdpa")] * 2,
+    "bert": [("key padding", "sdpa")] * 2,
+    "vit": [("full", "sdpa")] * 2,
+}
+
+
+def test_every_model_of_the_demo_is_in_the_table() -> None:
+    assert set(KINDS) == set(demo.CASES)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_sites_of_the_demo(name: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = demo.CASES[name][1]()
+    with torch.no_grad():
+        found = fusepass.explain(model, **inputs)
+    assert [(site.kind, site.kernel) for site in found.sites] == KINDS[name], str(found)
+    assert not found.left and not found.collector.notes
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT + 1.0, dim=-1) @ v
+
+
+def routed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A softmax that no product follows."""
+    return torch.softmax(q @ k.mT, dim=-1).amax(-1, keepdim=True) * v
+
+
+@pytest.mark.parametrize(("program", "sites"), [(attention, 1), (routed, 0)])
+def test_the_census_counts_without_the_pass(program: Any, sites: int) -> None:
+    found: Counter[str] = Counter()
+    inputs = torch.randn(3, 2, 4, 8, 16).unbind()
+    torch.compile(program, backend=census.counting(found))(*inputs)
+    assert (found["sites"], found["calls"]) == (sites, 0)
+    found.clear()
+    options: dict[str, Any] = {"inner": census.counting(found)}
+    torch.compile(program, backend="fusepass", options=options)(*inputs)
+    assert (found["sites"], found["calls"]) == (0, sites)
+
+
+def test_a_family_in_a_process_of_its_own() -> None:
+    options = census.arguments(["vit", "--inner", "aot_eager", "--no-inductor"])
+    assert options.names == ["vit"] and options.out is None
+    row = census.in_process("vit", options)
+    assert census.verdict(row) == "fused", row
+    assert (row["sites"], row["left"], row["kinds"]) == (2, 0, {"full": 2})
+    assert "| vit | 2 | 2 | ? | full ×2 | sdpa ×2 |" in census.markdown([row], "aot_eager")
+
+
+def test_a_family_that_takes_too_long_is_ended() -> None:
+    options = census.arguments(["vit", "--timeout", "0.01"])
+    row = census.in_process("vit", options)
+    assert census.verdict(row) == "failed" and "0.01 s" in row["failed"]
