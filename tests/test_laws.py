@@ -68,8 +68,12 @@ def modified(mod: object, inner: Tensor, operands: Sequence[Tensor]) -> Tensor:
     return apply_weight(mod, inner, operands)
 
 
-def softmax(x: Tensor, dims: list[int]) -> Tensor:
-    return (x - x.logsumexp(dims, keepdim=True)).exp()
+def softmax(x: Tensor, dims: list[int], sink: Tensor | None = None) -> Tensor:
+    norm = x.logsumexp(dims, keepdim=True)
+    if sink is not None:
+        assert torch.equal(sink.amin(dims), sink.amax(dims)), "a sink is one logit a row"
+        norm = torch.logaddexp(norm, sink)
+    return (x - norm).exp()
 
 
 def after(layer: Found, grid: Grid, scope: Scope) -> Tensor:
@@ -79,11 +83,12 @@ def after(layer: Found, grid: Grid, scope: Scope) -> Tensor:
             return grid.term(inner)
         case Peel(inner, mod):
             return modified(mod, grid.term(inner), [grid.term(t) for t in scope.operands])
-        case Core(scores, dim, _):
+        case Core(scores, dim):
             dims = grid.dims([scores.index[dim]])
             covered = scope.space.digits(scores.index[dim], scores.expr.shape[dim])
             assert covered is not None, "the softmax runs over a part of its dimension"
-            return softmax(grid.term(scores), dims)
+            sink = None if layer.sink is None else grid.term(layer.sink)
+            return softmax(grid.term(scores), dims, sink)
         case Product(left, right, axes):
             return (grid.term(left) * grid.term(right)).sum(grid.dims(axes), keepdim=True).expand(grid.shape)
     raise AssertionError(f"unknown layer {layer!r}")

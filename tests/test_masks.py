@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -33,6 +34,7 @@ def ij(queries: int = N, keys: int = N) -> tuple[Tensor, Tensor]:
     return torch.arange(queries)[:, None], torch.arange(keys)[None, :]
 
 
+@functools.cache
 def read(make: Callable[..., Tensor], *args: Any) -> tuple[Expr, Positions, Scope, Term]:
     """The formula of one element of a mask ``[..., Q, K]``."""
     node, reader = meaning(make, *args)
