@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from fusepass.dialects.fx_graph import Reader, size_of, value_of
 from fusepass.index import AxisSpace, Size, prod
@@ -65,15 +66,21 @@ class Builder:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A new node; its value is computed on fake tensors."""
+        node = self.call_with(None, target, *args, **kwargs)
+        fake_args, fake_kwargs = fx.map_arg((args, kwargs), value_of)  # type: ignore[misc]
+        with self.mode(), enable_python_dispatcher():
+            node.meta[self.key] = target(*fake_args, **fake_kwargs)
+        return node
+
+    def call_with(self, value: Any, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node of a known fake value."""
         with self.graph.inserting_before(self.anchor):
             node = self.graph.call_function(target, args, kwargs)
         self.made.append(node)
         for name in ("stack_trace", "nn_module_stack", "seq_nr", "source_fn_stack", "from_node"):
             if name in self.anchor.meta:
                 node.meta[name] = self.anchor.meta[name]
-        fake_args, fake_kwargs = fx.map_arg((args, kwargs), value_of)  # type: ignore[misc]
-        with self.mode():
-            node.meta[self.key] = target(*fake_args, **fake_kwargs)
+        node.meta[self.key] = value
         return node
 
     def mode(self) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,3 +136,40 @@ def visible(site: Site, build: Builder, mask: Mask) -> fx.Node:
     if mask.additive:
         return build.op("eq_scalar", tensor, 0)
     return tensor if mask.attends else build.op("logical_not", tensor)
+
+
+def conjunction(site: Site, build: Builder, masks: Sequence[Mask]) -> fx.Node:
+    """Several masks as one boolean tensor."""
+    out = visible(site, build, masks[0])
+    for mask in masks[1:]:
+        out = build.op("logical_and", out, visible(site, build, mask))
+    return out
+
+
+def mend_empty_rows(site: Site, build: Builder, out: fx.Node, x: Operands) -> fx.Node:
+    """Rows that see no key, as the original computes them: kernels give zero there, or something else.
+
+    ``-inf`` fills give NaN, finite ones the mean of the values, masks after the softmax zero.
+    """
+    spec = site.spec
+    if spec.rows_seen or not spec.masks:
+        return out
+    policy, value = empty_rows(spec), build.value(out)
+    seen = build.op("any", conjunction(site, build, spec.masks), -1, True)
+    if policy == "mean":
+        other = build.op("mean", x.v, [2], True)
+        if site.roles.group:
+            other = _per_query_head(site, build, other)
+    else:
+        number = math.nan if policy == "nan" else 0.0
+        other = build.op("scalar_tensor", number, dtype=value.dtype, device=value.device)
+    return build.op("where", seen, out, other)
+
+
+def _per_query_head(site: Site, build: Builder, node: fx.Node) -> fx.Node:
+    """``[B, G, 1, Dv]`` as ``[B, H, 1, Dv]``."""
+    r, width = site.roles, int(build.value(node).shape[3])
+    batch, heads, group = build.sizes(r.batch), build.sizes(r.kv_heads), build.sizes(r.group)
+    thin = build.op("reshape", node, build.shape([batch, heads, 1, 1, width]))
+    wide = build.op("expand", thin, [build.size(s) for s in (batch, heads, group, 1, width)])
+    return build.op("reshape", wide, build.shape([batch, site.spec.heads, 1, width]))

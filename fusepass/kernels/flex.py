@@ -6,17 +6,27 @@ Source: Dong et al., "Flex Attention" (arXiv 2412.05496), ``torch.nn.attention.f
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fusepass.emit import Builder
-from fusepass.kernels.base import Kernel, Refused, Target, after_weights, all_operands, empty_rows, operands
+from fusepass.kernels.base import (
+    Kernel,
+    Refused,
+    Target,
+    after_weights,
+    all_operands,
+    mend_empty_rows,
+    operands,
+)
 from fusepass.program import Program, decode, encode
 from fusepass.recognize import Site
 from fusepass.spec import Attention, Bias, Dropout, Floor, Keep, Mask, Scale, ScaleBy, SoftCap
+
+#: Stands for every lower fill: the kernels work in powers of two, where float32's lowest number overflows.
+_LOWEST = -1e30
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> Tensor:
@@ -84,7 +94,7 @@ def _apply(mod: Any, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, 
 
 
 def _masked(mod: Mask, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, ...]) -> Tensor:
-    fill = mod.fill if mod.fill == -math.inf else max(mod.fill, torch.finfo(torch.float32).min)
+    fill = max(mod.fill, _LOWEST)
     if mod.slot >= 0:
         tensor = _element(captured[mod.slot], at)
         if mod.additive:
@@ -118,17 +128,15 @@ def refuse(spec: Attention, target: Target) -> str | None:
 
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     """Write a call to :func:`flex_attention`; the result is mended for rows that see no key."""
-    if (
-        not site.spec.rows_seen
-        and site.spec.masks
-        and (empty_rows(site.spec) != "mean" or site.spec.dtype is torch.float16)
-    ):
-        raise Refused("a row may see no key, and FlexAttention gives such rows another value")
     x = operands(site, build)
     tensors = all_operands(site, build, bands=True)
     if any(build.value(t).requires_grad for t in tensors) and target.device == "cpu":
         raise Refused("FlexAttention has no gradients on cpu")
-    out = build.call(flex_attention, x.q, x.k, x.v, tensors, encode(site.spec, bands=True))
+    q, v = build.value(x.q), build.value(x.v)
+    with build.mode():
+        value = q.new_empty((*q.shape[:3], v.shape[3]))
+    out = build.call_with(value, flex_attention, x.q, x.k, x.v, tensors, encode(site.spec, bands=True))
+    out = mend_empty_rows(site, build, out, x)
     return build.cast(after_weights(site, build, out), site.spec.out_dtype)
 
 

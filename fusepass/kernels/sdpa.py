@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusepass.dialects.fx_graph import size_of
@@ -22,7 +23,9 @@ from fusepass.kernels.base import (
     Refused,
     Target,
     after_weights,
+    conjunction,
     empty_rows,
+    mend_empty_rows,
     operands,
     row_operand,
     score_operand,
@@ -71,10 +74,8 @@ def _with_sink(site: Site, build: Builder, x: Operands, mask: fx.Node | None) ->
     if build.value(mask).dtype is torch.bool:
         zero, hidden = (build.op("scalar_tensor", n, dtype=like.dtype, device=like.device) for n in (0.0, -math.inf))
         mask = build.op("where", mask, zero, hidden)
-    lead = [
-        max((build.value(t).shape[d] for t in (mask, sink)), key=lambda n: n != 1) for d in range(3)
-    ]
-    whole = [build.size(size_of(n)) for n in lead]
+    shapes = [[size_of(n) for n in build.value(t).shape] for t in (mask, sink)]
+    whole = [build.size(next((s[d] for s in shapes if s[d] != 1), 1)) for d in range(3)]
     keys = build.size(spec.keys)
     columns = [build.op("expand", mask, [*whole, keys]), build.op("expand", sink, [*whole, 1])]
     return Operands(x.q, k, v), build.op("cat", columns, 3)
@@ -101,7 +102,8 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     if spec.sink is not None:
         x, mask = _with_sink(site, build, x, mask)
     out = _call(site, build, target, x, mask, causal, scale)
-    out = _mend(site, build, out, x)
+    if not (_absorbs(spec, build.value(x.q).dtype) and build.value(out).device.type == "cpu"):
+        out = mend_empty_rows(site, build, out, x)
     return build.cast(after_weights(site, build, out), spec.out_dtype)
 
 
@@ -129,7 +131,7 @@ def attn_mask(site: Site, build: Builder, x: Operands) -> fx.Node | None:
     if all(isinstance(m, Mask) and not m.additive for m in extra) and (
         spec.rows_seen or not _absorbs(spec, dtype)
     ):
-        return _conjunction(site, build, [m for m in extra if isinstance(m, Mask)])
+        return conjunction(site, build, [m for m in extra if isinstance(m, Mask)])
     total: fx.Node | None = None
     for mod in extra:
         term = _added(site, build, mod, dtype)
@@ -145,13 +147,6 @@ def _absorbs(spec: Attention, dtype: torch.dtype) -> bool:
     it is where scores are replaced by one finite fill.  In float16 it does not round away.
     """
     return empty_rows(spec) == "mean" and dtype is not torch.float16
-
-
-def _conjunction(site: Site, build: Builder, masks: list[Mask]) -> fx.Node:
-    out = visible(site, build, masks[0])
-    for mask in masks[1:]:
-        out = build.op("logical_and", out, visible(site, build, mask))
-    return out
 
 
 def _added(site: Site, build: Builder, mod: ScoreModifier, dtype: torch.dtype) -> fx.Node:
@@ -212,7 +207,7 @@ def _is_math(
     """Would PyTorch compute this call with its unfused fallback?  It is asked, on fake tensors."""
     values = [build.value(n) for n in (x.q, x.k, x.v)]
     added = None if mask is None else build.value(mask)
-    with build.mode(), _Dispatched() as seen:
+    with build.mode(), enable_python_dispatcher(), _Dispatched() as seen:
         torch.nn.functional.scaled_dot_product_attention(
             *values, attn_mask=added, dropout_p=p, is_causal=causal, scale=scale, enable_gqa=gqa
         )
@@ -260,41 +255,6 @@ def _repeated(site: Site, build: Builder, x: Operands) -> Operands:
         return build.op("reshape", wide, build.shape([batch, site.spec.heads, keys, int(width)]))
 
     return Operands(x.q, repeat(x.k), repeat(x.v))
-
-
-def _mend(site: Site, build: Builder, out: fx.Node, x: Operands) -> fx.Node:
-    """Rows that see no key, as the original computes them."""
-    spec = site.spec
-    if spec.rows_seen or not spec.masks:
-        return out
-    policy = empty_rows(spec)
-    if policy == "mean" and _absorbs(spec, build.value(x.q).dtype) and not (target_is_cuda(build)):
-        return out
-    seen = build.op("any", _conjunction(site, build, list(spec.masks)), -1, True)
-    value = build.value(out)
-    if policy == "mean":
-        other = build.op("mean", x.v, [2], True)
-        if site.roles.group:
-            other = _repeated_rows(site, build, other)
-    else:
-        other = build.op(
-            "scalar_tensor", math.nan if policy == "nan" else 0.0, dtype=value.dtype, device=value.device
-        )
-    return build.op("where", seen, out, other)
-
-
-def target_is_cuda(build: Builder) -> bool:
-    """Is the site on a CUDA device?"""
-    return build.value(build.anchor).device.type == "cuda"
-
-
-def _repeated_rows(site: Site, build: Builder, node: fx.Node) -> fx.Node:
-    r = site.roles
-    batch, heads, group = build.sizes(r.batch), build.sizes(r.kv_heads), build.sizes(r.group)
-    width = int(build.value(node).shape[3])
-    thin = build.op("reshape", node, build.shape([batch, heads, 1, 1, width]))
-    wide = build.op("expand", thin, [build.size(s) for s in (batch, heads, group, 1, width)])
-    return build.op("reshape", wide, build.shape([batch, site.spec.heads, 1, width]))
 
 
 SDPA = Kernel("sdpa", refuse, emit)
