@@ -68,7 +68,7 @@ specs = st.builds(
 
 
 def renumbered(mod: Any, spec: Attention, bands: bool) -> Any:
-    """The modifier as a program holds it: slots counted among those used, atoms where they replace a tensor."""
+    """The modifier as a program holds it: slots counted among those used, atoms in place of a tensor."""
     number = {slot: n for n, slot in enumerate(slots(spec, bands))}
     if isinstance(mod, Mask):
         closed = bands and known_bands(mod)

@@ -65,7 +65,8 @@ def spec_of(
     **more: Any,
 ) -> Attention:
     return Attention(
-        B, H, G, Q, K, D, DV, F64, tuple(scores), tuple(weights or ()), F64, F64, rows_seen=False, operands=8, **more
+        B, H, G, Q, K, D, DV, F64, tuple(scores), tuple(weights or ()), F64, F64,
+        rows_seen=False, operands=8, **more
     )  # fmt: skip
 
 
