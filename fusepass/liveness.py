@@ -75,6 +75,15 @@ def _reader_of(reader: Reader, live: set[fx.Node], start: fx.Node, anchor: fx.No
     return None
 
 
+def _writes_into(user: fx.Node, node: fx.Node) -> bool:
+    return writes_in_place(user) and bool(user.args) and user.args[0] is node
+
+
+def _asserts(user: fx.Node) -> bool:
+    """An assertion on the type of a value, which says nothing once nobody computes the value."""
+    return operation(user)[0] == "_assert_tensor_metadata"
+
+
 def erase_dead(graph: fx.Graph, start: fx.Node) -> None:
     """Remove ``start`` and what only it needed; writes into tensors that nobody reads any more go too."""
     todo = [start]

@@ -188,6 +188,7 @@ class _Reading:
                 f"more than {STEP_LIMIT} layers in the scores; the last were {self.scope.trace[-4:]}",
                 term.expr,
             )
+        self.scope.above = mods
         found = applied((*self.rules.products, *self.rules.layout, *self.rules.scores), term, self.scope)
         miss: Miss | None = None
         for layer in found:

@@ -18,7 +18,7 @@ from fusepass.config import Options
 from fusepass.dialects.composites import Expansion, expand_all
 from fusepass.dialects.fx_graph import Reader, operation, value_of
 from fusepass.emit import Builder, CannotEmit
-from fusepass.ir import Expr
+from fusepass.ir import VIEWS, Expr
 from fusepass.kernels import BY_NAME, KERNELS, Kernel, Refused, Target, sdpa
 from fusepass.liveness import erase_dead, live_nodes, outside_reader
 from fusepass.patterns.scores import holds_product
@@ -54,6 +54,10 @@ def _graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
         if isinstance(module, fx.GraphModule) and id(module) not in seen:
             seen.add(id(module))
             yield module
+
+
+#: What may lie between a softmax and the product with the values.
+_PEELED = VIEWS | {"cast", "dropout", "nan_to_num", "where", "mul", "div"}
 
 
 class _Pass:
@@ -203,32 +207,25 @@ class _Pass:
 
     def _why_alone(self, node: fx.Node) -> str:
         """What happens to weights that reach no product with values."""
-        seen, todo, last = {node}, [node], node
+        seen, todo = {node}, [node]
+        odd: fx.Node | None = None
         while todo:
-            at = todo.pop()
-            for user in at.users:
+            for user in todo.pop().users:
                 if user in seen or user not in self.live:
                     continue
+                seen.add(user)
                 meaning = self.reader.defined.get(user)
                 if user.op == "output":
                     return "the weights are returned, and no product with values uses them"
-                if isinstance(meaning, Expr) and meaning.op in (
-                    "input",
-                    "dot",
-                    "cat",
-                    "sum",
-                    "index",
-                    "amax",
-                ):
-                    last = user
-                    continue
-                seen.add(user)
-                todo.append(user)
-        return (
-            f"the weights go into '{last.name}' before any product with values"
-            if last is not node
-            else "nothing uses the weights"
-        )
+                if isinstance(meaning, Expr) and meaning.op not in _PEELED:
+                    odd = odd or user
+                if isinstance(meaning, Expr) and meaning.op not in ("input", "dot"):
+                    todo.append(user)
+        if odd is None:
+            return "nothing uses the weights"
+        meaning = self.reader.defined[odd]
+        what = "the product that reads them is of another form" if meaning.op == "dot" else f"no rule peels '{odd.name}' from the weights"
+        return what
 
 
 def as_good(node: fx.Node, site: Site) -> bool:
@@ -314,8 +311,19 @@ def _fuse_exported(program: ExportedProgram, options: Options) -> ExportedProgra
     with torch.no_grad():
         publish(rewrite_graph(graph_module, options))
     out._graph_module = graph_module
-    out._graph_signature = copy.deepcopy(program.graph_signature)
+    out._graph_signature = _renamed_outputs(program, graph_module)
     return out
+
+
+def _renamed_outputs(program: ExportedProgram, graph_module: fx.GraphModule) -> Any:
+    """The signature, with the names that the outputs have now."""
+    signature = copy.deepcopy(program.graph_signature)
+    results = graph_module.graph.output_node().args[0]
+    assert isinstance(results, (tuple, list))
+    for spec, node in zip(signature.output_specs, results, strict=True):
+        if isinstance(node, fx.Node) and hasattr(spec.arg, "name"):
+            spec.arg.name = node.name
+    return signature
 
 
 def _fuse_module(gm: fx.GraphModule, example_inputs: tuple[Any, ...], options: Options) -> fx.GraphModule:

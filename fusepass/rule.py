@@ -8,6 +8,7 @@ their order is the order of their list.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ import torch
 
 from fusepass.index import Affine, AxisSpace, Facts
 from fusepass.ir import POINTWISE, Expr
-from fusepass.spec import ScoreModifier, WeightModifier
+from fusepass.spec import Bias, Mask, Scale, ScoreModifier, WeightModifier
 
 STEP_LIMIT = 200
 
@@ -102,7 +103,8 @@ class Scope:
     operands: list[Term] = field(default_factory=list)
     trace: list[str] = field(default_factory=list)
     views: Sequence[Rule] = ()
-    sunk: bool = False  # the softmax has a sink, so that shifts of whole rows do not cancel
+    sunk: bool = False  # the softmax has a sink
+    above: Sequence[ScoreModifier | WeightModifier] = ()  # what has been peeled off the scores so far
 
     @property
     def facts(self) -> Facts:
@@ -146,6 +148,15 @@ class Scope:
             if isinstance(found, Peel):
                 return found.inner
         return None
+
+    def shifts_cancel(self) -> bool:
+        """Does a shift of whole rows, below what has been peeled so far, cancel in the softmax?
+
+        It commutes with scales, biases and masks of ``-inf``, not with softcaps, tensor factors over the
+        keys, finite fills, or a sink.
+        """
+        harmless = (isinstance(m, (Scale, Bias)) or (isinstance(m, Mask) and m.fill == -math.inf) for m in self.above)
+        return not self.sunk and all(harmless)
 
     def varies_over_keys(self, term: Term) -> bool:
         """Does the term depend on the key position?"""

@@ -178,6 +178,7 @@ class Keep:
     attends: bool = True
     axes: str = ""
     implied: bool = False  # the score masks hide at least these pairs
+    product: bool = False  # written as a multiplication by zero, which keeps NaN
 
     def __str__(self) -> str:
         return f"kept where [{self.axes}]"
@@ -383,6 +384,8 @@ def apply_score(mod: ScoreModifier, s: Tensor, operands: Sequence[Tensor]) -> Te
 def apply_weight(mod: WeightModifier, w: Tensor, operands: Sequence[Tensor]) -> Tensor:
     """``w`` (``[B, H, Q, K]``) after one weight modifier; dropout must have been made an operand."""
     match mod:
+        case Keep(slot, attends, product=True):
+            return w * (operands[slot] if attends else ~operands[slot])
         case Keep(slot, attends):
             return w.masked_fill(~operands[slot] if attends else operands[slot], 0.0)
         case WeightScale(factor, slot):

@@ -12,7 +12,6 @@ from fusepass.rule import Peel, Refuse, Rule, Scope, Term, rule
 from fusepass.spec import Bias, Floor, Mask, Scale, ScaleBy, SoftCap, negligible
 
 
-
 def holds_product(node: Expr) -> bool:
     """Is there a matrix product below, through views, casts and element-wise operations only?"""
     todo, seen = [node], {node}
@@ -129,7 +128,7 @@ def scale_by(term: Term, scope: Scope) -> list[Peel] | None:
 )
 def shift(term: Term, scope: Scope) -> list[Peel] | None:
     """A shift of whole rows cancels in the softmax: the usual subtraction of the maximum."""
-    if term.expr.op not in ("add", "sub") or scope.sunk:
+    if term.expr.op not in ("add", "sub") or not scope.shifts_cancel():
         return None
     sides = [i for i in score_sides(term) if term.expr.op == "add" or i == 0]
     free = [Peel(term.argument(i)) for i in sides if not scope.varies_over_keys(term.argument(1 - i))]

@@ -112,7 +112,7 @@ def weight_scale(term: Term, scope: Scope) -> Peel | None:
             return Peel(term.argument(position), WeightScale(factor))
         bits = other.argument(0) if other.expr.op == "cast" else other
         if bits.expr.dtype is torch.bool:
-            return Peel(term.argument(position), Keep(scope.slot(bits), True))
+            return Peel(term.argument(position), Keep(scope.slot(bits), True, product=True))
         if scope.varies_over_keys(other):
             raise Refuse("the weights are multiplied by a tensor that varies over the keys", node)
         return Peel(term.argument(position), WeightScale(1.0, scope.slot(other)))

@@ -20,7 +20,7 @@ from torch import fx
 from fusepass.dialects import torch_ops
 from fusepass.dialects.torch_ops import HANDLERS, Result, Value
 from fusepass.index import Facts, simplify_size
-from fusepass.ir import Expr, expr, leaf, pointwise
+from fusepass.ir import Expr, expr, leaf, pointwise, scalar_of
 
 #: Nodes that are views of their first argument as far as memory is concerned.
 _ALIASES = frozenset(
@@ -178,8 +178,10 @@ class Reader:
             return leaf(f"{node.name}", shape_of(value), value.dtype)
         if isinstance(value, torch.SymInt):
             return size_of(value)
-        if isinstance(value, (bool, int, float)):
+        if isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
             return value
+        if isinstance(value, torch.Size):
+            return tuple(size_of(s) for s in value)
         if isinstance(value, torch.SymFloat):
             expression = value.node.expr
             return float(expression) if expression.is_number else leaf(node.name, (), torch.float64)
@@ -187,7 +189,7 @@ class Reader:
 
     def _meaning(self, node: fx.Node, name: str) -> Value:
         value = value_of(node)
-        if isinstance(value, (torch.SymInt, torch.SymFloat, int, float, bool)):
+        if isinstance(value, (torch.SymInt, torch.SymFloat, int, float, bool, str, torch.dtype, torch.device, torch.Size)):
             return self._opaque(node)
         out = None if self._stops_gradients(node, value) else self._try(node, name, value)
         if out is None and isinstance(value, torch.Tensor):
@@ -326,8 +328,37 @@ class Reader:
             out = self._copied(node, target)
         elif isinstance(value, torch.Tensor) and name in HANDLERS:
             out = self._call(HANDLERS[name], node, value)
+        part = self._written_part(target, out)
         self._alias(node, target)
         self._rewrite(target, node, out, position)
+        if part is not None:
+            root, whole = part
+            self.meaning[root] = whole
+            self.home[whole] = root
+            self.order_of_value[root] = position
+
+    def _written_part(self, target: fx.Node, out: Value) -> tuple[fx.Node, Expr] | None:
+        """The root of a sliced view and its new meaning, where a constant was written into the view."""
+        root = self._root[target]
+        base, view = self.meaning.get(root), self.meaning.get(target)
+        if root is target or not isinstance(out, Expr) or not isinstance(base, Expr) or not isinstance(view, Expr):
+            return None
+        value = scalar_of(out)
+        bounds: dict[int, tuple[Any, Any]] = {}
+        while view is not base and view.op == "slice" and view.attrs[2] == 1:
+            dim, start = int(view.attrs[0]), view.attrs[1]  # type: ignore[call-overload]
+            low, high = bounds.get(dim, (0, view.shape[dim]))
+            bounds[dim] = (low + start, high + start)
+            view = view.args[0]
+        if view is not base or value is None:
+            return None
+        key = tuple(slice(*bounds.get(d, (None, None))) for d in range(base.rank))
+        selected = self._range_selection(base, list(key))
+        if selected is None:
+            return None
+        filler = torch_ops.as_expr(value, base.dtype)
+        assert filler is not None
+        return root, pointwise("where", selected, torch_ops.cast(filler, base.dtype), base, dtype=base.dtype)
 
     def _copied(self, node: fx.Node, target: fx.Node) -> Value:
         source = self._values(node)[0][1] if len(node.args) > 1 else None

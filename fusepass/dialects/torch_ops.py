@@ -17,7 +17,7 @@ import sympy
 import torch
 
 from fusepass.index import Facts, Size, simplify_size
-from fusepass.ir import Expr, Shape, const, expr, pointwise
+from fusepass.ir import Expr, Shape, const, expr, pointwise, scalar_of
 
 Value = Any
 Handler = Callable[..., Value]
@@ -572,8 +572,30 @@ def _tensor(r: Result, *args: Value, **_: Value) -> Expr | None:
     return filled(r, value) if isinstance(value, (int, float)) and not r.shape else None
 
 
+@handles("slice_scatter")
+def _slice_scatter(r: Result, x: Expr, src: Expr, dim: int = 0, start: Value = None, end: Value = None, step: int = 1) -> Expr | None:
+    """A constant written into a range of one dimension."""
+    d, value = dim_of(dim, x.rank), scalar_of(src)
+    first = slice_start(start, x.shape[d])
+    if value is None or first is None or step != 1:
+        return None
+    n = reshape(expr("iota", (), (0, 1), (x.shape[d],), torch.int64), (x.shape[d],) + (1,) * (x.rank - d - 1))
+    low, high = as_expr(first), as_expr(simplify_size(first + src.shape[d]))
+    if low is None or high is None:
+        return None
+    inside = pointwise("and", pointwise("ge", n, low), pointwise("lt", n, high))
+    return pointwise("where", inside, const(value, x.dtype), x, dtype=x.dtype)
+
+
+@handles("copy")
+def _copy(r: Result, x: Expr, source: Value, *_: Value) -> Expr | None:
+    return view("expand", cast(source, x.dtype), x.shape) if isinstance(source, Expr) else None
+
+
 @handles("fill", "fill_scalar")
 def _fill(r: Result, x: Expr, value: Value) -> Expr | None:
+    if isinstance(value, Expr):
+        value = scalar_of(value)
     return filled(r, value) if isinstance(value, (int, float)) else None
 
 

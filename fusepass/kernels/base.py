@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from fusepass.dialects.fx_graph import size_of
 from fusepass.emit import Builder
 from fusepass.program import slots
 from fusepass.recognize import Site
-from fusepass.spec import Attention, Keep, Mask, WeightScale, ZeroEmptyRows
+from fusepass.spec import Attention, Keep, Mask, Scale, WeightScale, ZeroEmptyRows
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,10 @@ def all_operands(site: Site, build: Builder, bands: bool = False) -> list[fx.Nod
 
 def empty_rows(spec: Attention) -> str:
     """What a row that sees no key gives: ``"zero"``, ``"nan"`` or ``"mean"`` (of the values)."""
-    if any(isinstance(w, Keep) and w.implied for w in spec.weights):
+    infinite = any(m.fill == -math.inf for m in spec.masks)
+    if any(isinstance(w, Keep) and w.implied and not (w.product and infinite) for w in spec.weights):
         return "zero"
-    if not any(m.fill == -math.inf for m in spec.masks):
+    if not infinite:
         return "mean"
     return "zero" if any(isinstance(w, ZeroEmptyRows) for w in spec.weights) else "nan"
 
@@ -123,6 +125,10 @@ def after_weights(site: Site, build: Builder, out: fx.Node) -> fx.Node:
             )
         elif isinstance(mod, Keep) and "j" not in mod.axes:
             kept = row_operand(site, build, mod.slot)
+            if mod.product:
+                keeps = kept if mod.attends else build.op("logical_not", kept)
+                out = build.op("mul", out, build.cast(keeps, build.value(out).dtype))
+                continue
             zero = build.op(
                 "scalar_tensor", 0.0, dtype=build.value(out).dtype, device=build.value(out).device
             )
@@ -146,7 +152,7 @@ def conjunction(site: Site, build: Builder, masks: Sequence[Mask]) -> fx.Node:
     return out
 
 
-def mend_empty_rows(site: Site, build: Builder, out: fx.Node, x: Operands) -> fx.Node:
+def mend_empty_rows(site: Site, build: Builder, out: fx.Node, x: Operands, target: Target) -> fx.Node:
     """Rows that see no key, as the original computes them: kernels give zero there, or something else.
 
     ``-inf`` fills give NaN, finite ones the mean of the values, masks after the softmax zero.
@@ -157,19 +163,45 @@ def mend_empty_rows(site: Site, build: Builder, out: fx.Node, x: Operands) -> fx
     policy, value = empty_rows(spec), build.value(out)
     seen = build.op("any", conjunction(site, build, spec.masks), -1, True)
     if policy == "mean":
-        other = build.op("mean", x.v, [2], True)
-        if site.roles.group:
-            other = _per_query_head(site, build, other)
+        mean = build.op("mean", x.v, [2], True)
+        mean = repeat_heads(site, build, mean) if site.roles.group else mean
+        additive = [m for m in spec.masks if m.additive]
+        if target.training and additive:
+            if len(additive) < len(spec.masks):
+                raise Refused("gradients of rows that see no key, under masks both added and filled in")
+            mean = _with_gradients(site, build, x, mean)
+        other = build.cast(mean, value.dtype)
     else:
         number = math.nan if policy == "nan" else 0.0
         other = build.op("scalar_tensor", number, dtype=value.dtype, device=value.device)
     return build.op("where", seen, out, other)
 
 
-def _per_query_head(site: Site, build: Builder, node: fx.Node) -> fx.Node:
-    """``[B, G, 1, Dv]`` as ``[B, H, 1, Dv]``."""
-    r, width = site.roles, int(build.value(node).shape[3])
+def _with_gradients(site: Site, build: Builder, x: Operands, mean: fx.Node) -> fx.Node:
+    """The mean of the values, with the gradients that an additive mask lets through.
+
+    The scores ``s`` are absorbed by the fill but still have gradients: to first order the row is
+    ``mean(v) + sum_j s_j (v_j - mean(v)) / K``, and ``sum_j s_j (v_j - mean(v)) = q . (k^T (v - mean(v)))``,
+    which takes no tensor over queries and keys.  The term itself is subtracted again without gradient.
+    """
+    scale = math.prod(m.factor for m in site.spec.scores if isinstance(m, Scale))
+    if not all(isinstance(m, (Scale, Mask)) for m in site.spec.scores):
+        raise Refused("gradients of rows that see no key, under a bias or a factor that is a tensor")
+    centred = build.op("detach", build.op("sub", x.v, build.op("mean", x.v, [2], True)))
+    moments = build.op("matmul", build.op("transpose", x.k, -2, -1), centred)
+    if site.roles.group:
+        moments = repeat_heads(site, build, moments)
+    keys = build.size(site.spec.keys)
+    term = build.op("div_number", build.op("mul_scalar", build.op("matmul", x.q, moments), scale), keys)
+    return build.op("sub", build.op("add", mean, term), build.op("detach", term))
+
+
+def repeat_heads(site: Site, build: Builder, node: fx.Node) -> fx.Node:
+    """``[B, G, n, m]`` as ``[B, H, n, m]``: one copy a query head."""
+    r, shape = site.roles, [size_of(n) for n in build.value(node).shape]
     batch, heads, group = build.sizes(r.batch), build.sizes(r.kv_heads), build.sizes(r.group)
-    thin = build.op("reshape", node, build.shape([batch, heads, 1, 1, width]))
-    wide = build.op("expand", thin, [build.size(s) for s in (batch, heads, group, 1, width)])
-    return build.op("reshape", wide, build.shape([batch, site.spec.heads, 1, width]))
+    thin = build.op("reshape", node, build.shape([batch, heads, 1, *shape[2:]]))
+    wide = build.op("expand", thin, [build.size(s) for s in (batch, heads, group, *shape[2:])])
+    return build.op("reshape", wide, build.shape([batch, site.spec.heads, *shape[2:]]))
+
+

@@ -23,7 +23,19 @@ from fusepass.kernels.base import (
 )
 from fusepass.program import Program, decode, encode
 from fusepass.recognize import Site
-from fusepass.spec import Attention, Bias, Dropout, Floor, Keep, Mask, Scale, ScaleBy, SoftCap
+from fusepass.spec import (
+    Attention,
+    Bias,
+    Dropout,
+    Floor,
+    Keep,
+    Mask,
+    Scale,
+    ScaleBy,
+    SoftCap,
+    WeightScale,
+    ZeroEmptyRows,
+)
 
 #: Stands for every lower fill: the kernels work in powers of two, where float32's lowest number overflows.
 _LOWEST = -1e30
@@ -119,6 +131,12 @@ def refuse(spec: Attention, target: Target) -> str | None:
         return "FlexAttention has no sink"
     if any(isinstance(w, Dropout) for w in spec.weights):
         return "FlexAttention has no dropout"
+    for mod in spec.scores:
+        if not isinstance(mod, (Scale, ScaleBy, SoftCap, Bias, Mask, Floor)):
+            return f"FlexAttention has no '{mod}'"
+    for weight in spec.weights:
+        if not isinstance(weight, (Keep, WeightScale, ZeroEmptyRows)):
+            return f"FlexAttention has no '{weight}'"
     if any(isinstance(w, Keep) and not w.implied and "j" in w.axes for w in spec.weights):
         return "weights are hidden after the softmax without renormalising"
     if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -136,7 +154,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     with build.mode():
         value = q.new_empty((*q.shape[:3], v.shape[3]))
     out = build.call_with(value, flex_attention, x.q, x.k, x.v, tensors, encode(site.spec, bands=True))
-    out = mend_empty_rows(site, build, out, x)
+    out = mend_empty_rows(site, build, out, x, target)
     return build.cast(after_weights(site, build, out), site.spec.out_dtype)
 
 

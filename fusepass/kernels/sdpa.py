@@ -27,12 +27,26 @@ from fusepass.kernels.base import (
     empty_rows,
     mend_empty_rows,
     operands,
+    repeat_heads,
     row_operand,
     score_operand,
     visible,
 )
 from fusepass.recognize import Site
-from fusepass.spec import Attention, Band, Bias, Keep, Mask, Scale, ScaleBy, ScoreModifier, negligible
+from fusepass.spec import (
+    Attention,
+    Band,
+    Bias,
+    Dropout,
+    Keep,
+    Mask,
+    Scale,
+    ScaleBy,
+    ScoreModifier,
+    WeightScale,
+    ZeroEmptyRows,
+    negligible,
+)
 
 
 def refuse(spec: Attention, target: Target) -> str | None:
@@ -55,6 +69,8 @@ def refuse(spec: Attention, target: Target) -> str | None:
         ):
             return f"hidden scores are set to {mod.fill:g}, which is within reach of real scores"
     for weight in spec.weights:
+        if not isinstance(weight, (Dropout, Keep, WeightScale, ZeroEmptyRows)):
+            return f"it has no '{weight}'"
         if isinstance(weight, Keep) and not weight.implied and "j" in weight.axes:
             return "weights are hidden after the softmax without renormalising"
     return None
@@ -102,8 +118,8 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     if spec.sink is not None:
         x, mask = _with_sink(site, build, x, mask)
     out = _call(site, build, target, x, mask, causal, scale)
-    if not (_absorbs(spec, build.value(x.q).dtype) and build.value(out).device.type == "cpu"):
-        out = mend_empty_rows(site, build, out, x)
+    if target.training or target.device != "cpu" or not _absorbs(spec, build.value(x.q).dtype):
+        out = mend_empty_rows(site, build, out, x, target)
     return build.cast(after_weights(site, build, out), spec.out_dtype)
 
 
@@ -128,16 +144,18 @@ def attn_mask(site: Site, build: Builder, x: Operands) -> fx.Node | None:
     extra = added(spec)
     if not extra:
         return None
-    if all(isinstance(m, Mask) and not m.additive for m in extra) and (
-        spec.rows_seen or not _absorbs(spec, dtype)
-    ):
+    if all(isinstance(m, Mask) and not m.additive for m in extra) and spec.rows_seen:
         return conjunction(site, build, [m for m in extra if isinstance(m, Mask)])
     total: fx.Node | None = None
     for mod in extra:
         term = _added(site, build, mod, dtype)
         total = term if total is None else build.op("add", total, term)
     assert total is not None
-    return build.cast(total, dtype)
+    total = build.cast(total, dtype)
+    if not spec.rows_seen and any(m.additive and m.fill == -math.inf for m in spec.masks):
+        lowest = build.op("scalar_tensor", torch.finfo(dtype).min, dtype=dtype, device=build.value(total).device)
+        total = build.op("maximum", total, lowest)  # a row of -inf would have NaN gradients; it is mended
+    return total
 
 
 def _absorbs(spec: Attention, dtype: torch.dtype) -> bool:
@@ -153,7 +171,7 @@ def _added(site: Site, build: Builder, mod: ScoreModifier, dtype: torch.dtype) -
     """One bias or mask as a floating tensor to add."""
     assert isinstance(mod, (Bias, Mask))
     if isinstance(mod, Mask) and not mod.additive:
-        fill = -math.inf if mod.fill == -math.inf else torch.finfo(dtype).min
+        fill = torch.finfo(dtype).min  # not -inf: a row that sees no key would have NaN gradients
         device = build.value(build.anchor).device
         zero, hidden = (build.op("scalar_tensor", v, dtype=dtype, device=device) for v in (0.0, fill))
         return build.op("where", visible(site, build, mod), zero, hidden)
@@ -245,16 +263,7 @@ def _same_width(build: Builder, x: Operands, head_dim: int, value_dim: int) -> O
 
 def _repeated(site: Site, build: Builder, x: Operands) -> Operands:
     """Key/value heads copied once a query head, for kernels that do not group."""
-    r = site.roles
-
-    def repeat(node: fx.Node) -> fx.Node:
-        batch, keys = build.sizes(r.batch), size_of(build.value(node).shape[2])
-        heads, group, width = build.sizes(r.kv_heads), build.sizes(r.group), build.value(node).shape[3]
-        thin = build.op("reshape", node, build.shape([batch, heads, 1, keys, int(width)]))
-        wide = build.op("expand", thin, [build.size(s) for s in (batch, heads, group, keys, int(width))])
-        return build.op("reshape", wide, build.shape([batch, site.spec.heads, keys, int(width)]))
-
-    return Operands(x.q, repeat(x.k), repeat(x.v))
+    return Operands(x.q, repeat_heads(site, build, x.k), repeat_heads(site, build, x.v))
 
 
 SDPA = Kernel("sdpa", refuse, emit)
