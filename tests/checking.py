@@ -86,12 +86,16 @@ def assert_as_accurate(
 
 
 def assert_same_accuracy(got: Run, eager: Run, exact: Run) -> None:
-    """Results and gradients; a gradient that is a sum over many elements may cancel to little."""
+    """Results and gradients; a gradient that is a sum over many elements may cancel to little.
+
+    A term that cancels (a shift of whole rows) may have no gradient at all where eager's is zero.
+    """
     assert_as_accurate(got.out, eager.out, exact.out)
-    assert set(got.grads) == set(eager.grads)
+    assert set(got.grads) <= set(eager.grads), "a gradient where eager has none"
     scale = max((g.abs().nan_to_num(0.0, 0.0).max().item() for g in exact.grads.values()), default=0.0)
-    for name, grad in got.grads.items():
-        assert_as_accurate(grad, eager.grads[name], exact.grads[name], f"gradient of {name}", scale)
+    for name, grad in eager.grads.items():
+        mine = got.grads.get(name, torch.zeros_like(grad))
+        assert_as_accurate(mine, grad, exact.grads[name], f"gradient of {name}", scale)
 
 
 def assert_identical(got: Tensor, eager: Tensor) -> None:

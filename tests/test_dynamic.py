@@ -1,0 +1,145 @@
+"""Dynamic shapes: the same recognition, one graph for many sizes, and no compilation more than without us."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fusepass import report
+from tests import checking, programs
+from tests.programs import SQUARE, Program, Sizes
+
+PROGRAMS = {
+    "plain": Program(),
+    "causal": Program(mask="causal", build="tril"),
+    "causal additive": Program(mask="causal", build="triu", apply="additive", fill="min"),
+    "offset": Program(mask="offset", build="tril"),
+    "offset by positions": Program(mask="offset"),
+    "window": Program(mask="window"),
+    "window from tril": Program(mask="window", build="tril", fill="min"),
+    "symmetric": Program(mask="symmetric"),
+    "padding": Program(mask="causal+padding", fill="min"),
+    "additive padding": Program(mask="padding", apply="inverted", fill="min"),
+    "grouped": Program(mask="causal", heads="interleave"),
+    "grouped by reshape": Program(mask="causal", heads="reshape", layout="bshd"),
+    "single": Program(heads="single"),
+    "folded heads": Program(layout="3d", product="bmm", heads="expand", mask="causal"),
+    "packed": Program(layout="packed", heads="expand", mask="causal", build="tril"),
+    "einsum": Program(layout="einsum", mask="causal"),
+    "transposed": Program(layout="transposed", mask="causal"),
+    "alibi": Program(bias="alibi", mask="causal"),
+    "t5": Program(bias="t5"),
+    "softcap": Program(softcap="tanh", mask="window"),
+    "document": Program(mask="causal+document"),
+    "written out": Program(softmax="safe", mask="causal"),
+    "buffer": Program(mask="causal", build="buffer"),
+}
+MANY = (
+    SQUARE,
+    Sizes(B=3, Q=7, K=7),
+    Sizes(B=1, Q=9, K=9),
+    Sizes(B=5, Q=2, K=2),
+    Sizes(B=4, Q=12, K=12),
+)
+
+
+def static_words(p: Program) -> list[str]:
+    """What the specification says whatever the sizes are."""
+    return [w for w in programs.words(p) if not w.startswith(("Q=", "K=", "causal+"))]
+
+
+def head_sizes_fixed(p: Program, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Heads and head sizes are constants of a model; batch and lengths are what varies."""
+    length = 1 if p.layout in ("bshd", "packed", "einsum") else 2
+    for name, tensor in given.items():
+        if name in ("q", "k", "v"):
+            torch._dynamo.mark_static(tensor, [d for d in range(tensor.dim()) if d not in (0, length)])
+        elif name in ("slopes", "table"):
+            torch._dynamo.mark_static(tensor)
+    return given
+
+
+def check_all(p: Program, fn: Callable[..., Tensor], sizes: tuple[Sizes, ...]) -> list[checking.Run]:
+    """Call one compiled function with inputs of many sizes."""
+    runs = []
+    for n, size in enumerate(sizes):
+        sized = replace(p, sizes=size)
+        given = programs.inputs(sized, seed=n)
+        eager = checking.call(programs.function(p), given).out
+        exact = checking.call(programs.function(p, exact=True), given, torch.float64).out
+        fresh = head_sizes_fixed(sized, checking.fresh(given))
+        with report.collect() as seen, torch.no_grad():
+            out = fn(**fresh)
+        runs.append(checking.Run(seen.sites, out, {}))
+        checking.assert_as_accurate(runs[-1].out, eager, exact, str(size))
+    return runs
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_one_dynamic_graph_serves_many_sizes(name: str) -> None:
+    p = PROGRAMS[name]
+    fn = checking.compiled(programs.function(p), dynamic=True)
+    runs = check_all(p, fn, tuple(s for s in MANY if s.B > 1))
+    sites = [s for run in runs for s in run.sites]
+    assert len(sites) == 1, "more than one graph was compiled"
+    assert sites[0].fused, sites[0].reason
+    missing = [w for w in static_words(p) if w not in sites[0].spec]
+    assert not missing, f"{missing} not in {sites[0].spec}"
+
+
+@pytest.mark.parametrize(
+    "name", ["causal", "offset", "window", "padding", "grouped", "packed", "t5", "buffer"]
+)
+def test_no_more_compilations_than_with_the_inner_backend(name: str) -> None:
+    """Automatic dynamic shapes: first static, then dynamic; 0 and 1 are special to torch."""
+    p = PROGRAMS[name]
+    counter = CompileCounterWithBackend("eager")
+    torch.compiler.reset()
+    check_all(p, torch.compile(programs.function(p), backend=counter), MANY)
+    alone = counter.frame_count
+    torch.compiler.reset()
+    runs = check_all(p, checking.compiled(programs.function(p)), MANY)
+    sites = [s for run in runs for s in run.sites]
+    assert len(sites) == alone
+    assert all(s.fused for s in sites), [s.reason for s in sites]
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+@pytest.mark.parametrize("name", ["causal", "grouped", "folded heads", "padding"])
+def test_gradients_of_a_dynamic_graph(name: str, kernel: str) -> None:
+    p = PROGRAMS[name]
+    fn = checking.compiled(programs.function(p), kernel, inner="aot_eager", dynamic=True)
+    for size in (SQUARE, Sizes(B=3, Q=7, K=7)):
+        given = programs.inputs(replace(p, sizes=size))
+        eager, exact = (
+            checking.call(programs.function(p, exact), given, dtype, grads=True)
+            for exact, dtype in ((False, None), (True, torch.float64))
+        )
+        checking.assert_same_accuracy(checking.call(fn, given, grads=True), eager, exact)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+def test_a_cache_that_grows(kernel: str) -> None:
+    """Decoding: one query, keys that grow by one; the offset is the number of earlier keys."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n, m = q.shape[2], k.shape[2]
+        seen = torch.arange(m)[None, :] <= torch.arange(n)[:, None] + (m - n)
+        s = (q @ k.transpose(-2, -1) * 0.35).masked_fill(~seen, torch.finfo(q.dtype).min)
+        return torch.softmax(s, -1) @ v
+
+    fn = checking.compiled(attention, kernel)
+    sites = 0
+    for length in range(3, 12):
+        given = {name: torch.randn(2, 4, n, 8) for name, n in (("q", 1), ("k", length), ("v", length))}
+        eager, exact = (checking.call(attention, given, dtype).out for dtype in (None, torch.float64))
+        run = checking.call(fn, given)
+        checking.assert_as_accurate(run.out, eager, exact, str(length))
+        assert all(s.fused for s in run.sites), run.sites
+        sites += len(run.sites)
+    assert sites == 2  # one static graph, one dynamic
