@@ -179,8 +179,7 @@ def difference(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> flo
 
 def short(error: BaseException) -> str:
     """An error in one line."""
-    lines = f"{type(error).__name__}: {error}".strip().splitlines()
-    return lines[0][:110] if lines else type(error).__name__
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
 # ---------------------------------------------------------------------------------------- counting sites
@@ -480,19 +479,12 @@ def versions(inner: str) -> str:
 
 def markdown(rows: list[Row], inner: str) -> str:
     """The table as a file."""
-    text = [
-        "# Census",
-        "",
-        f"Written by `python benchmarks/census.py`. {versions(inner)}.",
-        "",
-        totals(rows),
-        "",
-    ]
-    text += ["| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS)]
+    text = ["# Census", "", f"Written by `python benchmarks/census.py`. {versions(inner)}.", ""]
+    text += [f"- {line}" for line in totals(rows).splitlines()]
+    text += ["", "| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS)]
     judged = [row for row in rows if "sites" in row]
-    text += [
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells(r)) + " |" for r in judged if r["sites"]
-    ]
+    lines = [[cell.replace("|", "\\|") for cell in cells(row)] for row in judged if row["sites"]]
+    text += ["| " + " | ".join(line) + " |" for line in lines]
     stay = [(row["family"], reason, n) for row in judged for reason, n in row["reasons"].items()]
     for title, entries in (
         ("Sites that stay", [f"- {family} ×{n}: {reason}" for family, reason, n in stay]),

@@ -230,6 +230,8 @@ def main() -> int:
         console.print(
             f"{sum(site.fused for site in sites)} of {len(sites)} attention sites fused", style="bold"
         )
+        for note in dict.fromkeys(note for row in rows for note in row.verification.collector.notes):
+            console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
     return 0 if all(row.verification.ok for row in rows) else 1
 
 
