@@ -1,5 +1,6 @@
 """The torch.compile backend: a captured graph in; the rewritten graph, compiled by an inner backend, out."""
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +27,40 @@ def fusepass(
     """
     checked = Options.from_user(**dict(options or {}))
     compiler = inner_compiler(checked, mode)
-    run_pass(gm, example_inputs, checked)
-    compiled: Callable[..., Any] = compiler(gm, example_inputs)
+    saved = [(m, _copied(m.graph)) for m in gm.modules() if isinstance(m, torch.fx.GraphModule)]
+    report = run_pass(gm, example_inputs, checked)
+    compiled: Callable[..., Any]
+    try:
+        compiled = compiler(gm, example_inputs)
+    except Exception as error:
+        if _strict() or not any(site.fused for site in report.sites):
+            raise
+        fault = f"the inner compiler failed on the fused graph, which is compiled as it was: {_first_line(error)}"
+        log.warning("fusepass: %s", fault)
+        report.notes.append(fault)
+        for module, graph in saved:
+            module.graph = graph
+            module.recompile()
+        compiled = compiler(gm, example_inputs)
     return compiled
+
+
+def _copied(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """A copy that keeps what Dynamo attached to the nodes."""
+    copied = copy.deepcopy(graph)
+    for old, new in zip(graph.nodes, copied.nodes, strict=True):
+        for name, value in vars(old).items():
+            vars(new).setdefault(name, value)
+    return copied
+
+
+def _strict() -> bool:
+    """Are faults raised, for tests?"""
+    return os.environ.get("FUSEPASS_STRICT") == "1"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 def run_pass(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> GraphReport:
@@ -41,7 +73,7 @@ def run_pass(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: O
     try:
         report: GraphReport = rewrite_graph(gm, options, example_inputs)
     except Exception as error:
-        if os.environ.get("FUSEPASS_STRICT") == "1":
+        if _strict():
             raise
         gm.recompile()
         fault = f"the pass failed on a graph, which stays as it was: {type(error).__name__}: {error}"

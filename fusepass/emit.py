@@ -36,7 +36,7 @@ _ATEN: dict[str, Any] = {
     "minimum": aten.minimum.default, "scalar_tensor": aten.scalar_tensor.default, "log": aten.log.default,
     "eq_scalar": aten.eq.Scalar, "mul_scalar": aten.mul.Scalar, "sigmoid": aten.sigmoid.default, "pow": aten.pow.Tensor_Tensor,
     "ne": aten.ne.Tensor, "logical_or": aten.logical_or.default, "relu": aten.relu.default, "cat": aten.cat.default,
-    "detach": aten.detach.default, "matmul": aten.matmul.default, "transpose": aten.transpose.int, "div_number": aten.div.Scalar,
+    "detach": aten.detach.default, "amax": aten.amax.default, "isfinite": aten.isfinite.default, "matmul": aten.matmul.default, "transpose": aten.transpose.int, "div_number": aten.div.Scalar,
 }  # fmt: skip
 _POINTWISE = {
     "neg": "neg", "add": "add", "sub": "sub", "mul": "mul", "div": "div", "eq": "eq", "ne": "ne", "le": "le", "ge": "ge", "lt": "lt",

@@ -152,29 +152,73 @@ def conjunction(site: Site, build: Builder, masks: Sequence[Mask]) -> fx.Node:
     return out
 
 
-def mend_empty_rows(site: Site, build: Builder, out: fx.Node, x: Operands, target: Target) -> fx.Node:
-    """Rows that see no key, as the original computes them: kernels give zero there, or something else.
+@dataclass(frozen=True)
+class Rows:
+    """Which queries see a key, and what the masks alone make of the scores.
 
-    ``-inf`` fills give NaN, finite ones the mean of the values, masks after the softmax zero.
+    level: ``[B | 1, H | 1, Q | 1, K | 1]``, the masks applied to a score of zero, less its row maximum.
+    top: ``[..., 1]``, that maximum: zero for rows that see a key, a fill for others.
+    seen: ``[..., 1]``, boolean.
     """
-    spec = site.spec
-    if spec.rows_seen or not spec.masks:
-        return out
-    policy, value = empty_rows(spec), build.value(out)
-    seen = build.op("any", conjunction(site, build, spec.masks), -1, True)
-    if policy == "mean":
-        mean = build.op("mean", x.v, [2], True)
-        mean = repeat_heads(site, build, mean) if site.roles.group else mean
-        additive = [m for m in spec.masks if m.additive]
-        if target.training and additive:
-            if len(additive) < len(spec.masks):
-                raise Refused("gradients of rows that see no key, under masks both added and filled in")
-            mean = _with_gradients(site, build, x, mean)
-        other = build.cast(mean, value.dtype)
-    else:
-        number = math.nan if policy == "nan" else 0.0
+
+    level: fx.Node
+    top: fx.Node
+    seen: fx.Node
+
+
+def rows_of(site: Site, build: Builder, dtype: torch.dtype) -> Rows:
+    """Understand rows that see no key: their scores are absorbed by the fills, so that the weights are
+    uniform over the keys with the highest fill.  With the queries of such rows set to zero and the
+    highest level moved to zero, every kernel computes just that, in any precision.
+    """
+    level: fx.Node | None = None
+    for mask in site.spec.masks:
+        level = _hide(site, build, level, mask)
+    assert level is not None
+    top = build.op("amax", level, [-1], True)
+    seen = build.op("eq_scalar", top, 0)
+    finite = build.op("isfinite", top)
+    zero = build.op("scalar_tensor", 0.0, dtype=build.value(top).dtype, device=build.value(top).device)
+    level = build.cast(build.op("sub", level, build.op("where", finite, top, zero)), dtype)
+    lowest = build.op("scalar_tensor", torch.finfo(dtype).min, dtype=dtype, device=build.value(level).device)
+    return Rows(build.op("maximum", level, lowest), top, seen)
+
+
+def _hide(site: Site, build: Builder, level: fx.Node | None, mask: Mask) -> fx.Node:
+    tensor = score_operand(site, build, mask.slot)
+    if mask.additive:
+        return tensor if level is None else build.op("add", level, tensor)  # type: ignore[no-any-return]
+    dtype, device = site.product.dtype, build.value(build.anchor).device
+    fill = build.op("scalar_tensor", mask.fill, dtype=dtype, device=device)
+    before = level if level is not None else build.op("scalar_tensor", 0.0, dtype=dtype, device=device)
+    return build.op("where", visible(site, build, mask), before, fill)
+
+
+def muted(build: Builder, rows: Rows, node: fx.Node) -> fx.Node:
+    """``node`` with the rows that see no key set to zero."""
+    return build.op("mul", node, build.cast(rows.seen, build.value(node).dtype))
+
+
+def finish_rows(site: Site, build: Builder, out: fx.Node, x: Operands, rows: Rows, target: Target) -> fx.Node:
+    """What is left to do for rows that see no key: NaN for ``-inf`` fills, zero for masks after the softmax.
+
+    Raises:
+        Refused: their gradients are not known.
+    """
+    spec, value = site.spec, build.value(out)
+    additive = [m for m in spec.masks if m.additive]
+    policy = empty_rows(spec)
+    if policy == "zero" and any(isinstance(w, Keep) and w.implied for w in spec.weights):
+        return build.op("where", rows.seen, out, build.op("scalar_tensor", 0.0, dtype=value.dtype, device=value.device))
+    if target.training and additive and policy == "mean":
+        if len(spec.masks) > 1:
+            raise Refused("gradients of rows that see no key under several masks (join them into one)")
+        out = build.op("where", rows.seen, out, build.cast(_with_gradients(site, build, x, out), value.dtype))
+    if policy != "mean" or len(additive) > 1:
+        number = 0.0 if policy == "zero" else math.nan
         other = build.op("scalar_tensor", number, dtype=value.dtype, device=value.device)
-    return build.op("where", seen, out, other)
+        out = build.op("where", build.op("isfinite", rows.top), out, other)
+    return out
 
 
 def _with_gradients(site: Site, build: Builder, x: Operands, mean: fx.Node) -> fx.Node:

@@ -6,6 +6,7 @@ Source: Dong et al., "Flex Attention" (arXiv 2412.05496), ``torch.nn.attention.f
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +15,17 @@ from torch import Tensor, fx
 from fusepass.emit import Builder
 from fusepass.kernels.base import (
     Kernel,
+    Operands,
     Refused,
+    Rows,
     Target,
     after_weights,
     all_operands,
-    mend_empty_rows,
+    finish_rows,
+    muted,
     operands,
+    rows_of,
+    score_operand,
 )
 from fusepass.program import Program, decode, encode
 from fusepass.recognize import Site
@@ -32,6 +38,7 @@ from fusepass.spec import (
     Mask,
     Scale,
     ScaleBy,
+    ScoreModifier,
     SoftCap,
     WeightScale,
     ZeroEmptyRows,
@@ -61,6 +68,24 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], progr
     blocks = _create_empty_block_mask(q, k).as_tuple()
     found = operator(q, k, v, score_mod, blocks, scale, _options(q), tuple(tensors), ())
     return found[0]  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("fusepass::stored", mutates_args=())
+def stored(x: Tensor) -> Tensor:
+    """A copy of ``x``, of any shape, that a compiler must keep in memory.
+
+    Inductor's FlexAttention reads its buffers from memory in a layout known beforehand, and fails (or
+    reads what was never stored) where they are computed in the same graph.
+    """
+    return x.contiguous().clone()
+
+
+@stored.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+stored.register_autograd(lambda ctx, grad: grad)
 
 
 def _options(q: Tensor) -> dict[str, Any]:
@@ -121,6 +146,9 @@ def _masked(mod: Mask, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor
     return s
 
 
+stored_op = torch.ops.fusepass.stored.default
+
+
 def refuse(spec: Attention, target: Target) -> str | None:
     """Why FlexAttention cannot compute ``spec``."""
     if target.aten:
@@ -146,16 +174,44 @@ def refuse(spec: Attention, target: Target) -> str | None:
 
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     """Write a call to :func:`flex_attention`; the result is mended for rows that see no key."""
-    x = operands(site, build)
+    x, spec, rows = operands(site, build), site.spec, None
+    original = x
     tensors = all_operands(site, build, bands=True)
+    if not spec.rows_seen and spec.masks:
+        rows = rows_of(site, build, build.value(x.q).dtype)
+        x = Operands(muted(build, rows, x.q), x.k, x.v)
+        spec, tensors = _with_levels(site, build, rows)
     if any(build.value(t).requires_grad for t in tensors) and target.device == "cpu":
         raise Refused("FlexAttention has no gradients on cpu")
     q, v = build.value(x.q), build.value(x.v)
     with build.mode():
         value = q.new_empty((*q.shape[:3], v.shape[3]))
-    out = build.call_with(value, flex_attention, x.q, x.k, x.v, tensors, encode(site.spec, bands=True))
-    out = mend_empty_rows(site, build, out, x, target)
-    return build.cast(after_weights(site, build, out), site.spec.out_dtype)
+    tensors = [t if t.op == "placeholder" else build.call(stored_op, t) for t in tensors]
+    out = build.call_with(value, flex_attention, x.q, x.k, x.v, tensors, encode(spec, bands=True))
+    if target.device == "cpu":
+        out = build.call(stored_op, out)  # the CPU template takes no epilogue
+    if rows is not None:
+        out = finish_rows(site, build, out, original, rows, target)
+    return build.cast(after_weights(site, build, out), spec.out_dtype)
+
+
+def _with_levels(site: Site, build: Builder, rows: Rows) -> tuple[Attention, list[fx.Node]]:
+    """The specification with its masks replaced by one bias, silent in rows that see no key."""
+    kept: list[ScoreModifier] = []
+    tensors: list[fx.Node] = []
+    for mod in site.spec.scores:
+        if isinstance(mod, Mask):
+            continue
+        if any(isinstance(m, Mask) for m in site.spec.scores[: site.spec.scores.index(mod)]) and not isinstance(mod, Bias):
+            raise Refused(f"'{mod}' comes after a mask under which a row may see no key")
+        slot = getattr(mod, "slot", None)
+        if slot is not None:
+            tensor = score_operand(site, build, slot)
+            tensors.append(muted(build, rows, tensor) if isinstance(mod, Bias) else tensor)
+            mod = replace(mod, slot=len(tensors) - 1)  # type: ignore[arg-type,call-arg]
+        kept.append(mod)
+    tensors.append(rows.level)
+    return replace(site.spec, scores=(*kept, Bias(len(tensors) - 1))), tensors
 
 
 FLEX = Kernel("flex", refuse, emit)

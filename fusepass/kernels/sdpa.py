@@ -21,14 +21,17 @@ from fusepass.kernels.base import (
     Kernel,
     Operands,
     Refused,
+    Rows,
     Target,
     after_weights,
     conjunction,
     empty_rows,
-    mend_empty_rows,
+    finish_rows,
+    muted,
     operands,
     repeat_heads,
     row_operand,
+    rows_of,
     score_operand,
     visible,
 )
@@ -76,6 +79,49 @@ def refuse(spec: Attention, target: Target) -> str | None:
     return None
 
 
+def added(spec: Attention) -> list[Bias | Mask]:
+    """What is added to the scores or hides some."""
+    return [m for m in spec.scores if isinstance(m, (Bias, Mask))]
+
+
+def is_causal(spec: Attention) -> bool:
+    """Is the whole visibility ``j <= i``, with no other term added to the scores?"""
+    extra = added(spec)
+    return bool(extra) and all(isinstance(m, Mask) and m.atoms == (Band(None, 0),) for m in extra)
+
+
+def emit(site: Site, build: Builder, target: Target) -> fx.Node:
+    """Write the call."""
+    spec = site.spec
+    original = operands(site, build)
+    scale, x = _scaled(site, build, original)
+    causal = is_causal(spec) and spec.sink is None
+    rows: Rows | None = None
+    if causal:
+        mask = None
+    elif spec.rows_seen or not spec.masks or _absorbs(spec, target, build.value(x.q).dtype):
+        mask = attn_mask(site, build, x)
+    else:
+        rows = rows_of(site, build, build.value(x.q).dtype)
+        x = Operands(muted(build, rows, x.q), x.k, x.v)
+        mask = _levels_and_biases(site, build, rows, build.value(x.q).dtype)
+    if spec.sink is not None:
+        x, mask = _with_sink(site, build, x, mask)
+    out = _call(site, build, target, x, mask, causal, scale)
+    if rows is not None:
+        out = finish_rows(site, build, out, original, rows, target)
+    return build.cast(after_weights(site, build, out), spec.out_dtype)
+
+
+def _levels_and_biases(site: Site, build: Builder, rows: Rows, dtype: torch.dtype) -> fx.Node:
+    total = rows.level
+    for mod in site.spec.scores:
+        if isinstance(mod, Bias):
+            bias = build.cast(_added(site, build, mod, dtype), dtype)
+            total = build.op("add", total, muted(build, rows, bias))
+    return total
+
+
 def _with_sink(site: Site, build: Builder, x: Operands, mask: fx.Node | None) -> tuple[Operands, fx.Node]:
     """A sink as one more key and value of zeros: its score is zero plus the sink, its value nothing."""
     spec, like = site.spec, build.value(x.q)
@@ -95,32 +141,6 @@ def _with_sink(site: Site, build: Builder, x: Operands, mask: fx.Node | None) ->
     keys = build.size(spec.keys)
     columns = [build.op("expand", mask, [*whole, keys]), build.op("expand", sink, [*whole, 1])]
     return Operands(x.q, k, v), build.op("cat", columns, 3)
-
-
-def added(spec: Attention) -> list[Bias | Mask]:
-    """What is added to the scores or hides some."""
-    return [m for m in spec.scores if isinstance(m, (Bias, Mask))]
-
-
-def is_causal(spec: Attention) -> bool:
-    """Is the whole visibility ``j <= i``, with no other term added to the scores?"""
-    extra = added(spec)
-    return bool(extra) and all(isinstance(m, Mask) and m.atoms == (Band(None, 0),) for m in extra)
-
-
-def emit(site: Site, build: Builder, target: Target) -> fx.Node:
-    """Write the call."""
-    spec = site.spec
-    x = operands(site, build)
-    scale, x = _scaled(site, build, x)
-    causal = is_causal(spec) and spec.sink is None
-    mask = None if causal else attn_mask(site, build, x)
-    if spec.sink is not None:
-        x, mask = _with_sink(site, build, x, mask)
-    out = _call(site, build, target, x, mask, causal, scale)
-    if target.training or target.device != "cpu" or not _absorbs(spec, build.value(x.q).dtype):
-        out = mend_empty_rows(site, build, out, x, target)
-    return build.cast(after_weights(site, build, out), spec.out_dtype)
 
 
 def _scaled(site: Site, build: Builder, x: Operands) -> tuple[float, Operands]:
@@ -152,19 +172,18 @@ def attn_mask(site: Site, build: Builder, x: Operands) -> fx.Node | None:
         total = term if total is None else build.op("add", total, term)
     assert total is not None
     total = build.cast(total, dtype)
-    if not spec.rows_seen and any(m.additive and m.fill == -math.inf for m in spec.masks):
-        lowest = build.op("scalar_tensor", torch.finfo(dtype).min, dtype=dtype, device=build.value(total).device)
-        total = build.op("maximum", total, lowest)  # a row of -inf would have NaN gradients; it is mended
     return total
 
 
-def _absorbs(spec: Attention, dtype: torch.dtype) -> bool:
-    """Does adding the dtype's lowest number give the original's answer for rows that see no key?
+def _absorbs(spec: Attention, target: Target, dtype: torch.dtype) -> bool:
+    """Does adding the masks as they are give the original's answer for rows that see no key?
 
-    ``score + finfo.min`` rounds to ``finfo.min`` in float32 and bfloat16, so such a row is uniform, as
-    it is where scores are replaced by one finite fill.  In float16 it does not round away.
+    ``score + finfo.min`` rounds to ``finfo.min`` in float32 and bfloat16, so that such a row is uniform.
+    That holds for one mask, for the CPU kernel (CUDA's compute in powers of two, where ``finfo.min``
+    overflows) and without gradients (the backward's ``exp(s - logsumexp)`` loses the row's length).
     """
-    return empty_rows(spec) == "mean" and dtype is not torch.float16
+    one = len(spec.masks) == 1 and empty_rows(spec) == "mean"
+    return one and target.device == "cpu" and not target.training and dtype is not torch.float16
 
 
 def _added(site: Site, build: Builder, mod: ScoreModifier, dtype: torch.dtype) -> fx.Node:
