@@ -331,7 +331,7 @@ def weights_detached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores(q, k), -1).detach() @ v
 
 
-@stays("detach")
+@stays("from the weights")
 def straight_through_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     w = torch.softmax(scores(q, k), -1)
     hard = F.one_hot(w.argmax(-1), K).to(w.dtype)
