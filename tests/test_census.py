@@ -5,6 +5,7 @@ The table is the expected reading of every attention site, in order of the forwa
 """
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ def routed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("program", "sites"), [(attention, 1), (routed, 0)])
-def test_the_census_counts_without_the_pass(program: Any, sites: int) -> None:
+def test_the_census_counts_without_the_pass(program: Callable[..., Tensor], sites: int) -> None:
     found: Counter[str] = Counter()
     inputs = [torch.randn(2, 4, 8, 16) for _ in range(3)]
     torch.compile(program, backend=census.counting(found))(*inputs)

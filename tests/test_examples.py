@@ -1,0 +1,71 @@
+"""Every example runs, and so does every Python block of the README."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RUNS: dict[str, tuple[list[str], str]] = {  # example -> (short settings, something that it must print)
+    "backend": ([], "1 of 1 attention site fused (sdpa)"),
+    "demo": (["--models", "vit", "--json"], '"ok": true'),
+    "enable": ([], "without the pass: 0 graphs seen"),
+    "explain": ([], "1 of 3 attention sites fused (sdpa), 2 left as it was"),
+    "exported": ([], "scaled_dot_product_attention"),
+    "train_char_gpt": (["--steps", "6", "--seeds", "1"], "2 of 2 attention sites fused (reference)"),
+}
+
+
+@pytest.fixture
+def inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor without the wait: the graph is run as it is."""
+    import torch._inductor.compile_fx
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", lambda gm, inputs, **kwargs: gm.forward)
+
+
+def test_no_example_is_forgotten() -> None:
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(RUNS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.usefixtures("inductor")
+def test_an_example_runs(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, printed = RUNS[name]
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    assert not importlib.import_module(f"examples.{name}").main()
+    assert printed in " ".join(capsys.readouterr().out.split())
+
+
+def blocks(path: Path) -> list[tuple[int, str]]:
+    """The Python blocks of a page, each with the number of its first line."""
+    text = path.read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [(text[: match.start()].count("\n") + 2, match[1]) for match in found]
+
+
+@pytest.mark.usefixtures("inductor")
+def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = blocks(ROOT / "README.md")
+    assert len(found) >= 3
+    monkeypatch.chdir(tmp_path)
+    page = ModuleType("readme")
+    monkeypatch.setitem(sys.modules, "readme", page)  # Dynamo looks a function's module up by its name
+    for line, source in found:  # in order, in one namespace: later blocks use what earlier ones define
+        exec(compile("\n" * (line - 1) + source, str(ROOT / "README.md"), "exec"), vars(page))
+
+
+@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md"])
+def test_every_file_that_a_page_names_exists(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(
+        re.findall(r"`((?:fusepass|patterns|exporters|tests|examples|benchmarks|docs)/[\w./]+\.\w+)`", text)
+    )
+    named |= set(re.findall(r"\]\((?!https?:|#)([^)#]+)", text))
+    missing = sorted(name for name in named if not (ROOT / name).exists())
+    assert not missing
