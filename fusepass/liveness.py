@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
-from fusepass.dialects.fx_graph import Reader, operation, writes_in_place
+from fusepass.dialects.fx_graph import Reader, operation, value_of, writes_in_place
 from fusepass.ir import POINTWISE, VIEWS, Expr
 
 _LIGHT = (
@@ -66,7 +67,7 @@ def _reader_of(reader: Reader, live: set[fx.Node], start: fx.Node, anchor: fx.No
     while todo:
         node = todo.pop()
         for user in node.users:
-            if user is anchor or user in seen or user not in live:
+            if user is anchor or user in seen or user not in live or _reads_type(user):
                 continue
             if not _is_light(user, reader.defined.get(user)) or len(seen) > limit:
                 return user
@@ -77,6 +78,12 @@ def _reader_of(reader: Reader, live: set[fx.Node], start: fx.Node, anchor: fx.No
 
 def _writes_into(user: fx.Node, node: fx.Node) -> bool:
     return writes_in_place(user) and bool(user.args) and user.args[0] is node
+
+
+def _reads_type(user: fx.Node) -> bool:
+    """Does it read the shape, dtype or device of a tensor, and not its elements?"""
+    kinds = (torch.dtype, torch.device, torch.Size, torch.SymInt, int)
+    return _asserts(user) or (isinstance(value_of(user), kinds) and operation(user)[0] != "item")
 
 
 def _asserts(user: fx.Node) -> bool:
