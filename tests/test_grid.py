@@ -88,7 +88,7 @@ SMALL = {
     "bias": ("none", "head", "t5", "alibi"),
     "softcap": ("none", "tanh"),
     "mask": ("none", "causal", "padding", "window"),
-    "apply": ("masked_fill", "additive", "setitem", "where"),
+    "apply": ("masked_fill", "additive", "additive where", "setitem", "where"),
     "softmax": ("function", "float32", "safe"),
     "dtype": ("float32", "bfloat16"),
 }
