@@ -40,7 +40,7 @@ types: $(VENV)/.installed-test ## check types
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-test ## measure kernels on this machine
-	$(BIN)/python -m fusepass bench $(ARGS)
+	$(BIN)/python benchmarks/compile_time.py $(ARGS)
 
 clean: ## remove the virtual environment, build products and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -26,22 +26,29 @@ Groups = Sequence[Sequence[str]]
 aten = torch.ops.aten
 _ATEN: dict[str, Any] = {
     "permute": aten.permute.default, "reshape": aten.reshape.default, "expand": aten.expand.default,
-    "neg": aten.neg.default, "add": aten.add.Tensor, "sub": aten.sub.Tensor, "mul": aten.mul.Tensor, "div": aten.div.Tensor,
-    "eq": aten.eq.Tensor, "le": aten.le.Tensor, "ge": aten.ge.Tensor, "lt": aten.lt.Tensor, "gt": aten.gt.Tensor,
-    "logical_and": aten.logical_and.default, "logical_not": aten.logical_not.default, "where": aten.where.self,
+    "neg": aten.neg.default, "add": aten.add.Tensor, "sub": aten.sub.Tensor, "mul": aten.mul.Tensor,
+    "div": aten.div.Tensor,
+    "eq": aten.eq.Tensor, "le": aten.le.Tensor, "ge": aten.ge.Tensor, "lt": aten.lt.Tensor,
+    "gt": aten.gt.Tensor, "logical_and": aten.logical_and.default, "logical_not": aten.logical_not.default,
+    "where": aten.where.self,
     "any": aten.any.dim, "mean": aten.mean.dim, "full": aten.full.default, "arange": aten.arange.default,
-    "dropout": aten.dropout.default, "to": aten._to_copy.default, "slice": aten.slice.Tensor, "select": aten.select.int,
-    "flip": aten.flip.default, "pad": aten.constant_pad_nd.default, "exp": aten.exp.default, "tanh": aten.tanh.default,
-    "sqrt": aten.sqrt.default, "rsqrt": aten.rsqrt.default, "abs": aten.abs.default, "maximum": aten.maximum.default,
+    "dropout": aten.dropout.default, "to": aten._to_copy.default, "slice": aten.slice.Tensor,
+    "select": aten.select.int, "flip": aten.flip.default, "pad": aten.constant_pad_nd.default,
+    "exp": aten.exp.default, "tanh": aten.tanh.default, "sqrt": aten.sqrt.default,
+    "rsqrt": aten.rsqrt.default, "abs": aten.abs.default, "maximum": aten.maximum.default,
     "minimum": aten.minimum.default, "scalar_tensor": aten.scalar_tensor.default, "log": aten.log.default,
-    "eq_scalar": aten.eq.Scalar, "mul_scalar": aten.mul.Scalar, "sigmoid": aten.sigmoid.default, "pow": aten.pow.Tensor_Tensor,
-    "ne": aten.ne.Tensor, "logical_or": aten.logical_or.default, "relu": aten.relu.default, "cat": aten.cat.default,
-    "detach": aten.detach.default, "amax": aten.amax.default, "isfinite": aten.isfinite.default, "matmul": aten.matmul.default, "transpose": aten.transpose.int, "div_number": aten.div.Scalar,
+    "eq_scalar": aten.eq.Scalar, "mul_scalar": aten.mul.Scalar, "sigmoid": aten.sigmoid.default,
+    "pow": aten.pow.Tensor_Tensor, "ne": aten.ne.Tensor, "logical_or": aten.logical_or.default,
+    "relu": aten.relu.default, "cat": aten.cat.default, "detach": aten.detach.default,
+    "amax": aten.amax.default, "isfinite": aten.isfinite.default, "matmul": aten.matmul.default,
+    "transpose": aten.transpose.int, "div_number": aten.div.Scalar,
 }  # fmt: skip
 _POINTWISE = {
-    "neg": "neg", "add": "add", "sub": "sub", "mul": "mul", "div": "div", "eq": "eq", "ne": "ne", "le": "le", "ge": "ge", "lt": "lt",
-    "gt": "gt", "and": "logical_and", "or": "logical_or", "not": "logical_not", "where": "where", "exp": "exp", "tanh": "tanh", "sqrt": "sqrt",
-    "rsqrt": "rsqrt", "abs": "abs", "max": "maximum", "min": "minimum", "log": "log", "sigmoid": "sigmoid", "pow": "pow", "relu": "relu",
+    "neg": "neg", "add": "add", "sub": "sub", "mul": "mul", "div": "div", "eq": "eq", "ne": "ne",
+    "le": "le", "ge": "ge", "lt": "lt", "gt": "gt", "and": "logical_and", "or": "logical_or",
+    "not": "logical_not", "where": "where", "exp": "exp", "tanh": "tanh", "sqrt": "sqrt", "rsqrt": "rsqrt",
+    "abs": "abs", "max": "maximum", "min": "minimum", "log": "log", "sigmoid": "sigmoid", "pow": "pow",
+    "relu": "relu",
 }  # fmt: skip
 
 
@@ -68,7 +75,7 @@ class Builder:
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A new node; its value is computed on fake tensors."""
         node = self.call_with(None, target, *args, **kwargs)
-        fake_args, fake_kwargs = fx.map_arg((args, kwargs), value_of)  # type: ignore[misc]
+        fake_args, fake_kwargs = fx.map_arg((args, kwargs), value_of)
         with self.mode(), enable_python_dispatcher():
             node.meta[self.key] = target(*fake_args, **fake_kwargs)
         return node
@@ -123,7 +130,7 @@ class Builder:
             self._sizes[size] = self._size(size)
         return self._sizes[size]
 
-    def _size(self, size: sympy.Expr) -> Any:
+    def _size(self, size: Any) -> Any:
         node = self._size_source(size)
         if node is not None:
             return node
@@ -196,17 +203,17 @@ class Builder:
         if node.op in ("reshape", "expand"):
             return self.op(node.op, self.as_tensor(node.args[0]), self._target_shape(node))
         if node.op in ("permute", "flip"):
-            return self.op(node.op, self.as_tensor(node.args[0]), list(node.attrs[0]))  # type: ignore[arg-type]
+            return self.op(node.op, self.as_tensor(node.args[0]), list(node.attrs[0]))
         if node.op == "select":
-            return self.op("select", self.as_tensor(node.args[0]), node.attrs[0], self.size(node.attrs[1]))  # type: ignore[arg-type]
+            return self.op("select", self.as_tensor(node.args[0]), node.attrs[0], self.size(node.attrs[1]))
         if node.op == "slice":
             dim, start, step = node.attrs
-            end = start + node.shape[dim] * step  # type: ignore[index,operator]
-            return self.op("slice", self.as_tensor(node.args[0]), dim, self.size(start), self.size(end), step)  # type: ignore[arg-type]
+            end = start + node.shape[dim] * step
+            return self.op("slice", self.as_tensor(node.args[0]), dim, self.size(start), self.size(end), step)
         if node.op == "iota" and node.rank == 1:
             return self._iota(node)
         if node.op == "iota":
-            return self.size(node.attrs[0])  # type: ignore[arg-type]
+            return self.size(node.attrs[0])
         raise CannotEmit(
             f"{node.op} of shape {list(map(str, node.shape))} is written over before it is needed"
         )
@@ -217,8 +224,8 @@ class Builder:
     def _iota(self, node: Expr) -> fx.Node:
         start, step = node.attrs
         base = self.op("arange", self.size(node.shape[0]), device=self.value(self.anchor).device)
-        scaled = base if step == 1 else self.op("mul", base, self.size(step))  # type: ignore[arg-type]
-        return scaled if start == 0 else self.op("add", scaled, self.size(start))  # type: ignore[arg-type]
+        scaled = base if step == 1 else self.op("mul", base, self.size(step))
+        return scaled if start == 0 else self.op("add", scaled, self.size(start))
 
     def _pointwise(self, node: Expr) -> Any:
         args = [self.tensor(a) for a in node.args]
@@ -361,7 +368,8 @@ def _int(value: sympy.Expr) -> Size:
 def _torch_function(name: str) -> Callable[..., Any]:
     special: dict[str, Callable[..., Any]] = {
         "expand": torch.Tensor.expand, "to": torch.Tensor.to, "dropout": torch.nn.functional.dropout,
-        "pad": torch.nn.functional.pad, "slice": aten.slice.Tensor, "eq_scalar": torch.eq, "mul_scalar": torch.mul, "div_number": torch.div,
+        "pad": torch.nn.functional.pad, "slice": aten.slice.Tensor, "eq_scalar": torch.eq,
+        "mul_scalar": torch.mul, "div_number": torch.div,
     }  # fmt: skip
     return special.get(name) or getattr(torch, name)
 

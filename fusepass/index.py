@@ -286,7 +286,7 @@ class AxisSpace:
         return [self.resolve(e) for e in reversed(out)]
 
     def digits(self, index: Affine, size: Size) -> tuple[str, ...] | None:
-        """The axes whose mixed-radix number ``index`` is, outermost first, covering ``0 .. size-1`` exactly."""
+        """The axes whose mixed-radix number ``index`` is, outermost first, covering just ``0 .. size-1``."""
         index = self.resolve(index)
         if index.const != 0:
             return None

@@ -29,8 +29,8 @@ Shape = tuple[Size, ...]
 LEAVES = frozenset({"input", "const", "iota"})
 #: Element-wise operations with NumPy broadcasting.
 POINTWISE = frozenset(
-    "neg not abs exp exp2 log tanh sqrt rsqrt sigmoid relu isnan isinf add sub mul div floordiv mod pow max min "
-    "lt le gt ge eq ne and or xor where cast nan_to_num".split()
+    "neg not abs exp exp2 log tanh sqrt rsqrt sigmoid relu isnan isinf add sub mul div floordiv mod pow max "
+    "min lt le gt ge eq ne and or xor where cast nan_to_num".split()
 )
 #: Operations that only rename elements.
 VIEWS = frozenset({"permute", "reshape", "expand", "slice", "select", "flip", "repeat"})
@@ -57,7 +57,7 @@ class Expr:
     __slots__ = ("__weakref__", "args", "attrs", "dtype", "op", "shape")
     op: str
     args: tuple[Expr, ...]
-    attrs: tuple[Hashable, ...]
+    attrs: tuple[Any, ...]
     shape: Shape
     dtype: torch.dtype
 
@@ -88,7 +88,7 @@ _table: weakref.WeakValueDictionary[tuple[Any, ...], Expr] = weakref.WeakValueDi
 def expr(
     op: str,
     args: tuple[Expr, ...] = (),
-    attrs: tuple[Hashable, ...] = (),
+    attrs: tuple[Any, ...] = (),
     shape: Shape = (),
     dtype: torch.dtype = torch.float32,
 ) -> Expr:
@@ -170,7 +170,7 @@ def scalar_of(node: Expr) -> float | int | bool | None:
     """The value of a constant, seen through broadcasting views and casts; else None."""
     while node.op in VIEWS or (node.op == "cast" and node.args[0].op in VIEWS | {"const", "cast"}):
         node = node.args[0]
-    return node.attrs[0] if node.op == "const" else None  # type: ignore[return-value]
+    return node.attrs[0] if node.op == "const" else None
 
 
 # ---------------------------------------------------------------------------------------- text
@@ -239,10 +239,11 @@ def _parse_size(text: str) -> Size:
         return int(text)
     names = set(re.findall(r"\b[a-z]+\d+\b", text))
     known = {n: sympy.Symbol(n, integer=True, **({"positive": True} if n[0] == "s" else {})) for n in names}
-    return simplify_size(sympy.sympify(text, locals=known))
+    size: Any = sympy.sympify(text, locals=known)  # type: ignore[call-overload]
+    return simplify_size(size)
 
 
-def _parse_attrs(op: str, text: str) -> tuple[Hashable, ...]:
+def _parse_attrs(op: str, text: str) -> tuple[Any, ...]:
     if not text:
         return ()
     if op == "cast":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -166,7 +167,8 @@ class _Reading:
     # -- peeling -----------------------------------------------------------------------------
 
     def _peel_weights(self) -> tuple[list[WeightModifier], Core] | None:
-        term, mods = self.weights, []
+        term = self.weights
+        mods: list[Any] = []
         for _ in range(STEP_LIMIT):
             found = applied((*self.rules.softmax, *self.rules.weights, *self.rules.layout), term, self.scope)
             if not found:
@@ -218,7 +220,7 @@ class _Reading:
         return None
 
     def _is_key_side(self, product: Product, side: int) -> bool:
-        """Does one operand run over the keys?  Of a single key: is it the one that the queries do not vary?"""
+        """Does one operand run over the keys?  Of a single key: is it the one that queries do not vary?"""
         operands = (product.left, product.right)
         if not self.scope.keys.is_const:
             return self.scope.varies_over_keys(operands[side])
@@ -253,7 +255,8 @@ class _Reading:
             for name in ("batch", "heads", "kv_heads", "query", "key", "head_dim", "value_dim")
         }
         spec = Attention(
-            sizes["batch"], sizes["heads"], sizes["kv_heads"], sizes["query"], sizes["key"], sizes["head_dim"], sizes["value_dim"],
+            sizes["batch"], sizes["heads"], sizes["kv_heads"], sizes["query"], sizes["key"],
+            sizes["head_dim"], sizes["value_dim"],
             dtype=query_chain[-1].expr.dtype,
             scores=_without_empty(scores),
             weights=tuple(w for m in weights if (w := self._weight(m, roles, scores)) is not None),
@@ -265,8 +268,8 @@ class _Reading:
         )  # fmt: skip
         self._check_operands(spec, found.node)
         return Site(
-            spec, roles, scope.space, query_chain, key_chain, value_chain, scope.operands, self.out, found.node,
-            core.scores.expr, scope,
+            spec, roles, scope.space, query_chain, key_chain, value_chain, scope.operands, self.out,
+            found.node, core.scores.expr, scope,
         )  # fmt: skip
 
     def _check_operands(self, spec: Attention, product: Expr) -> None:
@@ -287,7 +290,7 @@ class _Reading:
             axes = getattr(roles, name)
             setattr(roles, name, heads.ordered(self.scope, [Affine(((a, 1),)) for a in axes]))
 
-    def _size(self, axes: list[str]) -> object:
+    def _size(self, axes: list[str]) -> Size:
         return prod(self.scope.space.sizes[a] for a in axes)
 
     def _operand(self, term: Term, low: torch.dtype, scales: bool = True) -> tuple[list[float], list[Term]]:
@@ -347,7 +350,7 @@ class _Reading:
         assert isinstance(floor, Floor)
         before = [self._refilled(m, floor.bound) if isinstance(m, Mask) else m for m in scores[:at]]
         kept = [floor] if any(isinstance(m, Bias) for m in before) else []
-        return tuple([*before, *kept, *self._floored(scores[at + 1 :])])
+        return (*before, *kept, *self._floored(scores[at + 1 :]))
 
     def _refilled(self, mod: Mask, fill: float) -> Mask:
         """A mask of ``-inf`` with another fill."""
@@ -411,9 +414,9 @@ class _Reading:
         return hidden.attends if hidden is not None else masks.TRUE
 
     def _rows_seen(
-        self, scores: tuple[ScoreModifier, ...], atoms: list[Atom], sizes: dict[str, object]
+        self, scores: tuple[ScoreModifier, ...], atoms: list[Atom], sizes: dict[str, Size]
     ) -> bool:
-        return masks.every_row_sees(atoms, sizes["query"], sizes["key"], self.scope)  # type: ignore[arg-type]
+        return masks.every_row_sees(atoms, sizes["query"], sizes["key"], self.scope)
 
 
 def _factor(node: Expr) -> tuple[int, float] | None:

@@ -300,7 +300,8 @@ def fuse(graph: Any, *example_inputs: Any, **options: Any) -> Any:
         return _fuse_exported(graph, checked)
     if not isinstance(graph, fx.GraphModule):
         raise TypeError(
-            f"fuse() takes a torch.fx.GraphModule or an ExportedProgram, got {type(graph).__name__}; for a module use torch.compile(model, backend='fusepass')"
+            f"fuse() takes a torch.fx.GraphModule or an ExportedProgram, got {type(graph).__name__}; "
+            "for a module use torch.compile(model, backend='fusepass')"
         )
     return _fuse_module(graph, example_inputs, checked)
 
@@ -380,8 +381,8 @@ def expect_inputs(given: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
             continue
         if tuple(value.shape) != tuple(wanted[0]) or str(value.dtype) != wanted[1]:
             raise ValueError(
-                f"input {number} is {tuple(value.shape)} {value.dtype}, but the graph was fused for {tuple(wanted[0])} {wanted[1]}; "
-                "call fusepass.fuse() again with inputs of the new shape"
+                f"input {number} is {tuple(value.shape)} {value.dtype}, but the graph was fused for "
+                f"{tuple(wanted[0])} {wanted[1]}; call fusepass.fuse() again with inputs of the new shape"
             )
 
 

@@ -206,7 +206,7 @@ class ZeroEmptyRows:
 
 @dataclass(frozen=True)
 class Sink:
-    """One more logit in every row's softmax, which attends to nothing: ``exp(s) / (sum(exp(s)) + exp(sink))``.
+    """One more logit in every row's softmax, of no key: ``exp(s) / (sum(exp(s)) + exp(sink))``.
 
     The operand is a tensor ``[B | 1, H | 1, Q | 1, 1]``.  Source: Xiao et al. (arXiv 2309.17453); gpt-oss.
     """
@@ -243,7 +243,10 @@ class Attention:
     operands: int = 0
 
     def __str__(self) -> str:
-        sizes = f"B={self.batch} H={self.heads} G={self.kv_heads} Q={self.queries} K={self.keys} D={self.head_dim} Dv={self.value_dim}"
+        sizes = (
+            f"B={self.batch} H={self.heads} G={self.kv_heads} Q={self.queries} K={self.keys} "
+            f"D={self.head_dim} Dv={self.value_dim}"
+        )
         sink = () if self.sink is None else (self.sink,)
         mods = [str(m) for m in (*self.scores, *sink, *self.weights)]
         kind = str(self.dtype).removeprefix("torch.")

@@ -107,9 +107,9 @@ def _run(end: fx.Node, values: dict[fx.Node, Any], nodes: set[fx.Node], order: d
     for node in sorted(nodes, key=lambda n: order[n]):
         if order[node] > order[end]:
             break
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])  # type: ignore[misc]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
         if double:
-            args, kwargs = fx.node.map_aggregate((args, kwargs), _wide)  # type: ignore[misc]
+            args, kwargs = fx.node.map_aggregate((args, kwargs), _wide)
         if node.op == "call_method":
             env[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:

@@ -93,7 +93,7 @@ def assign(
     if not roles.query and {a for a in shared if a in in_k} != {a for a in shared if a in in_v}:
         raise Refuse("no axis is left for the queries: keys or values differ for every one of them (mixed heads, routing)")
     roles.group = [a for a in free if a not in roles.query]
-    # The innermost axis that keys or values vary over is the head, where there are several dimensions of such.
+    # The innermost axis that keys or values vary over is the head, where there are several such dimensions.
     several = len(shared) > 1 or (bool(shared) and len(scores.index) >= 4)
     roles.kv_heads = shared[-1:] if several else []
     roles.batch = [a for a in shared if a not in roles.kv_heads]

@@ -10,7 +10,7 @@ from fusepass.rule import Peel, Rule, Scope, Term, rule
 
 def _view(op: str, shape: tuple[int, ...], *attrs: object) -> Expr:
     x = eg.scores()
-    return expr(op, (x,), attrs, shape, x.dtype)  # type: ignore[arg-type]
+    return expr(op, (x,), attrs, shape, x.dtype)
 
 
 @rule(
@@ -20,7 +20,7 @@ def permute(term: Term, scope: Scope) -> Peel | None:
     """Reorder the index."""
     if term.expr.op != "permute":
         return None
-    dims: tuple[int, ...] = term.expr.attrs[0]  # type: ignore[assignment]
+    dims: tuple[int, ...] = term.expr.attrs[0]
     index = [Affine()] * len(dims)
     for position, dim in enumerate(dims):
         index[dim] = term.index[position]
@@ -55,7 +55,7 @@ def slice_(term: Term, scope: Scope) -> Peel | None:
         return None
     dim, start, step = term.expr.attrs
     index = list(term.index)
-    index[dim] = index[dim] * step + start  # type: ignore[index,operator,arg-type]
+    index[dim] = index[dim] * step + start
     return Peel(Term(term.expr.args[0], tuple(index)))
 
 
@@ -65,7 +65,7 @@ def select(term: Term, scope: Scope) -> Peel | None:
     if term.expr.op != "select":
         return None
     dim, at = term.expr.attrs
-    index = (*term.index[:dim], Affine((), at), *term.index[dim:])  # type: ignore[misc,arg-type]
+    index = (*term.index[:dim], Affine((), at), *term.index[dim:])
     return Peel(Term(term.expr.args[0], index))
 
 
@@ -74,7 +74,7 @@ def flip(term: Term, scope: Scope) -> Peel | None:
     """Reverse the index."""
     if term.expr.op != "flip":
         return None
-    dims: tuple[int, ...] = term.expr.attrs[0]  # type: ignore[assignment]
+    dims: tuple[int, ...] = term.expr.attrs[0]
     index = list(term.index)
     for dim in dims:
         index[dim] = index[dim] * -1 + (term.expr.shape[dim] - 1)

@@ -25,8 +25,9 @@ TRUE = const(True, torch.bool)
 FALSE = const(False, torch.bool)
 _INVERSE = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
 _PYTHON: dict[str, Callable[..., float | int | bool]] = {
-    "neg": lambda a: -a, "not": lambda a: not a, "abs": abs, "add": lambda a, b: a + b, "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b, "floordiv": lambda a, b: a // b, "mod": lambda a, b: a % b,
+    "neg": lambda a: -a, "not": lambda a: not a, "abs": abs, "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "floordiv": lambda a, b: a // b,
+    "mod": lambda a, b: a % b,
     "max": max, "min": min, "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b,
     "ge": lambda a, b: a >= b, "eq": lambda a, b: a == b, "ne": lambda a, b: a != b,
     "and": lambda a, b: a and b, "or": lambda a, b: a or b, "xor": lambda a, b: a != b,
@@ -80,7 +81,7 @@ class Formulas:
 
     def _cat(self, term: Term) -> Expr:
         """``cat(x, y)[i] = where(i < len(x), x[i], y[i - len(x)])``."""
-        dim, node = int(term.expr.attrs[0]), term.expr  # type: ignore[call-overload]
+        dim, node = int(term.expr.attrs[0]), term.expr
         at = self.space.resolve(term.index[dim])
         starts: list[Size] = [0]
         for part in node.args:
@@ -114,12 +115,12 @@ class Formulas:
     def _iota(self, term: Term) -> Expr:
         start, step = term.expr.attrs
         position = term.index[0] if term.index else Affine()
-        return affine(position * step + start)  # type: ignore[operator,arg-type]
+        return affine(position * step + start)
 
     def _gather(self, term: Term) -> Term | None:
         """``x[..., i, ...]`` whose index tensors are affine and provably within bounds."""
         x, *indices = term.expr.args
-        dim = int(term.expr.attrs[0])  # type: ignore[call-overload]
+        dim = int(term.expr.attrs[0])
         wide = max(i.rank for i in indices)
         middle = term.index[dim : dim + wide]
         within: list[Affine] = []
@@ -150,7 +151,7 @@ class Formulas:
         """``op(args)`` in simplest form."""
         values = [a.attrs[0] if a.op == "const" else None for a in args]
         if op == "where":
-            return self._where(*args, dtype)
+            return self._where(args[0], args[1], args[2], dtype)
         if op == "cast":
             return self._cast(args[0], dtype)
         if all(v is not None for v in values) and op in _PYTHON:
@@ -161,7 +162,7 @@ class Formulas:
             found = rewrite(op, args, dtype)
             if found is not None:
                 return found
-        return expr(op, args, attrs, (), dtype)  # type: ignore[arg-type]
+        return expr(op, args, attrs, (), dtype)
 
     def _fold(self, op: str, values: list[object], dtype: torch.dtype, args: tuple[Expr, ...]) -> Expr:
         try:
@@ -177,7 +178,7 @@ class Formulas:
             return x
         if x.op == "const":
             value = x.attrs[0]
-            return const(bool(value) if dtype is torch.bool else value, dtype)  # type: ignore[arg-type]
+            return const(bool(value) if dtype is torch.bool else value, dtype)
         if x.op == "affine" and dtype is not torch.bool and self._exact(x, dtype):
             return x
         if x.op == "where":
@@ -190,7 +191,7 @@ class Formulas:
         """Does an index value survive a cast?  Floats hold integers up to a bound exactly."""
         if not dtype.is_floating_point:
             return dtype.itemsize >= 4
-        reach = self.space.bounds(self.space.resolve(x.attrs[0]))  # type: ignore[arg-type]
+        reach = self.space.bounds(self.space.resolve(x.attrs[0]))
         most = 2 ** {torch.float64: 53, torch.float32: 24, torch.float16: 11}.get(dtype, 8)
         return reach is not None and self.scope.facts.at_most(-most, reach[0]) and self.scope.facts.at_most(reach[1], most)
 
@@ -257,7 +258,8 @@ class Formulas:
         if any(p is None for p in parts) or any(a.op != "affine" and a.is_float for a in args):
             return None
         if op == "neg":
-            return affine(parts[0] * -1)  # type: ignore[operator]
+            assert parts[0] is not None
+            return affine(parts[0] * -1)
         a, b = parts
         assert a is not None and b is not None
         if op == "mul":
@@ -367,9 +369,9 @@ def index_of(node: Expr) -> Affine | None:
     if node.op == "affine":
         return node.attrs[0]  # type: ignore[return-value]
     if node.op == "const" and not node.is_float:
-        return Affine((), int(node.attrs[0]))  # type: ignore[call-overload]
-    if node.op == "const" and float(node.attrs[0]).is_integer():  # type: ignore[arg-type]
-        return Affine((), int(node.attrs[0]))  # type: ignore[call-overload]
+        return Affine((), int(node.attrs[0]))
+    if node.op == "const" and float(node.attrs[0]).is_integer():
+        return Affine((), int(node.attrs[0]))
     return None
 
 
@@ -451,7 +453,7 @@ def _band(part: Expr, at: Positions, space: AxisSpace) -> Band | None:
     """``j - i <= c`` or ``i - j <= c``."""
     if part.op != "le" or part.args[0].op != "affine":
         return None
-    e: Affine = space.resolve(part.args[0].attrs[0])  # type: ignore[arg-type]
+    e: Affine = space.resolve(part.args[0].attrs[0])
     gap = space.resolve(at.key) - space.resolve(at.query)
     for sign in (1, -1):
         rest = e - gap * sign
@@ -466,7 +468,7 @@ def _diagonal(part: Expr, at: Positions, space: AxisSpace) -> Band | None:
     below = _band(expr("le", part.args, (), (), torch.bool), at, space)
     if below is None:
         return None
-    bound = below.right if below.left is None else -1 * below.left  # type: ignore[operator]
+    bound = below.right if below.left is None else -1 * below.left
     return Band(simplify_size(-1 * bound), bound)  # type: ignore[operator]
 
 

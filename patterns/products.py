@@ -51,7 +51,7 @@ def multiply_and_sum(term: Term, scope: Scope) -> Product | None:
     inner = scope.step(term) if term.expr.op == "reshape" else term
     if inner is None or inner.expr.op != "sum" or inner.expr.args[0].op != "mul":
         return None
-    dims: tuple[int, ...] = inner.expr.attrs[0]  # type: ignore[assignment]
+    dims: tuple[int, ...] = inner.expr.attrs[0]
     body, index, summed = inner.expr.args[0], list(inner.index), []
     for dim in dims:
         index[dim] = scope.space.fresh("d", body.shape[dim])

@@ -34,7 +34,7 @@ def _row_sum_of(node: Expr, summand: Expr) -> int | None:
         node = node.args[0]
     if node.op != "sum" or _under_casts(node.args[0]) is not _under_casts(summand):
         return None
-    dims: tuple[int, ...] = node.attrs[0]  # type: ignore[assignment]
+    dims: tuple[int, ...] = node.attrs[0]
     return dims[0] if len(dims) == 1 else None
 
 
@@ -47,7 +47,7 @@ def softmax(term: Term, scope: Scope) -> Core | None:
     """The operation itself."""
     if term.expr.op != "softmax":
         return None
-    return _core(term, term.expr.args[0], int(term.expr.attrs[0]))  # type: ignore[call-overload]
+    return _core(term, term.expr.args[0], int(term.expr.attrs[0]))
 
 
 def _divided() -> Expr:
@@ -112,7 +112,7 @@ def extra_column(term: Term, scope: Scope) -> Core | None:
     inner = _under_casts(node.args[0])
     if inner.op != "softmax" or inner.attrs[0] != node.attrs[0]:
         return None
-    dim, start = int(inner.attrs[0]), node.attrs[1]  # type: ignore[call-overload]
+    dim, start = int(inner.attrs[0]), node.attrs[1]
     joined = _unshifted(inner.args[0], dim)
     if joined.op != "cat" or joined.attrs[0] != dim or len(joined.args) != 2:
         return None
@@ -147,7 +147,7 @@ def exp_of_log_softmax(term: Term, scope: Scope) -> Core | None:
     if term.expr.op != "exp":
         return None
     inner = _under_casts(term.expr.args[0])
-    return _core(term, inner.args[0], int(inner.attrs[0])) if inner.op == "log_softmax" else None  # type: ignore[call-overload]
+    return _core(term, inner.args[0], int(inner.attrs[0])) if inner.op == "log_softmax" else None
 
 
 def _logsumexp_form() -> Expr:
@@ -161,8 +161,8 @@ def exp_minus_logsumexp(term: Term, scope: Scope) -> Core | None:
     if term.expr.op != "exp" or term.expr.args[0].op != "sub":
         return None
     scores, norm = term.expr.args[0].args
-    if norm.op == "logsumexp" and norm.args[0] is scores and len(norm.attrs[0]) == 1:  # type: ignore[arg-type]
-        return _core(term, scores, norm.attrs[0][0])  # type: ignore[index]
+    if norm.op == "logsumexp" and norm.args[0] is scores and len(norm.attrs[0]) == 1:
+        return _core(term, scores, norm.attrs[0][0])
     if (
         norm.op == "log"
         and (dim := _row_sum_of(norm.args[0], pointwise("exp", scores, dtype=scores.dtype))) is not None

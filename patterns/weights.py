@@ -58,7 +58,7 @@ def dropout(term: Term, scope: Scope) -> Peel | None:
     """Dropped weights: the same distribution from another stream of random numbers."""
     if term.expr.op != "dropout":
         return None
-    return Peel(term.argument(0), Dropout(float(term.expr.attrs[0])))  # type: ignore[arg-type]
+    return Peel(term.argument(0), Dropout(float(term.expr.attrs[0])))
 
 
 def _cleaned() -> Expr:

@@ -201,9 +201,9 @@ class Grid:
     def formula(self, node: Expr) -> Tensor:
         """A scalar formula (affine indices and loads) everywhere."""
         if node.op == "affine":
-            return self.index(node.attrs[0])  # type: ignore[arg-type]
+            return self.index(node.attrs[0])
         if node.op == "load":
-            return self.term(Term(node.args[0], node.attrs))  # type: ignore[arg-type]
+            return self.term(Term(node.args[0], node.attrs))
         args = [self.formula(a) for a in node.args]
         return self.evaluate._compute(node, args).expand(self.shape)
 

@@ -92,7 +92,7 @@ def _expand(call: fx.Node, steps: Callable[..., Any], live: set[fx.Node]) -> Exp
     before = set(call.graph.nodes)
     with call.graph.inserting_before(call):
         tracer = fx.proxy.GraphAppendingTracer(call.graph)
-        args, kwargs = fx.node.map_aggregate((call.args, call.kwargs), lambda a: _argument(a, tracer))  # type: ignore[misc]
+        args, kwargs = fx.node.map_aggregate((call.args, call.kwargs), lambda a: _argument(a, tracer))
         results = steps(1 in read, *args, **kwargs)
     made = [n for n in call.graph.nodes if n not in before]
     if isinstance(results, str) or not _give_values(call, made):
@@ -121,7 +121,7 @@ def _give_values(call: fx.Node, made: list[fx.Node]) -> bool:
     try:
         with mode:
             for node in made:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)  # type: ignore[misc]
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
                 if node.op == "call_method":
                     node.meta[key] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 else:

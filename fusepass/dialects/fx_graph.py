@@ -24,9 +24,10 @@ from fusepass.ir import Expr, expr, leaf, pointwise, scalar_of
 
 #: Nodes that are views of their first argument as far as memory is concerned.
 _ALIASES = frozenset(
-    "view reshape flatten unflatten unsqueeze squeeze view_as reshape_as permute transpose swapaxes swapdims t T mT mH "
-    "movedim moveaxis expand expand_as broadcast_to slice narrow select unbind split split_with_sizes chunk tensor_split "
-    "getitem contiguous to type_as float half bfloat16 double alias detach _unsafe_view diagonal as_strided unfold ravel real imag "
+    "view reshape flatten unflatten unsqueeze squeeze view_as reshape_as permute transpose swapaxes swapdims "
+    "t T mT mH movedim moveaxis expand expand_as broadcast_to slice narrow select unbind split "
+    "split_with_sizes chunk tensor_split getitem contiguous to type_as float half bfloat16 double alias detach _unsafe_view "
+    "diagonal as_strided unfold ravel real imag "
     "numpy_T adjoint requires_grad_ view_copy lift_fresh unsafe_split unsafe_chunk".split()
 )
 _INPLACE_OPERATORS = {
@@ -301,7 +302,7 @@ class Reader:
             "unsafe_chunk",
             "split_with_sizes_copy",
         ):
-            dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+            dim: Any = kwargs.get("dim", args[2] if len(args) > 2 else 0)
             return torch_ops.parts_of(x, [shape_of(v) for v in value], dim)
         if name == "unbind":
             return HANDLERS["unbind"](self._result(node, x_like(value, x)), x, *args[1:], **kwargs)
@@ -346,7 +347,7 @@ class Reader:
         value = scalar_of(out)
         bounds: dict[int, tuple[Any, Any]] = {}
         while view is not base and view.op == "slice" and view.attrs[2] == 1:
-            dim, start = int(view.attrs[0]), view.attrs[1]  # type: ignore[call-overload]
+            dim, start = int(view.attrs[0]), view.attrs[1]
             low, high = bounds.get(dim, (0, view.shape[dim]))
             bounds[dim] = (low + start, high + start)
             view = view.args[0]
@@ -410,7 +411,7 @@ class Reader:
                 del self.home[old]
 
     def _set_item(self, node: fx.Node, position: int) -> None:
-        """``x[key] = value``, as ``where(selected, value, x)`` where the selection is a boolean mask or a range."""
+        """``x[key] = value``, as ``where(selected, value, x)`` where a boolean mask or a range selects."""
         target = node.args[0]
         if not isinstance(target, fx.Node):
             return

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 import torch
@@ -21,6 +21,7 @@ from fusepass.ir import Expr, Shape, const, expr, pointwise, scalar_of
 
 Value = Any
 Handler = Callable[..., Value]
+H = TypeVar("H", bound=Handler)
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class Result:
 HANDLERS: dict[str, Handler] = {}
 
 
-def handles(*names: str) -> Callable[[Handler], Handler]:
+def handles(*names: str) -> Callable[[H], H]:
     """Register a handler under every name of its operation."""
 
-    def register(handler: Handler) -> Handler:
+    def register(handler: H) -> H:
         for name in names:
             HANDLERS[name] = handler
         return handler
@@ -85,7 +86,7 @@ def permute(x: Expr, dims: tuple[int, ...]) -> Expr:
     if dims == tuple(range(x.rank)):
         return x
     if x.op == "permute":
-        inner: tuple[int, ...] = x.attrs[0]  # type: ignore[assignment]
+        inner: tuple[int, ...] = x.attrs[0]
         return permute(x.args[0], tuple(inner[d] for d in dims))
     return view("permute", x, tuple(x.shape[d] for d in dims), dims)
 
@@ -115,8 +116,9 @@ _SAME = {
     "neg": "neg", "negative": "neg", "logical_not": "not", "abs": "abs", "absolute": "abs", "exp": "exp",
     "exp2": "exp2", "log": "log", "tanh": "tanh", "sqrt": "sqrt", "rsqrt": "rsqrt", "sigmoid": "sigmoid",
     "relu": "relu", "isnan": "isnan", "isinf": "isinf",
-    "mul": "mul", "multiply": "mul", "floordiv": "floordiv", "floor_divide": "floordiv", "remainder": "mod", "mod": "mod",
-    "pow": "pow", "maximum": "max", "minimum": "min", "lt": "lt", "less": "lt", "le": "le", "less_equal": "le",
+    "mul": "mul", "multiply": "mul", "floordiv": "floordiv", "floor_divide": "floordiv", "remainder": "mod",
+    "mod": "mod", "pow": "pow", "maximum": "max", "minimum": "min", "lt": "lt", "less": "lt", "le": "le",
+    "less_equal": "le",
     "gt": "gt", "greater": "gt", "ge": "ge", "greater_equal": "ge", "eq": "eq", "ne": "ne", "not_equal": "ne",
     "logical_and": "and", "logical_or": "or", "logical_xor": "xor", "truediv": "div", "true_divide": "div",
 }  # fmt: skip
@@ -229,7 +231,7 @@ def cast(x: Expr, dtype: torch.dtype) -> Expr:
     if dtype is x.dtype:
         return x
     if x.op == "const":
-        return const(x.attrs[0], dtype)  # type: ignore[arg-type]
+        return const(x.attrs[0], dtype)
     return expr("cast", (x,), (dtype,), x.shape, dtype)
 
 
@@ -492,7 +494,7 @@ def _basic(r: Result, x: Expr, keys: list[Value]) -> Expr | None:
 
 
 def _advanced(r: Result, x: Expr, keys: list[Value]) -> Expr | None:
-    """Integer-tensor indexing whose tensors are adjacent, e.g. ``mask[batch, key]`` or ``table[:, bucket]``."""
+    """Integer-tensor indexing whose tensors are adjacent: ``mask[batch, key]``, ``table[:, bucket]``."""
     if any(k is None or isinstance(k, bool) or (isinstance(k, Expr) and k.dtype is torch.bool) for k in keys):
         return None
     if any(isinstance(k, slice) and k != slice(None) for k in keys) or len(keys) != x.rank:

@@ -187,7 +187,7 @@ def rows_of(site: Site, build: Builder, dtype: torch.dtype) -> Rows:
 def _hide(site: Site, build: Builder, level: fx.Node | None, mask: Mask) -> fx.Node:
     tensor = score_operand(site, build, mask.slot)
     if mask.additive:
-        return tensor if level is None else build.op("add", level, tensor)  # type: ignore[no-any-return]
+        return tensor if level is None else build.op("add", level, tensor)
     dtype, device = site.product.dtype, build.value(build.anchor).device
     fill = build.op("scalar_tensor", mask.fill, dtype=dtype, device=device)
     before = level if level is not None else build.op("scalar_tensor", 0.0, dtype=dtype, device=device)

@@ -67,7 +67,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], progr
 
     blocks = _create_empty_block_mask(q, k).as_tuple()
     found = operator(q, k, v, score_mod, blocks, scale, _options(q), tuple(tensors), ())
-    return found[0]  # type: ignore[no-any-return]
+    return found[0]
 
 
 @torch.library.custom_op("fusepass::stored", mutates_args=())
@@ -139,10 +139,11 @@ def _masked(mod: Mask, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor
         return torch.where(tensor, s, fill) if mod.attends else torch.where(tensor, fill, s)
     gap = at[3] - at[2]
     for band in mod.atoms:
-        if getattr(band, "right", None) is not None:
-            s = torch.where(gap <= band.right, s, fill)  # type: ignore[union-attr]
-        if getattr(band, "left", None) is not None:
-            s = torch.where(gap >= -band.left, s, fill)  # type: ignore[union-attr,operator]
+        right, left = getattr(band, "right", None), getattr(band, "left", None)
+        if right is not None:
+            s = torch.where(gap <= right, s, fill)
+        if left is not None:
+            s = torch.where(gap >= -left, s, fill)
     return s
 
 
@@ -208,7 +209,7 @@ def _with_levels(site: Site, build: Builder, rows: Rows) -> tuple[Attention, lis
         if slot is not None:
             tensor = score_operand(site, build, slot)
             tensors.append(muted(build, rows, tensor) if isinstance(mod, Bias) else tensor)
-            mod = replace(mod, slot=len(tensors) - 1)  # type: ignore[arg-type,call-arg]
+            mod = replace(mod, slot=len(tensors) - 1)  # type: ignore[arg-type]
         kept.append(mod)
     tensors.append(rows.level)
     return replace(site.spec, scores=(*kept, Bias(len(tensors) - 1))), tensors

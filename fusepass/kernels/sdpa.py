@@ -171,8 +171,7 @@ def attn_mask(site: Site, build: Builder, x: Operands) -> fx.Node | None:
         term = _added(site, build, mod, dtype)
         total = term if total is None else build.op("add", total, term)
     assert total is not None
-    total = build.cast(total, dtype)
-    return total
+    return build.cast(total, dtype)
 
 
 def _absorbs(spec: Attention, target: Target, dtype: torch.dtype) -> bool:
@@ -208,7 +207,7 @@ def _call(
     """The call itself, in the first form for which the device has a fused kernel."""
     grouped = bool(site.roles.group)
     p = site.spec.dropout
-    forms = [(x, grouped, None)]
+    forms: list[tuple[Operands, bool, int | None]] = [(x, grouped, None)]
     width = site.spec.value_dim
     if site.spec.head_dim != width and isinstance(site.spec.head_dim, int) and isinstance(width, int):
         forms.append((_same_width(build, x, site.spec.head_dim, width), grouped, width))
@@ -242,11 +241,11 @@ def _is_math(
     build: Builder, x: Operands, mask: fx.Node | None, p: float, causal: bool, scale: float, gqa: bool
 ) -> bool:
     """Would PyTorch compute this call with its unfused fallback?  It is asked, on fake tensors."""
-    values = [build.value(n) for n in (x.q, x.k, x.v)]
+    q, k, v = (build.value(n) for n in (x.q, x.k, x.v))
     added = None if mask is None else build.value(mask)
     with build.mode(), enable_python_dispatcher(), _Dispatched() as seen:
         torch.nn.functional.scaled_dot_product_attention(
-            *values, attn_mask=added, dropout_p=p, is_causal=causal, scale=scale, enable_gqa=gqa
+            q, k, v, attn_mask=added, dropout_p=p, is_causal=causal, scale=scale, enable_gqa=gqa
         )
     return not any(name.startswith("_scaled_dot_product") and "math" not in name for name in seen.names)
 
@@ -255,7 +254,7 @@ class _Dispatched(TorchDispatchMode):
     """Notes the names of the operators that are called."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -269,7 +268,8 @@ def _why_math(site: Site, build: Builder, target: Target, mask: fx.Node | None, 
         return f"{where} dropout"
     if mask is not None and build.value(mask).requires_grad:
         return f"{where} a bias that needs a gradient"
-    return f"{where} {str(site.spec.dtype).removeprefix('torch.')} with head sizes {site.spec.head_dim} and {site.spec.value_dim}"
+    dtype, sizes = str(site.spec.dtype).removeprefix("torch."), (site.spec.head_dim, site.spec.value_dim)
+    return f"{where} {dtype} with head sizes {sizes[0]} and {sizes[1]}"
 
 
 def _same_width(build: Builder, x: Operands, head_dim: int, value_dim: int) -> Operands:
