@@ -367,7 +367,8 @@ def _reduced(e: Affine) -> Affine:
 def index_of(node: Expr) -> Affine | None:
     """The affine index behind an integer formula."""
     if node.op == "affine":
-        return node.attrs[0]  # type: ignore[return-value]
+        index: Affine = node.attrs[0]
+        return index
     if node.op == "const" and not node.is_float:
         return Affine((), int(node.attrs[0]))
     if node.op == "const" and float(node.attrs[0]).is_integer():

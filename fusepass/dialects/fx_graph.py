@@ -26,8 +26,8 @@ from fusepass.ir import Expr, expr, leaf, pointwise, scalar_of
 _ALIASES = frozenset(
     "view reshape flatten unflatten unsqueeze squeeze view_as reshape_as permute transpose swapaxes swapdims "
     "t T mT mH movedim moveaxis expand expand_as broadcast_to slice narrow select unbind split "
-    "split_with_sizes chunk tensor_split getitem contiguous to type_as float half bfloat16 double alias detach _unsafe_view "
-    "diagonal as_strided unfold ravel real imag "
+    "split_with_sizes chunk tensor_split getitem contiguous to type_as float half bfloat16 double "
+    "alias detach _unsafe_view diagonal as_strided unfold ravel real imag "
     "numpy_T adjoint requires_grad_ view_copy lift_fresh unsafe_split unsafe_chunk".split()
 )
 _INPLACE_OPERATORS = {
