@@ -35,7 +35,9 @@ def fusepass(
     except Exception as error:
         if _strict() or not any(site.fused for site in report.sites):
             raise
-        fault = f"the inner compiler failed on the fused graph, which is compiled as it was: {_first_line(error)}"
+        fault = (
+            f"the inner compiler failed on the fused graph, which is compiled as it was: {_first_line(error)}"
+        )
         log.warning("fusepass: %s", fault)
         report.notes.append(fault)
         for module, graph in saved:

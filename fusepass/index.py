@@ -219,7 +219,11 @@ class AxisSpace:
         """Split the axis of ``rest`` that crosses multiples of ``n``."""
         for axis, c in sorted(rest.terms, key=lambda t: str(t[0])):
             inner = self.facts.quotient(n, c)
-            if inner is None or not self.facts.at_most(1, inner) or self.facts.at_most(self.sizes[axis], inner):
+            if (
+                inner is None
+                or not self.facts.at_most(1, inner)
+                or self.facts.at_most(self.sizes[axis], inner)
+            ):
                 continue
             if self.split(axis, inner):
                 return True

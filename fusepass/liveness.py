@@ -62,7 +62,9 @@ def _is_light(node: fx.Node, meaning: object) -> bool:
     return isinstance(meaning, Expr) and meaning.op in _LIGHT
 
 
-def _reader_of(reader: Reader, live: set[fx.Node], start: fx.Node, anchor: fx.Node, limit: int = 400) -> fx.Node | None:
+def _reader_of(
+    reader: Reader, live: set[fx.Node], start: fx.Node, anchor: fx.Node, limit: int = 400
+) -> fx.Node | None:
     seen, todo = {start}, [start]
     while todo:
         node = todo.pop()

@@ -34,7 +34,8 @@ from fusepass.spec import (
 )
 
 _KINDS: dict[str, Any] = {
-    k.__name__: k for k in (Scale, ScaleBy, SoftCap, Bias, Mask, Floor, Dropout, Keep, WeightScale, ZeroEmptyRows, Sink)
+    k.__name__: k
+    for k in (Scale, ScaleBy, SoftCap, Bias, Mask, Floor, Dropout, Keep, WeightScale, ZeroEmptyRows, Sink)
 }
 
 

@@ -152,7 +152,9 @@ class _Reading:
             )
         if not holds_product(core.scores.expr):
             return None  # a softmax of something else: routing, pooling with learned scores
-        if not single and not self.scope.facts.equal(self._extent(self.summed[0]), core.scores.expr.shape[core.dim]):
+        if not single and not self.scope.facts.equal(
+            self._extent(self.summed[0]), core.scores.expr.shape[core.dim]
+        ):
             raise Refuse("the softmax runs over more keys than are summed with the values", core.scores.expr)
         self.scope.sunk = core.sink is not None
         found = self._peel_scores(core.scores, [])
@@ -279,7 +281,9 @@ class _Reading:
             while todo:
                 node = todo.pop()
                 if node is product:
-                    raise Refuse("a mask, bias or factor of the scores is computed from the scores themselves", node)
+                    raise Refuse(
+                        "a mask, bias or factor of the scores is computed from the scores themselves", node
+                    )
                 if node not in seen and node.op not in ("input", "dot"):
                     seen.add(node)
                     todo.extend(node.args)

@@ -44,7 +44,9 @@ def rewrite_graph(
         one = _Pass(graph_module, options, rules)
         report.sites.extend(one.run())
     if options.precision == "fp8" and report.sites:
-        report.notes.append("precision='fp8': there is no fp8 kernel yet; sites compute in their own precision")
+        report.notes.append(
+            "precision='fp8': there is no fp8 kernel yet; sites compute in their own precision"
+        )
     report.seconds = time.perf_counter() - start
     return report
 
@@ -226,16 +228,32 @@ class _Pass:
         if odd is None:
             return "nothing uses the weights"
         meaning = self.reader.defined[odd]
-        what = "the product that reads them is of another form" if meaning.op == "dot" else f"no rule peels '{odd.name}' from the weights"
-        return what
+        return (
+            "the product that reads them is of another form"
+            if meaning.op == "dot"
+            else f"no rule peels '{odd.name}' from the weights"
+        )
 
 
 def as_good(node: fx.Node, site: Site) -> bool:
     """Is the node a call to SDPA that a new call would not improve on?"""
     if operation(node)[0] != "scaled_dot_product_attention":
         return False
-    given = dict(zip(("q", "k", "v", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"), node.args, strict=False)) | node.kwargs
-    drops_mask = given.get("attn_mask") is not None and site.spec.sink is None and (sdpa.is_causal(site.spec) or not sdpa.added(site.spec))
+    given = (
+        dict(
+            zip(
+                ("q", "k", "v", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
+                node.args,
+                strict=False,
+            )
+        )
+        | node.kwargs
+    )
+    drops_mask = (
+        given.get("attn_mask") is not None
+        and site.spec.sink is None
+        and (sdpa.is_causal(site.spec) or not sdpa.added(site.spec))
+    )
     groups = bool(site.roles.group) and not given.get("enable_gqa")
     return not (drops_mask or groups)
 

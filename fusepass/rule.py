@@ -155,7 +155,9 @@ class Scope:
         It commutes with scales, biases and masks of ``-inf``, not with softcaps, tensor factors over the
         keys, finite fills, or a sink.
         """
-        harmless = (isinstance(m, (Scale, Bias)) or (isinstance(m, Mask) and m.fill == -math.inf) for m in self.above)
+        harmless = (
+            isinstance(m, (Scale, Bias)) or (isinstance(m, Mask) and m.fill == -math.inf) for m in self.above
+        )
         return not self.sunk and all(harmless)
 
     def varies_over_keys(self, term: Term) -> bool:

@@ -34,7 +34,9 @@ def site_error(original: fx.Node, replacement: fx.Node) -> float:
     device = value_of(original).device
     values = _inputs(nodes, device)
     plain = dict(values)
-    exact = {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in values.items()}
+    exact = {
+        n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in values.items()
+    }
     with torch.no_grad():
         ours = _run(replacement, plain, nodes, order)
         theirs = _run(original, plain, nodes, order)
@@ -66,19 +68,29 @@ def _between(original: fx.Node, replacement: fx.Node, order: dict[fx.Node, int])
             continue
         found.add(node)
         todo.extend(node.all_input_nodes)
-        todo.extend(u for u in node.users if writes_in_place(u) and u.args and u.args[0] is node and order[u] < order[original])
+        todo.extend(
+            u
+            for u in node.users
+            if writes_in_place(u) and u.args and u.args[0] is node and order[u] < order[original]
+        )
     return found
 
 
 def _is_boundary(node: fx.Node) -> bool:
     """Projections and normalisations: the tensors that a site begins with."""
     name = getattr(node.target, "__name__", str(node.target))
-    return node.op == "call_module" or any(word in name for word in ("linear", "layer_norm", "embedding", "conv", "group_norm", "rms_norm"))
+    return node.op == "call_module" or any(
+        word in name for word in ("linear", "layer_norm", "embedding", "conv", "group_norm", "rms_norm")
+    )
 
 
 def _is_random(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", str(node.target))
-    return "dropout" in name and not (len(node.args) > 2 and node.args[2] is False) and node.kwargs.get("training", True) is not False
+    return (
+        "dropout" in name
+        and not (len(node.args) > 2 and node.args[2] is False)
+        and node.kwargs.get("training", True) is not False
+    )
 
 
 def _inputs(nodes: Iterable[fx.Node], device: torch.device) -> dict[fx.Node, Any]:
@@ -101,7 +113,13 @@ def _random(value: Any, generator: torch.Generator, device: torch.device) -> Any
     return drawn.to(value.dtype).to(device)
 
 
-def _run(end: fx.Node, values: dict[fx.Node, Any], nodes: set[fx.Node], order: dict[fx.Node, int], double: bool = False) -> Tensor:
+def _run(
+    end: fx.Node,
+    values: dict[fx.Node, Any],
+    nodes: set[fx.Node],
+    order: dict[fx.Node, int],
+    double: bool = False,
+) -> Tensor:
     """Interpret the nodes that ``end`` needs, in program order."""
     env = {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}
     for node in sorted(nodes, key=lambda n: order[n]):
@@ -120,4 +138,8 @@ def _run(end: fx.Node, values: dict[fx.Node, Any], nodes: set[fx.Node], order: d
 
 
 def _wide(value: Any) -> Any:
-    return torch.float64 if value in (torch.float32, torch.float16, torch.bfloat16) and isinstance(value, torch.dtype) else value
+    return (
+        torch.float64
+        if value in (torch.float32, torch.float16, torch.bfloat16) and isinstance(value, torch.dtype)
+        else value
+    )

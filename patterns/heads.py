@@ -91,7 +91,10 @@ def assign(
     shared = [a for a in outer if a not in free]
     roles.query = _query_axes(scope, scores, dim, free)
     if not roles.query and {a for a in shared if a in in_k} != {a for a in shared if a in in_v}:
-        raise Refuse("no axis is left for the queries: keys or values differ for every one of them (mixed heads, routing)")
+        raise Refuse(
+            "no axis is left for the queries: "
+            "keys or values differ for every one of them (mixed heads, routing)"
+        )
     roles.group = [a for a in free if a not in roles.query]
     # The innermost axis that keys or values vary over is the head, where there are several such dimensions.
     several = len(shared) > 1 or (bool(shared) and len(scores.index) >= 4)

@@ -193,7 +193,11 @@ class Formulas:
             return dtype.itemsize >= 4
         reach = self.space.bounds(self.space.resolve(x.attrs[0]))
         most = 2 ** {torch.float64: 53, torch.float32: 24, torch.float16: 11}.get(dtype, 8)
-        return reach is not None and self.scope.facts.at_most(-most, reach[0]) and self.scope.facts.at_most(reach[1], most)
+        return (
+            reach is not None
+            and self.scope.facts.at_most(-most, reach[0])
+            and self.scope.facts.at_most(reach[1], most)
+        )
 
     def _where(self, c: Expr, a: Expr, b: Expr, dtype: torch.dtype) -> Expr:
         if c.op == "const":
@@ -439,7 +443,11 @@ def classify(part: Expr, at: Positions, space: AxisSpace) -> Atom:
     used = letters(part, at, space)
     if used <= {"b", "j"} and _loads(part):
         return KeyPadding()
-    if part.op == "eq" and part.args[0].op == "affine" and (diagonal := _diagonal(part, at, space)) is not None:
+    if (
+        part.op == "eq"
+        and part.args[0].op == "affine"
+        and (diagonal := _diagonal(part, at, space)) is not None
+    ):
         return diagonal
     if part.op == "eq":
         return _same_label(part, at, space)

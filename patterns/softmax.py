@@ -131,7 +131,11 @@ def _unshifted(node: Expr, dim: int) -> Expr:
         if node.op != "sub":
             return node
         shift = _under_casts(node.args[1])
-        if shift.op != "amax" or shift.attrs[0] != (dim,) or _under_casts(shift.args[0]) is not _under_casts(node.args[0]):
+        if (
+            shift.op != "amax"
+            or shift.attrs[0] != (dim,)
+            or _under_casts(shift.args[0]) is not _under_casts(node.args[0])
+        ):
             return node
         node = node.args[0]
 

@@ -150,7 +150,11 @@ def multi_head_attention(
         dropout_p = 0.0
     if weights_read:
         return "its attention weights are read"
-    if isinstance(dropout_p, fx.Proxy) or add_zero_attn or any(x is not None for x in (bias_k, bias_v, static_k, static_v)):
+    if (
+        isinstance(dropout_p, fx.Proxy)
+        or add_zero_attn
+        or any(x is not None for x in (bias_k, bias_v, static_k, static_v))
+    ):
         return "it adds keys or values of its own"
     dtype, alone = value_of(query.node).dtype, value_of(query.node).dim() == 2
     if alone:
@@ -160,7 +164,10 @@ def multi_head_attention(
     else:
         projections = in_proj_weight.chunk(3)
     biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
-    q, k, v = (F.linear(x, projections[n], None if in_proj_bias is None else biases[n]) for n, x in enumerate((query, key, value)))
+    q, k, v = (
+        F.linear(x, projections[n], None if in_proj_bias is None else biases[n])
+        for n, x in enumerate((query, key, value))
+    )
     length, batch, width = query.size(0), query.size(1), embed_dim // heads
     q, k, v = (x.reshape(x.size(0), batch, heads, width).permute(1, 2, 0, 3) for x in (q, k, v))
     mask = _joint_mask(attn_mask, key_padding_mask, batch, heads, dtype)

@@ -190,7 +190,10 @@ class Reader:
 
     def _meaning(self, node: fx.Node, name: str) -> Value:
         value = value_of(node)
-        if isinstance(value, (torch.SymInt, torch.SymFloat, int, float, bool, str, torch.dtype, torch.device, torch.Size)):
+        if isinstance(
+            value,
+            (torch.SymInt, torch.SymFloat, int, float, bool, str, torch.dtype, torch.device, torch.Size),
+        ):
             return self._opaque(node)
         out = None if self._stops_gradients(node, value) else self._try(node, name, value)
         if out is None and isinstance(value, torch.Tensor):
@@ -199,10 +202,16 @@ class Reader:
 
     def _stops_gradients(self, node: fx.Node, value: Any) -> bool:
         """Was the node computed without gradients (``detach``, a ``no_grad`` region) from what has some?"""
-        if not torch.is_grad_enabled() or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        if (
+            not torch.is_grad_enabled()
+            or not isinstance(value, torch.Tensor)
+            or not value.is_floating_point()
+        ):
             return False
         sources = (value_of(n) for n in node.all_input_nodes)
-        return not value.requires_grad and any(isinstance(s, torch.Tensor) and s.requires_grad for s in sources)
+        return not value.requires_grad and any(
+            isinstance(s, torch.Tensor) and s.requires_grad for s in sources
+        )
 
     def _try(self, node: fx.Node, name: str, value: Any) -> Value:
         if node.op == "call_module":
@@ -342,7 +351,12 @@ class Reader:
         """The root of a sliced view and its new meaning, where a constant was written into the view."""
         root = self._root[target]
         base, view = self.meaning.get(root), self.meaning.get(target)
-        if root is target or not isinstance(out, Expr) or not isinstance(base, Expr) or not isinstance(view, Expr):
+        if (
+            root is target
+            or not isinstance(out, Expr)
+            or not isinstance(base, Expr)
+            or not isinstance(view, Expr)
+        ):
             return None
         value = scalar_of(out)
         bounds: dict[int, tuple[Any, Any]] = {}

@@ -575,7 +575,9 @@ def _tensor(r: Result, *args: Value, **_: Value) -> Expr | None:
 
 
 @handles("slice_scatter")
-def _slice_scatter(r: Result, x: Expr, src: Expr, dim: int = 0, start: Value = None, end: Value = None, step: int = 1) -> Expr | None:
+def _slice_scatter(
+    r: Result, x: Expr, src: Expr, dim: int = 0, start: Value = None, end: Value = None, step: int = 1
+) -> Expr | None:
     """A constant written into a range of one dimension."""
     d, value = dim_of(dim, x.rank), scalar_of(src)
     first = slice_start(start, x.shape[d])

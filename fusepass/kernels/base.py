@@ -87,7 +87,11 @@ def score_operand(site: Site, build: Builder, slot: int) -> Any:
 def row_operand(site: Site, build: Builder, slot: int) -> Any:
     """A tensor that does not vary over the keys, ``[B | 1, H | 1, Q | 1, 1]``, or a number."""
     tensor = score_operand(site, build, slot)
-    if isinstance(tensor, fx.Node) and isinstance(value := build.value(tensor), torch.Tensor) and value.dim() == 4:
+    if (
+        isinstance(tensor, fx.Node)
+        and isinstance(value := build.value(tensor), torch.Tensor)
+        and value.dim() == 4
+    ):
         return tensor if value.shape[3] == 1 else build.op("slice", tensor, 3, 0, 1, 1)
     return tensor
 
@@ -209,7 +213,9 @@ def finish_rows(site: Site, build: Builder, out: fx.Node, x: Operands, rows: Row
     additive = [m for m in spec.masks if m.additive]
     policy = empty_rows(spec)
     if policy == "zero" and any(isinstance(w, Keep) and w.implied for w in spec.weights):
-        return build.op("where", rows.seen, out, build.op("scalar_tensor", 0.0, dtype=value.dtype, device=value.device))
+        return build.op(
+            "where", rows.seen, out, build.op("scalar_tensor", 0.0, dtype=value.dtype, device=value.device)
+        )
     if target.training and additive and policy == "mean":
         if len(spec.masks) > 1:
             raise Refused("gradients of rows that see no key under several masks (join them into one)")
@@ -247,5 +253,3 @@ def repeat_heads(site: Site, build: Builder, node: fx.Node) -> fx.Node:
     thin = build.op("reshape", node, build.shape([batch, heads, 1, *shape[2:]]))
     wide = build.op("expand", thin, [build.size(s) for s in (batch, heads, group, *shape[2:])])
     return build.op("reshape", wide, build.shape([batch, site.spec.heads, *shape[2:]]))
-
-

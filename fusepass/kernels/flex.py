@@ -203,7 +203,9 @@ def _with_levels(site: Site, build: Builder, rows: Rows) -> tuple[Attention, lis
     for mod in site.spec.scores:
         if isinstance(mod, Mask):
             continue
-        if any(isinstance(m, Mask) for m in site.spec.scores[: site.spec.scores.index(mod)]) and not isinstance(mod, Bias):
+        if any(
+            isinstance(m, Mask) for m in site.spec.scores[: site.spec.scores.index(mod)]
+        ) and not isinstance(mod, Bias):
             raise Refused(f"'{mod}' comes after a mask under which a row may see no key")
         slot = getattr(mod, "slot", None)
         if slot is not None:

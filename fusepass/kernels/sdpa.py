@@ -130,11 +130,15 @@ def _with_sink(site: Site, build: Builder, x: Operands, mask: fx.Node | None) ->
     sink = row_operand(site, build, spec.sink.slot)
     if not isinstance(sink, fx.Node) or not isinstance(build.value(sink), torch.Tensor):
         sink = build.op("full", [1, 1, 1, 1], sink, dtype=like.dtype, device=like.device)
-    sink = build.cast(sink if build.value(sink).dim() == 4 else build.op("reshape", sink, [1, 1, 1, 1]), like.dtype)
+    sink = build.cast(
+        sink if build.value(sink).dim() == 4 else build.op("reshape", sink, [1, 1, 1, 1]), like.dtype
+    )
     if mask is None:
         mask = build.op("full", [1, 1, 1, 1], 0.0, dtype=like.dtype, device=like.device)
     if build.value(mask).dtype is torch.bool:
-        zero, hidden = (build.op("scalar_tensor", n, dtype=like.dtype, device=like.device) for n in (0.0, -math.inf))
+        zero, hidden = (
+            build.op("scalar_tensor", n, dtype=like.dtype, device=like.device) for n in (0.0, -math.inf)
+        )
         mask = build.op("where", mask, zero, hidden)
     shapes = [[size_of(n) for n in build.value(t).shape] for t in (mask, sink)]
     whole = [build.size(next((s[d] for s in shapes if s[d] != 1), 1)) for d in range(3)]
