@@ -35,7 +35,7 @@ class Band:
             return "causal"
         if self.left is None:
             return f"causal+{self.right}"
-        if self.right == 0:
+        if self.right == 0 and self.left != 0:
             return f"window({self.left})"
         return f"band({self.left}, {'' if self.right is None else self.right})"
 

@@ -97,7 +97,7 @@ def assign(
         )
     roles.group = [a for a in free if a not in roles.query]
     # The innermost axis that keys or values vary over is the head, where there are several such dimensions.
-    several = len(shared) > 1 or (bool(shared) and len(scores.index) >= 4)
+    several = len(shared) > 1 or (bool(shared) and not roles.group and len(scores.index) >= 4)
     roles.kv_heads = shared[-1:] if several else []
     roles.batch = [a for a in shared if a not in roles.kv_heads]
     return roles

@@ -102,6 +102,7 @@ class Reader:
         self._members: dict[fx.Node, list[fx.Node]] = {}
         self._writes: dict[fx.Node, list[int]] = {}
         self._leaves = 0
+        self._no_grad = False
         self.facts = Facts(self._shape_env())
         for position, node in enumerate(graph.nodes):
             self.order[node] = position
@@ -144,6 +145,8 @@ class Reader:
             return
         if node.op not in ("call_function", "call_method", "call_module"):
             return
+        if node.target is torch._C._set_grad_enabled:
+            self._no_grad = node.args[0] is False
         name, writes = operation(node)
         if node.target is operator.setitem or name == "__setitem__":
             self._set_item(node, position)
@@ -209,9 +212,8 @@ class Reader:
         ):
             return False
         sources = (value_of(n) for n in node.all_input_nodes)
-        return not value.requires_grad and any(
-            isinstance(s, torch.Tensor) and s.requires_grad for s in sources
-        )
+        had = any(isinstance(s, torch.Tensor) and s.requires_grad for s in sources)
+        return had and (self._no_grad or not value.requires_grad)
 
     def _try(self, node: fx.Node, name: str, value: Any) -> Value:
         if node.op == "call_module":

@@ -14,7 +14,7 @@ from fusepass.dialects.fx_graph import size_of
 from fusepass.emit import Builder
 from fusepass.program import slots
 from fusepass.recognize import Site
-from fusepass.spec import Attention, Keep, Mask, Scale, WeightScale, ZeroEmptyRows
+from fusepass.spec import Attention, Bias, Keep, Mask, Scale, ScaleBy, WeightScale, ZeroEmptyRows
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,15 @@ def row_operand(site: Site, build: Builder, slot: int) -> Any:
 
 def all_operands(site: Site, build: Builder, bands: bool = False) -> list[fx.Node]:
     """The tensors of every slot that a program reads, in its order."""
-    made = []
-    for slot in slots(site.spec, bands):
-        tensor = score_operand(site, build, slot)
-        if not isinstance(tensor, fx.Node) or not isinstance(build.value(tensor), torch.Tensor):
-            tensor = build.op(
-                "scalar_tensor", tensor, dtype=site.spec.dtype, device=build.value(build.anchor).device
-            )
-        made.append(tensor)
-    return made
+    return [tensor_operand(site, build, slot) for slot in slots(site.spec, bands)]
+
+
+def tensor_operand(site: Site, build: Builder, slot: int) -> fx.Node:
+    """A modifier's operand as a tensor: a number becomes one without dimensions."""
+    made = score_operand(site, build, slot)
+    if isinstance(made, fx.Node) and isinstance(build.value(made), torch.Tensor):
+        return made
+    return build.op("scalar_tensor", made, dtype=site.spec.dtype, device=build.value(build.anchor).device)
 
 
 def empty_rows(spec: Attention) -> str:
@@ -203,7 +203,9 @@ def muted(build: Builder, rows: Rows, node: fx.Node) -> fx.Node:
     return build.op("mul", node, build.cast(rows.seen, build.value(node).dtype))
 
 
-def finish_rows(site: Site, build: Builder, out: fx.Node, x: Operands, rows: Rows, target: Target) -> fx.Node:
+def finish_rows(
+    site: Site, build: Builder, out: fx.Node, x: Operands, scale: float, rows: Rows, target: Target
+) -> fx.Node:
     """What is left to do for rows that see no key: NaN for ``-inf`` fills, zero for masks after the softmax.
 
     Raises:
@@ -219,7 +221,7 @@ def finish_rows(site: Site, build: Builder, out: fx.Node, x: Operands, rows: Row
     if target.training and additive and policy == "mean":
         if len(spec.masks) > 1:
             raise Refused("gradients of rows that see no key under several masks (join them into one)")
-        out = build.op("where", rows.seen, out, build.cast(_with_gradients(site, build, x, out), value.dtype))
+        out = build.op("where", rows.seen, out, build.cast(_with_gradients(site, build, x, scale, out), value.dtype))
     if policy != "mean" or len(additive) > 1:
         number = 0.0 if policy == "zero" else math.nan
         other = build.op("scalar_tensor", number, dtype=value.dtype, device=value.device)
@@ -227,16 +229,17 @@ def finish_rows(site: Site, build: Builder, out: fx.Node, x: Operands, rows: Row
     return out
 
 
-def _with_gradients(site: Site, build: Builder, x: Operands, mean: fx.Node) -> fx.Node:
+def _with_gradients(site: Site, build: Builder, x: Operands, scale: float, mean: fx.Node) -> fx.Node:
     """The mean of the values, with the gradients that an additive mask lets through.
 
     The scores ``s`` are absorbed by the fill but still have gradients: to first order the row is
     ``mean(v) + sum_j s_j (v_j - mean(v)) / K``, and ``sum_j s_j (v_j - mean(v)) = q . (k^T (v - mean(v)))``,
     which takes no tensor over queries and keys.  The term itself is subtracted again without gradient.
     """
-    scale = math.prod(m.factor for m in site.spec.scores if isinstance(m, Scale))
-    if not all(isinstance(m, (Scale, Mask)) for m in site.spec.scores):
-        raise Refused("gradients of rows that see no key, under a bias or a factor that is a tensor")
+    for mod in site.spec.scores:
+        learned = isinstance(mod, Bias) and build.value(tensor_operand(site, build, mod.slot)).requires_grad
+        if learned or not isinstance(mod, (Scale, ScaleBy, Mask, Bias)):
+            raise Refused(f"gradients of rows that see no key, under '{mod}'")
     centred = build.op("detach", build.op("sub", x.v, build.op("mean", x.v, [2], True)))
     moments = build.op("matmul", build.op("transpose", x.k, -2, -1), centred)
     if site.roles.group:

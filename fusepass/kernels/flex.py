@@ -6,6 +6,7 @@ Source: Dong et al., "Flex Attention" (arXiv 2412.05496), ``torch.nn.attention.f
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from fusepass.kernels.base import (
     muted,
     operands,
     rows_of,
-    score_operand,
+    tensor_operand,
 )
 from fusepass.program import Program, decode, encode
 from fusepass.recognize import Site
@@ -176,10 +177,11 @@ def refuse(spec: Attention, target: Target) -> str | None:
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     """Write a call to :func:`flex_attention`; the result is mended for rows that see no key."""
     x, spec, rows = operands(site, build), site.spec, None
-    original = x
+    original, scale = x, 1.0
     tensors = all_operands(site, build, bands=True)
     if not spec.rows_seen and spec.masks:
         rows = rows_of(site, build, build.value(x.q).dtype)
+        scale = math.prod(m.factor for m in spec.scores if isinstance(m, Scale))
         x = Operands(muted(build, rows, x.q), x.k, x.v)
         spec, tensors = _with_levels(site, build, rows)
     if any(build.value(t).requires_grad for t in tensors) and target.device == "cpu":
@@ -192,7 +194,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     if target.device == "cpu":
         out = build.call(stored_op, out)  # the CPU template takes no epilogue
     if rows is not None:
-        out = finish_rows(site, build, out, original, rows, target)
+        out = finish_rows(site, build, out, original, scale, rows, target)
     return build.cast(after_weights(site, build, out), spec.out_dtype)
 
 
@@ -209,7 +211,7 @@ def _with_levels(site: Site, build: Builder, rows: Rows) -> tuple[Attention, lis
             raise Refused(f"'{mod}' comes after a mask under which a row may see no key")
         slot = getattr(mod, "slot", None)
         if slot is not None:
-            tensor = score_operand(site, build, slot)
+            tensor = tensor_operand(site, build, slot)
             tensors.append(muted(build, rows, tensor) if isinstance(mod, Bias) else tensor)
             mod = replace(mod, slot=len(tensors) - 1)  # type: ignore[arg-type]
         kept.append(mod)

@@ -93,8 +93,8 @@ def is_causal(spec: Attention) -> bool:
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     """Write the call."""
     spec = site.spec
-    original = operands(site, build)
-    scale, x = _scaled(site, build, original)
+    scale, x = _scaled(site, build, operands(site, build))
+    scaled = x
     causal = is_causal(spec) and spec.sink is None
     rows: Rows | None = None
     if causal:
@@ -109,7 +109,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
         x, mask = _with_sink(site, build, x, mask)
     out = _call(site, build, target, x, mask, causal, scale)
     if rows is not None:
-        out = finish_rows(site, build, out, original, rows, target)
+        out = finish_rows(site, build, out, scaled, scale, rows, target)
     return build.cast(after_weights(site, build, out), spec.out_dtype)
 
 
