@@ -229,12 +229,9 @@ class Builder:
 
     def _pointwise(self, node: Expr) -> Any:
         args = [self.tensor(a) for a in node.args]
-        if node.op in ("where", "max", "min", "and", "or", "not", "pow") or not any(
-            isinstance(a, fx.Node) for a in args
-        ):
+        numbers_only = not any(isinstance(a, fx.Node) for a in args)
+        if self.is_aten or numbers_only or node.op in ("where", "max", "min", "and", "or", "not", "pow"):
             args = [self.as_tensor(a) for a in node.args]
-        elif not isinstance(args[0], fx.Node) and self.is_aten:
-            args[0] = self.as_tensor(node.args[0])
         return self.op(_POINTWISE[node.op], *args)
 
     def as_tensor(self, node: Expr) -> fx.Node:

@@ -166,6 +166,11 @@ def walk(root: Expr) -> Iterator[Expr]:
             todo.extend((a, False) for a in reversed(node.args) if a not in done)
 
 
+def is_constant(root: Expr) -> bool:
+    """Does an expression read no tensor?"""
+    return all(node.op != "input" for node in walk(root))
+
+
 def scalar_of(node: Expr) -> float | int | bool | None:
     """The value of a constant, seen through broadcasting views and casts; else None."""
     while node.op in VIEWS or (node.op == "cast" and node.args[0].op in VIEWS | {"const", "cast"}):

@@ -100,9 +100,7 @@ def erase_dead(graph: fx.Graph, start: fx.Node) -> None:
         node = todo.pop()
         if node._erased or node.op not in ("call_function", "call_method"):
             continue
-        writers = [
-            u for u in node.users if writes_in_place(u) and u.args and u.args[0] is node and not u.users
-        ]
+        writers = [u for u in node.users if not u.users and (_asserts(u) or _writes_into(u, node))]
         if len(writers) < len(node.users) or (writes_in_place(node) and node.users):
             continue
         inputs = [i for n in (node, *writers) for i in n.all_input_nodes]

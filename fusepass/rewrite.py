@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -27,7 +27,11 @@ from fusepass.report import GraphReport, SiteReport, source_of
 
 
 def rewrite_graph(
-    gm: fx.GraphModule, options: Options, example_inputs: Sequence[Any] = (), rules: Rules = RULES
+    gm: fx.GraphModule,
+    options: Options,
+    example_inputs: Sequence[Any] = (),
+    rules: Rules = RULES,
+    constants: Mapping[str, torch.Tensor] | None = None,
 ) -> GraphReport:
     """Fuse the attention sites of ``gm`` in place, those of its inner graphs included.
 
@@ -36,12 +40,13 @@ def rewrite_graph(
         options: which kernel, which precision, whether to validate.
         example_inputs: the inputs Dynamo compiles for; not used to prove anything.
         rules: the rule lists (for tests of the engine).
+        constants: the values of placeholders that are constants of an exported program.
     """
     start = time.perf_counter()
     report = GraphReport(nodes=0)
     for graph_module in _graphs(gm):
         report.nodes += len(graph_module.graph.nodes)
-        one = _Pass(graph_module, options, rules)
+        one = _Pass(graph_module, options, rules, constants)
         report.sites.extend(one.run())
     if options.precision == "fp8" and report.sites:
         report.notes.append(
@@ -67,8 +72,10 @@ _PEELED = VIEWS | {"cast", "dropout", "nan_to_num", "where", "mul", "div"}
 class _Pass:
     """One graph."""
 
-    def __init__(self, gm: fx.GraphModule, options: Options, rules: Rules) -> None:
-        self.gm, self.options, self.rules = gm, options, rules
+    def __init__(
+        self, gm: fx.GraphModule, options: Options, rules: Rules, constants: Mapping[str, torch.Tensor] | None
+    ) -> None:
+        self.gm, self.options, self.rules, self.constants = gm, options, rules, constants
         self.graph = gm.graph
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.settled: set[Expr] = set()
@@ -76,7 +83,7 @@ class _Pass:
     def run(self) -> list[SiteReport]:
         """Every site's report, in program order."""
         expansions, stay = expand_all(self.graph)
-        self.reader = Reader(self.graph, self.gm)
+        self.reader = Reader(self.graph, self.gm, self.constants)
         self.live = live_nodes(self.graph, self.reader)
         reports = [self._report(call, None, reason=reason) for call, reason in stay]
         for node in list(self.graph.nodes):
@@ -330,7 +337,11 @@ def _fuse_exported(program: ExportedProgram, options: Options) -> ExportedProgra
     out = copy.copy(program)
     graph_module = copy.deepcopy(program.graph_module)
     with torch.no_grad():
-        publish(rewrite_graph(graph_module, options))
+        lifted = program.graph_signature.inputs_to_lifted_tensor_constants
+        constants = {
+            n: c for n, key in lifted.items() if isinstance(c := program.constants.get(key), torch.Tensor)
+        }
+        publish(rewrite_graph(graph_module, options, constants=constants))
     out._graph_module = graph_module
     out._graph_signature = _renamed_outputs(program, graph_module)
     return out

@@ -68,16 +68,20 @@ class Formulas:
                 return self.lift(gathered)
         if node.op == "cat":
             return self._cat(term)
-        if node.op == "cumsum" and self._everywhere_zero(node.args[0]):
-            return const(0, node.dtype)
+        if node.op == "cumsum":
+            counted = self._count(term)
+            if counted is not None:
+                return counted
         below = self.scope.step(term)
         return self.load(term) if below is None else self.lift(below)
 
-    def _everywhere_zero(self, x: Expr) -> bool:
-        """Is every element of a tensor zero (or false)?"""
-        index = tuple(self.space.fresh("n", n) for n in x.shape)
-        value = scalar_of(self.lift(Term(x, index)))
-        return value is not None and value == 0
+    def _count(self, term: Term) -> Expr | None:
+        """``cumsum`` of a constant integer: ``c * (i + 1)``."""
+        x, dim = term.expr.args[0], term.expr.attrs[0]
+        value = scalar_of(self.lift(Term(x, tuple(self.space.fresh("n", n) for n in x.shape))))
+        if value is None or int(value) != value:
+            return None
+        return self._cast(affine((term.index[dim] + 1) * int(value)), term.expr.dtype)
 
     def _cat(self, term: Term) -> Expr:
         """``cat(x, y)[i] = where(i < len(x), x[i], y[i - len(x)])``."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import sympy
@@ -20,7 +20,7 @@ from torch import fx
 from fusepass.dialects import torch_ops
 from fusepass.dialects.torch_ops import HANDLERS, Result, Value
 from fusepass.index import Facts, simplify_size
-from fusepass.ir import Expr, expr, leaf, pointwise, scalar_of
+from fusepass.ir import Expr, const, expr, is_constant, leaf, pointwise, scalar_of
 
 #: Nodes that are views of their first argument as far as memory is concerned.
 _ALIASES = frozenset(
@@ -90,9 +90,15 @@ class Reader:
         facts: what is known of symbolic sizes.
     """
 
-    def __init__(self, graph: fx.Graph, owner: torch.nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        owner: torch.nn.Module | None = None,
+        constants: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self.graph = graph
         self.owner = owner
+        self.constants = constants or {}
         self.meaning: dict[fx.Node, Value] = {}
         self.defined: dict[fx.Node, Value] = {}
         self.definer: dict[Expr, fx.Node] = {}
@@ -177,6 +183,9 @@ class Reader:
     def _opaque(self, node: fx.Node) -> Value:
         """A leaf for a tensor, a size for a SymInt, the number itself for a number."""
         value = value_of(node)
+        constant = self.constants.get(node.name)
+        if constant is not None and constant.dim() == 0 and node.op == "placeholder":
+            return const(constant.item(), constant.dtype)
         if isinstance(value, torch.Tensor) and value.layout is torch.strided:
             self._leaves += 1
             return leaf(f"{node.name}", shape_of(value), value.dtype)
@@ -198,7 +207,9 @@ class Reader:
             (torch.SymInt, torch.SymFloat, int, float, bool, str, torch.dtype, torch.device, torch.Size),
         ):
             return self._opaque(node)
-        out = None if self._stops_gradients(node, value) else self._try(node, name, value)
+        out = self._try(node, name, value)
+        if self._stops_gradients(node, value) and not (isinstance(out, Expr) and is_constant(out)):
+            out = None
         if out is None and isinstance(value, torch.Tensor):
             return self._opaque(node)
         return out

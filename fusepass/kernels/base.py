@@ -221,8 +221,10 @@ def finish_rows(
     if target.training and additive and policy == "mean":
         if len(spec.masks) > 1:
             raise Refused("gradients of rows that see no key under several masks (join them into one)")
-        out = build.op("where", rows.seen, out, build.cast(_with_gradients(site, build, x, scale, out), value.dtype))
-    if policy != "mean" or len(additive) > 1:
+        out = build.op(
+            "where", rows.seen, out, build.cast(_with_gradients(site, build, x, scale, out), value.dtype)
+        )
+    if policy != "mean" or len(spec.masks) > 1:  # several finite fills may add up to -inf
         number = 0.0 if policy == "zero" else math.nan
         other = build.op("scalar_tensor", number, dtype=value.dtype, device=value.device)
         out = build.op("where", build.op("isfinite", rows.top), out, other)

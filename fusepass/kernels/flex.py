@@ -43,6 +43,7 @@ from fusepass.spec import (
     SoftCap,
     WeightScale,
     ZeroEmptyRows,
+    negligible,
 )
 
 #: Stands for every lower fill: the kernels work in powers of two, where float32's lowest number overflows.
@@ -179,7 +180,10 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     x, spec, rows = operands(site, build), site.spec, None
     original, scale = x, 1.0
     tensors = all_operands(site, build, bands=True)
-    if not spec.rows_seen and spec.masks:
+    within_reach = [m for m in spec.masks if not negligible(m.fill, spec.dtype)]
+    if within_reach and len(within_reach) < len(spec.masks) and not spec.rows_seen:
+        raise Refused("a row may see no key, under fills that vanish and fills that do not")
+    if not spec.rows_seen and spec.masks and not within_reach:
         rows = rows_of(site, build, build.value(x.q).dtype)
         scale = math.prod(m.factor for m in spec.scores if isinstance(m, Scale))
         x = Operands(muted(build, rows, x.q), x.k, x.v)
