@@ -403,7 +403,12 @@ class _Reading:
         kept = set(masks.conjuncts(self._visible(mod.slot, mod.attends)))
         if not kept:
             return None  # it hides nothing
-        hidden = {c for m in scores if isinstance(m, Mask) for c in masks.conjuncts(self._mask_visible(m))}
+        hidden = {
+            c
+            for m in scores
+            if isinstance(m, Mask) and negligible(m.fill, self.out.expr.dtype)
+            for c in masks.conjuncts(self._mask_visible(m))
+        }
         return replace(mod, axes=axes, implied=kept <= hidden)
 
     def _visible(self, slot: int, attends: bool) -> Expr:
