@@ -39,7 +39,7 @@ format: $(VENV)/.installed-test ## format the code and mend what can be mended s
 types: $(VENV)/.installed-test ## check types
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-test ## measure kernels on this machine
+bench: $(VENV)/.installed-test ## measure the pass's share of compile time
 	$(BIN)/python benchmarks/compile_time.py $(ARGS)
 
 clean: ## remove the virtual environment, build products and caches
