@@ -6,6 +6,7 @@ The graph outside a fused site is not touched.
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -24,6 +25,9 @@ from fusepass.liveness import erase_dead, live_nodes, outside_reader
 from fusepass.patterns.scores import holds_product
 from fusepass.recognize import RULES, Miss, Rules, Site, recognise
 from fusepass.report import GraphReport, SiteReport, source_of
+
+
+log = logging.getLogger("fusepass")
 
 
 def rewrite_graph(
@@ -146,6 +150,7 @@ class _Pass:
                         return self._report(node, site, kernel.name, rejected=rejected, max_error=error)
                     build.discard()
                     reason = f"validation: its error is {error:.3g} times what is allowed"
+                    log.warning("fusepass: site '%s' stays: %s (%s)", node.name, reason, site.spec)
             rejected.append((name, reason or ""))
         return self._report(
             node, site, reason="; ".join(dict.fromkeys(f"{n}: {r}" for n, r in rejected)), rejected=rejected
