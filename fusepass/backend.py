@@ -33,7 +33,7 @@ def fusepass(
     try:
         compiled = compiler(gm, example_inputs)
     except Exception as error:
-        if _strict() or not any(site.fused for site in report.sites):
+        if _strict() or _is_control_flow(error) or not any(site.fused for site in report.sites):
             raise
         fault = (
             f"the inner compiler failed on the fused graph, which is compiled as it was: {_first_line(error)}"
@@ -54,6 +54,13 @@ def _copied(graph: torch.fx.Graph) -> torch.fx.Graph:
         for name, value in vars(old).items():
             vars(new).setdefault(name, value)
     return copied
+
+
+def _is_control_flow(error: Exception) -> bool:
+    """Is it Dynamo's own word (restart the analysis, skip the frame) and not a failure to compile?"""
+    from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+
+    return isinstance(error, TorchDynamoException) and not isinstance(error, BackendCompilerFailed)
 
 
 def _strict() -> bool:
