@@ -26,7 +26,6 @@ from fusepass.patterns.scores import holds_product
 from fusepass.recognize import RULES, Miss, Rules, Site, recognise
 from fusepass.report import GraphReport, SiteReport, source_of
 
-
 log = logging.getLogger("fusepass")
 
 
