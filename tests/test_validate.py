@@ -116,7 +116,7 @@ def test_real_programs_pass(program: Callable[..., Tensor], dtype: torch.dtype, 
     q, k, v = (torch.randn(2, 4, 8, 16, dtype=dtype) for _ in range(3))
     keep = torch.ones(2, 8, dtype=torch.long)
     keep[1, 5:] = 0
-    options = {"inner": "eager", "validate": True}
+    options: dict[str, Any] = {"inner": "eager", "validate": True}
     with collect() as seen, torch.no_grad():
         torch.compile(program, backend="fusepass", options=options, dynamic=dynamic)(q, k, v, keep)
     assert [site.fused for site in seen.sites] == [True], [site.reason for site in seen.sites]
