@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from fusepass.index import Affine, Size
 from fusepass.rule import Refuse, Scope, Term
 
-Axes = tuple[str, ...]
-
 
 @dataclass
 class Roles:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -107,7 +107,7 @@ class Reader:
         self._root: dict[fx.Node, fx.Node] = {}
         self._members: dict[fx.Node, list[fx.Node]] = {}
         self._writes: dict[fx.Node, list[int]] = {}
-        self._leaves = 0
+        self._since: dict[fx.Node, int] = {}
         self._no_grad = False
         self.facts = Facts(self._shape_env())
         for position, node in enumerate(graph.nodes):
@@ -187,7 +187,6 @@ class Reader:
         if constant is not None and constant.dim() == 0 and node.op == "placeholder":
             return const(constant.item(), constant.dtype)
         if isinstance(value, torch.Tensor) and value.layout is torch.strided:
-            self._leaves += 1
             return leaf(f"{node.name}", shape_of(value), value.dtype)
         if isinstance(value, torch.SymInt):
             return size_of(value)
@@ -327,7 +326,7 @@ class Reader:
             dim: Any = kwargs.get("dim", args[2] if len(args) > 2 else 0)
             return torch_ops.parts_of(x, [shape_of(v) for v in value], dim)
         if name == "unbind":
-            return HANDLERS["unbind"](self._result(node, x_like(value, x)), x, *args[1:], **kwargs)
+            return HANDLERS["unbind"](self._result(node, value[0]), x, *args[1:], **kwargs)
         if name == "native_dropout":
             return self._call(HANDLERS["native_dropout"], node, value[0])
         if (name == "max" and len(value) == 2 and len(args) >= 2) or (name == "max" and "dim" in kwargs):
@@ -358,7 +357,7 @@ class Reader:
             root, whole = part
             self.meaning[root] = whole
             self.home[whole] = root
-            self.order_of_value[root] = position
+            self._since[root] = position
 
     def _written_part(self, target: fx.Node, out: Value) -> tuple[fx.Node, Expr] | None:
         """The root of a sliced view and its new meaning, where a constant was written into the view."""
@@ -411,18 +410,11 @@ class Reader:
             elif whole:
                 self.home.setdefault(out, target)
             self.home[out] = target
-            self.order_of_value[target] = position
-
-    @property
-    def order_of_value(self) -> dict[fx.Node, int]:
-        """When the present meaning of a node began, where that is later than the node itself."""
-        if not hasattr(self, "_since"):
-            self._since: dict[fx.Node, int] = {}
-        return self._since
+            self._since[target] = position
 
     def since(self, node: fx.Node) -> int:
         """The position from which ``node`` has had its present meaning."""
-        return self.order_of_value.get(node, self.order[node])
+        return self._since.get(node, self.order[node])
 
     def _forget(self, target: fx.Node, position: int) -> None:
         root = self._root[target]
@@ -432,7 +424,7 @@ class Reader:
             value = value_of(member)
             if isinstance(value, torch.Tensor):
                 self.meaning[member] = leaf(f"{member.name}@{position}", shape_of(value), value.dtype)
-                self.order_of_value[member] = position
+                self._since[member] = position
                 self.home[self.meaning[member]] = member
             if isinstance(old, Expr) and self.home.get(old) is member:
                 del self.home[old]
@@ -485,11 +477,7 @@ class Reader:
             bounds = _range(k, x.shape[dim])
             if bounds is None:
                 return None
-            n = expr("iota", (), (0, 1), (x.shape[dim],), torch.int64)
-            n = torch_ops.reshape(n, (x.shape[dim],) + (1,) * (x.rank - dim - 1))
-            low, high = (torch_ops.as_expr(b) for b in bounds)
-            assert low is not None and high is not None
-            out = pointwise("and", out, pointwise("and", pointwise("ge", n, low), pointwise("lt", n, high)))
+            out = pointwise("and", out, torch_ops.within(x, dim, *bounds))
         return out
 
 
@@ -522,11 +510,6 @@ def _positional(name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) ->
                 args = (*args, kwargs.pop(parameter))
             break
     return args
-
-
-def x_like(values: Iterable[Any], x: Expr) -> Any:
-    """Any one of several results (their handler asks for the operand's type alone)."""
-    return next(iter(values))
 
 
 def _first(node: fx.Node) -> Any:

@@ -574,6 +574,15 @@ def _tensor(r: Result, *args: Value, **_: Value) -> Expr | None:
     return filled(r, value) if isinstance(value, (int, float)) and not r.shape else None
 
 
+def within(x: Expr, dim: int, start: Size, stop: Size) -> Expr:
+    """``start <= n < stop`` for the index ``n`` of one dimension, broadcastable to ``x``."""
+    size = x.shape[dim]
+    n = reshape(expr("iota", (), (0, 1), (size,), torch.int64), (size,) + (1,) * (x.rank - dim - 1))
+    low, high = as_expr(start), as_expr(stop)
+    assert low is not None and high is not None
+    return pointwise("and", pointwise("ge", n, low), pointwise("lt", n, high))
+
+
 @handles("slice_scatter")
 def _slice_scatter(
     r: Result, x: Expr, src: Expr, dim: int = 0, start: Value = None, end: Value = None, step: int = 1
@@ -583,11 +592,7 @@ def _slice_scatter(
     first = slice_start(start, x.shape[d])
     if value is None or first is None or step != 1:
         return None
-    n = reshape(expr("iota", (), (0, 1), (x.shape[d],), torch.int64), (x.shape[d],) + (1,) * (x.rank - d - 1))
-    low, high = as_expr(first), as_expr(simplify_size(first + src.shape[d]))
-    if low is None or high is None:
-        return None
-    inside = pointwise("and", pointwise("ge", n, low), pointwise("lt", n, high))
+    inside = within(x, d, first, simplify_size(first + src.shape[d]))
     return pointwise("where", inside, const(value, x.dtype), x, dtype=x.dtype)
 
 

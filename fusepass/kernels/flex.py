@@ -179,7 +179,6 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     """Write a call to :func:`flex_attention`; the result is mended for rows that see no key."""
     x, spec, rows = operands(site, build), site.spec, None
     original, scale = x, 1.0
-    tensors = all_operands(site, build, bands=True)
     within_reach = [m for m in spec.masks if not negligible(m.fill, spec.dtype)]
     if within_reach and len(within_reach) < len(spec.masks) and not spec.rows_seen:
         raise Refused("a row may see no key, under fills that vanish and fills that do not")
@@ -188,6 +187,8 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
         scale = math.prod(m.factor for m in spec.scores if isinstance(m, Scale))
         x = Operands(muted(build, rows, x.q), x.k, x.v)
         spec, tensors = _with_levels(site, build, rows)
+    else:
+        tensors = all_operands(site, build, bands=True)
     if any(build.value(t).requires_grad for t in tensors) and target.device == "cpu":
         raise Refused("FlexAttention has no gradients on cpu")
     q, v = build.value(x.q), build.value(x.v)

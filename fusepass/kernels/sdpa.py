@@ -8,6 +8,7 @@ top-left (PyTorch documentation of ``scaled_dot_product_attention``).  Its flash
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -209,19 +210,13 @@ def _call(
     site: Site, build: Builder, target: Target, x: Operands, mask: fx.Node | None, causal: bool, scale: float
 ) -> fx.Node:
     """The call itself, in the first form for which the device has a fused kernel."""
-    grouped = bool(site.roles.group)
     p = site.spec.dropout
-    forms: list[tuple[Operands, bool, int | None]] = [(x, grouped, None)]
-    width = site.spec.value_dim
-    if site.spec.head_dim != width and isinstance(site.spec.head_dim, int) and isinstance(width, int):
-        forms.append((_same_width(build, x, site.spec.head_dim, width), grouped, width))
-    if grouped:
-        forms += [(_repeated(site, build, form), False, cut) for form, _, cut in list(forms)]
+    forms = _forms(site, build, x)
     chosen = next((f for f in forms if not _is_math(build, f[0], mask, p, causal, scale, f[1])), None)
     if chosen is None:
         if not target.requested:
             raise Refused(_why_math(site, build, target, mask, p))
-        chosen = forms[0]
+        chosen = (x, bool(site.roles.group), None)
     y, gqa, cut = chosen
     function: Any = (
         torch.ops.aten.scaled_dot_product_attention.default
@@ -239,6 +234,21 @@ def _call(
         function, y.q, y.k, y.v, **{k: v for k, v in kwargs.items() if v not in (None, False, 0.0)}
     )
     return out if cut is None else build.op("slice", out, 3, 0, cut, 1)
+
+
+def _forms(site: Site, build: Builder, x: Operands) -> Iterator[tuple[Operands, bool, int | None]]:
+    """Ways to pose the call, the cheapest first: operands, grouped heads, the width to cut the result to.
+
+    Each writes its nodes when it is asked for, so that a form that is not needed leaves none.
+    """
+    grouped, head_dim, width = bool(site.roles.group), site.spec.head_dim, site.spec.value_dim
+    made: list[tuple[Operands, int | None]] = [(x, None)]
+    yield x, grouped, None
+    if head_dim != width and isinstance(head_dim, int) and isinstance(width, int):
+        made.append((_same_width(build, x, head_dim, width), width))
+        yield made[-1][0], grouped, width
+    for form, cut in made if grouped else ():
+        yield _repeated(site, build, form), False, cut
 
 
 def _is_math(
