@@ -15,6 +15,7 @@ import torch
 
 from fusepass.backend import run_pass
 from fusepass.config import Options
+from fusepass.kernels.reference import let_inductor_inline
 
 _HOOK = "_TorchCompileInductorWrapper"
 _original: type[Any] = getattr(torch, _HOOK)
@@ -27,6 +28,7 @@ def _with_pass(options: Options) -> type[Any]:
         fusepass_options = options
 
         def __call__(self, model_: torch.fx.GraphModule, inputs_: Sequence[Any], **kwargs: Any) -> Any:
+            let_inductor_inline()
             run_pass(model_, inputs_, self.fusepass_options)
             return super().__call__(model_, inputs_, **kwargs)
 

@@ -224,7 +224,8 @@ class Formulas:
 
     def _same_on_edge(self, c: Expr, a: Expr, b: Expr) -> bool:
         """Does ``c`` hold only where its left side is zero, and do ``a`` and ``b`` agree there?"""
-        if c.op != "le" or (edge := index_of(c.args[0])) is None:
+        edge = against_zero(c, "le")
+        if edge is None:
             return False
         x, y, reach = index_of(a), index_of(b), self.space.bounds(edge)
         if x is None or y is None or reach is None or reach[0] != 0:
@@ -447,11 +448,8 @@ def classify(part: Expr, at: Positions, space: AxisSpace) -> Atom:
     used = letters(part, at, space)
     if used <= {"b", "j"} and _loads(part):
         return KeyPadding()
-    if (
-        part.op == "eq"
-        and part.args[0].op == "affine"
-        and (diagonal := _diagonal(part, at, space)) is not None
-    ):
+    diagonal = _diagonal(part, at, space)
+    if diagonal is not None:
         return diagonal
     if part.op == "eq":
         return _same_label(part, at, space)
@@ -462,11 +460,19 @@ def classify(part: Expr, at: Positions, space: AxisSpace) -> Atom:
     return Dense("".join(sorted(used)))
 
 
+def against_zero(part: Expr, op: str) -> Affine | None:
+    """The index ``e`` of a comparison ``e op 0``; other comparisons are between things that are no indices."""
+    if part.op != op or scalar_of(part.args[1]) != 0:
+        return None
+    return index_of(part.args[0])
+
+
 def _band(part: Expr, at: Positions, space: AxisSpace) -> Band | None:
     """``j - i <= c`` or ``i - j <= c``."""
-    if part.op != "le" or part.args[0].op != "affine":
+    left = against_zero(part, "le")
+    if left is None:
         return None
-    e: Affine = space.resolve(part.args[0].attrs[0])
+    e = space.resolve(left)
     gap = space.resolve(at.key) - space.resolve(at.query)
     for sign in (1, -1):
         rest = e - gap * sign
@@ -478,6 +484,8 @@ def _band(part: Expr, at: Positions, space: AxisSpace) -> Band | None:
 
 def _diagonal(part: Expr, at: Positions, space: AxisSpace) -> Band | None:
     """``j - i == c``."""
+    if against_zero(part, "eq") is None:
+        return None
     below = _band(expr("le", part.args, (), (), torch.bool), at, space)
     if below is None:
         return None
