@@ -41,7 +41,7 @@ _ATEN: dict[str, Any] = {
     "pow": aten.pow.Tensor_Tensor, "ne": aten.ne.Tensor, "logical_or": aten.logical_or.default,
     "relu": aten.relu.default, "cat": aten.cat.default, "detach": aten.detach.default,
     "amax": aten.amax.default, "isfinite": aten.isfinite.default, "matmul": aten.matmul.default,
-    "transpose": aten.transpose.int, "div_number": aten.div.Scalar,
+    "transpose": aten.transpose.int, "div_number": aten.div.Scalar, "contiguous": aten.contiguous.default,
 }  # fmt: skip
 _POINTWISE = {
     "neg": "neg", "add": "add", "sub": "sub", "mul": "mul", "div": "div", "eq": "eq", "ne": "ne",
@@ -364,7 +364,7 @@ def _int(value: sympy.Expr) -> Size:
 @functools.cache
 def _torch_function(name: str) -> Callable[..., Any]:
     special: dict[str, Callable[..., Any]] = {
-        "expand": torch.Tensor.expand, "to": torch.Tensor.to, "dropout": torch.nn.functional.dropout,
+        "expand": torch.Tensor.expand, "to": torch.Tensor.to, "contiguous": torch.Tensor.contiguous, "dropout": torch.nn.functional.dropout,
         "pad": torch.nn.functional.pad, "slice": aten.slice.Tensor, "eq_scalar": torch.eq,
         "mul_scalar": torch.mul, "div_number": torch.div,
     }  # fmt: skip

@@ -25,6 +25,7 @@ from fusepass.liveness import erase_dead, live_nodes, outside_reader
 from fusepass.patterns.scores import holds_product
 from fusepass.recognize import RULES, Miss, Rules, Site, recognise
 from fusepass.report import GraphReport, SiteReport, source_of
+from fusepass.strides import laid_out_as
 
 log = logging.getLogger("fusepass")
 
@@ -139,6 +140,7 @@ class _Pass:
                 build = Builder(self.reader, node, self.replaced, site.space)
                 try:
                     out = build.restore(kernel.emit(site, build, target), _result_groups(site), site.out)
+                    out = laid_out_as(build, node, out)
                 except (Refused, CannotEmit) as refusal:
                     build.discard()
                     reason = str(refusal)

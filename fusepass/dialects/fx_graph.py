@@ -434,6 +434,7 @@ class Reader:
         target = node.args[0]
         if not isinstance(target, fx.Node):
             return
+        self._alias(node, target)
         args, _ = self._values(node)
         x, key, new = args[0], args[1], args[2]
         out = None
