@@ -138,6 +138,8 @@ def _apply(
 
 def _representable(added: Tensor) -> Tensor:
     """The lowest finite values halved: they hide as much, and do not overflow in powers of two."""
+    if added.dtype is torch.float16:
+        return added
     return torch.where(added == -math.inf, added, torch.clamp(added, min=_HALF_LOWEST))
 
 
