@@ -9,11 +9,12 @@ itself, with all references to it that were imported earlier, is left alone. Wha
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
-from fusepass.backend import run_pass
+from fusepass.backend import compile_fused
 from fusepass.config import Options
 from fusepass.kernels.reference import let_inductor_inline
 
@@ -29,8 +30,8 @@ def _with_pass(options: Options) -> type[Any]:
 
         def __call__(self, model_: torch.fx.GraphModule, inputs_: Sequence[Any], **kwargs: Any) -> Any:
             let_inductor_inline()
-            run_pass(model_, inputs_, self.fusepass_options)
-            return super().__call__(model_, inputs_, **kwargs)
+            compiler = partial(super().__call__, **kwargs)
+            return compile_fused(model_, inputs_, self.fusepass_options, compiler)
 
         def __eq__(self, other: object) -> bool:
             # Dynamo reuses compiled code between equal backends.

@@ -7,6 +7,7 @@ tensor that holds an operand without copies, re-laid by ``reshape``, ``permute``
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from fusepass.dialects.fx_graph import Reader, size_of, value_of
-from fusepass.index import AxisSpace, Size, prod
+from fusepass.index import Affine, AxisSpace, Size, prod
 from fusepass.ir import DTYPES, Expr
 from fusepass.rule import Scope, Term
 
@@ -76,8 +77,12 @@ class Builder:
         """A new node; its value is computed on fake tensors."""
         node = self.call_with(None, target, *args, **kwargs)
         fake_args, fake_kwargs = fx.map_arg((args, kwargs), value_of)
-        with self.mode(), enable_python_dispatcher():
-            node.meta[self.key] = target(*fake_args, **fake_kwargs)
+        try:
+            with self.mode(), enable_python_dispatcher():
+                node.meta[self.key] = target(*fake_args, **fake_kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CannotEmit(f"'{getattr(target, '__name__', target)}' fails here: {why}") from error
         return node
 
     def call_with(self, value: Any, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
@@ -301,11 +306,41 @@ class Builder:
 
     def layout(self, term: Term, groups: Groups, full: bool) -> fx.Node:
         """``term``'s tensor with one dimension a group; absent groups have size 1 unless ``full``."""
-        found, groups = self.digits(term), self.finest(groups)
-        if found is None:
+        node, shape, found = self._read(term)
+        return self.relayout(node, [a for f in found for a in f], shape, self.finest(groups), full, found)
+
+    def _read(self, term: Term) -> tuple[fx.Node, list[Size], list[tuple[str, ...]]]:
+        """A tensor of which every element is named exactly once, its shape, and the axes of its dimensions."""
+        found = self.digits(term)
+        if found is not None:
+            return self.as_tensor(term.expr), list(term.expr.shape), found
+        cuts = [self._cut(i, n) for i, n in zip(term.index, term.expr.shape, strict=True)]
+        axes = [a for cut in cuts if cut is not None for a in cut[3]]
+        if None in cuts or len(set(axes)) < len(axes):
             raise CannotEmit("an operand is a part or a repetition of its tensor that no view can express")
-        node = self.as_tensor(term.expr)
-        return self.relayout(node, [a for f in found for a in f], list(term.expr.shape), groups, full, found)
+        node, shape = self.as_tensor(term.expr), []
+        for dim, cut in enumerate(cuts):
+            assert cut is not None
+            start, step, length, _ = cut
+            if (start, step, length) != (0, 1, term.expr.shape[dim]):
+                node = self.op("slice", node, dim, start, start + step * (length - 1) + 1, step)
+            shape.append(length)
+        return node, shape, [cut[3] for cut in cuts if cut is not None]
+
+    def _cut(self, index: Affine, size: Size) -> tuple[int, int, Any, tuple[str, ...]] | None:
+        """``index`` as start, step, length and axes of a slice of a dimension."""
+        whole = self.space.digits(index, size)
+        if whole is not None:
+            return 0, 1, size, tuple(whole)
+        index = self.space.resolve(index)
+        numbers = [index.const, *(c for _, c in index.terms), *(self.space.sizes[a] for a, _ in index.terms)]
+        if not all(isinstance(n, int) for n in numbers) or any(c <= 0 for _, c in index.terms):
+            return None
+        step = math.gcd(*(int(c) for _, c in index.terms)) if index.terms else 1
+        inner = Affine(tuple((a, c // step) for a, c in index.terms))
+        length = 1 + sum(int(c) * (int(self.space.sizes[a]) - 1) for a, c in inner.terms)
+        axes = self.space.digits(inner, length)
+        return None if axes is None else (int(index.const), step, length, tuple(axes))
 
     def relayout(
         self,
@@ -364,7 +399,8 @@ def _int(value: sympy.Expr) -> Size:
 @functools.cache
 def _torch_function(name: str) -> Callable[..., Any]:
     special: dict[str, Callable[..., Any]] = {
-        "expand": torch.Tensor.expand, "to": torch.Tensor.to, "contiguous": torch.Tensor.contiguous, "dropout": torch.nn.functional.dropout,
+        "expand": torch.Tensor.expand, "to": torch.Tensor.to, "contiguous": torch.Tensor.contiguous,
+        "dropout": torch.nn.functional.dropout,
         "pad": torch.nn.functional.pad, "slice": aten.slice.Tensor, "eq_scalar": torch.eq,
         "mul_scalar": torch.mul, "div_number": torch.div,
     }  # fmt: skip

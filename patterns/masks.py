@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fusepass.contents import FILL, Contents, Form, Ramp, Uniform
 from fusepass.index import Affine, AxisSpace, Size, simplify_size
 from fusepass.ir import POINTWISE, Expr, affine, const, expr, scalar_of
 from fusepass.rule import Scope, Term
@@ -116,7 +117,27 @@ class Formulas:
     def load(self, term: Term) -> Expr:
         """An element that is not looked into."""
         index = tuple(self.space.resolve(i) for i in term.index)
+        form = self.scope.contents.form(term.expr)
+        if form is not None:
+            return self._formula(form, index, term.expr.dtype)
         return expr("load", (term.expr,), index, (), term.expr.dtype)
+
+    def _formula(self, form: Form, index: tuple[Affine, ...], dtype: torch.dtype) -> Expr:
+        """An element of a tensor whose contents are known."""
+        if isinstance(form, Uniform):
+            return const(form.value, dtype)
+        if isinstance(form, Ramp):
+            total = Affine((), form.start)
+            for at, step in zip(index, form.steps, strict=True):
+                total = total + at * step
+            return affine(self.space.resolve(total))
+        gap = self.space.resolve(index[form.column] - index[form.row])
+        within = TRUE
+        if form.right is not None:
+            within = self._logic("and", (within, self.at_most_zero(gap - form.right)))
+        if form.left is not None:
+            within = self._logic("and", (within, self.at_most_zero(gap * -1 - form.left)))
+        return self._where(within, const(form.inside, dtype), const(form.outside, dtype), dtype)
 
     def _iota(self, term: Term) -> Expr:
         start, step = term.expr.attrs
@@ -494,6 +515,21 @@ def additive_mask(formulas: Formulas, formula: Expr, dtype: torch.dtype) -> Hidd
                 )
         return _either_mask(formulas, condition, yes, no, dtype)
     return None
+
+
+def may_hide(bias: Expr, contents: Contents) -> bool:
+    """May an added tensor hold fills?  Not if it is made of learned numbers, positions and small constants."""
+    todo, seen = [bias], {bias}
+    while todo:
+        node = todo.pop()
+        if node.op == "const" and node.is_float and not abs(node.attrs[0]) < FILL:
+            return True
+        if node.op == "input" and not contents.is_ordinary(node):
+            return True
+        fresh = [a for a in node.args if a not in seen]
+        seen.update(fresh)
+        todo.extend(fresh)
+    return False
 
 
 def conjuncts(formula: Expr) -> list[Expr]:

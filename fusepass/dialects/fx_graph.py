@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fusepass.contents import Contents
 from fusepass.dialects import joins, torch_ops
 from fusepass.dialects.torch_ops import HANDLERS, Result, Value
 from fusepass.index import Facts, simplify_size
@@ -91,6 +92,7 @@ class Reader:
         defined: the expression it had when it was made, whatever was written into it later.
         home: for an expression, the first node that holds its value.
         facts: what is known of symbolic sizes.
+        contents: what is known of the elements of leaves.
     """
 
     def __init__(
@@ -98,8 +100,12 @@ class Reader:
         graph: fx.Graph,
         owner: torch.nn.Module | None = None,
         constants: Mapping[str, torch.Tensor] | None = None,
+        static: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.graph = graph
+        self.static = static or {}
+        self.contents = Contents(tensors := {})
+        self._tensors: dict[Expr, torch.Tensor] = tensors
         self.owner = owner
         self.constants = constants or {}
         self.meaning: dict[fx.Node, Value] = {}
@@ -191,7 +197,7 @@ class Reader:
         if constant is not None and constant.dim() == 0 and node.op == "placeholder":
             return const(constant.item(), constant.dtype)
         if isinstance(value, torch.Tensor) and value.layout is torch.strided:
-            return leaf(f"{node.name}", shape_of(value), value.dtype)
+            return self._leaf(node, value)
         if isinstance(value, torch.SymInt):
             return size_of(value)
         if isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
@@ -202,6 +208,14 @@ class Reader:
             expression = value.node.expr
             return float(expression) if expression.is_number else leaf(node.name, (), torch.float64)
         return None
+
+    def _leaf(self, node: fx.Node, value: torch.Tensor) -> Expr:
+        made = leaf(f"{node.name}", shape_of(value), value.dtype)
+        if node.op == "placeholder" and node.name in self.static:
+            self._tensors[made] = self.static[node.name]
+        elif value.requires_grad or isinstance(value, torch.nn.Parameter):
+            self.contents.ordinary.add(made)
+        return made
 
     def _meaning(self, node: fx.Node, name: str) -> Value:
         value = value_of(node)

@@ -23,6 +23,8 @@ from fusepass.kernels.base import (
     after_weights,
     all_operands,
     finish_rows,
+    hiders,
+    may_empty_rows,
     muted,
     operands,
     rows_of,
@@ -117,9 +119,7 @@ def _element(t: Tensor, at: tuple[Tensor, ...]) -> Tensor:
     return t[tuple(at[d] if t.shape[d] != 1 else torch.zeros_like(at[d]) for d in range(4))]
 
 
-def _apply(
-    mod: Any, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, ...], exact: bool
-) -> Tensor:
+def _apply(mod: Any, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, ...], exact: bool) -> Tensor:
     match mod:
         case Scale(factor):
             return s * factor
@@ -199,7 +199,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     within_reach = [m for m in spec.masks if not negligible(m.fill, spec.dtype)]
     if within_reach and len(within_reach) < len(spec.masks) and not spec.rows_seen:
         raise Refused("a row may see no key, under fills that vanish and fills that do not")
-    if not spec.rows_seen and spec.masks and not within_reach:
+    if may_empty_rows(spec, target) and not within_reach:
         rows = rows_of(site, build, build.value(x.q).dtype)
         scale = math.prod(m.factor for m in spec.scores if isinstance(m, Scale))
         x = Operands(muted(build, rows, x.q), x.k, x.v)
@@ -221,13 +221,13 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
 def _with_levels(site: Site, build: Builder, rows: Rows) -> tuple[Attention, list[fx.Node]]:
     """The specification with its masks replaced by one bias, silent in rows that see no key."""
     kept: list[ScoreModifier] = []
+    hiding = hiders(site.spec)
     tensors: list[fx.Node] = []
     for mod in site.spec.scores:
-        if isinstance(mod, Mask):
+        if mod in hiding:
             continue
-        if any(
-            isinstance(m, Mask) for m in site.spec.scores[: site.spec.scores.index(mod)]
-        ) and not isinstance(mod, Bias):
+        before = site.spec.scores[: site.spec.scores.index(mod)]
+        if any(m in hiding for m in before) and not isinstance(mod, Bias):
             raise Refused(f"'{mod}' comes after a mask under which a row may see no key")
         slot = getattr(mod, "slot", None)
         if slot is not None:

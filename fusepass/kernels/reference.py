@@ -101,7 +101,7 @@ def refuse(spec: Attention, target: Target) -> str | None:
 
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     """Write the operator; dropout's mask is drawn outside it, as one more operand."""
-    x = operands(site, build)
+    x = operands(site, build, gated=False)
     spec = site.spec
     tensors = all_operands(site, build)
     if spec.dropout:

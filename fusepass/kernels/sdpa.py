@@ -29,6 +29,7 @@ from fusepass.kernels.base import (
     conjunction,
     empty_rows,
     finish_rows,
+    may_empty_rows,
     muted,
     operands,
     repeat_heads,
@@ -101,7 +102,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     rows: Rows | None = None
     if causal:
         mask = None
-    elif spec.rows_seen or not spec.masks or _absorbs(spec, target, build.value(x.q).dtype):
+    elif not may_empty_rows(spec, target) or _absorbs(spec, target, build.value(x.q).dtype):
         mask = attn_mask(site, build, target, x)
     else:
         rows = rows_of(site, build, build.value(x.q).dtype)
@@ -118,7 +119,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
 def _levels_and_biases(site: Site, build: Builder, rows: Rows, dtype: torch.dtype) -> fx.Node:
     total = rows.level
     for mod in site.spec.scores:
-        if isinstance(mod, Bias):
+        if isinstance(mod, Bias) and not mod.hides:
             bias = build.cast(_added(site, build, mod), dtype)
             total = build.op("add", total, muted(build, rows, bias))
     return total
@@ -185,9 +186,7 @@ def attn_mask(site: Site, build: Builder, target: Target, x: Operands) -> fx.Nod
     return _representable(build, total) if opaque else total
 
 
-def _filled(
-    site: Site, build: Builder, mod: Mask, before: fx.Node | None, dtype: torch.dtype
-) -> fx.Node:
+def _filled(site: Site, build: Builder, mod: Mask, before: fx.Node | None, dtype: torch.dtype) -> fx.Node:
     """What has been added so far, replaced by the fill where the mask hides: ``-inf`` where rows see a key.
 
     In other rows ``-inf`` would give NaN gradients; they are mended, or the fill was finite.
