@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from fusepass.config import Options
 from fusepass.dialects.composites import Expansion, expand_all
-from fusepass.dialects.fx_graph import Reader, operation, value_of
+from fusepass.dialects.fx_graph import Known, Reader, operation, value_of
 from fusepass.emit import Builder, CannotEmit
 from fusepass.ir import VIEWS, Expr
 from fusepass.kernels import BY_NAME, KERNELS, Kernel, Refused, Target, sdpa
@@ -52,11 +52,18 @@ def rewrite_graph(
     """
     start = time.perf_counter()
     report = GraphReport(nodes=0)
-    for graph_module in _graphs(gm):
+    passes: dict[fx.GraphModule, _Pass] = {}
+    for graph_module, call in _graphs(gm):
         report.nodes += len(graph_module.graph.nodes)
-        one = _Pass(graph_module, options, rules, constants, static if graph_module is gm else None)
+        outer = None if call is None else passes[call[0]].reader
+        given = _given(graph_module, call[1], outer) if call is not None and outer is not None else {}
+        contents = outer.contents if given and outer is not None else None
+        one = _Pass(graph_module, options, rules, Known(constants or {}, static or {}, given, contents))
+        passes[graph_module] = one
         report.sites.extend(one.run())
-        report.assumed.extend(one.assumed())
+        static = None  # those are inputs of the outermost graph
+    if any(one.replaced for one in passes.values()):
+        report.assumed = passes[gm].assumed()
     if options.precision == "fp8" and report.sites:
         report.notes.append(
             "precision='fp8': there is no fp8 kernel yet; sites compute in their own precision"
@@ -65,13 +72,42 @@ def rewrite_graph(
     return report
 
 
-def _graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
-    """The graph and the bodies of its higher-order operators."""
+def _graphs(
+    gm: fx.GraphModule,
+) -> Iterator[tuple[fx.GraphModule, tuple[fx.GraphModule, fx.Node] | None]]:
+    """The graph and the bodies of its higher-order operators, each with the one call of it, if it is one."""
     seen: set[int] = set()
+    calls: dict[int, list[tuple[fx.GraphModule, fx.Node]]] = {}
     for module in gm.modules():
         if isinstance(module, fx.GraphModule) and id(module) not in seen:
             seen.add(id(module))
-            yield module
+            for node in list(module.graph.nodes):
+                if isinstance(node.target, torch._ops.HigherOrderOperator):
+                    for body in _bodies(module, node):
+                        calls.setdefault(id(body), []).append((module, node))
+            mine = calls.get(id(module), [])
+            yield module, mine[0] if len(mine) == 1 else None
+
+
+def _bodies(module: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
+    """The graph modules that a higher-order operator is given."""
+    named = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
+    found = [getattr(module, str(name), None) for name in named]
+    return [m for m in found if isinstance(m, fx.GraphModule)]
+
+
+def _given(body: fx.GraphModule, call: fx.Node, outer: Reader) -> dict[str, Expr]:
+    """What the placeholders of a body mean, where the call passes them one by one and nobody writes to them."""
+    operands = [a for a in call.args if not (isinstance(a, fx.Node) and a.op == "get_attr")]
+    placeholders = body.graph.find_nodes(op="placeholder")
+    if len(operands) != len(placeholders):
+        return {}
+    given = {}
+    for placeholder, node in zip(placeholders, operands, strict=True):
+        meaning = outer.defined.get(node) if isinstance(node, fx.Node) else None
+        if isinstance(meaning, Expr) and isinstance(node, fx.Node) and not outer.was_written(node):
+            given[placeholder.name] = meaning
+    return given
 
 
 #: What may lie between a softmax and the product with the values.
@@ -81,15 +117,8 @@ _PEELED = VIEWS | {"cast", "dropout", "nan_to_num", "where", "mul", "div"}
 class _Pass:
     """One graph."""
 
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        options: Options,
-        rules: Rules,
-        constants: Mapping[str, torch.Tensor] | None,
-        static: Mapping[str, torch.Tensor] | None,
-    ) -> None:
-        self.gm, self.options, self.rules, self.constants, self.static = gm, options, rules, constants, static
+    def __init__(self, gm: fx.GraphModule, options: Options, rules: Rules, known: Known) -> None:
+        self.gm, self.options, self.rules, self.known = gm, options, rules, known
         self.graph = gm.graph
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.settled: set[Expr] = set()
@@ -97,7 +126,7 @@ class _Pass:
     def run(self) -> list[SiteReport]:
         """Every site's report, in program order."""
         expansions, stay = expand_all(self.graph)
-        self.reader = Reader(self.graph, self.gm, self.constants, self.static)
+        self.reader = Reader(self.graph, self.gm, self.known)
         self.live = live_nodes(self.graph, self.reader)
         reports = [self._report(call, None, reason=reason) for call, reason in stay]
         for node in list(self.graph.nodes):
@@ -123,9 +152,8 @@ class _Pass:
         return reports
 
     def assumed(self) -> list[str]:
-        """The placeholders whose elements a fused site relies on."""
-        used = self.reader.contents.used if self.replaced else set()
-        names = {str(e.attrs[0]) for e in used}
+        """The placeholders whose elements sites rely on."""
+        names = {str(e.attrs[0]) for e in self.reader.contents.used}
         return [n.name for n in self.graph.find_nodes(op="placeholder") if n.name in names]
 
     def _close(self, expansions: list[Expansion]) -> None:
@@ -147,6 +175,8 @@ class _Pass:
         if isinstance(found, Miss):
             return [self._report(node, None, reason=found.reason)]
         sites = [site for _, site in found]
+        if self.known.given and any(s.product not in self.reader.definer for s in sites):
+            return [self._report(node, s, reason="its scores are computed in another graph") for s in sites]
         for site in sites:
             reader = outside_reader(self.reader, self.live, site.product, node)
             if reader is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -84,6 +85,23 @@ def operation(node: fx.Node) -> tuple[str, bool]:
     return name, False
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of a graph's placeholders, by their names.
+
+    Attributes:
+        constants: values that never change.
+        static: tensors whose elements may be relied on under a guard.
+        given: meanings in the terms of the graph that calls this one.
+        contents: what is known of the leaves in those.
+    """
+
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    static: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    given: Mapping[str, Expr] = field(default_factory=dict)
+    contents: Contents | None = None
+
+
 class Reader:
     """The meanings of a graph's nodes.
 
@@ -99,15 +117,14 @@ class Reader:
         self,
         graph: fx.Graph,
         owner: torch.nn.Module | None = None,
-        constants: Mapping[str, torch.Tensor] | None = None,
-        static: Mapping[str, torch.Tensor] | None = None,
+        known: Known | None = None,
     ) -> None:
         self.graph = graph
-        self.static = static or {}
-        self.contents = Contents(tensors := {})
-        self._tensors: dict[Expr, torch.Tensor] = tensors
+        self.known = known or Known()
+        self._prefix = f"{id(graph):x}." if self.known.given else ""  # names of leaves are those of one graph
+        self._tensors: dict[Expr, torch.Tensor] = {}
+        self.contents = self.known.contents or Contents(self._tensors)
         self.owner = owner
-        self.constants = constants or {}
         self.meaning: dict[fx.Node, Value] = {}
         self.defined: dict[fx.Node, Value] = {}
         self.definer: dict[Expr, fx.Node] = {}
@@ -132,6 +149,10 @@ class Reader:
         return self.order[node] < end and not any(
             since < w < end for w in self._writes.get(self._root[node], ())
         )
+
+    def was_written(self, node: fx.Node) -> bool:
+        """Does anything write into the memory of ``node``?"""
+        return bool(self._writes.get(self.root(node)))
 
     def root(self, node: fx.Node) -> fx.Node:
         """The node whose memory ``node`` shares."""
@@ -193,7 +214,7 @@ class Reader:
     def _opaque(self, node: fx.Node) -> Value:
         """A leaf for a tensor, a size for a SymInt, the number itself for a number."""
         value = value_of(node)
-        constant = self.constants.get(node.name)
+        constant = self.known.constants.get(node.name)
         if constant is not None and constant.dim() == 0 and node.op == "placeholder":
             return const(constant.item(), constant.dtype)
         if isinstance(value, torch.Tensor) and value.layout is torch.strided:
@@ -210,9 +231,12 @@ class Reader:
         return None
 
     def _leaf(self, node: fx.Node, value: torch.Tensor) -> Expr:
-        made = leaf(f"{node.name}", shape_of(value), value.dtype)
-        if node.op == "placeholder" and node.name in self.static:
-            self._tensors[made] = self.static[node.name]
+        meant = self.known.given.get(node.name) if node.op == "placeholder" else None
+        if meant is not None and meant.shape == shape_of(value) and meant.dtype is value.dtype:
+            return meant
+        made = leaf(self._prefix + node.name, shape_of(value), value.dtype)
+        if node.op == "placeholder" and node.name in self.known.static:
+            self._tensors[made] = self.known.static[node.name]
         elif value.requires_grad or isinstance(value, torch.nn.Parameter):
             self.contents.ordinary.add(made)
         return made
@@ -256,7 +280,7 @@ class Reader:
         return self._call(handler, node, value)
 
     def _result(self, node: fx.Node, value: torch.Tensor) -> Result:
-        return Result(shape_of(value), value.dtype, self.facts, node.name)
+        return Result(shape_of(value), value.dtype, self.facts, self._prefix + node.name)
 
     def _call(self, handler: Any, node: fx.Node, value: torch.Tensor) -> Value:
         args, kwargs = self._values(node)
