@@ -39,7 +39,7 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Banded:
-    """``inside`` where ``-left <= index[column] - index[row] <= right``, ``outside`` elsewhere; None is unbounded."""
+    """``inside`` where ``-left <= index[column] - index[row] <= right``, else ``outside``; None: no bound."""
 
     row: int
     column: int

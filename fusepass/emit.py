@@ -310,7 +310,7 @@ class Builder:
         return self.relayout(node, [a for f in found for a in f], shape, self.finest(groups), full, found)
 
     def _read(self, term: Term) -> tuple[fx.Node, list[Size], list[tuple[str, ...]]]:
-        """A tensor of which every element is named exactly once, its shape, and the axes of its dimensions."""
+        """A tensor with every element named exactly once, its shape, and the axes of its dimensions."""
         found = self.digits(term)
         if found is not None:
             return self.as_tensor(term.expr), list(term.expr.shape), found

@@ -97,7 +97,7 @@ def _bodies(module: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
 
 
 def _given(body: fx.GraphModule, call: fx.Node, outer: Reader) -> dict[str, Expr]:
-    """What the placeholders of a body mean, where the call passes them one by one and nobody writes to them."""
+    """What the placeholders of a body mean, if the call passes them one by one and nobody writes to them."""
     operands = [a for a in call.args if not (isinstance(a, fx.Node) and a.op == "get_attr")]
     placeholders = body.graph.find_nodes(op="placeholder")
     if len(operands) != len(placeholders):
@@ -219,7 +219,7 @@ class _Pass:
     def _write(
         self, node: fx.Node, site: Site, target: Target, rejected: list[tuple[str, str]]
     ) -> tuple[fx.Node, Builder, str] | None:
-        """The result, its builder and the name of the first kernel that serves; reasons go to ``rejected``."""
+        """The result, builder and name of the first kernel that serves; reasons go to ``rejected``."""
         asked = {name for name, _ in rejected}
         for name, kernel in self._candidates():
             if name in asked:

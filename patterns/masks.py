@@ -518,7 +518,7 @@ def additive_mask(formulas: Formulas, formula: Expr, dtype: torch.dtype) -> Hidd
 
 
 def may_hide(bias: Expr, contents: Contents) -> bool:
-    """May an added tensor hold fills?  Not if it is made of learned numbers, positions and small constants."""
+    """May an added tensor hold fills?  Not one made of learned numbers, positions and small constants."""
     todo, seen = [bias], {bias}
     while todo:
         node = todo.pop()
@@ -596,7 +596,7 @@ def classify(part: Expr, at: Positions, space: AxisSpace) -> Atom:
 
 
 def against_zero(part: Expr, op: str) -> Affine | None:
-    """The index ``e`` of a comparison ``e op 0``; other comparisons are between things that are no indices."""
+    """The index ``e`` of a comparison ``e op 0``; other comparisons are not between indices alone."""
     if part.op != op or scalar_of(part.args[1]) != 0:
         return None
     return index_of(part.args[0])

@@ -84,7 +84,7 @@ def _logits(node: Expr) -> Expr | None:
 
 
 def _with_sink(term: Term, scores: Expr, denominator: Expr, numerator: Expr) -> Core | None:
-    """``exp(x) / (sum(exp(x)) + exp(u))`` is a softmax with a sink ``u``, and a number ``c`` is ``exp(log(c))``."""
+    """``exp(x) / (sum(exp(x)) + exp(u))``: a softmax with a sink ``u``; a number ``c`` is ``exp(log(c))``."""
     if denominator.op != "add":
         return None
     for total, extra in (denominator.args, denominator.args[::-1]):

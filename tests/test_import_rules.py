@@ -59,8 +59,8 @@ def within(name: str, *modules: str) -> bool:
 
 def allowed_in_patterns(name: str) -> bool:
     """Rules speak about expressions: no graphs, no ONNX, no kernels, and of torch only its dtypes."""
-    core = ("fusepass.ir", "fusepass.index", "fusepass.spec", "fusepass.rule", "fusepass.patterns")
-    return name == "torch" or within(name, *core, "sympy") or name.split(".")[0] in sys.stdlib_module_names
+    core = ("ir", "index", "contents", "spec", "rule", "patterns")
+    return name == "torch" or within(name, *(f"fusepass.{c}" for c in core), "sympy") or name.split(".")[0] in sys.stdlib_module_names
 
 
 def allowed_in_exporters(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Kernels: each says which specifications it refuses, and why, and writes itself into a graph.
 
-The list is in order of preference.  ``reference``, plain mathematics, closes it: unasked it serves training only.
+The list is in order of preference.  ``reference``, plain mathematics, closes it; unasked it serves
+training only.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ attention.register_autograd(_backward, setup_context=_setup)
 
 
 def let_inductor_inline() -> None:
-    """Have TorchInductor write both operators out, so that it fuses their steps as it fuses the model's own."""
+    """Have TorchInductor write both operators out, and fuse their steps as it fuses the model's own."""
     from torch._inductor import decomposition
 
     table = decomposition.decompositions
