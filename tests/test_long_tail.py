@@ -370,8 +370,8 @@ class Grouped(Base):
         s = einsum(q, k, "b g h n d, b h s d -> b g h n s") * SCALE
         s.masked_fill_(future(N), torch.finfo(torch.float32).min)
         out = einsum(F.softmax(s, -1), v, "b g h n s, b h s d -> b g h n d")
-        out: Tensor = rearrange(out, "b g h n d -> b n (h g d)")
-        return out
+        merged: Tensor = rearrange(out, "b g h n d -> b n (h g d)")
+        return merged
 
 
 class RepeatedHeads(Base):

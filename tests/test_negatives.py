@@ -122,9 +122,29 @@ def talking_heads_after_the_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("gh,bhqk->bgqk", q[0, :, :H, 0], torch.softmax(scores(q, k), -1)) @ v
 
 
+@stays(None)
+def groups_summed_in_the_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """An einsum that forgets the groups in its result sums over them: not grouped heads."""
+    s = torch.einsum("bghqd,bhkd->bhqk", q.view(B, 2, 2, Q, D), k[:, :2])
+    return torch.softmax(s, -1) @ v[:, :2]
+
+
+@stays("the weights go through 'conv2d'")
+def heads_mixed_by_a_convolution_after_the_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.conv2d(torch.softmax(scores(q, k), -1), q[0, :, :H, :1, None]) @ v
+
+
+@stays(_AXIS)
+def heads_mixed_on_both_sides(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Talking heads (arXiv 2003.02436)."""
+    before, after = q[0, :, :H, 0], q[1, :, :H, 0]
+    w = torch.softmax(torch.einsum("gh,bhqk->bgqk", before, scores(q, k)), -1)
+    return torch.einsum("gh,bhqk->bgqk", after, w) @ v
+
+
 # ------------------------------------------------------------------------------- other readers
 
-_USED, _THEMSELVES = "also used by", "computed from the scores themselves"
+_USED, _THEMSELVES = "its scores or weights are", "computed from the scores themselves"
 
 
 @stays(_USED)
@@ -149,6 +169,22 @@ def two_products_share_the_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def entropy_of_the_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     w = torch.softmax(scores(q, k), -1)
     return w @ v - (w * w.log()).sum(-1, keepdim=True)
+
+
+@stays(_USED)
+def scores_handed_to_the_next_layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Residual attention: the next layer's scores start from these (RealFormer, arXiv 2012.11747)."""
+    first = scores(q, k)
+    second = scores(torch.softmax(first, -1) @ v, k) + first
+    return torch.softmax(second, -1) @ v + second.mean(-1, keepdim=True)
+
+
+@stays(_USED)
+def relative_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The weights meet values of keys and values of offsets (arXiv 1803.02155)."""
+    offsets = (torch.arange(K)[None] - torch.arange(Q)[:, None]).clamp(-2, 2) + 2
+    w = torch.softmax(scores(q, k), -1)
+    return w @ v + torch.einsum("bhqk,qkd->bhqd", w, q[0, 0][offsets])
 
 
 @stays(_THEMSELVES)
@@ -236,9 +272,26 @@ def rescaled_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (w / w.sum(-1, keepdim=True)) @ v
 
 
-@stays("varies over the keys")
-def weights_times_a_number_for_every_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (torch.softmax(scores(q, k), -1) * k[0, 0, :, 0]) @ v
+@stays(None)
+def slot_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Keys compete for queries, and their weights are made to sum to one (arXiv 2006.15055)."""
+    w = torch.softmax(scores(q, k), -2) + 1e-8
+    return (w / w.sum(-1, keepdim=True)) @ v
+
+
+@stays(None)
+def outlook_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Weights of a linear layer, for values around each query (VOLO, arXiv 2106.13112)."""
+    near = v[:, :, (torch.arange(Q)[:, None] + torch.arange(K)[None]) % K]
+    return torch.einsum("bhqk,bhqkd->bhqd", torch.softmax(F.linear(q, k[0, 0]), -1), near)
+
+
+@stays(None)
+def renormalised_after_masking(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Masked weights divided by their sum and a little more, as in AllenNLP's `masked_softmax`."""
+    seen = (~later()).float()
+    w = torch.softmax(scores(q, k) * seen, -1) * seen
+    return (w / (w.sum(-1, keepdim=True) + 1e-13)) @ v
 
 
 @stays("the denominator adds")
@@ -326,12 +379,28 @@ def key_written_over_through_a_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(s, -1) @ v
 
 
+@stays(_OVER)
+def key_cache_written_over_before_the_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A step that moves its cache on between the two products."""
+    s = scores(q, k)
+    k.copy_(torch.cat([k[:, :, 1:], q[:, :, :1]], 2))
+    return torch.softmax(s, -1) @ v
+
+
+@stays(_OVER)
+def key_cache_scaled_before_the_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k[:, :, 2:3] = q[:, :, :1]
+    w = torch.softmax(scores(q, k), -1)
+    k.index_copy_(2, torch.tensor([3]), q[:, :, :1])
+    return w @ v
+
+
 @stays("detach")
 def weights_detached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores(q, k), -1).detach() @ v
 
 
-@stays("from the weights")
+@stays("the weights go through 'argmax'")
 def straight_through_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     w = torch.softmax(scores(q, k), -1)
     hard = F.one_hot(w.argmax(-1), K).to(w.dtype)
@@ -450,6 +519,17 @@ def truncated_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores(q, k).masked_fill(hidden, -1e9), -1) @ v
 
 
+def weights_times_a_number_for_every_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.softmax(scores(q, k), -1) * k[0, 0, :, 0]) @ v
+
+
+def scores_that_are_the_next_layer_s_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Residual attention: only the last layer's scores have no other reader."""
+    first = scores(q, k)
+    second = scores(torch.softmax(first, -1) @ v, k) + first
+    return torch.softmax(second, -1) @ v
+
+
 def mask_then_negative_scale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(-scores(q, k).masked_fill(later(), -1e9), -1) @ v
 
@@ -504,6 +584,8 @@ RIGHT: list[Case] = [
     narrow_positions_wrap,
     fractional_positions,
     truncated_positions,
+    weights_times_a_number_for_every_key,
+    scores_that_are_the_next_layer_s_bias,
     mask_then_negative_scale,
     mask_then_a_small_scale,
     mask_then_zero_scale,
