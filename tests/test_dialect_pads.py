@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusepass.dialects.fx_graph import Reader
 from tests.capture import agrees, close, meaning, qkv
 from tests.evaluate import Evaluator, Grid
 from tests.test_masks import read, text
@@ -224,8 +225,9 @@ def test_a_bias_written_into_a_part_of_the_scores(change: Callable[..., None], r
         change(s, b)
         return s.softmax(-1) @ v
 
-    seen = agrees(program, *qkv(), torch.randn(2, 2, rows, 5), kernel="auto")
-    assert ["bias[" in site.spec for site in seen.sites] == [True], seen.sites
+    for kernel in ("reference", "auto"):
+        seen = agrees(program, *qkv(), torch.randn(2, 2, rows, 5), kernel=kernel)
+        assert ["bias[" in site.spec for site in seen.sites] == [True], seen.sites
 
 
 @pytest.mark.parametrize("change", CHANGED, ids=lambda f: str(f.__name__))
@@ -339,3 +341,35 @@ def test_gradients_through_a_written_part() -> None:
     fused(*mine).square().sum().backward()
     program(*theirs).square().sum().backward()
     close([t.grad for t in mine], [t.grad for t in theirs], 1e-4)
+
+
+@pytest.mark.parametrize("change", CHANGED[:4], ids=lambda f: str(f.__name__))
+def test_writes_into_scores_of_symbolic_sizes(change: Callable[..., None]) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        s = q @ k.mT * 0.25
+        change(s, b)
+        return s.softmax(-1) @ v
+
+    for size in (6, 7):
+        b = torch.randn(2, 2, size - 1, size - 1)
+        seen = agrees(program, *qkv(Q=size), b, dynamic=True, kernel="auto")
+        assert ["bias[" in site.spec for site in seen.sites] == [True], seen.sites
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("change", [added, added_in_place, added_to_a_view], ids=lambda f: str(f.__name__))
+def test_exported_writes_are_read_alike(change: Callable[..., None], decomposed: bool) -> None:
+    class Program(torch.nn.Module):
+        def forward(self, s: Tensor, b: Tensor) -> Tensor:
+            s = s * 2.0
+            change(s, b)
+            return s.exp()
+
+    s, b = torch.randn(2, 2, N, N), torch.randn(2, 2, 5, 5)
+    exported = torch.export.export(Program(), (s, b))
+    graph = (exported.run_decompositions() if decomposed else exported).graph_module.graph
+    reader = Reader(graph)
+    output = next(n for n in graph.nodes if n.op == "output")
+    node = reader.meaning[output.args[0][0]]
+    assert node.args[0].op == "add" and node.args[0].args[0].op == "mul"
+    close(Evaluator({"s": s, "b": b})(node).float(), Program()(s, b))

@@ -130,11 +130,14 @@ def _constant_pad(r: Result, x: Expr, pad: Value, value: Value = 0) -> Expr | No
 # ---------------------------------------------------------------------------------------- parts
 
 
+Ranges = tuple[tuple[Size, Size] | None, ...]
+
+
 @dataclass(frozen=True)
 class Window:
     """A box of elements: the range of every dimension (None is all of it), and which are single indices."""
 
-    ranges: tuple[tuple[Size, Size] | None, ...]
+    ranges: Ranges
     single: frozenset[int] = frozenset()
 
 
@@ -194,6 +197,42 @@ def selected(x: Expr, window: Window) -> Expr:
     return out
 
 
+def holds(e: Expr, ranges: Ranges, value: Expr, facts: Facts) -> bool:
+    """Is ``value`` provably that box of ``e``?"""
+    if all(r is None for r in ranges):
+        return e is value
+    found = window_of_view(value, e)
+    if found is not None and not found.single and _same_ranges(found.ranges, ranges, facts):
+        return True
+    if e.op == "slice" and e.attrs[2] == 1:
+        dim, start = int(e.attrs[0]), e.attrs[1]
+        low, high = ranges[dim] or (0, e.shape[dim])
+        reach = (simplify_size(low + start), simplify_size(high + start))
+        return holds(e.args[0], (*ranges[:dim], reach, *ranges[dim + 1 :]), value, facts)
+    if e.op == "cat" and (box := ranges[int(e.attrs[0])]) is not None:
+        dim, start = int(e.attrs[0]), simplify_size(0)
+        for part in e.args:
+            stop = simplify_size(start + part.shape[dim])
+            if facts.equal(box[0], start) and facts.equal(box[1], stop):
+                return holds(part, (*ranges[:dim], None, *ranges[dim + 1 :]), value, facts)
+            start = stop
+    if e.op not in (*_NEUTRAL, "cast") or (e.op, e.dtype) != (value.op, value.dtype):
+        return False
+    return all(_argument_holds(a, ranges, v, facts) for a, v in zip(e.args, value.args, strict=True))
+
+
+def _argument_holds(a: Expr, ranges: Ranges, value: Expr, facts: Facts) -> bool:
+    mine = ranges[len(ranges) - a.rank :]
+    return holds(a, tuple(None if n == 1 else r for n, r in zip(a.shape, mine, strict=True)), value, facts)
+
+
+def _same_ranges(a: Ranges, b: Ranges, facts: Facts) -> bool:
+    return all(
+        x == y or (x is not None and y is not None and all(map(facts.equal, x, y)))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
 #: ``x op e = x`` for every number ``x``; the second operand is the one that is left out.
 _NEUTRAL = {"add": 0, "sub": 0, "mul": 1, "div": 1}
 
@@ -209,6 +248,8 @@ class _Write:
     def run(self, value: Expr) -> Expr | None:
         """The new meaning of ``x``; None where the shapes do not say where the elements go."""
         value = cast(value, self.x.dtype)
+        if not self.window.single and holds(self.x, self.window.ranges, value, self.facts):
+            return self.x  # ``x[a:b] += y`` changes the part, and then puts it back
         changed = self._changed(value, _in_place)
         if changed is not None:
             return changed
@@ -258,10 +299,7 @@ class _Write:
         found = window_of_view(e, self.x)
         if found is None or found.single != self.window.single:
             return False
-        return all(
-            a == b or (a is not None and b is not None and all(map(self.facts.equal, a, b)))
-            for a, b in zip(found.ranges, self.window.ranges, strict=True)
-        )
+        return _same_ranges(found.ranges, self.window.ranges, self.facts)
 
     def _spread(self, value: Expr, fill: float) -> Expr | None:
         """The value in its place and ``fill`` elsewhere, broadcastable to ``x``."""
