@@ -185,8 +185,8 @@ class Builder:
 
     def home(self, node: Expr) -> fx.Node | None:
         """The graph's node that holds an expression's value and may be read here."""
-        held = self.reader.home.get(node)
-        if held is None or not self.reader.usable(held, self.reader.since(held), self.anchor):
+        held = self.reader.home(node, self.anchor)
+        if held is None:
             return None
         return self.replaced.get(held, held)
 
@@ -215,6 +215,8 @@ class Builder:
             dim, start, step = node.attrs
             end = start + node.shape[dim] * step
             return self.op("slice", self.as_tensor(node.args[0]), dim, self.size(start), self.size(end), step)
+        if node.op == "cat":
+            return self.op("cat", [self.as_tensor(a) for a in node.args], node.attrs[0])
         if node.op == "iota" and node.rank == 1:
             return self._iota(node)
         if node.op == "iota":

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+from fusepass.assumptions import static_inputs
 from fusepass.backend import run_pass
 from fusepass.config import Options
 from fusepass.report import Collector, SiteReport, collect, render, summary
@@ -73,7 +74,7 @@ def explain(
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         original = duplicate(gm)
-        run_pass(gm, example_inputs, options)
+        run_pass(gm, example_inputs, options, static_inputs(gm, example_inputs))
         return original
 
     with collect() as collector, restored(model):

@@ -287,7 +287,7 @@ class _Reading:
         )
         self._settle(roles)
         scores = merge_scales([Scale(f) for f in (*query_scales, *key_scales)] + found.modifiers)
-        scores = self._floored([self._understood(m, roles) for m in scores])
+        scores = self._floored(self._filled([self._understood(m, roles) for m in scores]))
         atoms = [a for m in scores if isinstance(m, Mask) for a in m.atoms]
         sizes = {
             name: self._size(getattr(roles, name))
@@ -302,7 +302,7 @@ class _Reading:
             softmax_dtype=core.dtype,
             out_dtype=self.out.expr.dtype,
             sink=None if core.sink is None else Sink(scope.slot(core.sink), self._letters(core.sink, roles)),
-            rows_seen=core.sink is not None or self._rows_seen(scores, atoms, sizes),
+            rows_seen=core.sink is not None or self._rows_seen(scores, atoms, sizes, roles),
             operands=len(scope.operands),
         )  # fmt: skip
         self._check_operands(spec, found.node)
@@ -380,6 +380,23 @@ class _Reading:
             hides = masks.may_hide(term.expr, scope.contents)
             return replace(mod, axes=self._letters(term, roles), hides=hides)
         return Mask(self.scope.slot(scaled), hidden.fill, True, True, self._atoms(hidden.attends, roles))
+
+    def _filled(self, scores: list[ScoreModifier]) -> list[ScoreModifier]:
+        """``s * c + (0 if c else fill) = where(c, s, fill)`` for a factor ``c`` of zeros and ones."""
+        out: list[ScoreModifier] = []
+        for mod in scores:
+            before = out[-1] if out else None
+            if isinstance(before, ScaleBy) and isinstance(mod, Mask) and mod.additive:
+                term = self.scope.operands[before.slot]
+                kept = masks.visibility_factor(self.formulas, self.formulas.lift(term))
+                if kept is not None and set(masks.conjuncts(kept)) == set(
+                    masks.conjuncts(self._mask_visible(mod))
+                ):
+                    bits = expr("cast", (term.expr,), (torch.bool,), term.expr.shape, torch.bool)
+                    out[-1] = Mask(self.scope.slot(Term(bits, term.index)), mod.fill, False, True, mod.atoms)
+                    continue
+            out.append(mod)
+        return out
 
     def _floored(self, scores: list[ScoreModifier]) -> tuple[ScoreModifier, ...]:
         """``max(where(m, s, -inf), c) = where(m, s, c)``: a floor goes into the masks before it.
@@ -465,9 +482,18 @@ class _Reading:
         return hidden.attends if hidden is not None else masks.TRUE
 
     def _rows_seen(
-        self, scores: tuple[ScoreModifier, ...], atoms: list[Atom], sizes: dict[str, Size]
+        self,
+        scores: tuple[ScoreModifier, ...],
+        atoms: list[Atom],
+        sizes: dict[str, Size],
+        roles: heads.Roles,
     ) -> bool:
-        return masks.every_row_sees(atoms, sizes["query"], sizes["key"], self.scope)
+        queries, keys = sizes["query"], sizes["key"]
+        if masks.every_row_sees(atoms, queries, keys, self.scope):
+            return True
+        parts = [c for m in scores if isinstance(m, Mask) for c in masks.conjuncts(self._mask_visible(m))]
+        at = self._positions(roles)
+        return masks.every_row_sees_itself(parts, at, queries, keys, self.formulas)
 
 
 def _factor(node: Expr) -> tuple[int, float] | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 
-from fusepass.backend import inner_compiler, run_pass
+from fusepass.backend import compile_fused, inner_compiler
 from fusepass.config import Options
 from fusepass.measure import Cost, cost
 from fusepass.report import Collector, SiteReport, collect, summary
@@ -156,8 +156,7 @@ def _name(compiler: Callable[..., Any]) -> str:
 
 def _backend(options: Options) -> Callable[..., Any]:
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        run_pass(gm, example_inputs, options)
-        return inner_compiler(options)(gm, example_inputs)
+        return compile_fused(gm, example_inputs, options, inner_compiler(options))
 
     return backend
 

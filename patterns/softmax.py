@@ -219,24 +219,41 @@ def gated_by_logsumexp(term: Term, scope: Scope) -> Core | None:
     """A sink taken into account afterwards: ``sigmoid(L - u) = exp(L) / (exp(L) + exp(u))``."""
     if term.expr.op != "mul":
         return None
-    for w, gate in (term.expr.args, term.expr.args[::-1]):
-        weights, gate = under_casts(w), under_casts(gate)
-        if weights.op != "softmax" or gate.op != "sigmoid":
+    for position in (0, 1):
+        weights = term.argument(position)
+        while weights.expr.op == "cast" and weights.expr.is_float:
+            weights = weights.argument(0)
+        if weights.expr.op != "softmax":
             continue
-        inner = under_casts(gate.args[0])
-        if inner.op != "sub":
-            continue
-        norm, dim = under_casts(inner.args[0]), int(weights.attrs[0])
-        while norm.op in ("reshape", "expand"):
-            norm = under_casts(norm.args[0])
-        same = norm.op == "logsumexp" and under_casts(norm.args[0]) is under_casts(weights.args[0])
-        sink = inner.args[1]
-        from_end = weights.rank - dim
-        if not same or norm.attrs[0] != (dim,) or (sink.rank >= from_end and sink.shape[-from_end] != 1):
-            continue
-        row = tuple(Affine() if d == dim else i for d, i in enumerate(term.index))
-        return Core(Term(weights.args[0], term.index), dim, weights.dtype, Term(weights, row).of(sink))
+        gate = _below(term.argument(1 - position), scope)
+        inner = _below(gate.argument(0), scope) if gate.expr.op == "sigmoid" else gate
+        if gate.expr.op == "sigmoid" and inner.expr.op == "sub":
+            dim = int(weights.expr.attrs[0])
+            norm = _below(inner.argument(0), scope)
+            if _is_norm_of(norm, weights, dim, scope) and not scope.varies_over_keys(inner.argument(1)):
+                scores = Term(weights.expr.args[0], weights.index)
+                return Core(scores, dim, weights.expr.dtype, inner.argument(1))
     return None
+
+
+def _below(term: Term, scope: Scope) -> Term:
+    """The term below casts and views."""
+    while True:
+        node = term.expr
+        below = term.argument(0) if node.op == "cast" and node.is_float else scope.step(term)
+        if below is None:
+            return term
+        term = below
+
+
+def _is_norm_of(norm: Term, weights: Term, dim: int, scope: Scope) -> bool:
+    """Is it the logsumexp of the logits of these very weights, row by row?"""
+    if norm.expr.op != "logsumexp" or norm.expr.attrs[0] != (dim,):
+        return False
+    if under_casts(norm.expr.args[0]) is not under_casts(weights.expr.args[0]):
+        return False
+    pairs = zip(norm.index, weights.index, strict=True)
+    return all(d == dim or scope.space.resolve(a) == scope.space.resolve(b) for d, (a, b) in enumerate(pairs))
 
 
 SOFTMAX: tuple[Rule, ...] = (

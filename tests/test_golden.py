@@ -143,7 +143,7 @@ def described(function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> str:
     program = torch.export.export(Program(function), args)
     reader = Reader(program.graph_module.graph, program.graph_module)
     parts = []
-    for anchor in [m for m in reader.home if m.op == "dot"]:
+    for anchor in [m for m in reader.holders if m.op == "dot"]:
         found = recognise(anchor, Facts())
         if isinstance(found, Site):
             parts += [to_text(renamed(anchor)), "", f"=> {found.spec}", f"   {found.spec.kind()}"]

@@ -108,7 +108,7 @@ class Reader:
     Attributes:
         meaning: the present expression (or tuple of expressions) of every node that has one.
         defined: the expression it had when it was made, whatever was written into it later.
-        home: for an expression, the first node that holds its value.
+        holders: for an expression, the nodes that hold its value, each from a position on.
         facts: what is known of symbolic sizes.
         contents: what is known of the elements of leaves.
     """
@@ -128,7 +128,7 @@ class Reader:
         self.meaning: dict[fx.Node, Value] = {}
         self.defined: dict[fx.Node, Value] = {}
         self.definer: dict[Expr, fx.Node] = {}
-        self.home: dict[Expr, fx.Node] = {}
+        self.holders: dict[Expr, list[tuple[fx.Node, int]]] = {}
         self.order: dict[fx.Node, int] = {}
         self._root: dict[fx.Node, fx.Node] = {}
         self._members: dict[fx.Node, list[fx.Node]] = {}
@@ -149,6 +149,14 @@ class Reader:
         return self.order[node] < end and not any(
             since < w < end for w in self._writes.get(self._root[node], ())
         )
+
+    def home(self, meaning: Expr, until: fx.Node) -> fx.Node | None:
+        """A node that holds an expression's value just before ``until``."""
+        return next((n for n, since in self.holders.get(meaning, ()) if self.usable(n, since, until)), None)
+
+    def _hold(self, meaning: Value, node: fx.Node, since: int) -> None:
+        if isinstance(meaning, Expr):
+            self.holders.setdefault(meaning, []).append((node, since))
 
     def was_written(self, node: fx.Node) -> bool:
         """Does anything write into the memory of ``node``?"""
@@ -207,9 +215,7 @@ class Reader:
         self.defined.setdefault(node, meaning)
         if isinstance(meaning, Expr):
             self.definer.setdefault(meaning, node)
-            held = self.home.get(meaning)
-            if held is None:
-                self.home[meaning] = node
+            self._hold(meaning, node, self.order[node])
 
     def _opaque(self, node: fx.Node) -> Value:
         """A leaf for a tensor, a size for a SymInt, the number itself for a number."""
@@ -422,7 +428,6 @@ class Reader:
 
     def _rewrite(self, target: fx.Node, node: fx.Node | None, out: Value, position: int) -> None:
         """``target``'s memory now holds ``out``; everything that shares it is forgotten."""
-        whole = self._root[target] is target
         before = self.meaning.get(target)
         if not isinstance(out, Expr) or not isinstance(before, Expr) or out.shape != before.shape:
             self._forget(target, position)
@@ -432,14 +437,12 @@ class Reader:
         self._forget(target, position)
         for holder, meaning in wholes:
             self.meaning[holder] = meaning
-            self.home[meaning] = holder
+            self._hold(meaning, holder, position)
             self._since[holder] = position
         self.meaning[target] = out
         if node is not None:
             self._bind(node, out)
-        elif whole:
-            self.home.setdefault(out, target)
-        self.home[out] = target
+        self._hold(out, target, position)
         self._since[target] = position
 
     def since(self, node: fx.Node) -> int:
@@ -450,14 +453,11 @@ class Reader:
         root = self._root[target]
         self._writes.setdefault(root, []).append(position)
         for member in [root, *self._members.get(root, [])]:
-            old = self.meaning.get(member)
             value = value_of(member)
             if isinstance(value, torch.Tensor):
                 self.meaning[member] = leaf(f"{member.name}@{position}", shape_of(value), value.dtype)
                 self._since[member] = position
-                self.home[self.meaning[member]] = member
-            if isinstance(old, Expr) and self.home.get(old) is member:
-                del self.home[old]
+                self._hold(self.meaning[member], member, position)
 
     def _set_item(self, node: fx.Node, position: int) -> None:
         """``x[key] = value``, where a boolean mask, slices or integers select."""

@@ -240,6 +240,10 @@ def _call(
 ) -> fx.Node:
     """The call itself, in the first form for which the device has a fused kernel."""
     p = site.spec.dropout
+    if mask is not None and not target.training and build.value(mask).requires_grad:
+        mask = build.op(
+            "detach", mask
+        )  # PyTorch asks whether it requires gradients, not whether any are kept
     forms = _forms(site, build, x)
     chosen = next((f for f in forms if not _is_math(build, f[0], mask, p, causal, scale, f[1])), None)
     if chosen is None:
