@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-KERNELS = ("auto", "sdpa", "cudnn", "flash2", "flash3", "flash4", "flex", "reference")
+KERNELS = ("auto", "sdpa", "cudnn", "flash2", "flash3", "flash4", "flex", "flex_flash", "reference")
 PRECISIONS = ("native", "fp8")
 
 Compiler = Callable[..., Any]

@@ -122,6 +122,7 @@ class _Pass:
         self.graph = gm.graph
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.settled: set[Expr] = set()
+        self.shared: dict[Any, Any] = {}
 
     def run(self) -> list[SiteReport]:
         """Every site's report, in program order."""
@@ -228,7 +229,7 @@ class _Pass:
                 f"there is no '{name}' kernel yet" if kernel is None else kernel.refuse(site.spec, target)
             )
             if kernel is not None and reason is None:
-                build = Builder(self.reader, node, self.replaced, site.space)
+                build = Builder(self.reader, node, self.replaced, site.space, self.shared)
                 try:
                     out = build.restore(kernel.emit(site, build, target), _result_groups(site), site.out)
                     return laid_out_as(build, node, out), build, name

@@ -10,14 +10,14 @@ from __future__ import annotations
 from fusepass.kernels.base import Kernel, Refused, Target
 from fusepass.kernels.cudnn import CUDNN
 from fusepass.kernels.flash import FLASH2, FLASH3, FLASH4
-from fusepass.kernels.flex import FLEX
+from fusepass.kernels.flex import FLEX, FLEX_FLASH
 from fusepass.kernels.reference import REFERENCE
 from fusepass.kernels.sdpa import SDPA
 
-KERNELS: tuple[Kernel, ...] = (SDPA, FLASH4, FLASH3, FLASH2, CUDNN, FLEX, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (SDPA, FLASH4, FLASH3, FLASH2, CUDNN, FLEX, FLEX_FLASH, REFERENCE)
 BY_NAME: dict[str, Kernel] = {k.name: k for k in KERNELS}
 
 __all__ = [
-    "BY_NAME", "CUDNN", "FLASH2", "FLASH3", "FLASH4", "FLEX", "KERNELS", "REFERENCE", "SDPA", "Kernel",
-    "Refused", "Target",
+    "BY_NAME", "CUDNN", "FLASH2", "FLASH3", "FLASH4", "FLEX", "FLEX_FLASH", "KERNELS", "REFERENCE", "SDPA",
+    "Kernel", "Refused", "Target",
 ]  # fmt: skip

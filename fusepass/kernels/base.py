@@ -298,6 +298,20 @@ def finish_rows(
     return out
 
 
+def mean_of_values(site: Site, build: Builder, x: Operands, scale: float, training: bool) -> fx.Node:
+    """The mean of all values, ``[B, H, 1 | Q, Dv]``: rows whose scores are all absorbed by one fill.
+
+    Raises:
+        Refused: its gradients are not known.
+    """
+    mean = build.op("mean", x.v, [2], True)
+    if site.roles.group:
+        mean = repeat_heads(site, build, mean)
+    if training and any(m.additive for m in site.spec.masks):
+        return _with_gradients(site, build, x, scale, mean)
+    return mean
+
+
 def _with_gradients(site: Site, build: Builder, x: Operands, scale: float, mean: fx.Node) -> fx.Node:
     """The mean of the values, with the gradients that an additive mask lets through.
 

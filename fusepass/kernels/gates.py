@@ -58,7 +58,8 @@ class Gate:
     """One row of the table.
 
     majors: major compute capabilities; None is any device, a GPU or not.
-    head_dims, backward_dims: the largest head size forward and backward; sizes are multiples of ``step``.
+    step, least: head sizes are multiples of the one and at least the other.
+    head_dims, backward_dims: the largest head size, forward and backward.
     same_width: keys and values must have one head size.
     """
 
@@ -67,6 +68,7 @@ class Gate:
     majors: tuple[int, ...] | None = None
     package: Package | None = None
     step: int = 1
+    least: int = 1
     head_dims: int | None = None
     backward_dims: int | None = None
     same_width: bool = False
@@ -77,13 +79,14 @@ class Gate:
 GATES: dict[str, Gate] = {
     g.kernel: g
     for g in (
-        Gate("flash2", HALF, (8, 9, 10, 11, 12), FLASH2, 8, 256, 256, True, source="flash-attn 2.8.3"),
-        Gate("flash3", HALF, (9,), FLASH3, 8, 256, 256, True, source="flash-attn 2.8.3, folder hopper"),
-        Gate("flash4", HALF, (9, 10, 11), FLASH4, 8, 256, 256, source="flash-attn-4 4.0.0b36"),
-        Gate("cudnn", HALF, (8, 9, 10, 11, 12), None, 8, 128, 128, source="torch 2.11, cuDNN 9.19"),
-        Gate("fp8", HALF, (9,), FRONTEND, 16, 128, None, True, False, "cuDNN 9.19, frontend 1.32"),
+        Gate("flash2", HALF, (8, 9, 10, 11, 12), FLASH2, 8, 8, 256, 256, True, source="flash-attn 2.8.3"),
+        Gate("flash3", HALF, (9,), FLASH3, 8, 8, 256, 256, True, source="flash-attn 2.8.3, folder hopper"),
+        Gate("flash4", HALF, (9, 10, 11), FLASH4, 8, 8, 256, 256, source="flash-attn-4 4.0.0b36"),
+        Gate("cudnn", HALF, (8, 9, 10, 11, 12), None, 8, 8, 128, 128, source="torch 2.11, cuDNN 9.19"),
+        Gate("fp8", HALF, (9,), FRONTEND, 16, 16, 128, None, True, False, "cuDNN 9.19, frontend 1.32"),
+        Gate("flex_flash", HALF, (9, 10), FLASH4, 8, 8, 256, 256, source="torch 2.11, flash-attn-4 4.0.0b36"),
         Gate(
-            "flex", (torch.float32, *HALF), None, None, 1, 512, 256, source="torch 2.11, Triton and C++"
+            "flex", (torch.float32, *HALF), None, None, 1, 16, 512, 256, source="torch 2.11, Triton and C++"
         ),
     )
 }  # fmt: skip
@@ -142,10 +145,10 @@ def _head_sizes(gate: Gate, head_dim: Size, value_dim: Size, training: bool) -> 
         return f"it needs keys and values of one head size, and these are {head_dim} and {value_dim}"
     most = gate.backward_dims if training and gate.backward_dims is not None else gate.head_dims
     for size in (head_dim, value_dim):
-        if size % gate.step or (most is not None and size > most):
+        if size % gate.step or size < gate.least or (most is not None and size > most):
             way = " backward" if training and gate.backward_dims != gate.head_dims else ""
-            multiples = f"multiples of {gate.step}" if gate.step > 1 else "sizes"
-            return f"its head sizes{way} are {multiples} up to {most}, and this is {size}"
+            multiples = f"multiples of {gate.step} " if gate.step > 1 else ""
+            return f"its head sizes{way} are {multiples}from {gate.least} up to {most}, and this is {size}"
     return None
 
 

@@ -295,7 +295,7 @@ def _is_math(
 
 
 def fused_on_cuda(q: torch.Tensor, v: torch.Tensor, masked: bool, gqa: bool) -> bool:
-    """PyTorch's conditions for a fused kernel on an NVIDIA GPU (``sdp_utils.cpp``), to compile without one."""
+    """PyTorch's conditions for a fused kernel on an NVIDIA GPU (``sdp_utils.cpp``), where there is none."""
     half = q.dtype in (torch.float16, torch.bfloat16)
     small = max(size_of(q.shape[3]), size_of(v.shape[3])) <= 256 and q.shape[3] % 8 == 0
     flash = half and small and not masked and q.shape[3] == v.shape[3]
