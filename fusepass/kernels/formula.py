@@ -165,7 +165,7 @@ def evaluate(formula: Formula, at: Mapping[str, Tensor], tensors: Sequence[Tenso
     if operation == "index":
         return _index(formula[1], formula[2], at)
     if operation == "load":
-        tensor = tensors[formula[1]]
+        tensor: Tensor = tensors[formula[1]]
         if tensor.dim() == 0:
             return tensor
         where = tuple(_index(constant, terms, at) for constant, terms in formula[2])
