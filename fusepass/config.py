@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 KERNELS = ("auto", "sdpa", "cudnn", "flash2", "flash3", "flash4", "flex", "flex_flash", "reference")
-PRECISIONS = ("native", "fp8")
+PRECISIONS = ("native", "fp8", "fp8_unrotated")
 
 Compiler = Callable[..., Any]
 """What compiles a rewritten graph: `(GraphModule, example inputs) -> callable`."""
@@ -24,7 +24,7 @@ class Options:
     kernel: str = "auto"
     """One of `KERNELS`. Other than "auto" and "reference": that kernel where it can, else the site stays."""
     precision: str = "native"
-    """One of `PRECISIONS`."""
+    """One of `PRECISIONS`. In FP8 where a site can be (Hopper, inference), in its own dtype elsewhere."""
     validate: bool = False
     """Run every site's original and its replacement against float64 when the graph is compiled."""
 

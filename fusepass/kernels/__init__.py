@@ -11,6 +11,7 @@ from fusepass.kernels.base import Kernel, Refused, Target
 from fusepass.kernels.cudnn import CUDNN
 from fusepass.kernels.flash import FLASH2, FLASH3, FLASH4
 from fusepass.kernels.flex import FLEX, FLEX_FLASH
+from fusepass.kernels.fp8 import FP8
 from fusepass.kernels.reference import REFERENCE
 from fusepass.kernels.sdpa import SDPA
 
@@ -18,6 +19,7 @@ KERNELS: tuple[Kernel, ...] = (SDPA, FLASH4, FLASH3, FLASH2, CUDNN, FLEX, FLEX_F
 BY_NAME: dict[str, Kernel] = {k.name: k for k in KERNELS}
 
 __all__ = [
-    "BY_NAME", "CUDNN", "FLASH2", "FLASH3", "FLASH4", "FLEX", "FLEX_FLASH", "KERNELS", "REFERENCE", "SDPA",
+    "BY_NAME", "CUDNN", "FLASH2", "FLASH3", "FLASH4", "FLEX", "FLEX_FLASH",
+    "FP8", "KERNELS", "REFERENCE", "SDPA",
     "Kernel", "Refused", "Target",
 ]  # fmt: skip

@@ -1,8 +1,8 @@
-"""cuDNN's FP8 attention as ``torch.ops.fusepass.fp8_cudnn``: e4m3 in, e4m3 out, forward only.
+"""FP8 attention of libraries as ``torch.ops.fusepass.fp8_cudnn`` and ``fp8_flash3``; forward only.
 
-Built with ``nvidia-cudnn-frontend`` (``pygraph.sdpa_fp8``); a graph is built once for each shape, layout
-and scale, and kept.  On Hopper cuDNN writes e4m3 only, so the result is scaled by what the caller knows
-of the values.  Source: cuDNN frontend documentation, "Attention FP8 forward".
+cuDNN's is built with ``nvidia-cudnn-frontend`` (``pygraph.sdpa_fp8``): e4m3 in, e4m3 out; a graph is built
+once for each shape, layout and scale, and kept.  On Hopper cuDNN writes e4m3 only, so the result is scaled
+by what the caller knows of the values.  Source: cuDNN frontend documentation, "Attention FP8 forward".
 """
 
 from __future__ import annotations
@@ -113,6 +113,31 @@ _definitions.define(
 _definitions.impl("fp8_cudnn", _run, "CUDA")
 torch.library.register_fake(
     "fusepass::fp8_cudnn", lambda q, k, v, descale, scale, causal: _result(q, v), lib=_definitions
+)
+
+
+def _flash3(
+    q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor, of_v: Tensor, scale: float, causal: bool
+) -> Tensor:
+    from fusepass.kernels.flash_ops import library
+
+    interface = library("flash3").interface  # type: ignore[attr-defined]
+    out: Tensor = interface._flash_attn_forward(
+        q, k, v, *[None] * 17, of_q, of_k, of_v, scale, causal=causal, window_size=(-1, 0 if causal else -1)
+    )[0]
+    return out
+
+
+_definitions.define(
+    "fp8_flash3(Tensor q, Tensor k, Tensor v, Tensor of_q, Tensor of_k, Tensor of_v, float scale, "
+    "bool causal) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_definitions.impl("fp8_flash3", _flash3, "CUDA")
+torch.library.register_fake(
+    "fusepass::fp8_flash3",
+    lambda q, k, v, of_q, of_k, of_v, scale, causal: q.new_empty(q.shape, dtype=torch.bfloat16),
+    lib=_definitions,
 )
 
 __all__ = ["E4M3_MAX", "WEIGHT_SCALE"]

@@ -83,7 +83,7 @@ GATES: dict[str, Gate] = {
         Gate("flash3", HALF, (9,), FLASH3, 8, 8, 256, 256, True, source="flash-attn 2.8.3, folder hopper"),
         Gate("flash4", HALF, (9, 10, 11), FLASH4, 8, 8, 256, 256, source="flash-attn-4 4.0.0b36"),
         Gate("cudnn", HALF, (8, 9, 10, 11, 12), None, 8, 8, 128, 128, source="torch 2.11, cuDNN 9.19"),
-        Gate("fp8", HALF, (9,), FRONTEND, 16, 16, 128, None, True, False, "cuDNN 9.19, frontend 1.32"),
+        Gate("fp8", HALF, (9,), FRONTEND, 128, 128, 128, None, True, False, "cuDNN 9.19, frontend 1.32"),
         Gate("flex_flash", HALF, (9, 10), FLASH4, 8, 8, 256, 256, source="torch 2.11, flash-attn-4 4.0.0b36"),
         Gate(
             "flex", (torch.float32, *HALF), None, None, 1, 16, 512, 256, source="torch 2.11, Triton and C++"
@@ -112,7 +112,8 @@ def machine_refuses(gate: Gate, device: str) -> str | None:
             return f"it runs on NVIDIA GPUs, and this is {device}"
         if reason := capability_refuses(gate, capability()):
             return reason
-    if gate.package is not None and not installed(gate.package):
+    packages = (gate.package, FLASH3) if gate.kernel == "fp8" else (gate.package,)
+    if gate.package is not None and not any(p is not None and installed(p) for p in packages):
         return f"{gate.package.name} is not installed: {gate.package.install}"
     return None
 
