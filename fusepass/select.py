@@ -17,7 +17,7 @@ import sympy
 
 from fusepass import costs
 from fusepass.index import Size
-from fusepass.kernels import Kernel, Target, flash, sdpa
+from fusepass.kernels import Kernel, Target, flash, flex_blocks, sdpa
 from fusepass.recognize import Site
 from fusepass.spec import Attention, Band, Bias, Document, Keep, KeyPadding, SoftCap
 
@@ -57,7 +57,7 @@ def rank(
         return [Ranked(k) for k in kernels]
     if profile is None:
         return [Ranked(k) for k in by_rule(site.spec, sizes_of(site), kernels)]
-    work = work_of(site.spec, sizes_of(site), target.training)
+    work = work_of(site, target.training)
     found = [Ranked(k, predicted(profile, k.name, work)) for k in kernels]
     known = sorted((r for r in found if r.milliseconds is not None), key=lambda r: r.milliseconds or 0.0)
     rest = {r.kernel.name for r in found if r.milliseconds is None and r.kernel is not None}
@@ -102,14 +102,18 @@ def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel])
 # ---------------------------------------------------------------------------------------- a site as work
 
 
-def kind_of(spec: Attention) -> str:
-    """The kind of attention, as profiles name it: what changes a kernel's speed."""
+def kind_of(spec: Attention, thin: frozenset[int] = frozenset()) -> str:
+    """The kind of attention, as profiles name it: what changes a kernel's speed.
+
+    ``thin`` are the slots of biases that have a formula (:func:`flex_blocks.thin_biases`).
+    """
     words = [_visibility(spec)]
     if any(isinstance(m, SoftCap) for m in spec.scores):
         words.append("softcap")
     for mod in spec.scores:
         if isinstance(mod, Bias):
-            words.append("bias" if {"i", "j"} <= set(mod.axes) else "thin bias")
+            dense = {"i", "j"} <= set(mod.axes) and mod.slot not in thin
+            words.append("bias" if dense else "thin bias")
     if spec.sink is not None:
         words.append("sink")
     if spec.dropout:
@@ -150,8 +154,9 @@ def hint(size: Size, site: Site) -> int:
     return int(found) if found.is_number else 1024
 
 
-def work_of(spec: Attention, sizes: dict[str, float], training: bool) -> Work:
+def work_of(site: Site, training: bool) -> Work:
     """A site as the cost model sees it."""
+    spec, sizes = site.spec, sizes_of(site)
     mode = costs.TRAINING if training else costs.FORWARD
     traffic = sizes["b"] * (
         sizes["h"] * sizes["i"] * (sizes["d"] + sizes["e"])
@@ -159,7 +164,8 @@ def work_of(spec: Attention, sizes: dict[str, float], training: bool) -> Work:
     )
     each = sizes["b"] * sizes["h"] * (sizes["d"] + sizes["e"])
     pairs, whole = pairs_of(spec, sizes["i"], sizes["j"]), sizes["i"] * sizes["j"]
-    return Work(kind_of(spec), int(sizes["d"]), mode, traffic, each * pairs, each * whole)
+    kind = kind_of(spec, flex_blocks.thin_biases(site))
+    return Work(kind, int(sizes["d"]), mode, traffic, each * pairs, each * whole)
 
 
 def pairs_of(spec: Attention, queries: float, keys: float) -> float:

@@ -177,7 +177,8 @@ def _forward(name: str) -> Callable[..., Results]:
 def _forward_fake(name: str) -> Callable[..., Results]:
     def shapes(q, k, v, extra, scale, left, right, softcap, dropout):  # type: ignore[no-untyped-def]
         batch, queries, heads, _ = q.shape
-        out = q.new_empty((batch, queries, heads, v.shape[3]))
+        # flash 2 makes its result like the queries, the others make it contiguous.
+        out = torch.empty_like(q) if name == "flash2" else q.new_empty((batch, queries, heads, v.shape[3]))
         lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
         return out, lse, q.new_empty(2 if name == "flash2" else 0, dtype=torch.int64)
 

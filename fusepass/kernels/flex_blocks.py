@@ -6,6 +6,7 @@ become part of the ``score_mod``.  Rows that see no key are found by their log-s
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from dataclasses import dataclass, field
@@ -172,6 +173,17 @@ def _value(writer: fm.Writer, slot: int, build: Builder) -> Any:
     return found
 
 
+def thin_biases(site: Site) -> frozenset[int]:
+    """The slots of biases that vary over queries and keys by a formula, and not by a tensor."""
+    found = set()
+    for mod in site.spec.scores:
+        if isinstance(mod, Bias):
+            with contextlib.suppress(fm.Unwritable):
+                if not fm.is_dense(fm.Writer(site).term(site.operands[mod.slot])):
+                    found.add(mod.slot)
+    return frozenset(found)
+
+
 def _visible(writer: fm.Writer, mask: Mask) -> Any:
     term, known = writer.site.operands[mask.slot], len(writer.tensors)
     try:
@@ -268,4 +280,4 @@ def _mended(site: Site, build: Builder, target: Target, x: Operands, out: fx.Nod
     return build.op("where", seen, out, other)
 
 
-__all__ = ["Plan", "block_attention", "emit", "mendable", "plan"]
+__all__ = ["Plan", "block_attention", "emit", "mendable", "plan", "thin_biases"]
