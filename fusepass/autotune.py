@@ -21,7 +21,8 @@ from fusepass import bench, costs
 from fusepass.backend import inner_compiler
 from fusepass.config import Options
 from fusepass.dialects.fx_graph import value_of
-from fusepass.select import UNFUSED
+from fusepass.kernels import Kernel
+from fusepass.select import UNFUSED, Write
 from fusepass.spec import Attention
 from fusepass.validate import between, random_inputs
 
@@ -33,8 +34,8 @@ REPEATS = 20
 def fastest(
     original: fx.Node,
     spec: Attention,
-    names: Sequence[str],
-    write: Callable[[str], tuple[fx.Node, Callable[[], None]] | None],
+    kernels: Sequence[Kernel],
+    write: Write,
     options: Options,
     training: bool,
 ) -> str | None:
@@ -42,18 +43,18 @@ def fastest(
 
     Args:
         original: the node that computes the site.
-        names: the kernels to try.
+        kernels: those to try.
         write: writes one of them into the graph and returns its node and what takes it back, or None.
     """
     key = key_of(spec, site_inputs(original), training, options.inner)
     known = remembered(key)
-    if known == UNFUSED or known in names:
+    if known == UNFUSED or known in [k.name for k in kernels]:
         return known
     times = {UNFUSED: milliseconds(original, original, options, training)}
-    for name in names:
-        written = write(name)
+    for kernel in kernels:
+        written = write(kernel)
         if written is not None:
-            times[name] = milliseconds(original, written[0], options, training)
+            times[kernel.name] = milliseconds(original, written[0], options, training)
             written[1]()
     found = {name: ms for name, ms in times.items() if ms is not None}
     return remember(key, found) if found else None

@@ -9,15 +9,18 @@ order is that of the list.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
+from torch import fx
 
 from fusepass import costs
+from fusepass.config import Options
 from fusepass.index import Size
-from fusepass.kernels import Kernel, Target, flash, flex_blocks, sdpa
+from fusepass.kernels import BY_NAME, FP8, KERNELS, Kernel, Target, flash, flex_blocks, sdpa
+from fusepass.kernels.gates import runs_here
 from fusepass.recognize import Site
 from fusepass.spec import Attention, Band, Bias, Document, Keep, KeyPadding, SoftCap
 
@@ -26,6 +29,8 @@ LARGE = 1024 * 1024
 #: A site stays unfused only where that is predicted faster by more than the model's error.
 MARGIN = 1.1
 UNFUSED = "unfused"
+
+Write = Callable[[Kernel], tuple[fx.Node, Callable[[], None]] | None]
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,30 @@ class Ranked:
 
     kernel: Kernel | None
     milliseconds: float | None = None
+
+
+def candidates(
+    node: fx.Node, site: Site, target: Target, options: Options, write: Write
+) -> list[Kernel | None]:
+    """The kernels that the options allow, in the order to be tried; None: leave the site as it is.
+
+    Args:
+        node: the node that computes the site.
+        write: writes a kernel's nodes and returns the last one and what takes them back, or None.
+    """
+    first: list[Kernel | None] = [FP8] if options.precision != "native" else []
+    if options.kernel not in ("auto", "autotune"):
+        return [*first, BY_NAME[options.kernel]]
+    here = [k for k in KERNELS if runs_here(k.name, target.device)]
+    if options.kernel == "auto":
+        profile = costs.profile(costs.device_name()) if target.device == "cuda" else None
+        return [*first, *(r.kernel for r in rank(site, target, here, profile))]
+    from fusepass import autotune
+
+    best = autotune.fastest(node, site.spec, here, write, options, target.training)
+    if best == UNFUSED:
+        return [*first, None]
+    return [*first, *sorted(here, key=lambda k: k.name != best)]
 
 
 def rank(
@@ -200,6 +229,7 @@ __all__ = [
     "Ranked",
     "Work",
     "by_rule",
+    "candidates",
     "kind_of",
     "pairs_of",
     "rank",

@@ -199,7 +199,7 @@ def test_a_windowed_call(name: str, everything: None) -> None:
         i, j = (torch.arange(320, device=q.device) for _ in range(2))
         gap = j - i.unsqueeze(1)
         w = s.masked_fill((gap > 0) | (gap < -63), -INF).softmax(-1)
-        return (w @ v.repeat_interleave(4, 1)).transpose(1, 2)
+        return (w @ v.repeat_interleave(4, 1)).transpose(1, 2).flatten(2)
 
     graph, site = rewritten(program, name, *SHAPES)
     assert site.kernel == name, site
@@ -207,10 +207,7 @@ def test_a_windowed_call(name: str, everything: None) -> None:
     assert call.args[3:] == (None, 0.1, 63, 0, 0.0, 0.0)
     q, k, v = (n.meta["example_value"] for n in call.args[:3])
     assert (q.shape, k.shape, v.shape) == SHAPES and q.is_contiguous() and k.is_contiguous()
-    result = graph.graph.output_node().args[0]
-    assert isinstance(result, fx.Node)
-    written = result.all_input_nodes[0].meta["example_value"]
-    assert written.transpose(1, 2).is_contiguous(), "memory order is kept: no copy on the way out"
+    assert "contiguous" not in targets(graph), "memory order is kept: no copy on the way out"
 
 
 def test_cudnn_is_called_by_name(everything: None) -> None:
@@ -222,12 +219,12 @@ def test_cudnn_is_called_by_name(everything: None) -> None:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.transpose(-1, -2) * 0.1).softmax(-1) @ v
+    return ((q @ k.transpose(-1, -2) * 0.1).softmax(-1) @ v).flatten(2)
 
 
 def test_a_negative_scale_goes_into_the_queries(everything: None) -> None:
     def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ k.transpose(-1, -2) * -0.1).softmax(-1) @ v
+        return ((q @ k.transpose(-1, -2) * -0.1).softmax(-1) @ v).flatten(2)
 
     graph, site = rewritten(program, "flash4", *[(2, 4, 64, 64)] * 3)
     assert site.fused and arguments(graph, "fusepass.flash4").args[4] == 1.0

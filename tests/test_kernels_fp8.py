@@ -89,7 +89,7 @@ def test_takes_full_and_causal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.transpose(-1, -2) * 0.1).softmax(-1) @ v
+    return ((q @ k.transpose(-1, -2) * 0.1).softmax(-1) @ v).flatten(2)
 
 
 def test_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from fusepass.kernels.base import (
     rows_of,
     tensor_operand,
 )
+from fusepass.kernels.flex_blocks import representable
 from fusepass.kernels.gates import gate_refuses
 from fusepass.program import Program, decode, encode
 from fusepass.recognize import Site
@@ -55,7 +56,6 @@ from fusepass.spec import (
 
 #: Stands for every lower fill: the kernels work in powers of two, where float32's lowest number overflows.
 _LOWEST = -1e30
-_HALF_LOWEST = torch.finfo(torch.float32).min / 2
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> Tensor:
@@ -133,19 +133,12 @@ def _apply(mod: Any, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, 
         case SoftCap(cap):
             return cap * torch.tanh(s / cap)
         case Bias(slot, _, factor):
-            return s + _representable(_element(captured[slot], at) * factor)
+            return s + representable(_element(captured[slot], at) * factor)
         case Floor(bound):
             return torch.maximum(s, torch.full_like(s, max(bound, torch.finfo(torch.float32).min)))
         case Mask():
             return _masked(mod, s, at, captured, exact)
     raise ValueError(f"FlexAttention program: unknown modifier {mod!r}")
-
-
-def _representable(added: Tensor) -> Tensor:
-    """The lowest finite values halved: they hide as much, and do not overflow in powers of two."""
-    if added.dtype is torch.float16:
-        return added
-    return torch.where(added == -math.inf, added, torch.clamp(added, min=_HALF_LOWEST))
 
 
 def _masked(
@@ -154,11 +147,11 @@ def _masked(
     """Hidden scores.  ``exact``: a bias may hide whole rows, in which fills are compared with each other."""
     fill = max(mod.fill, _LOWEST)
     if exact:
-        fill = mod.fill if mod.fill == -math.inf else max(mod.fill, _HALF_LOWEST)
+        fill = mod.fill if mod.fill == -math.inf else max(mod.fill, flex_blocks.LOWEST)
     if mod.slot >= 0:
         tensor = _element(captured[mod.slot], at)
         if mod.additive:
-            return s + (_representable(tensor) if exact else tensor)
+            return s + (representable(tensor) if exact else tensor)
         return torch.where(tensor, s, fill) if mod.attends else torch.where(tensor, fill, s)
     hidden: Any = s + fill if mod.additive and exact else fill
     gap = at[3] - at[2]

@@ -31,6 +31,8 @@ from fusepass.recognize import Site
 from fusepass.rule import Term
 from fusepass.spec import Bias, Mask, Scale, ScaleBy, SoftCap, negligible
 
+LOWEST = torch.finfo(torch.float32).min / 2
+
 
 def block_attention(
     q: Tensor,
@@ -89,12 +91,19 @@ def _scored(mod: Any, s: Tensor, at: dict[str, Tensor], captured: tuple[Tensor, 
     elif kind == "softcap":
         s = given * torch.tanh(s / given)
     elif kind == "add":
-        s = s + fm.evaluate(given, at, captured) * more[0]
+        s = s + representable(fm.evaluate(given, at, captured) * more[0])
     elif kind == "times":
         s = s * fm.evaluate(given, at, captured)
     else:
         raise ValueError(f"FlexAttention program: unknown step {mod!r}")
     return s
+
+
+def representable(added: Tensor) -> Tensor:
+    """The lowest finite values halved: they hide as much, and do not overflow in powers of two."""
+    if added.dtype is torch.float16 or not added.is_floating_point():
+        return added
+    return torch.where(added == -math.inf, added, torch.clamp(added, min=LOWEST))
 
 
 @dataclass
@@ -131,6 +140,9 @@ def plan(site: Site, build: Builder) -> Plan | None:
     """
     spec, made = site.spec, Plan(site)
     masked = False
+    biased = any(isinstance(m, Bias) for m in spec.scores)
+    if biased and any(m.fill != -math.inf for m in spec.masks):
+        return None  # a bias may hide whole rows, in which finite fills are compared with it
     for position, mod in enumerate(spec.scores):
         if masked and not isinstance(mod, (Mask, Bias)):
             return None
