@@ -118,6 +118,15 @@ def test_the_operator_is_sound() -> None:
     torch.library.opcheck(torch.ops.fusepass.block_tables.default, arguments)
 
 
+def test_fixed_tables_are_kept_and_copied() -> None:
+    written, device = formula.text(FORMULAS["window"]), torch.device("cpu")
+    first, second = (torch.ops.fusepass.block_tables([], written, 1, 1, 700, 700, device) for _ in range(2))
+    sizes = {"b": 1, "h": 1, "i": 700, "j": 700}
+    want = tables(*block_visibility(formula.read(written), sizes, [], device))
+    for a, b, c in zip(first, second, want, strict=True):
+        assert torch.equal(a, c) and torch.equal(b, c) and a.data_ptr() != b.data_ptr()
+
+
 # ---------------------------------------------------------------------------------------- FlexAttention
 
 

@@ -279,8 +279,19 @@ def tables(every: Tensor, some: Tensor) -> tuple[Tensor, ...]:
 def _block_tables(
     tensors: list[Tensor], visible: str, batch: int, heads: int, queries: int, keys: int, device: torch.device
 ) -> tuple[Tensor, ...]:
+    if not tensors:
+        fixed = _fixed(visible, batch, heads, queries, keys, device.type == "cuda")
+        return tuple(t.to(device, non_blocking=True, copy=True) for t in fixed)
     sizes = {"b": batch, "h": heads, "i": queries, "j": keys}
     return tables(*block_visibility(read(visible), sizes, tensors, device))
+
+
+@functools.lru_cache(maxsize=64)
+def _fixed(visible: str, batch: int, heads: int, queries: int, keys: int, pinned: bool) -> tuple[Tensor, ...]:
+    """The tables of a formula that reads no tensor, on the CPU: later calls are eight small copies."""
+    sizes = {"b": batch, "h": heads, "i": queries, "j": keys}
+    found = tables(*block_visibility(read(visible), sizes, [], torch.device("cpu")))
+    return tuple(t.pin_memory() for t in found) if pinned else found
 
 
 def _shapes(
