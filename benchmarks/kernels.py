@@ -35,7 +35,8 @@ def main() -> int:
         print("benchmarks/kernels.py measures GPUs, and there is none here", file=sys.stderr)
         return 2
     name = "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name().lower())
-    results, limit = ROOT / "benchmarks" / "results", ["--limit", arguments.limit] if arguments.limit else []
+    results = ROOT / "benchmarks" / "results"
+    limit = ["--limit", arguments.limit] if arguments.limit else []
     common = ["bench", "--head-dims", "128,64,256", *limit]
     if arguments.part in ("all", "profile"):
         kernels = "compile,sdpa,cudnn,flash2,flash3,flash4,flex,flex_flash"

@@ -29,6 +29,7 @@ from fusepass.spec import (
     SoftCap,
     reference,
 )
+from fusepass.spec_grad import gradients
 from tests.attention_cases import INF
 from tests.fake_cuda import fake_graph, hopper, targets
 
@@ -242,10 +243,9 @@ def test_without_a_profile_the_old_order_stays(monkeypatch: pytest.MonkeyPatch) 
 class Mathematics:
     """A library that computes with the reference, for the operators' own machinery."""
 
-    def attention(
-        self, given: list[Tensor], scale: float, window: tuple[int | None, int | None], softcap: float
-    ) -> Tensor:
-        q, k, v, *extra = given
+    def specification(
+        self, q: Tensor, k: Tensor, extra: Tensor | None, scale: float, window: Any, softcap: float
+    ) -> tuple[Attention, list[Tensor]]:
         left, right = window
         gap = torch.arange(k.shape[1]) - torch.arange(q.shape[1])[:, None] - (k.shape[1] - q.shape[1])
         seen = torch.ones_like(gap, dtype=torch.bool)
@@ -256,23 +256,24 @@ class Mathematics:
             scores.insert(1, SoftCap(softcap))
         made = Attention(
             q.shape[0], q.shape[2], k.shape[2], q.shape[1], k.shape[1], q.shape[3], q.shape[3], q.dtype,
-            tuple(scores), (), q.dtype, q.dtype, Sink(1, "h") if extra else None,
+            tuple(scores), (), q.dtype, q.dtype, None if extra is None else Sink(1, "h"),
         )  # fmt: skip
-        tensors = [seen[None, None], *(t.view(1, -1, 1, 1) for t in extra)]
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return reference(made, q, k, v, tensors).transpose(1, 2).contiguous()
+        return made, [seen[None, None], *([] if extra is None else [extra.view(1, -1, 1, 1)])]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, extra: Any, *settings: Any) -> Any:
-        given = [q, k, v, *([] if extra is None else [extra])]
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, extra: Tensor | None, *settings: Any) -> Any:
+        made, tensors = self.specification(q, k, extra, *settings[:3])
+        out = reference(made, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), tensors)
         lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1])
-        return self.attention(given, *settings[:3]), lse, None
+        return out.transpose(1, 2).contiguous(), lse, None
 
-    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, extra: Any, *settings: Any) -> Any:
-        given = [t.detach().requires_grad_() for t in (q, k, v, *([] if extra is None else [extra]))]
-        with torch.enable_grad():
-            again = self.attention(given, *settings[:3])
-        grads = [g.contiguous() for g in torch.autograd.grad(again, given, grad)]
-        return (*grads[:3], None if extra is None else grads[3])
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, extra: Tensor | None, *settings: Any
+    ) -> Any:
+        made, tensors = self.specification(q, k, extra, *settings[:3])
+        given = [t.transpose(1, 2) for t in (grad, q, k, v)]
+        found = gradients(made, given[0], given[1], given[2], given[3], tensors)
+        grads = [g.transpose(1, 2).contiguous() for g in found[:3]]
+        return (*grads, None if extra is None else found[4].reshape(extra.shape).contiguous())
 
 
 @pytest.fixture
@@ -335,6 +336,51 @@ def test_export_takes_the_operator(on_cpu: None) -> None:
     q = torch.randn(2, 16, 2, 8)
     program = torch.export.export(Program(), (q,))
     torch.testing.assert_close(program.module()(q), Program()(q))
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """Two ranks that only pretend to talk to each other."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield init_device_mesh("cpu", (2,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("dim", [None, 0, 2])
+def test_tensors_split_by_batch_and_heads(dim: int | None, extra: bool, on_cpu: None, mesh: Any) -> None:
+    """DTensor runs the operator on the parts, forward and backward, and knows how the results are split."""
+    from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+    flash._shard_once()
+    torch.manual_seed(0)
+
+    def spread(part: Tensor, *placements: Placement) -> Tensor:
+        return DTensor.from_local(part, mesh, placements, run_check=False).requires_grad_()
+
+    kind = Replicate() if dim is None else Shard(dim)
+    parts = [torch.randn(2, 6, 2, 8, requires_grad=True) for _ in range(3)]
+    given = [spread(t.detach(), kind) for t in parts]
+    sink = torch.randn(2, requires_grad=True) if extra else None
+    sinks = None if sink is None else spread(sink.detach(), Shard(0) if dim == 2 else Replicate())
+    out, lse, _ = torch.ops.fusepass.flash4(*given, sinks, 0.3, None, 0, 0.0, 0.0)
+    want = torch.ops.fusepass.flash4(*parts, sink, 0.3, None, 0, 0.0, 0.0)[0]
+    assert out.placements == (kind,) and lse.placements == (Shard(1) if dim == 2 else kind,)
+    torch.testing.assert_close(out.to_local(), want)
+    weights = torch.randn_like(want)
+    inputs = [*given, *([] if sinks is None else [sinks])]
+    got = torch.autograd.grad(out, inputs, spread(weights, kind).detach())
+    true = torch.autograd.grad(want, [*parts, *([] if sink is None else [sink])], weights)
+    for mine, exact in zip(got, true, strict=True):
+        assert isinstance(mine, DTensor)
+        torch.testing.assert_close(mine.to_local(), exact)
+    if extra and dim == 0:
+        last = got[-1]
+        assert isinstance(last, DTensor) and isinstance(last.placements[0], Partial)
 
 
 # ---------------------------------------------------------------------------------------- libraries
