@@ -307,7 +307,7 @@ VARIANTS: dict[str, Variant] = {
              "hand flash2": _flash2(causal=True, softcap=50.0), "hand flex": _flex(_capped, _below)},
         ),
         Variant(
-            "alibi", "causal+thin bias", "sdpa flex flex_flash", alibi, _half,
+            "alibi", "causal+thin bias", "sdpa flash2 flex flex_flash", alibi, _half,
             {"hand flash2": _flash2(causal=True), "hand flex": _flex(_sloped, _below),
              "hand flex_flash": _flex(_sloped, _below, "FLASH")},
             _slopes,

@@ -211,6 +211,33 @@ def test_a_windowed_call(name: str, everything: None) -> None:
     assert "contiguous" not in targets(graph), "memory order is kept: no copy on the way out"
 
 
+def test_alibi_becomes_slopes(everything: None) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+        s = q @ k.transpose(-1, -2) * 0.1
+        i, j = (torch.arange(64, device=q.device) for _ in range(2))
+        gap = j - i.unsqueeze(1)
+        s = s - slopes.view(-1, 1, 1) * (gap * -2)
+        return (s.masked_fill(gap > 0, -INF).softmax(-1) @ v).flatten(2)
+
+    shapes = (*[(2, 4, 64, 64)] * 3, (4,))
+    graph, site = rewritten(program, "flash2", *shapes)
+    assert site.kernel == "flash2", site
+    extra = arguments(graph, "fusepass.flash2").args[3]
+    assert extra.meta["example_value"].shape == (4,) and extra.meta["example_value"].dtype is torch.float32
+    assert extra.args[1] == 2.0, "minus slope times minus twice the distance"
+    assert not rewritten(program, "flash4", *shapes)[1].fused
+
+
+def test_a_bias_that_is_no_alibi(everything: None) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        s = q @ k.transpose(-1, -2) * 0.1 + bias
+        hidden = torch.ones(64, 64, dtype=torch.bool, device=q.device).triu(1)
+        return (s.masked_fill(hidden, -INF).softmax(-1) @ v).flatten(2)
+
+    site = rewritten(program, "flash2", *[(2, 4, 64, 64)] * 3, (4, 64, 64))[1]
+    assert not site.fused and "but ALiBi" in str(site.reason)
+
+
 def test_cudnn_is_called_by_name(everything: None) -> None:
     graph, site = rewritten(plain, "cudnn", *[(2, 4, 64, 64)] * 3)
     assert site.kernel == "cudnn"

@@ -1,8 +1,8 @@
 """flash-attn 2, 3 and 4: causal and windowed attention with softcap, grouped heads, and what each has alone.
 
-flash 2 has dropout, flash 4 a sink.  Their masks are bands aligned at the bottom right: query ``i`` sees
-the keys ``i + K - Q - left .. i + K - Q + right`` (README of flash-attention, changes of version 2.1), so a
-band of the graph, which counts from the top left, moves by ``K - Q``.
+flash 2 has dropout and ALiBi, flash 4 a sink.  Their masks are bands aligned at the bottom right: query
+``i`` sees the keys ``i + K - Q - left .. i + K - Q + right`` (README of flash-attention, changes of version
+2.1), so a band of the graph, which counts from the top left, moves by ``K - Q``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import fx
 from fusepass.emit import Builder
 from fusepass.index import simplify_size
 from fusepass.kernels import flash_ops
+from fusepass.kernels import formula as fm
 from fusepass.kernels.base import (
     Kernel,
     Refused,
@@ -33,6 +34,7 @@ from fusepass.recognize import Site
 from fusepass.spec import (
     Attention,
     Band,
+    Bias,
     Dropout,
     Keep,
     Mask,
@@ -57,9 +59,12 @@ class Call:
 
 def describe(spec: Attention, name: str) -> Call | str:
     """The call that computes ``spec``, or why there is none."""
-    call = _scores(spec)
+    biases = [m for m in spec.scores if isinstance(m, Bias)]
+    call = _scores(replace(spec, scores=tuple(m for m in spec.scores if m not in biases)))
     if isinstance(call, str):
         return call
+    if biases and (name != "flash2" or len(biases) > 1 or call.right != 0 or _scale_follows(spec)):
+        return f"it has no '{biases[0]}'"
     if spec.sink is not None and (name != "flash4" or not set(spec.sink.axes) <= {"h"}):
         return "it has no sink" if name != "flash4" else "its sink is one number a head"
     for weight in spec.weights:
@@ -70,6 +75,12 @@ def describe(spec: Attention, name: str) -> Call | str:
     if spec.dropout and name != "flash2":
         return "it has no dropout"
     return replace(call, dropout=spec.dropout)
+
+
+def _scale_follows(spec: Attention) -> bool:
+    """Is something other than masks done to the scores after the first bias?"""
+    first = next(n for n, m in enumerate(spec.scores) if isinstance(m, Bias))
+    return not all(isinstance(m, (Bias, Mask)) for m in spec.scores[first:])
 
 
 def _scores(spec: Attention) -> Call | str:
@@ -153,8 +164,10 @@ def _emit(name: str, site: Site, build: Builder) -> fx.Node:
         raise Refused("queries, keys and values have different dtypes")
     _sharded()
     q, k, v = (build.op("transpose", t, 1, 2) for t in (x.q, x.k, x.v))
+    bias = next((m for m in spec.scores if isinstance(m, Bias)), None)
+    extra = _sink(site, build) if bias is None else _slopes(site, build, bias)
     found = build.call(
-        getattr(torch.ops.fusepass, name).default, q, k, v, _sink(site, build), scale, call.left, call.right,
+        getattr(torch.ops.fusepass, name).default, q, k, v, extra, scale, call.left, call.right,
         call.softcap, call.dropout,
     )  # fmt: skip
     out = build.op("transpose", build.call(operator.getitem, found, 0), 1, 2)
@@ -171,6 +184,55 @@ def _sink(site: Site, build: Builder) -> fx.Node | None:
         return build.op("full", [heads], made, dtype=torch.float32, device=like.device)
     flat = build.op("reshape", build.cast(made, torch.float32), [-1])
     return build.op("expand", flat, [heads])
+
+
+def _slopes(site: Site, build: Builder, bias: Bias) -> fx.Node:
+    """The slopes of ALiBi, float32 ``[H]``: the bias is ``slope[h] * n * j`` and a number a row.
+
+    Under a causal mask flash 2 adds ``slope * (j - i)`` and a number a row, which the softmax does not see.
+
+    Raises:
+        Refused: the bias is of another form, or its slopes learn.
+    """
+    writer = fm.Writer(site)
+    refusal = Refused(f"it has no '{bias}' but ALiBi")
+    try:
+        found = fm.read(fm.text(writer.term(site.operands[bias.slot])))
+    except fm.Unwritable:
+        raise refusal from None
+    step = _linear(found)
+    if step is None:
+        raise refusal
+    _, slot, indices = step[0]
+    node = build.as_tensor(writer.tensors[slot])
+    for dim, (constant, terms) in reversed(list(enumerate(indices))):
+        if not terms:
+            node = build.op("select", node, dim, constant)
+    value = build.value(node)
+    if value.requires_grad or value.dim() != 1:
+        raise refusal
+    return build.op("mul_scalar", build.cast(node, torch.float32), step[1] * bias.factor)
+
+
+def _linear(formula: fm.Formula) -> tuple[fm.Formula, int] | None:
+    """The load of a slope a head and the factor of ``j``, of ``load(h) * (n * j + ...)``."""
+    while formula[0] == "cast":
+        formula = formula[1]
+    if formula[0] != "mul":
+        return None
+    parts = list(formula[1:])
+    for n, part in enumerate(parts):
+        while part[0] == "cast":
+            part = part[1]
+        parts[n] = part
+    for load, index in (parts, parts[::-1]):
+        if load[0] != "load" or index[0] != "index" or fm.letters(load) != {"h"}:
+            continue
+        whole = all(terms in ((), ((1, "h", 1, 0),)) for _, terms in load[2])
+        along = [t for t in index[2] if t[1] == "j"]
+        if whole and len(along) == 1 and along[0][2:] == (1, 0) and fm.letters(index) <= {"i", "j"}:
+            return load, along[0][0]
+    return None
 
 
 def _sharded() -> None:
