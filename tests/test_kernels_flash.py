@@ -211,6 +211,18 @@ def test_a_windowed_call(name: str, everything: None) -> None:
     assert "contiguous" not in targets(graph), "memory order is kept: no copy on the way out"
 
 
+def test_a_sink_becomes_one_number_a_head(everything: None) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        s = q @ k.transpose(-1, -2) * 0.1
+        column = sinks.view(1, -1, 1, 1).expand(2, 4, 64, 1)
+        return (torch.cat([s, column], -1).softmax(-1)[:, :, :, :-1] @ v).flatten(2)
+
+    graph, site = rewritten(program, "flash4", *[(2, 4, 64, 64)] * 3, (4,))
+    assert site.kernel == "flash4", site
+    extra = arguments(graph, "fusepass.flash4").args[3].meta["example_value"]
+    assert extra.shape == (4,) and extra.dtype is torch.float32
+
+
 def test_alibi_becomes_slopes(everything: None) -> None:
     def program(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
         s = q @ k.transpose(-1, -2) * 0.1

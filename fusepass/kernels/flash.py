@@ -182,6 +182,9 @@ def _sink(site: Site, build: Builder) -> fx.Node | None:
     made = row_operand(site, build, site.spec.sink.slot)
     if not isinstance(made, fx.Node) or not isinstance(build.value(made), torch.Tensor):
         return build.op("full", [heads], made, dtype=torch.float32, device=like.device)
+    if build.value(made).dim() == 4:  # it varies over the heads alone, in whatever it was expanded to
+        for dim in (3, 2, 0):
+            made = build.op("select", made, dim, 0)
     flat = build.op("reshape", build.cast(made, torch.float32), [-1])
     return build.op("expand", flat, [heads])
 
