@@ -16,6 +16,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
@@ -104,37 +105,62 @@ def run(
                 rows.append(measured(job))
                 on_row(rows[-1])
         return rows
+    left, deaths = list(work), dict.fromkeys(work, 0)
+    while left:
+        done = set()
+        try:
+            with _pool(workers) as pool:
+                pending = {pool.submit(_guarded, job, end): job for job in left}
+                for future in as_completed(pending):
+                    row = future.result()
+                    done.add(pending[future])
+                    if row is not None:
+                        rows.append(row)
+                        on_row(row)
+        except BrokenProcessPool:
+            left = [job for job in left if job not in done]
+            for job in left[:workers]:  # those that were running, one of which ended the process
+                deaths[job] += 1
+            for job in [j for j in left if deaths[j] > 1]:
+                rows.append(replace(_row(job), problem="the measuring process died"))
+                on_row(rows[-1])
+            left = [j for j in left if deaths[j] <= 1]
+        else:
+            left = []
+    return rows
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Fresh processes, each of which compiles with one thread: together they fill the machine."""
     import multiprocessing
 
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        pending = [pool.submit(_guarded, job, end) for job in work]
-        for done in as_completed(pending):
-            row = done.result()
-            if row is not None:
-                rows.append(row)
-                on_row(row)
-    return rows
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # read when a process imports torch
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
 def _guarded(job: Job, end: float | None) -> Row | None:
     """In a worker process: a measurement, or its problem as a row."""
     if end is not None and time.time() > end:
         return None
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
     torch.set_num_threads(1)
     return measured(job)
 
 
-def measured(job: Job) -> Row:
-    """The row of a job; whatever goes wrong stands in its last column."""
+def _row(job: Job) -> Row:
+    """A job's row before it is measured."""
     variant = VARIANTS[job.variant]
     shape = variant.shape(job.length, job.head_dim, job.tokens, job.width)
     pairs = variant.pairs(shape) * shape.batch * shape.heads
-    row = Row(
+    return Row(
         job.variant, job.mode, job.length, job.head_dim, shape.batch, shape.heads, shape.kv_heads,
         shape.queries, shape.keys, pairs, job.contender, "", None, None, None, None,
     )  # fmt: skip
+
+
+def measured(job: Job) -> Row:
+    """The row of a job; whatever goes wrong stands in its last column."""
+    variant, row = VARIANTS[job.variant], _row(job)
+    shape = variant.shape(job.length, job.head_dim, job.tokens, job.width)
     try:
         return _measure(job, variant, shape, row)
     except Exception as error:

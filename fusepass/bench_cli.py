@@ -29,8 +29,8 @@ def command(arguments: argparse.Namespace) -> int:
             more, about = bench.read_csv(place)
             rows += more
     else:
-        rows, about = _measure(arguments, console), bench.machine(arguments.device)
-        bench.write_csv(rows, arguments.out, about)
+        about = bench.machine(arguments.device)
+        rows = _measure(arguments, console, about)
         console.print(f"{len(rows)} measurements in {arguments.out}", highlight=False)
     if arguments.profile or arguments.profile_to:
         made = bench_report.profile_of(rows, about)
@@ -46,7 +46,7 @@ def command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(arguments: argparse.Namespace, console: Console) -> list[bench.Row]:
+def _measure(arguments: argparse.Namespace, console: Console, about: dict[str, str]) -> list[bench.Row]:
     variants = _chosen(arguments.variants, list(VARIANTS), "variant")
     modes = _chosen(arguments.modes, list(bench.MODES), "mode")
     named = ["compile", *bench.NAMED] if arguments.profile else ["eager", "compile", "auto", "hand"]
@@ -57,8 +57,18 @@ def _measure(arguments: argparse.Namespace, console: Console) -> list[bench.Row]
     )
     workers = arguments.workers or (max(1, (os.cpu_count() or 1) - 4) if arguments.device == "cuda" else 1)
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=len(work))
-        return bench.run(work, workers, lambda row: progress.advance(task), arguments.limit)
+        task, rows = progress.add_task("measuring", total=len(work)), list[bench.Row]()
+
+        def keep(row: bench.Row) -> None:
+            rows.append(row)
+            progress.advance(task)
+            if len(rows) % 50 == 0:
+                bench.write_csv(rows, arguments.out, about)
+
+        try:
+            return bench.run(work, workers, keep, arguments.limit)
+        finally:
+            bench.write_csv(rows, arguments.out, about)
 
 
 def _chosen(text: str, accepted: list[str], noun: str) -> list[str]:
