@@ -133,9 +133,12 @@ def _fit(key: tuple[str, str, int, str], samples: Sequence[Sample]) -> Fit:
 # ---------------------------------------------------------------------------------------- which profile
 
 
+_BANDS = ("full", "causal", "window")
+
+
 def sees_all(kernel: str, kind: str) -> bool:
     """Does a kernel's time grow with all pairs of queries and keys, hidden or not?"""
-    return kernel == "unfused" or (kernel in ("sdpa", "cudnn") and kind not in ("full", "causal"))
+    return kernel == "unfused" or (kernel in ("sdpa", "cudnn") and kind not in _BANDS)
 
 
 def cache_folder() -> Path:

@@ -121,8 +121,8 @@ def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel])
     hidden = all(isinstance(a, (Band, KeyPadding, Document)) for a in spec.atoms)
 
     def place(kernel: Kernel) -> int:
-        if native and kernel.name.startswith("flash"):
-            return 0
+        if native:
+            return 0 if kernel.name.startswith("flash") else 1 if kernel is sdpa.SDPA else 2
         return 1 if kernel.name == "flex" and hidden and bool(spec.masks) else 2
 
     return sorted(kernels, key=place)

@@ -87,7 +87,7 @@ def test_samples_count_what_a_kernel_sees() -> None:
     def row(contender: str) -> bench.Row:
         pairs = 2.0 * 3 * 1000
         return bench.Row(
-            "window",
+            "padding",
             "forward",
             4096,
             64,
@@ -107,10 +107,10 @@ def test_samples_count_what_a_kernel_sees() -> None:
 
     work = {
         s.kernel: s.work
-        for s in bench_report.samples([row(c) for c in ("flash4", "sdpa", "compile", "auto", "hand flex")])
+        for s in bench_report.samples([row(c) for c in ("flex", "sdpa", "compile", "auto", "hand sdpa")])
     }
     whole = 2 * 3 * 4096 * 4096 * 128
-    assert work == {"flash4": 2 * 3 * 1000 * 128, "sdpa": whole, "unfused": whole}
+    assert work == {"flex": 2 * 3 * 1000 * 128, "sdpa": whole, "unfused": whole}
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -192,7 +192,7 @@ def arguments(graph: fx.GraphModule, name: str) -> Any:
 SHAPES = ((2, 320, 8, 64), (2, 320, 2, 64), (2, 320, 2, 64))
 
 
-@pytest.mark.parametrize("name", ["flash2", "flash3", "flash4"])
+@pytest.mark.parametrize("name", ["flash2", "flash3", "flash4", "sdpa"])
 def test_a_windowed_call(name: str, everything: None) -> None:
     def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -204,8 +204,13 @@ def test_a_windowed_call(name: str, everything: None) -> None:
 
     graph, site = rewritten(program, name, *SHAPES)
     assert site.kernel == name, site
-    call = arguments(graph, f"fusepass.{name}")
-    assert call.args[3:] == (None, 0.1, 63, 0, 0.0, 0.0)
+    if name == "sdpa":
+        call = arguments(graph, "_flash_attention_forward")
+        assert call.args[3:] == (None, None, 320, 320, 0.0, False, False)
+        assert call.kwargs == {"scale": 0.1, "window_size_left": 63, "window_size_right": 0}
+    else:
+        call = arguments(graph, f"fusepass.{name}")
+        assert call.args[3:] == (None, 0.1, 63, 0, 0.0, 0.0)
     q, k, v = (n.meta["example_value"] for n in call.args[:3])
     assert (q.shape, k.shape, v.shape) == SHAPES and q.is_contiguous() and k.is_contiguous()
     assert "contiguous" not in targets(graph), "memory order is kept: no copy on the way out"

@@ -2,7 +2,8 @@
 
 ``softmax(q k^T * scale + attn_mask) v`` with dropout and grouped heads; ``is_causal`` is aligned
 top-left (PyTorch documentation of ``scaled_dot_product_attention``).  Its flash kernels take no
-``attn_mask``, so a mask that is proved causal, or to hide nothing, is never passed as a tensor.
+``attn_mask``, so a mask that is proved causal, or to hide nothing, is never passed as a tensor, and a
+window on a GPU goes to the operator behind it (:mod:`fusepass.kernels.torch_flash`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusepass.dialects.fx_graph import size_of
 from fusepass.emit import Builder
+from fusepass.kernels import torch_flash
 from fusepass.kernels.base import (
     Kernel,
     Operands,
@@ -98,6 +100,10 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     """Write the call."""
     spec = site.spec
     scale, x = scaled(site, build, operands(site, build))
+    bounds = torch_flash.window(spec, target, build.value(x.q).dtype)
+    if bounds is not None:
+        out = torch_flash.emit(site, build, x, scale, bounds)
+        return build.cast(after_weights(site, build, out), spec.out_dtype)
     original = x
     causal = is_causal(spec) and spec.sink is None
     rows: Rows | None = None
