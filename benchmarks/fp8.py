@@ -1,6 +1,7 @@
 """FP8 attention: accuracy against float64, and time with the quantisation included.
 
-    python benchmarks/fp8.py --out benchmarks/results/fp8.csv
+    python benchmarks/fp8.py --out benchmarks/results/fp8-nvidia-h200.csv
+    python benchmarks/fp8.py --read benchmarks/results/fp8-nvidia-h200.csv --markdown docs/fp8.md
 
 Inputs are N(0, 1), and N(0, 1) with 0.1% of N(0, 100) added (the outliers of Shah et al., arXiv 2407.08608,
 table 3).  "cast" is the unscaled `.to(float8_e4m3fn)` of tutorials; "identical" is exact arithmetic on just
@@ -242,6 +243,32 @@ def show(title: str, rows: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def markdown(results: Path, place: Path) -> None:
+    """The tables of a CSV file as a page."""
+    lines = results.read_text().splitlines()
+    about = [line[2:] for line in lines if line.startswith("# ")]
+    page = [
+        "# FP8 attention, measured",
+        "",
+        f"Made by `python benchmarks/fp8.py` from [{results.name}](../{results}): {'; '.join(about)}.",
+        "",
+        "Milliseconds include the quantisation. Relative errors and SQNR are against float64. `cast` is the",
+        "unscaled cast of tutorials; `identical` is exact arithmetic on just the e4m3 inputs of `fp8`, its result",
+        "rounded as the kernel's is. The loss is that of a small language model trained in bfloat16.",
+    ]
+    names: list[str] = []
+    title = ""
+    for row in csv.reader(line for line in lines if not line.startswith("#")):
+        if row[0] == "table":
+            names = row[1:]
+            continue
+        if row[0] != title:
+            title = row[0]
+            page += ["", f"## {title}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        page.append(f"| {' | '.join(row[1:])} |")
+    place.write_text("\n".join(page) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -250,7 +277,12 @@ def main() -> None:
     parser.add_argument("--accuracy-lengths", default="2048,8192")
     parser.add_argument("--lengths", default="4096,8192,16384,32768")
     parser.add_argument("--steps", type=int, default=300, help="training steps of the small model")
+    parser.add_argument("--read", type=Path, help="measure nothing: these results, for --markdown")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this page")
     arguments = parser.parse_args()
+    if arguments.read:
+        markdown(arguments.read, arguments.markdown or arguments.read.with_suffix(".md"))
+        return
     console, about = Console(width=150), bench.machine()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
@@ -272,6 +304,8 @@ def main() -> None:
             writer.writeheader()
             writer.writerows({"table": title} | row for row in rows)
             file.flush()
+    if arguments.markdown:
+        markdown(arguments.out, arguments.markdown)
 
 
 if __name__ == "__main__":
