@@ -96,7 +96,7 @@ def methods(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Callable
         x, y = q, k
         if rotate:
             turn = fp8.hadamard(HEAD_DIM, q)
-            x, y = q @ turn, k @ turn
+            x, y = fp8.rotated(q, turn), fp8.rotated(k, turn)
         q8, k8, descale = fp8.balanced(x, y)
         largest = fp8._largest(v, v.shape[1]) / fp8_ops.E4M3_MAX
         v8 = fp8._rounded(v, 1 / largest)
@@ -253,8 +253,8 @@ def markdown(results: Path, place: Path) -> None:
         f"Made by `python benchmarks/fp8.py` from [{results.name}](../{results}): {'; '.join(about)}.",
         "",
         "Milliseconds include the quantisation. Relative errors and SQNR are against float64. `cast` is the",
-        "unscaled cast of tutorials; `identical` is exact arithmetic on just the e4m3 inputs of `fp8`, its result",
-        "rounded as the kernel's is. The loss is that of a small language model trained in bfloat16.",
+        "unscaled cast of tutorials; `identical` is exact arithmetic on just the e4m3 inputs of `fp8`, its",
+        "result rounded as the kernel's is. The loss is that of a small language model trained in bfloat16.",
     ]
     names: list[str] = []
     title = ""

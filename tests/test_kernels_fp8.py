@@ -30,6 +30,13 @@ def test_the_rotation_is_orthogonal(size: int) -> None:
     torch.testing.assert_close(turn @ turn.T, torch.eye(size, dtype=torch.float64))
 
 
+def test_a_rotation_keeps_memory_order() -> None:
+    turn, x = fp8.hadamard(16, torch.empty(0)), torch.randn(2, 5, 3, 16)
+    across = fp8.rotated(x.transpose(1, 2), turn)
+    torch.testing.assert_close(across, x.transpose(1, 2).contiguous() @ turn)
+    assert across.transpose(1, 2).is_contiguous() and fp8.rotated(x, turn).is_contiguous()
+
+
 def uneven(heads: int, scales: list[float]) -> Tensor:
     torch.manual_seed(0)
     return torch.randn(2, heads, 32, 128) * torch.tensor(scales).view(1, -1, 1, 1)

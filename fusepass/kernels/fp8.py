@@ -40,7 +40,7 @@ def fp8_attention(
     """
     if rotate:
         turn = hadamard(q.shape[-1], q)
-        q, k = q @ turn, k @ turn
+        q, k = rotated(q, turn), rotated(k, turn)
     if library == "flash3":
         return _by_head(q, k, v, scale, causal)
     q8, k8, descale = balanced(q, k)
@@ -48,6 +48,13 @@ def fp8_attention(
     v8 = _rounded(v, fp8_ops.E4M3_MAX / largest)
     out: Tensor = torch.ops.fusepass.fp8_cudnn(q8, k8, v8, descale, scale, causal)
     return (out.float() * _per_head(largest / fp8_ops.E4M3_MAX, q.shape[1])).to(q.dtype)
+
+
+def rotated(x: Tensor, turn: Tensor) -> Tensor:
+    """``x @ turn`` in the memory order of ``x``: as ``[B, S, H, D]`` where that spares a copy."""
+    if x.is_contiguous():
+        return x @ turn
+    return (x.transpose(1, 2) @ turn).transpose(1, 2)
 
 
 def balanced(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
