@@ -15,6 +15,8 @@ INF = math.inf
 def heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``[B, S, H, D]`` as ``[B, H, S, D]``, with key/value heads repeated."""
     group = q.shape[2] // k.shape[2]
+    if group == 1:
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return (
         q.transpose(1, 2),
         k.transpose(1, 2).repeat_interleave(group, 1),

@@ -226,6 +226,9 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
     masks = [_stored(build, build.as_tensor(t)) for t in made.of_masks.tensors]
     if options and any(build.value(t).requires_grad for t in scores):
         raise Refused("its score modifiers read a tensor that needs a gradient")
+    if options and not target.training and (scores or masks):
+        # TorchInductor 2.11 frees what a CuTe kernel captures before it runs, unless a backward keeps it.
+        raise Refused("without gradients it reads no tensors")
     tables = _tables(site, build, made, masks)
     q, v = build.value(x.q), build.value(x.v)
     with build.mode():

@@ -60,6 +60,7 @@ class Gate:
     majors: major compute capabilities; None is any device, a GPU or not.
     step, least: head sizes are multiples of the one and at least the other.
     head_dims, backward_dims: the largest head size, forward and backward.
+    wide: major compute capabilities on which larger heads are taken, and how large.
     same_width: keys and values must have one head size.
     """
 
@@ -71,19 +72,22 @@ class Gate:
     least: int = 1
     head_dims: int | None = None
     backward_dims: int | None = None
+    wide: tuple[tuple[int, int], ...] = ()
     same_width: bool = False
     backward: bool = True
     source: str = ""
 
 
+_FA2, _CUDNN = "flash-attn 2.8.3, and its folder hopper", "torch 2.11, cuDNN 9.19, frontend 1.32"
+
 GATES: dict[str, Gate] = {
     g.kernel: g
     for g in (
-        Gate("flash2", HALF, (8, 9, 10, 11, 12), FLASH2, 8, 8, 256, 256, True, source="flash-attn 2.8.3"),
-        Gate("flash3", HALF, (9,), FLASH3, 8, 8, 256, 256, True, source="flash-attn 2.8.3, folder hopper"),
+        Gate("flash2", HALF, (8, 9, 10, 11, 12), FLASH2, 8, 8, 256, 256, same_width=True, source=_FA2),
+        Gate("flash3", HALF, (9,), FLASH3, 8, 8, 256, 256, same_width=True, source=_FA2),
         Gate("flash4", HALF, (9, 10, 11), FLASH4, 8, 8, 256, 256, source="flash-attn-4 4.0.0b36"),
-        Gate("cudnn", HALF, (8, 9, 10, 11, 12), None, 8, 8, 128, 128, source="torch 2.11, cuDNN 9.19"),
-        Gate("fp8", HALF, (9,), FRONTEND, 128, 128, 128, None, True, False, "cuDNN 9.19, frontend 1.32"),
+        Gate("cudnn", HALF, (8, 9, 10, 11, 12), None, 8, 8, 128, 128, ((9, 256),), source=_CUDNN),
+        Gate("fp8", HALF, (9,), FRONTEND, 128, 128, 128, same_width=True, backward=False, source=_CUDNN),
         Gate("flex_flash", HALF, (9, 10), FLASH4, 8, 8, 256, 256, source="torch 2.11, flash-attn-4 4.0.0b36"),
         Gate(
             "flex", (torch.float32, *HALF), None, None, 1, 16, 512, 256, source="torch 2.11, Triton and C++"
@@ -145,6 +149,8 @@ def _head_sizes(gate: Gate, head_dim: Size, value_dim: Size, training: bool) -> 
     if gate.same_width and head_dim != value_dim:
         return f"it needs keys and values of one head size, and these are {head_dim} and {value_dim}"
     most = gate.backward_dims if training and gate.backward_dims is not None else gate.head_dims
+    have = capability()
+    most = most if have is None else dict(gate.wide).get(have[0], most)
     for size in (head_dim, value_dim):
         if size % gate.step or size < gate.least or (most is not None and size > most):
             way = " backward" if training and gate.backward_dims != gate.head_dims else ""
