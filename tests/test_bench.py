@@ -31,7 +31,7 @@ def test_a_variant_is_recognised_as_its_kind(name: str, monkeypatch: pytest.Monk
     settle = _Pass._settle
 
     def watched(self, node, found):  # type: ignore[no-untyped-def]
-        kinds.append(kind_of(found.spec, flex_blocks.thin_biases(found)))
+        kinds.extend(kind_of(site.spec, flex_blocks.thin_biases(site)) for _, site in found)
         return settle(self, node, found)
 
     monkeypatch.setattr(_Pass, "_settle", watched)
