@@ -1,4 +1,4 @@
-"""The command line: `python -m fusepass {explain,verify,doctor,run}`."""
+"""The command line: `python -m fusepass {explain,verify,bench,doctor,run}`."""
 
 import argparse
 import json
@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(command=_doctor)
     _run_parser(commands)
+    _bench_parser(commands)
     return parser
 
 
@@ -85,6 +86,45 @@ def _run_parser(commands: Any) -> None:
     run.add_argument("script", metavar="SCRIPT")
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="argument", help="handed to the script")
     run.set_defaults(command=_run)
+
+
+BENCH_HELP = """\
+examples:
+  python -m fusepass bench                         the whole grid; results in bench.csv
+  python -m fusepass bench --variants causal,window --lengths 1024,4096 --head-dims 128
+  python -m fusepass bench --profile               measure this machine for `auto`, kept in the user's cache
+  python -m fusepass bench --read bench.csv --plot pictures
+"""
+
+
+def _bench_parser(commands: Any) -> None:
+    about = "times attention: eager, compiled, fused, and by hand on one library"
+    parser = commands.add_parser(
+        "bench",
+        help=about,
+        description=f"{about.capitalize()}.",
+        epilog=BENCH_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    option = parser.add_argument
+    option("--variants", default="all", help="kinds of attention, with commas between them (%(default)s)")
+    option("--lengths", default="128,256,512,1024,2048,4096,8192,16384", help="(%(default)s)")
+    option("--head-dims", default="64,128,256", help="(%(default)s)")
+    option("--modes", default="forward,training", help="(%(default)s)")
+    option("--contenders", help="of eager, compile, auto, hand, and kernels by name")
+    option("--dtype", default="bfloat16", help="(%(default)s)")
+    option("--device", help="cuda or cpu (cuda where there is a GPU)")
+    option("--tokens", type=int, default=16384, help="batch times length (%(default)s)")
+    option("--width", type=int, default=2048, help="heads times head size (%(default)s)")
+    option("--repeats", type=int, default=20, help="timed runs at most (%(default)s)")
+    option("--workers", type=int, default=0, help="processes that compile (all cores but four)")
+    option("--limit", type=float, help="seconds after which no measurement begins")
+    option("--out", type=Path, default=Path("bench.csv"), help="(%(default)s)")
+    option("--read", type=Path, nargs="+", help="measure nothing: read these results")
+    option("--plot", type=Path, help="folder for pictures")
+    option("--profile", action="store_true", help="fit the cost model that `auto` uses on this machine")
+    option("--profile-to", type=Path, help="file of the profile (in the user's cache folder)")
+    parser.set_defaults(command=_bench)
 
 
 def _settings(arguments: argparse.Namespace, **more: str) -> dict[str, Any]:
@@ -144,6 +184,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     _show(diagnose(), arguments.json)
     return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from fusepass.bench_cli import command
+
+    return command(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -8,8 +8,19 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-KERNELS = ("auto", "sdpa", "cudnn", "flash2", "flash3", "flash4", "flex", "reference")
-PRECISIONS = ("native", "fp8")
+KERNELS = (
+    "auto",
+    "autotune",
+    "sdpa",
+    "cudnn",
+    "flash2",
+    "flash3",
+    "flash4",
+    "flex",
+    "flex_flash",
+    "reference",
+)
+PRECISIONS = ("native", "fp8", "fp8_unrotated")
 
 Compiler = Callable[..., Any]
 """What compiles a rewritten graph: `(GraphModule, example inputs) -> callable`."""
@@ -22,9 +33,10 @@ class Options:
     inner: str | Compiler = "inductor"
     """A backend name or a callable: what compiles the rewritten graph."""
     kernel: str = "auto"
-    """One of `KERNELS`. Other than "auto" and "reference": that kernel where it can, else the site stays."""
+    """One of `KERNELS`. "auto" ranks them by a cost model, "autotune" measures them for a site's own shapes;
+    another name: that kernel where it can, else the site stays."""
     precision: str = "native"
-    """One of `PRECISIONS`."""
+    """One of `PRECISIONS`. In FP8 where a site can be (Hopper, inference), in its own dtype elsewhere."""
     validate: bool = False
     """Run every site's original and its replacement against float64 when the graph is compiled."""
 

@@ -16,7 +16,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table
 
-Capability = tuple[int, int]
+from fusepass.kernels.gates import GATES, Capability, capability_refuses, installed
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class KernelStatus:
     kernel: str
     runs: bool
     why: str
+    gpus: str = "any"
+    """Compute capabilities it is for."""
+    dtypes: str = "any"
+    head_sizes: str = "any"
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,14 @@ class Diagnosis:
         table = Table(title="Kernels on this machine", title_justify="left", header_style="bold")
         table.add_column("kernel", no_wrap=True)
         table.add_column("runs", justify="center")
+        table.add_column("GPUs", overflow="fold")
+        table.add_column("dtypes", overflow="fold")
+        table.add_column("head sizes", overflow="fold")
         table.add_column("with what, or why not", overflow="fold")
         for status in self.kernels:
             runs = "[green]yes[/green]" if status.runs else "[yellow]no[/yellow]"
-            table.add_row(escape(status.kernel), runs, escape(status.why))
+            limits = (status.gpus, status.dtypes, status.head_sizes)
+            table.add_row(escape(status.kernel), runs, *map(escape, limits), escape(status.why))
         return table
 
     def to_json(self) -> dict[str, Any]:
@@ -84,17 +92,24 @@ PACKAGES = (
 def diagnose() -> Diagnosis:
     """This machine, and every kernel's answer to it."""
     machine = _machine()
-    kernels = tuple(KernelStatus(name, *_written(name, answer(machine))) for name, answer in _ANSWERS.items())
+    kernels = tuple(KernelStatus(name, *answer(machine), *_limits(name)) for name, answer in _ANSWERS.items())
     return Diagnosis(machine, kernels)
 
 
-def _written(name: str, answer: "Answer") -> "Answer":
-    """A kernel that the pass cannot write into a graph yet does not run, whatever the machine has."""
-    from fusepass.kernels import BY_NAME
-
-    if name in BY_NAME:
-        return answer
-    return False, f"this version of fusepass does not write {name} calls yet; {answer[1]}"
+def _limits(name: str) -> tuple[str, str, str]:
+    """GPUs, dtypes and head sizes of a kernel, as the table of gates has them."""
+    gate = GATES.get(name)
+    if gate is None:
+        return "any", "any", "any"
+    gpus = "any" if gate.majors is None else ", ".join(f"{m}.x" for m in gate.majors)
+    short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+    multiples = f", ×{gate.step}" if gate.step > 1 else ""
+    sizes = f"{gate.least}…{gate.head_dims}{multiples}"
+    if not gate.backward:
+        sizes += "; forward only"
+    elif gate.backward_dims != gate.head_dims:
+        sizes += f"; backward …{gate.backward_dims}"
+    return gpus, " ".join(short[d] for d in gate.dtypes), sizes
 
 
 def _machine() -> Machine:
@@ -143,33 +158,34 @@ def _flex(machine: Machine) -> Answer:
 
 
 def _cudnn(machine: Machine) -> Answer:
-    if refusal := _needs(machine, (8, 0)):
+    if refusal := _refusal("cudnn", machine):
         return False, refusal
     if not torch.backends.cudnn.is_available():
         return False, "this torch was built without cuDNN"
-    version = torch.backends.cudnn.version()
-    frontend = machine.packages.get("nvidia-cudnn-frontend")
-    extra = f"frontend {frontend}" if frontend else "FP8 needs more: pip install nvidia-cudnn-frontend"
-    return True, f"cuDNN {version}, through torch; {extra}"
+    return True, f"cuDNN {torch.backends.cudnn.version()}, through torch"
 
 
-def _flash2(machine: Machine) -> Answer:
-    return _package(machine, (8, 0), "flash-attn", _holds("flash_attn", "flash_attn_interface.py"))
+def _library(kernel: str) -> Callable[[Machine], "Answer"]:
+    """The answer of a kernel that is a package: the GPU first, then whether it is installed."""
 
-
-def _flash3(machine: Machine) -> Answer:
-    if machine.capability is not None and machine.capability[0] != 9:
-        return (
-            False,
-            f"needs a Hopper GPU (9.0); this one has compute capability {_dotted(machine.capability)}",
+    def answer(machine: Machine) -> Answer:
+        package = GATES[kernel].package
+        assert package is not None
+        refusal, found = _refusal(kernel, machine), installed(package)
+        version = machine.packages.get(package.name, "of unknown version")
+        state = (
+            f"{package.name} {version}" if found else f"{package.name} is not installed: {package.install}"
         )
-    hint = "build it from the `hopper` folder of the flash-attention repository"
-    return _package(machine, (9, 0), "flash-attn-3", find_spec("flash_attn_interface") is not None, hint)
+        if refusal:
+            return False, f"{refusal}; {state}" + (" is installed" if found else "")
+        return found, state
+
+    return answer
 
 
-def _flash4(machine: Machine) -> Answer:
-    found = _holds("flash_attn", "cute/interface.py")
-    return _package(machine, (9, 0), "flash-attn-4", found, "pip install --pre flash-attn-4")
+def _refusal(kernel: str, machine: Machine) -> str | None:
+    """Why the GPU will not do; None if it will."""
+    return capability_refuses(GATES[kernel], machine.capability)
 
 
 def _reference(machine: Machine) -> Answer:
@@ -179,38 +195,14 @@ def _reference(machine: Machine) -> Answer:
 _ANSWERS: dict[str, Callable[[Machine], Answer]] = {
     "sdpa": _sdpa,
     "cudnn": _cudnn,
-    "flash2": _flash2,
-    "flash3": _flash3,
-    "flash4": _flash4,
+    "flash2": _library("flash2"),
+    "flash3": _library("flash3"),
+    "flash4": _library("flash4"),
     "flex": _flex,
+    "flex_flash": _library("flex_flash"),
+    "fp8": _library("fp8"),
     "reference": _reference,
 }
-
-
-def _needs(machine: Machine, least: Capability) -> str | None:
-    """Why the GPU will not do; None if it will."""
-    if machine.capability is None:
-        return f"needs an NVIDIA GPU; {machine.device.split(',')[0]} here"
-    if machine.capability < least:
-        has = _dotted(machine.capability)
-        return f"needs compute capability {_dotted(least)} or newer; this GPU has {has}"
-    return None
-
-
-def _package(machine: Machine, least: Capability, name: str, found: bool, hint: str | None = None) -> Answer:
-    refusal = _needs(machine, least)
-    if not found:
-        missing = f"{name} is not installed: {hint or f'pip install {name}'}"
-        return False, f"{refusal}; {missing}" if refusal else missing
-    version = machine.packages.get(name, "of unknown version")
-    return (False, f"{refusal}; {name} {version} is installed") if refusal else (True, f"{name} {version}")
-
-
-def _holds(package: str, file: str) -> bool:
-    """Whether an installed package has a file: `flash_attn` is shared by two distributions."""
-    spec = find_spec(package)
-    places = (spec.submodule_search_locations or []) if spec else []
-    return any((Path(place) / file).is_file() for place in places)
 
 
 def _torch_file(file: str) -> bool:

@@ -61,13 +61,20 @@ class Builder:
     """Inserts nodes before ``anchor`` in the graph that ``reader`` has read."""
 
     def __init__(
-        self, reader: Reader, anchor: fx.Node, replaced: dict[fx.Node, fx.Node], space: AxisSpace
+        self,
+        reader: Reader,
+        anchor: fx.Node,
+        replaced: dict[fx.Node, fx.Node],
+        space: AxisSpace,
+        shared: dict[Any, Any] | None = None,
     ) -> None:
         self.reader, self.anchor, self.replaced, self.space = reader, anchor, replaced, space
         self.graph = anchor.graph
         self.key = "example_value" if "example_value" in anchor.meta else "val"
         self.is_aten = isinstance(anchor.target, torch._ops.OpOverload)
         self.made: list[fx.Node] = []
+        self.shared = {} if shared is None else shared
+        self._sharing: list[Any] = []
         self._exprs: dict[Expr, Any] = {}
         self._sizes: dict[sympy.Expr, Any] = {}
 
@@ -117,8 +124,18 @@ class Builder:
         """A node as another dtype."""
         return node if self.value(node).dtype is dtype else self.op("to", node, dtype)
 
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` writes, or wrote for an earlier site: sites are rewritten in program order."""
+        if key not in self.shared:
+            self.shared[key] = make()
+            self._sharing.append(key)
+        return self.shared[key]
+
     def discard(self) -> None:
         """Take back everything inserted."""
+        for key in self._sharing:
+            del self.shared[key]
+        self._sharing.clear()
         for node in reversed(self.made):
             self.graph.erase_node(node)
         self.made.clear()

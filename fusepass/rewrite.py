@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -20,12 +20,13 @@ from fusepass.dialects.composites import Expansion, expand_all
 from fusepass.dialects.fx_graph import Known, Reader, operation, value_of
 from fusepass.emit import Builder, CannotEmit
 from fusepass.ir import VIEWS, Expr
-from fusepass.kernels import BY_NAME, KERNELS, Kernel, Refused, Target, sdpa
+from fusepass.kernels import FP8, Kernel, Refused, Target, sdpa
 from fusepass.liveness import erase_dead, live_nodes, outside_reader
 from fusepass.patterns.products import factors, normalised_late
 from fusepass.patterns.scores import holds_product
 from fusepass.recognize import RULES, Miss, Rules, Site, recognise_sum
 from fusepass.report import GraphReport, SiteReport, source_of
+from fusepass.select import UNFUSED, candidates
 from fusepass.strides import laid_out_as
 
 log = logging.getLogger("fusepass")
@@ -64,10 +65,6 @@ def rewrite_graph(
         static = None  # those are inputs of the outermost graph
     if any(one.replaced for one in passes.values()):
         report.assumed = passes[gm].assumed()
-    if options.precision == "fp8" and report.sites:
-        report.notes.append(
-            "precision='fp8': there is no fp8 kernel yet; sites compute in their own precision"
-        )
     report.seconds = time.perf_counter() - start
     return report
 
@@ -122,6 +119,7 @@ class _Pass:
         self.graph = gm.graph
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.settled: set[Expr] = set()
+        self.shared: dict[Any, Any] = {}
 
     def run(self) -> list[SiteReport]:
         """Every site's report, in program order."""
@@ -181,7 +179,8 @@ class _Pass:
             reader = outside_reader(self.reader, self.live, site.product, node)
             if reader is not None:
                 return [self._report(node, s, reason=_also_read(reader)) for s in sites]
-        if len(sites) == 1 and self.options.kernel != "reference" and as_good(node, sites[0]):
+        native = self.options.precision == "native" and self.options.kernel != "reference"
+        if len(sites) == 1 and native and as_good(node, sites[0]):
             return [self._report(node, sites[0], "sdpa", reason="a call to SDPA already; nothing to improve")]
         return self._fuse(node, found)
 
@@ -201,11 +200,12 @@ class _Pass:
                     build.discard()
                 return [self._stays(node, s, r) for (_, s), r in zip(parts, rejected, strict=True)]
             out = self._summed(node, [sign for sign, _ in parts], made)
-            error = self._validated(parts[0][1], node, out)
+            rounded = any(kernel == FP8.name for _, _, kernel in made)
+            error = None if rounded else self._validated(parts[0][1], node, out)
             if error is None or error <= 1.0:
                 self._replace(node, out)
                 return [
-                    self._report(node, site, kernel, rejected=r, max_error=error)
+                    self._report(node, site, kernel, _aside(r), r, max_error=error)
                     for (_, site), (_, _, kernel), r in zip(parts, made, rejected, strict=True)
                 ]
             reason = f"validation: its error is {error:.3g} times what is allowed"
@@ -221,22 +221,36 @@ class _Pass:
     ) -> tuple[fx.Node, Builder, str] | None:
         """The result, builder and name of the first kernel that serves; reasons go to ``rejected``."""
         asked = {name for name, _ in rejected}
-        for name, kernel in self._candidates():
-            if name in asked:
+
+        def write(kernel: Kernel) -> tuple[fx.Node, Callable[[], None]] | None:
+            written = self._written(node, site, kernel, target)
+            return None if isinstance(written, str) else (written[0], written[1].discard)
+
+        for kernel in candidates(node, site, target, self.options, write):
+            if kernel is None:
+                rejected.append((UNFUSED, "measured faster as it is"))
+                return None
+            if kernel.name in asked:
                 continue
-            reason = (
-                f"there is no '{name}' kernel yet" if kernel is None else kernel.refuse(site.spec, target)
-            )
-            if kernel is not None and reason is None:
-                build = Builder(self.reader, node, self.replaced, site.space)
-                try:
-                    out = build.restore(kernel.emit(site, build, target), _result_groups(site), site.out)
-                    return laid_out_as(build, node, out), build, name
-                except (Refused, CannotEmit) as refusal:
-                    build.discard()
-                    reason = str(refusal)
-            rejected.append((name, reason or ""))
+            written = self._written(node, site, kernel, target)
+            if not isinstance(written, str):
+                return *written, kernel.name
+            rejected.append((kernel.name, written))
         return None
+
+    def _written(
+        self, node: fx.Node, site: Site, kernel: Kernel, target: Target
+    ) -> tuple[fx.Node, Builder] | str:
+        """Write a kernel's nodes, or say why it cannot."""
+        if reason := kernel.refuse(site.spec, target):
+            return reason
+        build = Builder(self.reader, node, self.replaced, site.space, self.shared)
+        try:
+            out = build.restore(kernel.emit(site, build, target), _result_groups(site), site.out)
+            return laid_out_as(build, node, out), build
+        except (Refused, CannotEmit) as refusal:
+            build.discard()
+            return str(refusal)
 
     def _summed(self, node: fx.Node, signs: list[int], made: list[tuple[fx.Node, Builder, str]]) -> fx.Node:
         """The signed sum of several results; its nodes belong to the last builder."""
@@ -248,19 +262,17 @@ class _Pass:
         return total
 
     def _stays(self, node: fx.Node, site: Site, rejected: list[tuple[str, str]]) -> SiteReport:
+        if rejected and rejected[-1][0] == UNFUSED:
+            return self._report(node, site, reason=rejected[-1][1], rejected=rejected[:-1])
         reason = "; ".join(dict.fromkeys(f"{n}: {r}" for n, r in rejected))
         return self._report(node, site, reason=reason or "another of the summands stays", rejected=rejected)
-
-    def _candidates(self) -> list[tuple[str, Kernel | None]]:
-        if self.options.kernel == "auto":
-            return [(k.name, k) for k in KERNELS]
-        return [(self.options.kernel, BY_NAME.get(self.options.kernel))]
 
     def _target(self, node: fx.Node, site: Site) -> Target:
         value = value_of(node)
         training = torch.is_grad_enabled() and bool(getattr(value, "requires_grad", False))
         aten = isinstance(node.target, torch._ops.OpOverload)
-        return Target(value.device.type, training, aten, self.options.kernel != "auto")
+        requested = self.options.kernel not in ("auto", "autotune")
+        return Target(value.device.type, training, aten, requested, self.options.precision)
 
     def _validated(self, site: Site, node: fx.Node, out: fx.Node) -> float | None:
         """The replacement's error relative to what is allowed, or None where validation is off."""
@@ -346,6 +358,11 @@ def _also_read(reader: fx.Node) -> str:
     if reader.op == "output":
         return "its scores or weights are returned"
     return f"its scores or weights are also read by '{operation(reader)[0] or reader.name}'"
+
+
+def _aside(rejected: Sequence[tuple[str, str]]) -> str | None:
+    """What is worth knowing of a fused site: why it is not in the precision that was asked for."""
+    return next((f"not in FP8: {reason}" for name, reason in rejected if name == FP8.name), None)
 
 
 def as_good(node: fx.Node, site: Site) -> bool:

@@ -28,11 +28,11 @@ def site_error(original: fx.Node, replacement: fx.Node) -> float:
         0.0 where the original itself cannot be run apart from its graph (dropout, say).
     """
     order = {n: i for i, n in enumerate(original.graph.nodes)}
-    nodes = _between(original, replacement, order)
-    if any(_is_random(n) for n in nodes):
+    nodes = between(original, replacement, order)
+    if any(is_random(n) for n in nodes):
         return 0.0
     device = value_of(original).device
-    values = _inputs(nodes, device)
+    values = random_inputs(nodes, device)
     plain = dict(values)
     exact = {
         n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in values.items()
@@ -56,7 +56,7 @@ def _ratio(ours: Tensor, theirs: Tensor, truth: Tensor) -> float:
     return error / max(allowed, 1e-300)
 
 
-def _between(original: fx.Node, replacement: fx.Node, order: dict[fx.Node, int]) -> set[fx.Node]:
+def between(original: fx.Node, replacement: fx.Node, order: dict[fx.Node, int]) -> set[fx.Node]:
     """The nodes of the site: back from both ends to large operations, inputs and parameters."""
     found: set[fx.Node] = set()
     todo = [original, replacement]
@@ -84,7 +84,7 @@ def _is_boundary(node: fx.Node) -> bool:
     )
 
 
-def _is_random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", str(node.target))
     return (
         "dropout" in name
@@ -93,7 +93,7 @@ def _is_random(node: fx.Node) -> bool:
     )
 
 
-def _inputs(nodes: Iterable[fx.Node], device: torch.device) -> dict[fx.Node, Any]:
+def random_inputs(nodes: Iterable[fx.Node], device: torch.device) -> dict[fx.Node, Any]:
     """Random values for what the nodes read from outside."""
     inside = set(nodes)
     generator = torch.Generator(device="cpu").manual_seed(0)

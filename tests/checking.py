@@ -59,7 +59,9 @@ def call(fn: Function, inputs: Inputs, dtype: torch.dtype | None = None, grads: 
         out = fn(**given)
         found: dict[str, Tensor] = {}
         if grads:
-            weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
+            weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).view(
+                out.shape
+            )
             (out * weights.to(out.dtype)).sum().backward()
             found = {name: t.grad for name, t in given.items() if t.grad is not None}
     return Run(seen.sites, out.detach(), found)

@@ -140,7 +140,7 @@ def test_run_a_module(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         (["explain", "models.py:alone"], ["returned a Attention", "(model, args) or (model, args, kwargs)"]),
         (["explain", "broken.py:model"], ["'broken.py'", "SyntaxError"]),
         (["explain", "models.py:model", "--kernel", "flush2"], ["'flush2'", "did you mean 'flash2'?"]),
-        (["explain", "models.py:model", "--precision", "fp4"], ["'fp4'", "'native', 'fp8'"]),
+        (["explain", "models.py:model", "--precision", "fp4"], ["'fp4'", "'native', 'fp8', 'fp8_unrotated'"]),
         (["explain", "models.py:model", "--dtype", "bf61"], ["'bf61'", "'bfloat16'"]),
         (["verify", "models.py:model", "--inner", "eagre"], ["'eagre'", "did you mean 'eager'?"]),
         (["verify", "models.py:random", "--inner", "eager"], ["changes from run to run"]),

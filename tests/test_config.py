@@ -33,7 +33,11 @@ def test_inner_may_be_a_callable_or_any_backend() -> None:
         ({"kernal": "sdpa"}, ValueError, ["'kernal'", "'inner'", "did you mean 'kernel'?"]),
         ({"kernel": "flash"}, ValueError, ["'flash'", "'flex'", "'reference'", "did you mean 'flash"]),
         ({"kernel": 3}, TypeError, ["kernel=3", "a string", "int", "'sdpa'"]),
-        ({"precision": "fp4"}, ValueError, ["'fp4'", "'native', 'fp8'", "did you mean 'fp8'?"]),
+        (
+            {"precision": "fp4"},
+            ValueError,
+            ["'fp4'", "'native', 'fp8', 'fp8_unrotated'", "did you mean 'fp8'?"],
+        ),
         ({"validate": "yes"}, TypeError, ["validate='yes'", "True or False"]),
         ({"validate": 1}, TypeError, ["validate=1", "True or False"]),
         ({"inner": "indctor"}, ValueError, ["'indctor'", "did you mean 'inductor'?"]),

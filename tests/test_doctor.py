@@ -9,12 +9,13 @@ from rich.console import Console
 from fusepass import doctor
 from fusepass.config import KERNELS
 from fusepass.doctor import Machine, diagnose
+from fusepass.kernels.gates import GATES, Package
 
 
 def test_every_kernel_has_an_answer() -> None:
     diagnosis = diagnose()
     answered = {status.kernel: status for status in diagnosis.kernels}
-    assert set(answered) == set(KERNELS) - {"auto"}
+    assert set(answered) == {*KERNELS, "fp8"} - {"auto", "autotune"}
     assert answered["sdpa"].runs
     assert answered["reference"].runs
     assert all(status.why for status in diagnosis.kernels)
@@ -29,37 +30,56 @@ def test_the_table_prints() -> None:
     assert "reference" in text
 
 
-@pytest.mark.parametrize("kernel", ["cudnn", "flash2", "flash3", "flash4"])
+GPU_KERNELS = ["cudnn", "flash2", "flash3", "flash4", "flex_flash", "fp8"]
+
+
+@pytest.mark.parametrize("kernel", GPU_KERNELS)
 def test_without_a_gpu(kernel: str) -> None:
     runs, why = doctor._ANSWERS[kernel](Machine(None, "no GPU, 2 CPU cores", {}))
     assert not runs
-    assert "needs an NVIDIA GPU; no GPU here" in why or "not installed" in why
+    assert "it needs an NVIDIA GPU, and there is none" in why
 
 
 @pytest.mark.parametrize(
-    ("kernel", "capability", "word"),
+    ("kernel", "capability", "words"),
     [
-        ("flash2", (7, 5), "8.0 or newer; this GPU has 7.5"),
-        ("flash3", (10, 0), "Hopper"),
-        ("cudnn", (7, 0), "8.0"),
+        ("flash2", (7, 5), "needs compute capability 8.x, 9.x, 10.x, 11.x, 12.x; this GPU has 7.5 (Turing)"),
+        ("flash2", (7, 0), "this GPU has 7.0 (Volta)"),
+        ("flash3", (10, 0), "needs compute capability 9.x; this GPU has 10.0 (Blackwell)"),
+        ("flash4", (8, 9), "this GPU has 8.9 (Ada)"),
+        ("fp8", (8, 0), "this GPU has 8.0 (Ampere)"),
+        ("cudnn", (7, 0), "8.x"),
     ],
 )
-def test_an_old_or_other_gpu(kernel: str, capability: tuple[int, int], word: str) -> None:
+def test_an_old_or_other_gpu(kernel: str, capability: tuple[int, int], words: str) -> None:
     runs, why = doctor._ANSWERS[kernel](Machine(capability, "1 × GPU", {}))
     assert not runs
-    assert word in why
+    assert words in why
 
 
-def test_a_package_that_is_there() -> None:
-    machine = Machine((9, 0), "1 × GPU", {"flash-attn-4": "4.0.0b5"})
-    assert doctor._package(machine, (9, 0), "flash-attn-4", True) == (True, "flash-attn-4 4.0.0b5")
-    assert doctor._package(machine, (10, 0), "flash-attn-4", True)[0] is False
-    runs, why = doctor._package(machine, (8, 0), "flash-attn", False)
+@pytest.mark.parametrize("kernel", ["flash2", "flash3", "flash4"])
+def test_a_package_that_is_there_and_one_that_is_not(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = GATES[kernel].package
+    assert package is not None
+    machine = Machine((9, 0), "1 × GPU", {package.name: "1.2"})
+    monkeypatch.setattr(doctor, "installed", lambda package: True)
+    assert doctor._ANSWERS[kernel](machine) == (True, f"{package.name} 1.2")
+    assert "is installed" in doctor._ANSWERS[kernel](Machine((6, 0), "1 × GPU", {}))[1]
+    monkeypatch.setattr(doctor, "installed", lambda package: False)
+    runs, why = doctor._ANSWERS[kernel](machine)
     assert not runs
-    assert "pip install flash-attn" in why
+    assert package.install in why
 
 
 def test_flash_attn_is_told_apart_by_its_files() -> None:
-    assert doctor._holds("fusepass", "doctor.py")
-    assert not doctor._holds("fusepass", "cute/interface.py")
-    assert not doctor._holds("no_such_package", "doctor.py")
+    assert Package("", "fusepass", "doctor.py", "").installed()
+    assert not Package("", "fusepass", "cute/interface.py", "").installed()
+    assert not Package("", "no_such_package", "doctor.py", "").installed()
+
+
+def test_the_table_says_what_kernels_take() -> None:
+    status = {s.kernel: s for s in diagnose().kernels}
+    assert status["flash4"].gpus == "9.x, 10.x, 11.x"
+    assert status["flash2"].dtypes == "fp16 bf16"
+    assert status["fp8"].head_sizes.endswith("forward only")
+    assert status["sdpa"].gpus == status["reference"].gpus == "any"

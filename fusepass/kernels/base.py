@@ -26,6 +26,7 @@ class Target:
     training: bool
     aten: bool
     requested: bool = False  # the user asked for this kernel by name
+    precision: str = "native"
 
 
 class Refused(Exception):
@@ -124,6 +125,21 @@ def row_operand(site: Site, build: Builder, slot: int) -> Any:
     ):
         return tensor if value.shape[3] == 1 else build.op("slice", tensor, 3, 0, 1, 1)
     return tensor
+
+
+def scaled(site: Site, build: Builder, x: Operands) -> tuple[float, Operands]:
+    """The constant scale; what the kernel's scale cannot say is multiplied into the queries."""
+    factor, q = 1.0, x.q
+    for mod in site.spec.scores:
+        if isinstance(mod, Scale):
+            factor *= mod.factor
+        elif isinstance(mod, ScaleBy):
+            dtype = build.value(q).dtype
+            q = build.cast(build.op("mul", q, row_operand(site, build, mod.slot)), dtype)
+    if factor <= 0:
+        q = build.op("mul_scalar", q, factor)
+        factor = 1.0
+    return factor, Operands(q, x.k, x.v)
 
 
 def all_operands(site: Site, build: Builder, bands: bool = False) -> list[fx.Node]:
@@ -280,6 +296,20 @@ def finish_rows(
         other = build.op("scalar_tensor", number, dtype=value.dtype, device=value.device)
         out = build.op("where", build.op("isfinite", rows.top), out, other)
     return out
+
+
+def mean_of_values(site: Site, build: Builder, x: Operands, scale: float, training: bool) -> fx.Node:
+    """The mean of all values, ``[B, H, 1 | Q, Dv]``: rows whose scores are all absorbed by one fill.
+
+    Raises:
+        Refused: its gradients are not known.
+    """
+    mean = build.op("mean", x.v, [2], True)
+    if site.roles.group:
+        mean = repeat_heads(site, build, mean)
+    if training and any(m.additive for m in site.spec.masks):
+        return _with_gradients(site, build, x, scale, mean)
+    return mean
 
 
 def _with_gradients(site: Site, build: Builder, x: Operands, scale: float, mean: fx.Node) -> fx.Node:

@@ -1,4 +1,7 @@
-"""FlexAttention, for what SDPA cannot say: softcaps, unusual fills, orders of modifiers.
+"""FlexAttention, for what SDPA cannot say: softcaps, unusual fills, orders of modifiers, sparse visibility.
+
+On a GPU, masks that hide for good become block tables (:mod:`fusepass.kernels.flex_blocks`).  What is
+written here serves the rest.
 
 The whole score formula becomes the ``score_mod``; tensors it reads are passed as its buffers.
 Source: Dong et al., "Flex Attention" (arXiv 2412.05496), ``torch.nn.attention.flex_attention``.
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from fusepass.emit import Builder
+from fusepass.kernels import flex_blocks
 from fusepass.kernels.base import (
     Kernel,
     Operands,
@@ -30,6 +34,8 @@ from fusepass.kernels.base import (
     rows_of,
     tensor_operand,
 )
+from fusepass.kernels.flex_blocks import representable
+from fusepass.kernels.gates import gate_refuses
 from fusepass.program import Program, decode, encode
 from fusepass.recognize import Site
 from fusepass.spec import (
@@ -50,7 +56,6 @@ from fusepass.spec import (
 
 #: Stands for every lower fill: the kernels work in powers of two, where float32's lowest number overflows.
 _LOWEST = -1e30
-_HALF_LOWEST = torch.finfo(torch.float32).min / 2
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> Tensor:
@@ -72,7 +77,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], progr
         return s
 
     blocks = _create_empty_block_mask(q, k).as_tuple()
-    found = operator(q, k, v, score_mod, blocks, scale, _options(q), tuple(tensors), ())
+    found = operator(q, k, v, score_mod, blocks, scale, kernel_options(q), tuple(tensors), ())
     return found[0]
 
 
@@ -94,7 +99,7 @@ def _(x: Tensor) -> Tensor:
 stored.register_autograd(lambda ctx, grad: grad)
 
 
-def _options(q: Tensor) -> dict[str, Any]:
+def kernel_options(q: Tensor) -> dict[str, Any]:
     """The kernel options that the public function would set; the CPU kernel writes no log-sum-exp."""
     return {
         "BACKEND": "AUTO",
@@ -128,19 +133,12 @@ def _apply(mod: Any, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, 
         case SoftCap(cap):
             return cap * torch.tanh(s / cap)
         case Bias(slot, _, factor):
-            return s + _representable(_element(captured[slot], at) * factor)
+            return s + representable(_element(captured[slot], at) * factor)
         case Floor(bound):
             return torch.maximum(s, torch.full_like(s, max(bound, torch.finfo(torch.float32).min)))
         case Mask():
             return _masked(mod, s, at, captured, exact)
     raise ValueError(f"FlexAttention program: unknown modifier {mod!r}")
-
-
-def _representable(added: Tensor) -> Tensor:
-    """The lowest finite values halved: they hide as much, and do not overflow in powers of two."""
-    if added.dtype is torch.float16:
-        return added
-    return torch.where(added == -math.inf, added, torch.clamp(added, min=_HALF_LOWEST))
 
 
 def _masked(
@@ -149,11 +147,11 @@ def _masked(
     """Hidden scores.  ``exact``: a bias may hide whole rows, in which fills are compared with each other."""
     fill = max(mod.fill, _LOWEST)
     if exact:
-        fill = mod.fill if mod.fill == -math.inf else max(mod.fill, _HALF_LOWEST)
+        fill = mod.fill if mod.fill == -math.inf else max(mod.fill, flex_blocks.LOWEST)
     if mod.slot >= 0:
         tensor = _element(captured[mod.slot], at)
         if mod.additive:
-            return s + (_representable(tensor) if exact else tensor)
+            return s + (representable(tensor) if exact else tensor)
         return torch.where(tensor, s, fill) if mod.attends else torch.where(tensor, fill, s)
     hidden: Any = s + fill if mod.additive and exact else fill
     gap = at[3] - at[2]
@@ -171,6 +169,8 @@ stored_op = torch.ops.fusepass.stored.default
 
 def refuse(spec: Attention, target: Target) -> str | None:
     """Why FlexAttention cannot compute ``spec``."""
+    if target.device == "cuda" and (reason := gate_refuses("flex", spec, "cuda", target.training)):
+        return reason
     if target.aten:
         return "FlexAttention is not written into exported graphs"
     if target.device == "cpu" and target.training:
@@ -193,7 +193,27 @@ def refuse(spec: Attention, target: Target) -> str | None:
 
 
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
-    """Write a call to :func:`flex_attention`; the result is mended for rows that see no key."""
+    """Write a call to FlexAttention; the result is mended for rows that see no key."""
+    out = _with_tables(site, build, target, {})
+    if out is None:
+        out = _with_scores(site, build, target)
+    return build.cast(after_weights(site, build, out), site.spec.out_dtype)
+
+
+def takes_tables(device: str) -> bool:
+    """Does FlexAttention's kernel for a device skip hidden blocks and write the log-sum-exp?"""
+    return device == "cuda"
+
+
+def _with_tables(site: Site, build: Builder, target: Target, options: dict[str, Any]) -> fx.Node | None:
+    if not takes_tables(target.device) or not flex_blocks.mendable(site):
+        return None
+    made = flex_blocks.plan(site, build)
+    return None if made is None else flex_blocks.emit(site, build, target, made, options)
+
+
+def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
+    """Everything in the score formula, hidden scores by their fills."""
     x, spec, rows = operands(site, build), site.spec, None
     original, scale = x, 1.0
     within_reach = [m for m in spec.masks if not negligible(m.fill, spec.dtype)]
@@ -215,7 +235,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
         out = build.call(stored_op, out)  # the CPU template takes no epilogue
     if rows is not None:
         out = finish_rows(site, build, out, original, scale, rows, target)
-    return build.cast(after_weights(site, build, out), spec.out_dtype)
+    return out
 
 
 def _with_levels(site: Site, build: Builder, rows: Rows) -> tuple[Attention, list[fx.Node]]:
@@ -239,4 +259,21 @@ def _with_levels(site: Site, build: Builder, rows: Rows) -> tuple[Attention, lis
     return replace(site.spec, scores=(*kept, Bias(len(tensors) - 1))), tensors
 
 
+def refuse_flash(spec: Attention, target: Target) -> str | None:
+    """Why FlexAttention's kernels of flash-attn 4 cannot compute ``spec``."""
+    reason = gate_refuses("flex_flash", spec, target.device, target.training) or refuse(spec, target)
+    if reason is None and target.training and torch.are_deterministic_algorithms_enabled():
+        return "its backward pass is not deterministic on this GPU"
+    return reason
+
+
+def emit_flash(site: Site, build: Builder, target: Target) -> fx.Node:
+    """As :func:`emit`, with ``BACKEND="FLASH"``; only the form with block tables."""
+    out = _with_tables(site, build, target, {"BACKEND": "FLASH"})
+    if out is None:
+        raise Refused("its modifiers have no formula")
+    return build.cast(after_weights(site, build, out), site.spec.out_dtype)
+
+
 FLEX = Kernel("flex", refuse, emit)
+FLEX_FLASH = Kernel("flex_flash", refuse_flash, emit_flash)

@@ -2,7 +2,8 @@
 
 ``softmax(q k^T * scale + attn_mask) v`` with dropout and grouped heads; ``is_causal`` is aligned
 top-left (PyTorch documentation of ``scaled_dot_product_attention``).  Its flash kernels take no
-``attn_mask``, so a mask that is proved causal, or to hide nothing, is never passed as a tensor.
+``attn_mask``, so a mask that is proved causal, or to hide nothing, is never passed as a tensor, and a
+window on a GPU goes to the operator behind it (:mod:`fusepass.kernels.torch_flash`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusepass.dialects.fx_graph import size_of
 from fusepass.emit import Builder
+from fusepass.kernels import torch_flash
 from fusepass.kernels.base import (
     Kernel,
     Operands,
@@ -35,6 +37,7 @@ from fusepass.kernels.base import (
     repeat_heads,
     row_operand,
     rows_of,
+    scaled,
     score_operand,
     visible,
 )
@@ -96,8 +99,12 @@ def is_causal(spec: Attention) -> bool:
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     """Write the call."""
     spec = site.spec
-    scale, x = _scaled(site, build, operands(site, build))
-    scaled = x
+    scale, x = scaled(site, build, operands(site, build))
+    bounds = torch_flash.window(spec, target, build.value(x.q).dtype)
+    if bounds is not None:
+        out = torch_flash.emit(site, build, x, scale, bounds)
+        return build.cast(after_weights(site, build, out), spec.out_dtype)
+    original = x
     causal = is_causal(spec) and spec.sink is None
     rows: Rows | None = None
     if causal:
@@ -112,7 +119,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
         x, mask = _with_sink(site, build, x, mask)
     out = _call(site, build, target, x, mask, causal, scale)
     if rows is not None:
-        out = finish_rows(site, build, out, scaled, scale, rows, target)
+        out = finish_rows(site, build, out, original, scale, rows, target)
     return build.cast(after_weights(site, build, out), spec.out_dtype)
 
 
@@ -148,21 +155,6 @@ def _with_sink(site: Site, build: Builder, x: Operands, mask: fx.Node | None) ->
     keys = build.size(spec.keys)
     columns = [build.op("expand", mask, [*whole, keys]), build.op("expand", sink, [*whole, 1])]
     return Operands(x.q, k, v), build.op("cat", columns, 3)
-
-
-def _scaled(site: Site, build: Builder, x: Operands) -> tuple[float, Operands]:
-    """The constant scale; what the kernel's scale cannot say is multiplied into the queries."""
-    factor, q = 1.0, x.q
-    for mod in site.spec.scores:
-        if isinstance(mod, Scale):
-            factor *= mod.factor
-        elif isinstance(mod, ScaleBy):
-            dtype = build.value(q).dtype
-            q = build.cast(build.op("mul", q, row_operand(site, build, mod.slot)), dtype)
-    if factor <= 0:
-        q = build.op("mul_scalar", q, factor)
-        factor = 1.0
-    return factor, Operands(q, x.k, x.v)
 
 
 def attn_mask(site: Site, build: Builder, target: Target, x: Operands) -> fx.Node | None:
@@ -303,11 +295,22 @@ def _is_math(
     """Would PyTorch compute this call with its unfused fallback?  It is asked, on fake tensors."""
     q, k, v = (build.value(n) for n in (x.q, x.k, x.v))
     added = None if mask is None else build.value(mask)
+    if q.device.type == "cuda" and not torch.cuda.is_available():
+        return not fused_on_cuda(q, v, added is not None, gqa)  # compiling for another machine
     with build.mode(), enable_python_dispatcher(), _Dispatched() as seen:
         torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=added, dropout_p=p, is_causal=causal, scale=scale, enable_gqa=gqa
         )
     return not any(name.startswith("_scaled_dot_product") and "math" not in name for name in seen.names)
+
+
+def fused_on_cuda(q: torch.Tensor, v: torch.Tensor, masked: bool, gqa: bool) -> bool:
+    """PyTorch's conditions for a fused kernel on an NVIDIA GPU (``sdp_utils.cpp``), where there is none."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    small = max(size_of(q.shape[3]), size_of(v.shape[3])) <= 256 and q.shape[3] % 8 == 0
+    flash = half and small and not masked and q.shape[3] == v.shape[3]
+    efficient = q.dtype in (torch.float32, torch.float16, torch.bfloat16) and not gqa
+    return flash or efficient
 
 
 class _Dispatched(TorchDispatchMode):

@@ -1,0 +1,312 @@
+"""FP8 attention: accuracy against float64, and time with the quantisation included.
+
+    python benchmarks/fp8.py --out benchmarks/results/fp8-nvidia-h200.csv
+    python benchmarks/fp8.py --read benchmarks/results/fp8-nvidia-h200.csv --markdown docs/fp8.md
+
+Inputs are N(0, 1), and N(0, 1) with 0.1% of N(0, 100) added (the outliers of Shah et al., arXiv 2407.08608,
+table 3).  "cast" is the unscaled `.to(float8_e4m3fn)` of tutorials; "identical" is exact arithmetic on just
+the e4m3 inputs of "fp8", its result rounded as the kernel's is.  The last table is the loss of a small
+trained language model.  Needs a Hopper GPU, and nvidia-cudnn-frontend or flash-attn 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusepass import bench
+from fusepass.kernels import fp8, fp8_ops
+
+HEAD_DIM = 128
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """As people write it; ``[B, S, H, D]``."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    s = q @ k.repeat_interleave(group, 1).transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if causal:
+        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1), -math.inf)
+    out = s.softmax(-1, dtype=torch.float32).to(v.dtype) @ v.repeat_interleave(group, 1)
+    return out.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1)
+
+
+def inputs(length: int, heads: int, kv_heads: int, outliers: bool, batch: int = 1) -> list[Tensor]:
+    torch.manual_seed(0)
+    made = []
+    for n in (heads, kv_heads, kv_heads):
+        x = torch.randn(batch, length, n, HEAD_DIM, device="cuda")
+        if outliers:
+            x = x + torch.randn_like(x) * 10.0 * (torch.rand_like(x) < 0.001)
+        made.append(x.bfloat16())
+    return made
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    """float64, a head at a time; ``[B, H, S, D]`` in, float64 out."""
+    group, out = q.shape[1] // k.shape[1], torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            s = q[b, h].double() @ k[b, h // group].double().T * scale
+            if causal:
+                s.masked_fill_(hidden, -math.inf)
+            out[b, h] = s.softmax(-1) @ v[b, h // group].double()
+    return out
+
+
+def quality(out: Tensor, true: Tensor) -> tuple[float, float]:
+    """Relative error, and SQNR in dB."""
+    noise = (out.double() - true).square().sum().item()
+    power = true.square().sum().item()
+    return math.sqrt(noise / power), 10 * math.log10(power / max(noise, 1e-300))
+
+
+def methods(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Callable[[], Tensor]]:
+    """Ways to compute ``[B, H, S, D]`` tensors."""
+    scale, library = HEAD_DIM**-0.5, fp8.library()
+
+    def native() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+    def cast() -> Tensor:
+        one = torch.ones(1, 1, 1, 1, device=q.device)
+        eight = [t.to(torch.float8_e4m3fn) for t in (q, k, v)]
+        if library == "flash3":
+            ones = torch.ones(k.shape[:2], device=q.device)
+            turned = [t.transpose(1, 2) for t in eight]
+            found: Tensor = torch.ops.fusepass.fp8_flash3(*turned, ones, ones, ones, scale, causal)
+            return found.transpose(1, 2)
+        out: Tensor = torch.ops.fusepass.fp8_cudnn(*eight, one, scale, causal)
+        return out.float()
+
+    def identical(rotate: bool) -> Tensor:
+        x, y = q, k
+        if rotate:
+            turn = fp8.hadamard(HEAD_DIM, q)
+            x, y = fp8.rotated(q, turn), fp8.rotated(k, turn)
+        q8, k8, descale = fp8.balanced(x, y)
+        largest = fp8._largest(v, v.shape[1]) / fp8_ops.E4M3_MAX
+        v8 = fp8._rounded(v, 1 / largest)
+        out = exact(q8.float(), k8.float(), v8.float(), causal, scale * descale.item())
+        if library == "cudnn":
+            out = out.float().to(torch.float8_e4m3fn).double()
+        return out * fp8._per_head(largest, q.shape[1])
+
+    return {
+        "bf16": native,
+        "cast": cast,
+        "fp8_unrotated": lambda: fp8.fp8_attention(q, k, v, scale, causal, False, library),
+        "fp8": lambda: fp8.fp8_attention(q, k, v, scale, causal, True, library),
+        "identical, unrotated": lambda: identical(False),
+        "identical": lambda: identical(True),
+    }
+
+
+def accuracy(lengths: list[int]) -> list[dict[str, Any]]:
+    rows = []
+    for length in lengths:
+        for kind in ("normal", "outliers"):
+            q, k, v = (t.transpose(1, 2) for t in inputs(length, 8, 2, kind == "outliers"))
+            for causal in (False, True):
+                true = exact(q, k, v, causal, HEAD_DIM**-0.5)
+                for name, compute in methods(q, k, v, causal).items():
+                    row: dict[str, Any] = {"length": length, "inputs": kind, "causal": causal, "method": name}
+                    try:
+                        error, sqnr = quality(compute(), true)
+                        row |= {"relative error": f"{error:.4g}", "SQNR dB": f"{sqnr:.2f}"}
+                    except Exception as problem:
+                        row["problem"] = f"{type(problem).__name__}: {problem}".splitlines()[0][:120]
+                    rows.append(row)
+    return rows
+
+
+def speed(lengths: list[int]) -> list[dict[str, Any]]:
+    """Milliseconds, quantisation included, through `torch.compile(backend="fusepass")`."""
+    rows = []
+    for length in lengths:
+        made = inputs(length, 32, 8, False, batch=max(1, 16384 // length))
+        for causal in (False, True):
+            row: dict[str, Any] = {"length": length, "causal": causal}
+            for name, call in _contenders(causal).items():
+                try:
+                    with torch.no_grad():
+                        call(*made)
+                        step = functools.partial(call, *made)
+                        row[name] = round(bench.timed(step, made[0].device, 20), 4)
+                except Exception as problem:
+                    row[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:60]
+                torch._dynamo.reset()
+            best = min((row[n] for n in ("sdpa", "flash4") if isinstance(row.get(n), float)), default=None)
+            for name in ("fp8", "fp8_unrotated"):
+                if best and isinstance(row.get(name), float):
+                    row[f"{name}, times best bf16"] = round(best / row[name], 3)
+            rows.append(row)
+    return rows
+
+
+def _contenders(causal: bool) -> dict[str, Callable[..., Any]]:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, causal)
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+    def flash4(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        from flash_attn.cute import flash_attn_func
+
+        return flash_attn_func(q, k, v, causal=causal)
+
+    def fused(precision: str) -> Callable[..., Any]:
+        return torch.compile(program, backend="fusepass", dynamic=False, options={"precision": precision})
+
+    return {
+        "sdpa": sdpa, "flash4": flash4, "fp8": fused("fp8"), "fp8_unrotated": fused("fp8_unrotated"),
+    }  # fmt: skip
+
+
+class Model(nn.Module):
+    """A small causal language model with attention written out."""
+
+    def __init__(self, words: int = 64, width: int = 256, layers: int = 4) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, width), nn.Embedding(512, width)
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(layers))
+        self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.mlp = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            )
+            for _ in range(layers)
+        )
+        self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
+        self.head = nn.Linear(width, words)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.words(tokens) + self.places(torch.arange(tokens.shape[1], device=tokens.device))
+        for qkv, out, mlp, norm in zip(self.qkv, self.out, self.mlp, self.norm, strict=True):
+            q, k, v = (t.unflatten(-1, (-1, HEAD_DIM)) for t in qkv(norm(x)).chunk(3, -1))
+            x = x + out(attention(q, k, v, True))
+            x = x + mlp(x)
+        logits: Tensor = self.head(x)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def _text(batch: int, length: int = 512) -> Tensor:
+    """Sequences that repeat a random phrase: what attention learns to copy."""
+    phrase = torch.randint(0, 64, (batch, 64), device="cuda")
+    return phrase.repeat(1, length // 64)
+
+
+def model_loss(steps: int = 300) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    model = Model().cuda()
+    trained = torch.compile(model, dynamic=False)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(steps):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = trained(_text(32))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    torch.manual_seed(1)
+    held_out, half = _text(64), model.bfloat16().eval().requires_grad_(False)
+    rows = []
+    with torch.no_grad():
+        for precision in ("eager", "native", "fp8_unrotated", "fp8"):
+            torch._dynamo.reset()
+            call = half if precision == "eager" else torch.compile(
+                half, backend="fusepass", dynamic=False, options={"precision": precision}
+            )  # fmt: skip
+            rows.append({"precision": precision, "loss": f"{call(held_out).item():.5f}"})
+    return rows
+
+
+def show(title: str, rows: list[dict[str, Any]], console: Console) -> None:
+    names = list(dict.fromkeys(n for row in rows for n in row))
+    table = Table(*names, title=title, title_justify="left", header_style="bold")
+    for row in rows:
+        table.add_row(*(str(row.get(n, "")) for n in names))
+    console.print(table)
+
+
+def markdown(results: Path, place: Path) -> None:
+    """The tables of a CSV file as a page."""
+    lines = results.read_text().splitlines()
+    about = [line[2:] for line in lines if line.startswith("# ")]
+    page = [
+        "# FP8 attention, measured",
+        "",
+        f"Made by `python benchmarks/fp8.py` from [{results.name}](../{results}): {'; '.join(about)}.",
+        "",
+        "Milliseconds include the quantisation. Relative errors and SQNR are against float64. `cast` is the",
+        "unscaled cast of tutorials; `identical` is exact arithmetic on just the e4m3 inputs of `fp8`, its",
+        "result rounded as the kernel's is. The loss is that of a small language model trained in bfloat16.",
+    ]
+    names: list[str] = []
+    title = ""
+    for row in csv.reader(line for line in lines if not line.startswith("#")):
+        if row[0] == "table":
+            names = row[1:]
+            continue
+        if row[0] != title:
+            title = row[0]
+            page += ["", f"## {title}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        page.append(f"| {' | '.join(row[1:])} |")
+    place.write_text("\n".join(page) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("fp8.csv"), help="(%(default)s)")
+    parser.add_argument("--accuracy-lengths", default="2048,8192")
+    parser.add_argument("--lengths", default="4096,8192,16384,32768")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of the small model")
+    parser.add_argument("--read", type=Path, help="measure nothing: these results, for --markdown")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this page")
+    arguments = parser.parse_args()
+    if arguments.read:
+        markdown(arguments.read, arguments.markdown or arguments.read.with_suffix(".md"))
+        return
+    console, about = Console(width=150), bench.machine()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "time": lambda: speed([int(n) for n in arguments.lengths.split(",")]),
+        "accuracy": lambda: accuracy([int(n) for n in arguments.accuracy_lengths.split(",")]),
+        "loss": lambda: model_loss(arguments.steps),
+    }
+    with arguments.out.open("w", newline="") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in about.items())
+        for title, part in parts.items():
+            start = time.time()
+            try:
+                rows = part()
+            except Exception as problem:
+                rows = [{"problem": f"{type(problem).__name__}: {problem}"[:200]}]
+            show(f"FP8: {title} ({time.time() - start:.0f} s)", rows, console)
+            names = list(dict.fromkeys(n for row in rows for n in row))
+            writer = csv.DictWriter(file, ["table", *names], restval="")
+            writer.writeheader()
+            writer.writerows({"table": title} | row for row in rows)
+            file.flush()
+    if arguments.markdown:
+        markdown(arguments.out, arguments.markdown)
+
+
+if __name__ == "__main__":
+    main()

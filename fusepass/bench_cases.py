@@ -1,0 +1,331 @@
+"""What `fusepass bench` measures: attention as people write it, and the same by hand on one library.
+
+Tensors are ``[B, S, H, D]``, as projections make them; a program returns ``[B, S, H * D]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Inputs = dict[str, Tensor]
+Program = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one measurement."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kind of attention.
+
+    kind: what the cost model calls it (:func:`fusepass.select.kind_of`).
+    kernels: those that take it.
+    hand: the same computation on one library, by name.
+    pairs: the number of query-key pairs that are visible, for TFLOP/s.
+    """
+
+    name: str
+    kind: str
+    kernels: str
+    program: Program
+    pairs: Callable[[Shape], float]
+    hand: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    extra: Callable[[Shape, torch.device], Inputs] = lambda shape, device: {}
+    group: int = 1
+    cross: bool = False
+    decode: bool = False
+    backward: bool = True
+
+    def shape(self, length: int, head_dim: int, tokens: int = 16384, width: int = 2048) -> Shape:
+        """Sizes of a length: ``tokens`` in all, ``width`` features, as models have them."""
+        heads = max(1, width // head_dim)
+        batch = max(1, tokens // length)
+        queries = 1 if self.decode else length
+        keys = length // 2 if self.cross else length
+        return Shape(batch, heads, max(1, heads // self.group), queries, keys, head_dim)
+
+    def inputs(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
+        """Random tensors."""
+        generator = torch.Generator(device).manual_seed(0)
+        sizes = ((shape.queries, shape.heads), (shape.keys, shape.kv_heads), (shape.keys, shape.kv_heads))
+        made = {
+            name: torch.randn(
+                shape.batch, n, h, shape.head_dim, device=device, dtype=dtype, generator=generator
+            )
+            for name, (n, h) in zip("qkv", sizes, strict=True)
+        }
+        return made | {
+            name: t.to(dtype) if t.is_floating_point() else t for name, t in self.extra(shape, device).items()
+        }
+
+
+# ---------------------------------------------------------------------------------------- as people write it
+
+
+def _heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+
+
+def _merged(out: Tensor) -> Tensor:
+    return out.transpose(1, 2).reshape(out.shape[0], out.shape[2], -1)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+
+
+def _gap(s: Tensor) -> Tensor:
+    return torch.arange(s.shape[-1], device=s.device) - torch.arange(s.shape[-2], device=s.device)[:, None]
+
+
+def _weights(s: Tensor, v: Tensor) -> Tensor:
+    return s.softmax(-1, dtype=torch.float32).to(v.dtype)
+
+
+def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = _heads(q, k, v)
+    return _merged(_weights(_scores(q, k), v) @ v)
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = _heads(q, k, v)
+    s = _scores(q, k)
+    return _merged(_weights(s.masked_fill(_gap(s) > 0, -math.inf), v) @ v)
+
+
+WINDOW = 1024
+
+
+def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = _heads(q, k, v)
+    s = _scores(q, k)
+    gap = _gap(s)
+    return _merged(_weights(s.masked_fill((gap > 0) | (gap <= -WINDOW), -math.inf), v) @ v)
+
+
+def softcap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = _heads(q, k, v)
+    s = 50.0 * torch.tanh(_scores(q, k) / 50.0)
+    return _merged(_weights(s.masked_fill(_gap(s) > 0, -math.inf), v) @ v)
+
+
+def alibi(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    q, k, v = _heads(q, k, v)
+    s = _scores(q, k)
+    gap = _gap(s)
+    s = s + slopes[:, None, None] * gap
+    return _merged(_weights(s.masked_fill(gap > 0, -math.inf), v) @ v)
+
+
+def bias(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    q, k, v = _heads(q, k, v)
+    return _merged(_weights(_scores(q, k) + table, v) @ v)
+
+
+def padding(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    q, k, v = _heads(q, k, v)
+    s = _scores(q, k)
+    seen = (_gap(s) <= 0) & keep[:, None, None, :]
+    return _merged(_weights(s.masked_fill(~seen, torch.finfo(s.dtype).min), v) @ v)
+
+
+def dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = _heads(q, k, v)
+    return _merged(F.dropout(_weights(_scores(q, k), v), 0.1) @ v)
+
+
+# ---------------------------------------------------------------------------------------- by hand
+
+
+def _sdpa(**options: Any) -> Callable[..., Any]:
+    def call(q: Tensor, k: Tensor, v: Tensor, **extra: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return _merged(
+            F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
+        )
+
+    return call
+
+
+def _sdpa_bias(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return _merged(F.scaled_dot_product_attention(q, k, v, attn_mask=table))
+
+
+def _sdpa_padding(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    seen = (
+        torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() & keep[:, None, None, :]
+    )
+    return _merged(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
+
+
+def _flash4(**options: Any) -> Callable[..., Any]:
+    def call(q: Tensor, k: Tensor, v: Tensor, **extra: Tensor) -> Tensor:
+        from flash_attn.cute import flash_attn_func
+
+        found = flash_attn_func(q, k, v, **options)
+        out: Tensor = found[0] if isinstance(found, tuple) else found
+        return out.flatten(2)
+
+    return call
+
+
+def _flash2(**options: Any) -> Callable[..., Any]:
+    def call(q: Tensor, k: Tensor, v: Tensor, **extra: Tensor) -> Tensor:
+        from flash_attn.flash_attn_interface import flash_attn_func
+
+        more = {"alibi_slopes": extra["slopes"].float()} if "slopes" in extra else {}
+        out: Tensor = flash_attn_func(q, k, v, **options, **more)
+        return out.flatten(2)
+
+    return call
+
+
+_compiled_flex: Any = None
+
+
+def _flex(score: Any = None, mask: Any = None, backend: str = "AUTO") -> Callable[..., Any]:
+    """FlexAttention as its documentation has it: compiled once, the block mask made beforehand."""
+    masks: dict[Any, Any] = {}
+
+    def call(q: Tensor, k: Tensor, v: Tensor, **extra: Tensor) -> Tensor:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        global _compiled_flex
+        _compiled_flex = _compiled_flex or torch.compile(flex_attention, dynamic=False)
+        key = (q.shape, k.shape, id(extra.get("keep")))
+        if mask is not None and key not in masks:
+            batch = q.shape[0] if "keep" in extra else None
+            masks[key] = create_block_mask(mask(extra), batch, None, q.shape[1], k.shape[1], device=q.device)
+        out = _compiled_flex(
+            *(t.transpose(1, 2) for t in (q, k, v)),
+            score_mod=None if score is None else score(extra), block_mask=masks.get(key),
+            enable_gqa=q.shape[2] != k.shape[2],
+            kernel_options=None if backend == "AUTO" else {"BACKEND": backend},
+        )  # fmt: skip
+        return _merged(out)
+
+    return call
+
+
+def _below(extra: Inputs) -> Any:
+    return lambda b, h, i, j: j <= i
+
+
+def _near(extra: Inputs) -> Any:
+    return lambda b, h, i, j: (j <= i) & (i - j < WINDOW)
+
+
+def _kept(extra: Inputs) -> Any:
+    keep = extra["keep"]
+    return lambda b, h, i, j: (j <= i) & keep[b, j]
+
+
+def _capped(extra: Inputs) -> Any:
+    return lambda s, b, h, i, j: 50.0 * torch.tanh(s / 50.0)
+
+
+def _sloped(extra: Inputs) -> Any:
+    slopes = extra["slopes"].detach()
+    return lambda s, b, h, i, j: s + slopes[h] * (j - i)
+
+
+# ---------------------------------------------------------------------------------------- the list
+
+
+def _all(shape: Shape) -> float:
+    return float(shape.queries * shape.keys)
+
+
+def _half(shape: Shape) -> float:
+    return shape.queries * (shape.queries + 1) / 2
+
+
+def _band(shape: Shape) -> float:
+    n, w = shape.queries, min(WINDOW, shape.queries)
+    return w * (w + 1) / 2 + (n - w) * w
+
+
+def _keep(shape: Shape, device: torch.device) -> Inputs:
+    """Lengths from half of the keys to all of them."""
+    lengths = torch.linspace(shape.keys / 2, shape.keys, shape.batch, device=device)
+    return {"keep": torch.arange(shape.keys, device=device) < lengths[:, None]}
+
+
+def _slopes(shape: Shape, device: torch.device) -> Inputs:
+    return {"slopes": 2.0 ** (-8.0 * torch.arange(1, shape.heads + 1, device=device) / shape.heads)}
+
+
+def _table(shape: Shape, device: torch.device) -> Inputs:
+    return {"table": torch.randn(1, shape.heads, shape.queries, shape.keys, device=device)}
+
+
+_ANY = "sdpa cudnn flash2 flash3 flash4 flex"
+_PLAIN = {"hand sdpa": _sdpa(), "hand flash4": _flash4(), "hand flash2": _flash2()}
+_CAUSAL = {
+    "hand sdpa": _sdpa(is_causal=True),
+    "hand flash4": _flash4(causal=True),
+    "hand flash2": _flash2(causal=True),
+}
+_WINDOW = (WINDOW - 1, 0)
+
+VARIANTS: dict[str, Variant] = {
+    v.name: v
+    for v in (
+        Variant("full", "full", _ANY, full, _all, _PLAIN),
+        Variant("causal", "causal", _ANY, causal, _half, _CAUSAL),
+        Variant("gqa", "causal", _ANY, causal, _half, _CAUSAL, group=4),
+        Variant("mqa", "causal", _ANY, causal, _half, _CAUSAL, group=1 << 20),
+        Variant(
+            "window", "window", "sdpa flash2 flash3 flash4 flex flex_flash", window, _band,
+            {"hand flash4": _flash4(window_size=_WINDOW), "hand flash2": _flash2(window_size=_WINDOW),
+             "hand flex": _flex(mask=_near)},
+            group=4,
+        ),
+        Variant(
+            "softcap", "causal+softcap", "flash2 flash3 flash4 flex flex_flash", softcap, _half,
+            {"hand flash4": _flash4(causal=True, softcap=50.0),
+             "hand flash2": _flash2(causal=True, softcap=50.0), "hand flex": _flex(_capped, _below)},
+        ),
+        Variant(
+            "alibi", "causal+thin bias", "sdpa flash2 flex flex_flash", alibi, _half,
+            {"hand flash2": _flash2(causal=True), "hand flex": _flex(_sloped, _below),
+             "hand flex_flash": _flex(_sloped, _below, "FLASH")},
+            _slopes,
+        ),
+        Variant("bias", "full+bias", "sdpa cudnn flex", bias, _all, {"hand sdpa": _sdpa_bias}, _table),
+        Variant(
+            "padding", "padding", "sdpa flex flex_flash", padding, _half,
+            {"hand sdpa": _sdpa_padding, "hand flex": _flex(mask=_kept),
+             "hand flex_flash": _flex(mask=_kept, backend="FLASH")},
+            _keep,
+        ),
+        Variant(
+            "dropout", "full+dropout", "sdpa cudnn flash2", dropout, _all,
+            {"hand sdpa": _sdpa(dropout_p=0.1), "hand flash2": _flash2(dropout_p=0.1)},
+        ),
+        Variant("cross", "full", _ANY, full, _all, _PLAIN, cross=True),
+        Variant("decode", "one query", _ANY, full, _all, _PLAIN, group=4, decode=True, backward=False),
+    )
+}  # fmt: skip
+
+__all__ = ["VARIANTS", "WINDOW", "Inputs", "Shape", "Variant"]

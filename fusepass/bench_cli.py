@@ -1,0 +1,89 @@
+"""The command `python -m fusepass bench`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from fusepass import bench, bench_report, costs
+from fusepass.bench_cases import VARIANTS
+from fusepass.targets import UsageError
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Measures or reads, and shows, plots or fits."""
+    console = Console(width=None if Console().is_terminal else 150)
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows: list[bench.Row] = []
+    about: dict[str, str] = {}
+    if arguments.read:
+        for place in arguments.read:
+            if not place.is_file():
+                raise UsageError(
+                    f"cannot read {str(place)!r}: there is no such file; expected results of bench"
+                )
+            more, about = bench.read_csv(place)
+            rows += more
+    else:
+        about = bench.machine(arguments.device)
+        rows = _measure(arguments, console, about)
+        console.print(f"{len(rows)} measurements in {arguments.out}", highlight=False)
+    if arguments.profile or arguments.profile_to:
+        made = bench_report.profile_of(rows, about)
+        place = arguments.profile_to or costs.place_of(about["device"])
+        made.save(place)
+        console.print(bench_report.fits_table(made))
+        console.print(f"profile in {place}", highlight=False)
+    else:
+        bench_report.show(rows, console)
+    if arguments.plot:
+        made_plots = bench_report.plot(rows, arguments.plot, about)
+        console.print(f"{len(made_plots)} pictures in {arguments.plot}", highlight=False)
+    return 0
+
+
+def _measure(arguments: argparse.Namespace, console: Console, about: dict[str, str]) -> list[bench.Row]:
+    variants = _chosen(arguments.variants, list(VARIANTS), "variant")
+    modes = _chosen(arguments.modes, list(bench.MODES), "mode")
+    named = ["compile", *bench.NAMED] if arguments.profile else ["eager", "compile", "auto", "hand"]
+    contenders = arguments.contenders.split(",") if arguments.contenders else named
+    settings = {name: getattr(arguments, name) for name in ("device", "dtype", "tokens", "width", "repeats")}
+    work = bench.jobs(
+        variants, _numbers(arguments.lengths), _numbers(arguments.head_dims), modes, contenders, **settings
+    )
+    workers = arguments.workers or (max(1, (os.cpu_count() or 1) - 4) if arguments.device == "cuda" else 1)
+    with Progress(console=console, transient=True) as progress:
+        task, rows = progress.add_task("measuring", total=len(work)), list[bench.Row]()
+
+        def keep(row: bench.Row) -> None:
+            rows.append(row)
+            progress.advance(task)
+            if len(rows) % 25 == 0:
+                bench.write_csv(rows, arguments.out, about)
+
+        try:
+            return bench.run(work, workers, keep, arguments.limit)
+        finally:
+            bench.write_csv(rows, arguments.out, about)
+
+
+def _chosen(text: str, accepted: list[str], noun: str) -> list[str]:
+    found = accepted if text == "all" else text.split(",")
+    for name in found:
+        if name not in accepted:
+            raise UsageError(f"unknown {noun} {name!r}; accepted are {', '.join(accepted)}")
+    return found
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(n) for n in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"expected whole numbers with commas between them, got {text!r}") from error
+
+
+__all__ = ["command"]

@@ -1,0 +1,320 @@
+"""FlexAttention's block tables from a visibility's formula, without any tensor over queries and keys.
+
+A formula is evaluated once a *block* of 128 queries by 128 keys, on intervals: every value becomes the
+lowest and the highest it takes in the block, every truth value "all" and "any".  Bands come out in closed
+form; paddings and document labels are reduced block by block; what cannot be bounded is taken for
+partial, which is slower and never wrong.  An operator of its own, because the tables must be in memory
+when the kernel starts, whatever a compiler would rather fuse.
+
+Source for the tables: ``torch.nn.attention.flex_attention.BlockMask``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusepass.ir import DTYPES
+from fusepass.kernels.formula import Formula, read
+
+BLOCK = 128
+
+Interval = tuple[Tensor, Tensor]
+"""Lowest and highest value in each block, ``[B | 1, H | 1, query blocks | 1, key blocks | 1]``; of a
+truth value: does it hold everywhere, anywhere."""
+
+
+class Blocks:
+    """Evaluates formulas on the blocks of one size of attention."""
+
+    def __init__(
+        self, sizes: Mapping[str, int], tensors: Sequence[Tensor], device: torch.device, block: int = BLOCK
+    ) -> None:
+        self.sizes, self.tensors, self.device, self.block = sizes, tensors, device, block
+        # Numbers stay on the CPU: they mix with any device, and reading them does not wait for one.
+        self.unknown = torch.tensor(-math.inf), torch.tensor(math.inf)
+        self.at = {letter: self._letter(letter) for letter in "bhij"}
+
+    def count(self, letter: str) -> int:
+        """How many blocks (or single indices) a letter has."""
+        return -(-self.sizes[letter] // self.block) if letter in "ij" else self.sizes[letter]
+
+    def _letter(self, letter: str) -> Interval:
+        shape = [1, 1, 1, 1]
+        shape["bhij".index(letter)] = -1
+        low = torch.arange(self.count(letter), device=self.device)
+        if letter in "bh":
+            return low.view(shape), low.view(shape)
+        low = low * self.block
+        high = (low + (self.block - 1)).clamp(max=self.sizes[letter] - 1)
+        return low.view(shape), high.view(shape)
+
+    def value(self, formula: Formula) -> Interval:
+        """The interval of a formula in each block."""
+        operation = formula[0]
+        if operation == "const":
+            number = torch.tensor(formula[1])
+            return number, number
+        if operation == "index":
+            return self.index(formula[1], formula[2])
+        if operation == "load":
+            return self.load(self.tensors[formula[1]], formula[2])
+        handler = getattr(self, f"_{operation}", None)
+        if handler is None:
+            return self.unknown
+        given = [self.value(f) if isinstance(f, tuple) else f for f in formula[1:]]
+        found: Interval = handler(*given)
+        return found
+
+    def index(self, constant: int, terms: Any) -> Interval:
+        low = high = torch.tensor(constant)
+        for factor, letter, stride, size in terms:
+            a, b = (x // stride for x in self.at[letter])
+            if size:
+                whole = a // size == b // size
+                a, b = torch.where(whole, a % size, 0), torch.where(whole, b % size, size - 1)
+            a, b = (a * factor, b * factor) if factor > 0 else (b * factor, a * factor)
+            low, high = low + a, high + b
+        return low, high
+
+    def load(self, tensor: Tensor, indices: Any) -> Interval:
+        """Reduce a tensor over blocks; its dimensions are constants or whole letters, or it is unknown."""
+        order: list[str] = []
+        for dim, (constant, terms) in reversed(list(enumerate(indices))):
+            if not terms:
+                tensor = tensor.select(dim, constant)
+                continue
+            if len(terms) > 1 or constant != 0 or terms[0][0] != 1 or terms[0][2] != 1 or terms[0][3]:
+                return self._anything(tensor)
+            letter = terms[0][1]
+            tensor = tensor.narrow(dim, 0, self.sizes[letter])
+            order.insert(0, letter)
+        if len(set(order)) < len(order):
+            return self._anything(tensor)
+        tensor = tensor.permute([order.index(x) for x in "bhij" if x in order])
+        tensor = tensor.reshape([tensor.shape[sorted(order).index(x)] if x in order else 1 for x in "bhij"])
+        return self._reduced(tensor, [d for d, x in enumerate("bhij") if x in order and x in "ij"])
+
+    def _anything(self, tensor: Tensor) -> Interval:
+        if tensor.dtype is torch.bool:
+            return torch.tensor(False), torch.tensor(True)
+        return self.unknown
+
+    def _reduced(self, tensor: Tensor, dims: list[int]) -> Interval:
+        low = high = tensor
+        if tensor.is_floating_point():
+            odd = tensor.isnan()
+            low, high = tensor.masked_fill(odd, -math.inf), tensor.masked_fill(odd, math.inf)
+        for dim in dims:
+            low, high = (self._split(t, dim) for t in (low, high))
+            if tensor.dtype is torch.bool:
+                low, high = low.all(dim + 1), high.any(dim + 1)
+            else:
+                low, high = low.amin(dim + 1), high.amax(dim + 1)
+        return low, high
+
+    def _split(self, tensor: Tensor, dim: int) -> Tensor:
+        """A dimension cut into blocks; the last block repeats the last element."""
+        missing = -tensor.shape[dim] % self.block
+        if missing:
+            last = tensor.narrow(dim, tensor.shape[dim] - 1, 1)
+            wide = [missing if d == dim else -1 for d in range(4)]
+            tensor = torch.cat([tensor, last.expand(wide)], dim)
+        cut: Tensor = tensor.unflatten(dim, (-1, self.block))
+        return cut
+
+    # -- logic -------------------------------------------------------------------------------
+
+    def _not(self, x: Interval) -> Interval:
+        return ~_truth(x)[1], ~_truth(x)[0]
+
+    def _and(self, x: Interval, y: Interval) -> Interval:
+        (a, b), (c, d) = _truth(x), _truth(y)
+        return a & c, b & d
+
+    def _or(self, x: Interval, y: Interval) -> Interval:
+        (a, b), (c, d) = _truth(x), _truth(y)
+        return a | c, b | d
+
+    def _xor(self, x: Interval, y: Interval) -> Interval:
+        return self._not(self._eq(_numbers(_truth(x)), _numbers(_truth(y))))
+
+    def _le(self, x: Interval, y: Interval) -> Interval:
+        return (x[1] <= y[0]) & _known(x) & _known(y), x[0] <= y[1]
+
+    def _lt(self, x: Interval, y: Interval) -> Interval:
+        return (x[1] < y[0]) & _known(x) & _known(y), x[0] < y[1]
+
+    def _ge(self, x: Interval, y: Interval) -> Interval:
+        return self._le(y, x)
+
+    def _gt(self, x: Interval, y: Interval) -> Interval:
+        return self._lt(y, x)
+
+    def _eq(self, x: Interval, y: Interval) -> Interval:
+        x, y = _numbers(x), _numbers(y)
+        same = (x[0] == x[1]) & (y[0] == y[1]) & (x[0] == y[0]) & _known(x) & _known(y)
+        return same, (x[0] <= y[1]) & (y[0] <= x[1])
+
+    def _ne(self, x: Interval, y: Interval) -> Interval:
+        return self._not(self._eq(x, y))
+
+    # -- arithmetic --------------------------------------------------------------------------
+
+    def _add(self, x: Interval, y: Interval) -> Interval:
+        return x[0] + y[0], x[1] + y[1]
+
+    def _sub(self, x: Interval, y: Interval) -> Interval:
+        return x[0] - y[1], x[1] - y[0]
+
+    def _neg(self, x: Interval) -> Interval:
+        return -x[1], -x[0]
+
+    def _mul(self, x: Interval, y: Interval) -> Interval:
+        corners = [a * b for a in x for b in y]
+        low, high = (functools.reduce(pick, corners) for pick in (torch.minimum, torch.maximum))
+        if not low.is_floating_point():
+            return low, high
+        odd = torch.isnan(low) | torch.isnan(high)  # infinity times zero
+        return torch.where(odd, -math.inf, low), torch.where(odd, math.inf, high)
+
+    def _floordiv(self, x: Interval, y: Interval) -> Interval:
+        number = y[0] is y[1] and y[0].dim() == 0 and y[0].device.type == "cpu"
+        if not number or y[0].is_floating_point() or y[0] <= 0:
+            return self.unknown
+        return x[0] // y[0], x[1] // y[0]
+
+    def _mod(self, x: Interval, y: Interval) -> Interval:
+        quotient = self._floordiv(x, y)
+        if quotient is self.unknown:
+            return self.unknown
+        whole = quotient[0] == quotient[1]
+        return torch.where(whole, x[0] % y[0], 0), torch.where(whole, x[1] % y[0], y[0] - 1)
+
+    def _abs(self, x: Interval) -> Interval:
+        low = torch.where(
+            (x[0] <= 0) & (x[1] >= 0), torch.zeros_like(x[0]), torch.minimum(*map(torch.abs, x))
+        )
+        return low, torch.maximum(*map(torch.abs, x))
+
+    def _max(self, x: Interval, y: Interval) -> Interval:
+        return torch.maximum(x[0], y[0]), torch.maximum(x[1], y[1])
+
+    def _min(self, x: Interval, y: Interval) -> Interval:
+        return torch.minimum(x[0], y[0]), torch.minimum(x[1], y[1])
+
+    def _where(self, c: Interval, x: Interval, y: Interval) -> Interval:
+        always, sometimes = _truth(c)
+        low = torch.where(always, x[0], torch.where(sometimes, torch.minimum(x[0], y[0]), y[0]))
+        return low, torch.where(always, x[1], torch.where(sometimes, torch.maximum(x[1], y[1]), y[1]))
+
+    def _cast(self, x: Interval, name: str) -> Interval:
+        dtype = DTYPES[name]
+        if dtype is torch.bool:
+            return _truth(x)
+        if x[0].dtype is torch.bool:
+            return _numbers(x)
+        if x[0].is_floating_point() and not dtype.is_floating_point:
+            return self.unknown  # of infinity there is no integer
+        return x[0].to(dtype), x[1].to(dtype)
+
+
+def _truth(x: Interval) -> Interval:
+    """Numbers as truth values: other than zero."""
+    if x[0].dtype is torch.bool:
+        return x
+    return (x[0] > 0) | (x[1] < 0), (x[0] != 0) | (x[1] != 0)
+
+
+def _numbers(x: Interval) -> Interval:
+    return (x[0].to(torch.int64), x[1].to(torch.int64)) if x[0].dtype is torch.bool else x
+
+
+def _known(x: Interval) -> Tensor | bool:
+    """Where "all" may be said: infinite bounds stand for NaN and for what was not bounded."""
+    if not x[0].is_floating_point():
+        return True
+    return torch.isfinite(x[0]) & torch.isfinite(x[1])
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+def block_visibility(
+    visible: Formula, sizes: Mapping[str, int], tensors: Sequence[Tensor], device: torch.device
+) -> Interval:
+    """For each block whether all, and whether any, of its queries and keys see each other.
+
+    Returns:
+        Two boolean tensors ``[B, H, query blocks, key blocks]``.  A block that reaches beyond the last
+        query or key is never "all".
+    """
+    blocks = Blocks(sizes, tensors, device)
+    shape = [blocks.count(letter) for letter in "bhij"]
+    every, some = _truth(blocks.value(visible))
+    here = torch.ones((), dtype=torch.bool, device=device)
+    whole = here
+    for letter in "ij":
+        low, high = blocks.at[letter]
+        whole = whole & (high - low == BLOCK - 1)
+    return (every & whole).expand(shape), (some & here).expand(shape)
+
+
+def tables(every: Tensor, some: Tensor) -> tuple[Tensor, ...]:
+    """``kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices`` and the same four by queries."""
+    found: list[Tensor] = []
+    for flip in (False, True):
+        for blocks in (some & ~every, every):
+            rows = (blocks.transpose(-2, -1) if flip else blocks).to(torch.int8)
+            found.append(rows.sum(-1, dtype=torch.int32))
+            found.append(rows.argsort(dim=-1, descending=True, stable=True).to(torch.int32).contiguous())
+    return tuple(found)
+
+
+def _block_tables(
+    tensors: list[Tensor], visible: str, batch: int, heads: int, queries: int, keys: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    if not tensors:
+        fixed = _fixed(visible, batch, heads, queries, keys, device.type == "cuda")
+        return tuple(t.to(device, non_blocking=True, copy=True) for t in fixed)
+    sizes = {"b": batch, "h": heads, "i": queries, "j": keys}
+    return tables(*block_visibility(read(visible), sizes, tensors, device))
+
+
+@functools.lru_cache(maxsize=64)
+def _fixed(visible: str, batch: int, heads: int, queries: int, keys: int, pinned: bool) -> tuple[Tensor, ...]:
+    """The tables of a formula that reads no tensor, on the CPU: later calls are eight small copies."""
+    sizes = {"b": batch, "h": heads, "i": queries, "j": keys}
+    found = tables(*block_visibility(read(visible), sizes, [], torch.device("cpu")))
+    return tuple(t.pin_memory() for t in found) if pinned else found
+
+
+def _shapes(
+    tensors: list[Tensor], visible: str, batch: int, heads: int, queries: int, keys: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    rows, columns = ((n + BLOCK - 1) // BLOCK for n in (queries, keys))
+    found: list[Tensor] = []
+    for a, b in ((rows, columns), (columns, rows)):
+        for _ in range(2):
+            found.append(torch.empty((batch, heads, a), dtype=torch.int32, device=device))
+            found.append(torch.empty((batch, heads, a, b), dtype=torch.int32, device=device))
+    return tuple(found)
+
+
+_definitions = torch.library.Library("fusepass", "FRAGMENT")
+_definitions.define(
+    "block_tables(Tensor[] tensors, str visible, SymInt batch, SymInt heads, SymInt queries, SymInt keys, "
+    "Device device) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_definitions.impl("block_tables", _block_tables, "CompositeExplicitAutograd")
+torch.library.register_fake("fusepass::block_tables", _shapes, lib=_definitions)
+
+tables_op = torch.ops.fusepass.block_tables.default
+
+__all__ = ["BLOCK", "Blocks", "block_visibility", "tables", "tables_op"]

@@ -1,0 +1,69 @@
+"""cuDNN's fused attention, called by name: PyTorch's operator for it, forward and backward.
+
+``torch.nn.functional.scaled_dot_product_attention`` takes cuDNN first on some GPUs and not on others; this
+kernel is for comparing, and for a graph that must not depend on that order.
+Source: ``aten::_scaled_dot_product_cudnn_attention`` (``native_functions.yaml`` of PyTorch).
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from fusepass.emit import Builder
+from fusepass.kernels import sdpa
+from fusepass.kernels.base import Kernel, Refused, Target, after_weights, operands, scaled
+from fusepass.kernels.gates import gate_refuses
+from fusepass.recognize import Site
+from fusepass.spec import Attention
+
+operator_of_cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+
+
+def refuse(spec: Attention, target: Target) -> str | None:
+    """Why cuDNN, through torch, cannot compute ``spec``."""
+    reason = gate_refuses("cudnn", spec, target.device, target.training) or sdpa.refuse(spec, target)
+    if reason is not None:
+        return reason
+    if spec.sink is not None:
+        return "it has no sink"
+    if not spec.rows_seen and spec.masks:
+        return "a query may see no key"
+    return None
+
+
+def emit(site: Site, build: Builder, target: Target) -> fx.Node:
+    """Write the operator; its first result is the attention."""
+    spec = site.spec
+    scale, x = scaled(site, build, operands(site, build))
+    if build.value(x.q).dtype not in (torch.float16, torch.bfloat16):
+        raise Refused("queries, keys and values have different dtypes")
+    causal = sdpa.is_causal(spec)
+    mask = None if causal else sdpa.attn_mask(site, build, target, x)
+    if mask is not None:
+        if build.value(mask).requires_grad:
+            raise Refused("a bias that needs a gradient")
+        mask = _full(site, build, mask)
+    found = build.call(
+        operator_of_cudnn, x.q, x.k, x.v, mask, target.training, spec.dropout, causal, False, scale=scale
+    )
+    out = build.call(operator.getitem, found, 0)
+    return build.cast(after_weights(site, build, out), spec.out_dtype)
+
+
+def _full(site: Site, build: Builder, mask: fx.Node) -> fx.Node:
+    """A mask as a floating tensor expanded to ``[B, H, Q, K]``: cuDNN takes no other."""
+    spec, dtype = site.spec, site.spec.dtype
+    if build.value(mask).dtype is torch.bool:
+        device = build.value(mask).device
+        zero, hidden = (
+            build.op("scalar_tensor", n, dtype=dtype, device=device) for n in (0.0, float("-inf"))
+        )
+        mask = build.op("where", mask, zero, hidden)
+    sizes = [build.size(s) for s in (spec.batch, spec.heads, spec.queries, spec.keys)]
+    return build.op("expand", build.cast(mask, dtype), sizes)
+
+
+CUDNN = Kernel("cudnn", refuse, emit)

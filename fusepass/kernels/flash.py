@@ -1,0 +1,252 @@
+"""flash-attn 2, 3 and 4: causal and windowed attention with softcap, grouped heads, and what each has alone.
+
+flash 2 has dropout and ALiBi, flash 4 a sink.  Their masks are bands aligned at the bottom right: query
+``i`` sees the keys ``i + K - Q - left .. i + K - Q + right`` (README of flash-attention, changes of version
+2.1), so a band of the graph, which counts from the top left, moves by ``K - Q``.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from dataclasses import dataclass, replace
+from functools import cache
+
+import sympy
+import torch
+from torch import fx
+
+from fusepass.emit import Builder
+from fusepass.index import simplify_size
+from fusepass.kernels import flash_ops
+from fusepass.kernels import formula as fm
+from fusepass.kernels.base import (
+    Kernel,
+    Refused,
+    Target,
+    after_weights,
+    operands,
+    row_operand,
+    scaled,
+)
+from fusepass.kernels.gates import gate_refuses
+from fusepass.recognize import Site
+from fusepass.spec import (
+    Attention,
+    Band,
+    Bias,
+    Dropout,
+    Keep,
+    Mask,
+    Scale,
+    ScaleBy,
+    SoftCap,
+    WeightScale,
+    ZeroEmptyRows,
+    negligible,
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A specification as arguments of a flash kernel; ``left`` and ``right`` are aligned bottom-right."""
+
+    left: int | None = None
+    right: int | None = None
+    softcap: float = 0.0
+    dropout: float = 0.0
+
+
+def describe(spec: Attention, name: str) -> Call | str:
+    """The call that computes ``spec``, or why there is none."""
+    biases = [m for m in spec.scores if isinstance(m, Bias)]
+    call = _scores(replace(spec, scores=tuple(m for m in spec.scores if m not in biases)))
+    if isinstance(call, str):
+        return call
+    if biases and (name != "flash2" or len(biases) > 1 or call.right != 0 or _scale_follows(spec)):
+        return f"it has no '{biases[0]}'"
+    if spec.sink is not None and (name != "flash4" or not set(spec.sink.axes) <= {"h"}):
+        return "it has no sink" if name != "flash4" else "its sink is one number a head"
+    for weight in spec.weights:
+        if not isinstance(weight, (Dropout, Keep, WeightScale, ZeroEmptyRows)):
+            return f"it has no '{weight}'"
+        if isinstance(weight, Keep) and not weight.implied and "j" in weight.axes:
+            return "weights are hidden after the softmax without renormalising"
+    if spec.dropout and name != "flash2":
+        return "it has no dropout"
+    return replace(call, dropout=spec.dropout)
+
+
+def _scale_follows(spec: Attention) -> bool:
+    """Is something other than masks done to the scores after the first bias?"""
+    first = next(n for n, m in enumerate(spec.scores) if isinstance(m, Bias))
+    return not all(isinstance(m, (Bias, Mask)) for m in spec.scores[first:])
+
+
+def _scores(spec: Attention) -> Call | str:
+    softcap = 0.0
+    for position, mod in enumerate(spec.scores):
+        before = spec.scores[:position]
+        if isinstance(mod, (Scale, ScaleBy)):
+            if not all(isinstance(m, (Scale, ScaleBy)) for m in before):
+                return f"'{mod}' comes after '{before[-1]}'"
+            if isinstance(mod, ScaleBy) and "j" in mod.axes:
+                return "the scores are multiplied by a tensor that varies over the keys"
+        elif isinstance(mod, SoftCap):
+            if not all(isinstance(m, (Scale, ScaleBy)) for m in before):
+                return f"'{mod}' comes after '{before[-1]}'"
+            softcap = mod.cap
+        elif not isinstance(mod, Mask):
+            return f"it has no '{mod}'"
+    if softcap < 0:
+        return "its softcap is positive"
+    window = bottom_right(spec)
+    return window if isinstance(window, str) else Call(*window, softcap=softcap)
+
+
+def bottom_right(spec: Attention) -> tuple[int | None, int | None] | str:
+    """The visibility as a window aligned at the last query and the last key, or why it is none."""
+    bands: list[Band] = []
+    for mask in spec.masks:
+        if not all(isinstance(a, Band) for a in mask.atoms) or not mask.atoms:
+            return f"its masks are bands, and this is '{mask}'"
+        if not negligible(mask.fill, spec.softmax_dtype if spec.softmax_dtype.itemsize < 4 else spec.dtype):
+            return f"hidden scores are set to {mask.fill:g}, which is within reach of real scores"
+        bands += [a for a in mask.atoms if isinstance(a, Band)]
+    if not bands:
+        return None, None
+    if not spec.rows_seen:
+        return "a query may see no key"
+    offset = simplify_size(spec.keys - spec.queries)
+    left = [simplify_size(b.left + offset) for b in bands if b.left is not None]
+    right = [simplify_size(b.right - offset) for b in bands if b.right is not None]
+    ends = [_whole(min(side, key=str) if len(set(side)) == 1 else _least(side)) for side in (left, right)]
+    if "unknown" in ends:
+        return "the distance of its band from the last key is not known when it is compiled"
+    if any(isinstance(e, int) and e < 0 for e in ends):
+        return "its windows hold the diagonal that ends at the last key"
+    return ends[0], ends[1]  # type: ignore[return-value]
+
+
+def _least(sizes: list[int | sympy.Expr]) -> int | sympy.Expr | None:
+    if not sizes:
+        return None
+    return min(sizes) if all(isinstance(s, int) for s in sizes) else sympy.Symbol("unknown")
+
+
+def _whole(size: int | sympy.Expr | None) -> int | str | None:
+    return size if size is None or isinstance(size, int) else "unknown"
+
+
+def kernel(name: str) -> Kernel:
+    """The kernel of one library."""
+
+    def refuse(spec: Attention, target: Target) -> str | None:
+        reason = gate_refuses(name, spec, target.device, target.training)
+        if reason is not None:
+            return reason
+        call = describe(spec, name)
+        return call if isinstance(call, str) else None
+
+    def emit(site: Site, build: Builder, target: Target) -> fx.Node:
+        return _emit(name, site, build)
+
+    return Kernel(name, refuse, emit)
+
+
+def _emit(name: str, site: Site, build: Builder) -> fx.Node:
+    spec = site.spec
+    call = describe(spec, name)
+    if isinstance(call, str):
+        raise Refused(call)
+    scale, x = scaled(site, build, operands(site, build))
+    if build.value(x.q).dtype not in (torch.float16, torch.bfloat16):
+        raise Refused("queries, keys and values have different dtypes")
+    _sharded()
+    q, k, v = (build.op("transpose", t, 1, 2) for t in (x.q, x.k, x.v))
+    bias = next((m for m in spec.scores if isinstance(m, Bias)), None)
+    extra = _sink(site, build) if bias is None else _slopes(site, build, bias)
+    found = build.call(
+        getattr(torch.ops.fusepass, name).default, q, k, v, extra, scale, call.left, call.right,
+        call.softcap, call.dropout,
+    )  # fmt: skip
+    out = build.op("transpose", build.call(operator.getitem, found, 0), 1, 2)
+    return build.cast(after_weights(site, build, out), spec.out_dtype)
+
+
+def _sink(site: Site, build: Builder) -> fx.Node | None:
+    """The sink as float32 ``[H]``."""
+    if site.spec.sink is None:
+        return None
+    heads, like = build.size(site.spec.heads), build.value(build.anchor)
+    made = row_operand(site, build, site.spec.sink.slot)
+    if not isinstance(made, fx.Node) or not isinstance(build.value(made), torch.Tensor):
+        return build.op("full", [heads], made, dtype=torch.float32, device=like.device)
+    if build.value(made).dim() == 4:  # it varies over the heads alone, in whatever it was expanded to
+        for dim in (3, 2, 0):
+            made = build.op("select", made, dim, 0)
+    flat = build.op("reshape", build.cast(made, torch.float32), [-1])
+    return build.op("expand", flat, [heads])
+
+
+def _slopes(site: Site, build: Builder, bias: Bias) -> fx.Node:
+    """The slopes of ALiBi, float32 ``[H]``: the bias is ``slope[h] * n * j`` and a number a row.
+
+    Under a causal mask flash 2 adds ``slope * (j - i)`` and a number a row, which the softmax does not see.
+
+    Raises:
+        Refused: the bias is of another form, or its slopes learn.
+    """
+    writer = fm.Writer(site)
+    refusal = Refused(f"it has no '{bias}' but ALiBi")
+    try:
+        found = fm.read(fm.text(writer.term(site.operands[bias.slot])))
+    except fm.Unwritable:
+        raise refusal from None
+    step = _linear(found)
+    if step is None:
+        raise refusal
+    _, slot, indices = step[0]
+    node = build.as_tensor(writer.tensors[slot])
+    for dim, (constant, terms) in reversed(list(enumerate(indices))):
+        if not terms:
+            node = build.op("select", node, dim, constant)
+    value = build.value(node)
+    if value.requires_grad or value.dim() != 1:
+        raise refusal
+    return build.op("mul_scalar", build.cast(node, torch.float32), step[1] * bias.factor)
+
+
+def _linear(formula: fm.Formula) -> tuple[fm.Formula, int] | None:
+    """The load of a slope a head and the factor of ``j``, of ``load(h) * (n * j + ...)``."""
+    while formula[0] == "cast":
+        formula = formula[1]
+    if formula[0] != "mul":
+        return None
+    parts = list(formula[1:])
+    for n, part in enumerate(parts):
+        while part[0] == "cast":
+            part = part[1]
+        parts[n] = part
+    for load, index in (parts, parts[::-1]):
+        if load[0] != "load" or index[0] != "index" or fm.letters(load) != {"h"}:
+            continue
+        whole = all(terms in ((), ((1, "h", 1, 0),)) for _, terms in load[2])
+        along = [t for t in index[2] if t[1] == "j"]
+        if whole and len(along) == 1 and along[0][2:] == (1, 0) and fm.letters(index) <= {"i", "j"}:
+            return load, along[0][0]
+    return None
+
+
+def _sharded() -> None:
+    """Register sharding rules where DTensor is in use; it is not imported for that."""
+    if "torch.distributed.tensor" in sys.modules:
+        _shard_once()
+
+
+@cache
+def _shard_once() -> None:
+    flash_ops.shard_heads()
+
+
+FLASH2, FLASH3, FLASH4 = (kernel(name) for name in flash_ops.NAMES)

@@ -1,0 +1,298 @@
+"""FlexAttention with block tables: hidden blocks are skipped, and no tensor over queries and keys is made.
+
+Masks become one ``mask_mod`` and the tables of :mod:`fusepass.kernels.blocks`, biases that have a formula
+become part of the ``score_mod``.  Rows that see no key are found by their log-sum-exp and mended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fusepass.emit import Builder
+from fusepass.kernels import formula as fm
+from fusepass.kernels.base import (
+    Operands,
+    Refused,
+    Target,
+    empty_rows,
+    mean_of_values,
+    operands,
+)
+from fusepass.kernels.blocks import BLOCK, tables_op
+from fusepass.patterns.masks import additive_mask
+from fusepass.recognize import Site
+from fusepass.rule import Term
+from fusepass.spec import Bias, Mask, Scale, ScaleBy, SoftCap, negligible
+
+LOWEST = torch.finfo(torch.float32).min / 2
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score_tensors: list[Tensor],
+    mask_tensors: list[Tensor],
+    tables: list[Tensor],
+    code: str,
+    options: str,
+) -> tuple[Tensor, Tensor]:
+    """FlexAttention of formulas.
+
+    Args:
+        q: ``[B, H, Q, D]``; k: ``[B, G, K, D]``; v: ``[B, G, K, Dv]``.
+        score_tensors, mask_tensors: what the formulas load.
+        tables: the eight tensors of ``fusepass::block_tables``, or none where everything is visible.
+        code: ``[scale, [[kind, ...], ...], formula or null]``, the steps of the scores and the visibility.
+        options: ``[[name, value], ...]``, kernel options of FlexAttention.
+
+    Returns:
+        ``[B, H, Q, Dv]`` in the dtype of ``q``, and the log-sum-exp, base 2, ``[B, H, Q]``.
+    """
+    from torch._higher_order_ops.flex_attention import flex_attention as operator
+    from torch.nn.attention.flex_attention import BlockMask, _create_empty_block_mask
+
+    from fusepass.kernels.flex import kernel_options
+
+    scale, scores, visible = fm.read(code)
+
+    def score_mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *captured: Tensor) -> Tensor:
+        at = {"b": b, "h": h, "i": i, "j": j}
+        for mod in scores:
+            s = _scored(mod, s, at, captured)
+        return s
+
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor, *captured: Tensor) -> Tensor:
+        seen = fm.evaluate(visible, {"b": b, "h": h, "i": i, "j": j}, captured)
+        return seen if seen.dtype is torch.bool else seen != 0
+
+    if tables:
+        lengths, size = (q.shape[2], k.shape[2]), (BLOCK, BLOCK)
+        made: Any = BlockMask
+        blocks = made(lengths, *tables, BLOCK_SIZE=size, mask_mod=mask_mod).as_tuple()
+    else:
+        blocks = _create_empty_block_mask(q, k).as_tuple()
+    chosen = kernel_options(q) | dict(fm.read(options))
+    found = operator(q, k, v, score_mod, blocks, scale, chosen, tuple(score_tensors), tuple(mask_tensors))
+    return found[0], found[1]
+
+
+def _scored(mod: Any, s: Tensor, at: dict[str, Tensor], captured: tuple[Tensor, ...]) -> Tensor:
+    kind, given, *more = mod
+    if kind == "scale":
+        s = s * given
+    elif kind == "softcap":
+        s = given * torch.tanh(s / given)
+    elif kind == "add":
+        s = s + representable(fm.evaluate(given, at, captured) * more[0])
+    elif kind == "times":
+        s = s * fm.evaluate(given, at, captured)
+    else:
+        raise ValueError(f"FlexAttention program: unknown step {mod!r}")
+    return s
+
+
+def representable(added: Tensor) -> Tensor:
+    """The lowest finite values halved: they hide as much, and do not overflow in powers of two."""
+    if added.dtype is torch.float16 or not added.is_floating_point():
+        return added
+    return torch.where(added == -math.inf, added, torch.clamp(added, min=LOWEST))
+
+
+@dataclass
+class Plan:
+    """A specification as formulas."""
+
+    site: Site
+    scale: float = 1.0
+    scores: list[Any] = field(default_factory=list)
+    visible: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.of_scores, self.of_masks = fm.Writer(self.site), fm.Writer(self.site)
+
+    @property
+    def conjunction(self) -> Any:
+        """All masks as one formula; None where everything is visible."""
+        if not self.visible:
+            return None
+        whole = self.visible[0]
+        for part in self.visible[1:]:
+            whole = ["and", whole, part]
+        return whole
+
+    def code(self) -> str:
+        """The text that the call carries."""
+        return fm.text([self.scale, self.scores, self.conjunction])
+
+
+def plan(site: Site, build: Builder) -> Plan | None:
+    """The formulas of a site, or None where its modifiers are not of that kind.
+
+    Masks hide for good: nothing after the first of them may bring a hidden score back.
+    """
+    spec, made = site.spec, Plan(site)
+    masked = False
+    biased = any(isinstance(m, Bias) for m in spec.scores)
+    if biased and any(m.fill != -math.inf for m in spec.masks):
+        return None  # a bias may hide whole rows, in which finite fills are compared with it
+    for position, mod in enumerate(spec.scores):
+        if masked and not isinstance(mod, (Mask, Bias)):
+            return None
+        try:
+            if isinstance(mod, Mask):
+                masked = True
+                if not negligible(mod.fill, spec.dtype):
+                    return None
+                made.visible.append(_visible(made.of_masks, mod))
+            elif isinstance(mod, Scale) and position == 0:
+                made.scale = mod.factor
+            elif isinstance(mod, (Scale, SoftCap)):
+                made.scores.append(["scale", mod.factor] if isinstance(mod, Scale) else ["softcap", mod.cap])
+            elif isinstance(mod, Bias):
+                made.scores.append(["add", _value(made.of_scores, mod.slot, build), mod.factor])
+            elif isinstance(mod, ScaleBy):
+                made.scores.append(["times", _value(made.of_scores, mod.slot, build)])
+            else:
+                return None
+        except fm.Unwritable:
+            return None
+    return made
+
+
+def _value(writer: fm.Writer, slot: int, build: Builder) -> Any:
+    """A bias or factor: its formula where that needs no tensor over queries and keys, else its tensor.
+
+    A tensor that learns is read as it is: the gradient of a formula would be summed up score by score.
+    """
+    term = writer.site.operands[slot]
+    known = len(writer.tensors)
+    try:
+        found = writer.term(term)
+    except fm.Unwritable:
+        found = None
+    learns = any(build.value(build.as_tensor(t)).requires_grad for t in writer.tensors[known:])
+    if found is None or learns or fm.is_dense(found):
+        del writer.tensors[known:]
+        return writer.write(writer.formulas.load(term))
+    return found
+
+
+def thin_biases(site: Site) -> frozenset[int]:
+    """The slots of biases that vary over queries and keys by a formula, and not by a tensor."""
+    found = set()
+    for mod in site.spec.scores:
+        if isinstance(mod, Bias):
+            with contextlib.suppress(fm.Unwritable):
+                if not fm.is_dense(fm.Writer(site).term(site.operands[mod.slot])):
+                    found.add(mod.slot)
+    return frozenset(found)
+
+
+def _visible(writer: fm.Writer, mask: Mask) -> Any:
+    term, known = writer.site.operands[mask.slot], len(writer.tensors)
+    try:
+        found = _understood(writer, mask, term)
+    except fm.Unwritable:
+        found = None
+    if found is not None and not fm.is_dense(found):
+        return found
+    del writer.tensors[known:]
+    tensor = writer.write(writer.formulas.load(term))
+    if mask.additive:
+        return ["eq", tensor, ["const", 0]]
+    return tensor if mask.attends else ["not", tensor]
+
+
+def _understood(writer: fm.Writer, mask: Mask, term: Term) -> Any:
+    lifted = writer.formulas.lift(term)
+    if mask.additive:
+        hidden = additive_mask(writer.formulas, lifted, term.expr.dtype)
+        return None if hidden is None else writer.write(hidden.attends)
+    return writer.write(lifted) if mask.attends else ["not", writer.write(lifted)]
+
+
+def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[str, Any]) -> fx.Node:
+    """Write the tables (once a graph), the call, and the repair of rows that see no key."""
+    x = operands(site, build)
+    scores = [_stored(build, build.as_tensor(t)) for t in made.of_scores.tensors]
+    masks = [_stored(build, build.as_tensor(t)) for t in made.of_masks.tensors]
+    if options and any(build.value(t).requires_grad for t in scores):
+        raise Refused("its score modifiers read a tensor that needs a gradient")
+    if options and not target.training and (scores or masks):
+        # TorchInductor 2.11 frees what a CuTe kernel captures before it runs, unless a backward keeps it.
+        raise Refused("without gradients it reads no tensors")
+    tables = _tables(site, build, made, masks)
+    q, v = build.value(x.q), build.value(x.v)
+    with build.mode():
+        value = (
+            q.new_empty((*q.shape[:3], v.shape[3])),
+            q.new_empty(q.shape[:3], dtype=torch.float32),
+        )
+    arguments = (x.q, x.k, x.v, scores, masks, tables, made.code(), fm.text(sorted(options.items())))
+    found = build.call_with(value, block_attention, *arguments)
+    out = build.call(operator.getitem, found, 0)
+    if site.spec.masks and not site.spec.rows_seen:
+        out = _mended(site, build, target, x, out, build.call(operator.getitem, found, 1))
+    return out
+
+
+def _stored(build: Builder, node: fx.Node) -> fx.Node:
+    """A tensor as FlexAttention can read it, made once for all sites."""
+    if node.op == "placeholder":
+        return node
+    made: fx.Node = build.once(("stored", node), lambda: build.call(torch.ops.fusepass.stored.default, node))
+    return made
+
+
+def _tables(site: Site, build: Builder, made: Plan, masks: list[fx.Node]) -> list[fx.Node]:
+    """The block tables; sites with one visibility share them."""
+    if not made.visible:
+        return []
+    whole = made.conjunction
+    used, spec = fm.letters(whole), site.spec
+    sizes = (spec.batch if "b" in used else 1, spec.heads if "h" in used else 1, spec.queries, spec.keys)
+    device = build.value(build.anchor).device
+
+    def make() -> list[fx.Node]:
+        whole_text = fm.text(whole)
+        found = build.call(tables_op, masks, whole_text, *map(build.size, sizes), device)
+        return [build.call(operator.getitem, found, n) for n in range(8)]
+
+    found: list[fx.Node] = build.once(("tables", fm.text(whole), tuple(masks), sizes), make)
+    return found
+
+
+def mendable(site: Site) -> bool:
+    """Is the answer of rows that see no key known from the log-sum-exp alone?"""
+    spec = site.spec
+    if spec.rows_seen or not spec.masks or empty_rows(spec) != "mean":
+        return True
+    return len(spec.masks) == 1 or (
+        len({m.fill for m in spec.masks}) == 1 and not any(m.additive for m in spec.masks)
+    )
+
+
+def _mended(site: Site, build: Builder, target: Target, x: Operands, out: fx.Node, lse: fx.Node) -> fx.Node:
+    """Rows that see no key have a log-sum-exp of minus infinity."""
+    spec, like = site.spec, build.value(out)
+    sizes = [build.size(s) for s in (spec.batch, spec.heads, spec.queries)]
+    seen = build.op("reshape", build.op("isfinite", build.op("detach", lse)), [*sizes, 1])
+    policy = empty_rows(spec)
+    if policy == "mean":
+        scale = math.prod(m.factor for m in spec.scores if isinstance(m, Scale))
+        other = build.cast(mean_of_values(site, build, x, scale, target.training), like.dtype)
+    else:
+        number = 0.0 if policy == "zero" else math.nan
+        other = build.op("scalar_tensor", number, dtype=like.dtype, device=like.device)
+    return build.op("where", seen, out, other)
+
+
+__all__ = ["Plan", "block_attention", "emit", "mendable", "plan", "thin_biases"]

@@ -1,0 +1,195 @@
+"""Scalar formulas of masks and biases as text, evaluated element by element or block by block.
+
+A formula gives one number (or truth value) for batch ``b``, query head ``h``, query ``i`` and key ``j``.
+It is written from what :mod:`fusepass.patterns.masks` has understood, as nested lists:
+
+    ["const", x]                      a number
+    ["index", c, [[n, letter, stride, size], ...]]
+                                      c + sum of n * ((letter // stride) % size); size 0 is unbounded
+    ["load", slot, [index, ...]]      one element of a tensor
+    [operation, formula, ...]         arithmetic, comparisons, logic, "where"
+    ["cast", formula, dtype]
+
+The same text is a ``mask_mod`` or ``score_mod`` of FlexAttention (:func:`evaluate`) and, on intervals
+instead of numbers, what a whole block of queries and keys sees (:mod:`fusepass.kernels.blocks`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusepass.index import Affine, Size, prod
+from fusepass.ir import DTYPE_NAMES, DTYPES, Expr
+from fusepass.patterns.masks import Formulas
+from fusepass.recognize import Site
+from fusepass.rule import Term
+
+Formula = Any  # nested tuples, as `read` gives them
+
+POINTWISE: dict[str, Callable[..., Any]] = {
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div,
+    "floordiv": torch.floor_divide, "mod": torch.remainder, "neg": torch.neg, "abs": torch.abs,
+    "exp": torch.exp, "log": torch.log, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid, "max": torch.maximum, "min": torch.minimum,
+    "le": torch.le, "lt": torch.lt, "ge": torch.ge, "gt": torch.gt, "eq": torch.eq, "ne": torch.ne,
+    "and": torch.logical_and, "or": torch.logical_or, "xor": torch.logical_xor, "not": torch.logical_not,
+    "where": torch.where,
+}  # fmt: skip
+
+
+class Unwritable(Exception):
+    """A formula that has no text: a size that is not known, or an operation without a name here."""
+
+
+@dataclass
+class Writer:
+    """Writes one site's formulas; ``tensors`` collects what they load, in the order of their slots."""
+
+    site: Site
+    tensors: list[Expr] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.formulas = Formulas(self.site.scope)
+        r = self.site.roles
+        self.letters = {"b": r.batch, "h": r.heads, "i": r.query, "j": r.key}
+
+    def term(self, term: Term) -> list[Any]:
+        """The formula of a tensor's element."""
+        return self.write(self.formulas.lift(term))
+
+    def write(self, node: Expr) -> list[Any]:
+        """A formula as nested lists.
+
+        Raises:
+            Unwritable: it has none.
+        """
+        if node.op == "const":
+            return ["const", node.attrs[0]]
+        if node.op == "affine":
+            return ["index", *self.index(node.attrs[0])]
+        if node.op == "load":
+            tensor = node.args[0]
+            if tensor not in self.tensors:
+                self.tensors.append(tensor)
+            return ["load", self.tensors.index(tensor), [self.index(i) for i in node.attrs]]
+        if node.op == "cast":
+            return ["cast", self.write(node.args[0]), DTYPE_NAMES[node.dtype]]
+        if node.op not in POINTWISE or node.attrs:
+            raise Unwritable(node.op)
+        return [node.op, *map(self.write, node.args)]
+
+    def index(self, index: Affine) -> list[Any]:
+        """An index expression over axes as one over the letters."""
+        index = self.site.space.resolve(index)
+        terms = [[self._int(c), *self._digit(axis)] for axis, c in index.terms]
+        return [self._int(index.const), terms]
+
+    def _digit(self, axis: str) -> tuple[str, int, int]:
+        for letter, axes in self.letters.items():
+            fine = [a for x in axes for a in self._parts(x)]
+            if axis in fine:
+                at = fine.index(axis)
+                sizes = [self.site.space.sizes[a] for a in fine]
+                stride = self._int(prod(sizes[at + 1 :]))
+                return letter, stride, self._int(sizes[at]) if at > 0 else 0
+        raise Unwritable(f"axis {axis}")
+
+    def _parts(self, axis: str) -> list[str]:
+        index = self.site.space.resolve(Affine(((axis, 1),)))
+        return [a for a, _ in sorted(index.terms, key=lambda t: -self._int(t[1]))]
+
+    def _int(self, size: Size) -> int:
+        if not isinstance(size, int):
+            raise Unwritable(f"size {size}")
+        return size
+
+
+def text(formula: Any) -> str:
+    """A formula, or several, as text."""
+    return json.dumps(formula, separators=(",", ":"))
+
+
+@functools.lru_cache(maxsize=512)
+def read(written: str) -> Formula:
+    """What :func:`text` wrote, as nested tuples."""
+    return _frozen(json.loads(written))
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def letters(formula: Formula) -> set[str]:
+    """The letters that a formula depends on."""
+    if not isinstance(formula, (tuple, list)):
+        return set()
+    if formula[:1] in (("index",), ["index"]):
+        return {t[1] for t in formula[2]}
+    if formula[:1] in (("load",), ["load"]):
+        return {t[1] for index in formula[2] for t in index[1]}
+    return set().union(*(letters(f) for f in formula))
+
+
+def slots_of(formula: Formula) -> set[int]:
+    """The slots of the tensors that a formula loads."""
+    if not isinstance(formula, (tuple, list)):
+        return set()
+    if formula[:1] in (("load",), ["load"]):
+        return {formula[1]}
+    return set().union(*(slots_of(f) for f in formula))
+
+
+def is_dense(formula: Formula) -> bool:
+    """Does a formula read a tensor that varies over queries and keys together?"""
+    if not isinstance(formula, (tuple, list)):
+        return False
+    if formula[:1] in (("load",), ["load"]):
+        return {"i", "j"} <= letters(formula)
+    return any(is_dense(f) for f in formula)
+
+
+def evaluate(formula: Formula, at: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    """A formula's value; ``at`` holds integer tensors ``b``, ``h``, ``i``, ``j`` of one broadcast shape."""
+    operation = formula[0]
+    found: Tensor
+    if operation == "const":
+        kind = {bool: torch.bool, int: torch.int64}.get(type(formula[1]), torch.float32)
+        return torch.full_like(at["j"], formula[1], dtype=kind)
+    if operation == "index":
+        return _index(formula[1], formula[2], at)
+    if operation == "load":
+        tensor: Tensor = tensors[formula[1]]
+        if tensor.dim() == 0:
+            return tensor
+        where = tuple(_index(constant, terms, at) for constant, terms in formula[2])
+        found = tensor[where]
+        return found
+    if operation == "cast":
+        found = evaluate(formula[1], at, tensors).to(DTYPES[formula[2]])
+        return found
+    found = POINTWISE[operation](*(evaluate(f, at, tensors) for f in formula[1:]))
+    return found
+
+
+def _index(constant: int, terms: Any, at: Mapping[str, Tensor]) -> Tensor:
+    total: Tensor | None = None
+    for factor, letter, stride, size in terms:
+        digit: Tensor = at[letter] if stride == 1 else at[letter] // stride
+        digit = digit % size if size else digit
+        digit = digit if factor == 1 else digit * factor
+        total = digit if total is None else total + digit
+    if total is None:
+        return torch.full_like(at["j"], constant)
+    return total if constant == 0 else total + constant
+
+
+__all__ = [
+    "Formula", "Unwritable", "Writer", "evaluate", "is_dense", "letters", "read", "slots_of", "text",
+]  # fmt: skip

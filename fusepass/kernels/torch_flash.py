@@ -1,0 +1,54 @@
+"""PyTorch's own flash kernel with a window: what ``scaled_dot_product_attention`` can only take as a mask.
+
+``aten::_flash_attention_forward`` (flash-attn 2, built into PyTorch) has window bounds, aligned at the last
+query and key, and PyTorch's derivative formula for it passes them on; ``[B, S, H, D]``, grouped heads as
+they are.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from fusepass.emit import Builder
+from fusepass.kernels import gates
+from fusepass.kernels.base import Operands, Target
+from fusepass.kernels.flash import bottom_right
+from fusepass.recognize import Site
+from fusepass.spec import Attention, Mask, Scale, ScaleBy
+
+_MAJORS = (8, 9, 10, 12)
+
+
+def window(spec: Attention, target: Target, dtype: torch.dtype) -> tuple[int | None, int | None] | None:
+    """The window of a site that this operator computes; None where it does not, or where there is none."""
+    have, sizes = gates.capability(), (spec.head_dim, spec.value_dim)
+    if target.device != "cuda" or target.aten or have is None or have[0] not in _MAJORS:
+        return None
+    if dtype not in gates.HALF or spec.sink is not None or spec.dropout:
+        return None
+    if sizes[0] != sizes[1] or not isinstance(sizes[0], int) or sizes[0] % 8 or sizes[0] > 256:
+        return None
+    if not all(isinstance(m, (Scale, ScaleBy, Mask)) for m in spec.scores):
+        return None
+    found = bottom_right(spec)
+    return None if isinstance(found, str) or found[0] is None else found
+
+
+def emit(
+    site: Site, build: Builder, x: Operands, scale: float, bounds: tuple[int | None, int | None]
+) -> fx.Node:
+    """Write the operator; the result is ``[B, H, Q, D]``."""
+    q, k, v = (build.op("transpose", t, 1, 2) for t in (x.q, x.k, x.v))
+    lengths = build.size(site.spec.queries), build.size(site.spec.keys)
+    left, right = (-1 if b is None else b for b in bounds)
+    found = build.call(
+        torch.ops.aten._flash_attention_forward.default, q, k, v, None, None, *lengths, 0.0, False, False,
+        scale=scale, window_size_left=left, window_size_right=right,
+    )  # fmt: skip
+    return build.op("transpose", build.call(operator.getitem, found, 0), 1, 2)
+
+
+__all__ = ["emit", "window"]

@@ -1,0 +1,237 @@
+"""The order in which kernels are tried for a site.
+
+Where a profile of the GPU exists (:mod:`fusepass.costs`), kernels are ranked by predicted time, and a site
+that is measured faster as it is stays.  A kernel that was not measured for a kind of attention follows
+those that were.  Without a profile the order is that of the list, except that a kernel that knows what is
+hidden goes before one that is given a dense mask, for sequences where that mask is large.  On a CPU the
+order is that of the list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+from torch import fx
+
+from fusepass import costs
+from fusepass.config import Options
+from fusepass.index import Size
+from fusepass.kernels import BY_NAME, FP8, KERNELS, Kernel, Target, flash, flex_blocks, sdpa
+from fusepass.kernels.gates import runs_here
+from fusepass.recognize import Site
+from fusepass.spec import Attention, Band, Bias, Document, Keep, KeyPadding, SoftCap
+
+#: Queries times keys from which a dense mask costs more than the kernel that takes none.
+LARGE = 1024 * 1024
+#: A site stays unfused only where that is predicted faster by more than the model's error.
+MARGIN = 1.1
+UNFUSED = "unfused"
+
+Write = Callable[[Kernel], tuple[fx.Node, Callable[[], None]] | None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A site in the terms of the cost model."""
+
+    kind: str
+    head_dim: int
+    mode: str
+    traffic: float
+    work: float
+    whole: float
+    """``work`` if nothing were hidden."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A kernel, and its predicted milliseconds where there is a prediction; no kernel: leave the site."""
+
+    kernel: Kernel | None
+    milliseconds: float | None = None
+
+
+def candidates(
+    node: fx.Node, site: Site, target: Target, options: Options, write: Write
+) -> list[Kernel | None]:
+    """The kernels that the options allow, in the order to be tried; None: leave the site as it is.
+
+    Args:
+        node: the node that computes the site.
+        write: writes a kernel's nodes and returns the last one and what takes them back, or None.
+    """
+    first: list[Kernel | None] = [FP8] if options.precision != "native" else []
+    if options.kernel not in ("auto", "autotune"):
+        return [*first, BY_NAME[options.kernel]]
+    here = [k for k in KERNELS if runs_here(k.name, target.device)]
+    if options.kernel == "auto":
+        profile = costs.profile(costs.device_name()) if target.device == "cuda" else None
+        return [*first, *(r.kernel for r in rank(site, target, here, profile))]
+    from fusepass import autotune
+
+    best = autotune.fastest(node, site.spec, here, write, options, target.training)
+    if best == UNFUSED:
+        return [*first, None]
+    return [*first, *sorted(here, key=lambda k: k.name != best)]
+
+
+def rank(
+    site: Site, target: Target, kernels: Sequence[Kernel], profile: costs.Profile | None
+) -> list[Ranked]:
+    """Kernels in the order to be tried; at ``Ranked(None)`` the site is faster as it is."""
+    if target.device != "cuda":
+        return [Ranked(k) for k in kernels]
+    if profile is None:
+        return [Ranked(k) for k in by_rule(site.spec, sizes_of(site), kernels)]
+    work = work_of(site, target.training)
+    found = [Ranked(k, predicted(profile, k.name, work)) for k in kernels]
+    known = sorted((r for r in found if r.milliseconds is not None), key=lambda r: r.milliseconds or 0.0)
+    rest = {r.kernel.name for r in found if r.milliseconds is None and r.kernel is not None}
+    unknown = [Ranked(k) for k in by_rule(site.spec, sizes_of(site), kernels) if k.name in rest]
+    if not known:
+        return unknown
+    plain = predicted(profile, UNFUSED, work)
+    ordered = [*known, *unknown]
+    if plain is None:
+        return ordered
+    at = next(
+        (n for n, r in enumerate(ordered) if r.milliseconds is None or r.milliseconds > plain * MARGIN),
+        len(ordered),
+    )
+    return [*ordered[:at], Ranked(None, plain), *ordered[at:]]
+
+
+def predicted(profile: costs.Profile, kernel: str, work: Work) -> float | None:
+    """The predicted milliseconds of a kernel, or None where its kind was not measured."""
+    fit = profile.find(kernel, work.kind, work.head_dim, work.mode)
+    if fit is None:
+        return None
+    return fit.milliseconds(work.traffic, work.whole if costs.sees_all(kernel, work.kind) else work.work)
+
+
+def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel]) -> list[Kernel]:
+    """The order without measurements."""
+    dense = bool(sdpa.added(spec)) and not sdpa.is_causal(spec)
+    if not dense or sizes["i"] * sizes["j"] < LARGE:
+        return list(kernels)
+    native = not isinstance(flash.describe(spec, "flash4"), str)
+    hidden = all(isinstance(a, (Band, KeyPadding, Document)) for a in spec.atoms)
+
+    def place(kernel: Kernel) -> int:
+        if native:
+            return 0 if kernel.name.startswith("flash") else 1 if kernel is sdpa.SDPA else 2
+        return 1 if kernel.name == "flex" and hidden and bool(spec.masks) else 2
+
+    return sorted(kernels, key=place)
+
+
+# ---------------------------------------------------------------------------------------- a site as work
+
+
+def kind_of(spec: Attention, thin: frozenset[int] = frozenset()) -> str:
+    """The kind of attention, as profiles name it: what changes a kernel's speed.
+
+    ``thin`` are the slots of biases that have a formula (:func:`flex_blocks.thin_biases`).
+    """
+    words = [_visibility(spec)]
+    if any(isinstance(m, SoftCap) for m in spec.scores):
+        words.append("softcap")
+    for mod in spec.scores:
+        if isinstance(mod, Bias):
+            dense = {"i", "j"} <= set(mod.axes) and mod.slot not in thin
+            words.append("bias" if dense else "thin bias")
+    if spec.sink is not None:
+        words.append("sink")
+    if spec.dropout:
+        words.append("dropout")
+    if any(isinstance(w, Keep) and not w.implied for w in spec.weights):
+        words.append("kept")
+    return "+".join(dict.fromkeys(words))
+
+
+def _visibility(spec: Attention) -> str:
+    """The kind of what is visible."""
+    if not spec.masks:
+        return "one query" if spec.queries == 1 else "full"
+    atoms = spec.atoms
+    bands = [a for a in atoms if isinstance(a, Band)]
+    if len(bands) < len(atoms):
+        return "padding" if all(isinstance(a, (Band, KeyPadding)) for a in atoms) else "mask"
+    return "window" if any(b.left is not None for b in bands) else "causal"
+
+
+def sizes_of(site: Site) -> dict[str, float]:
+    """The sizes of a site; symbolic ones as the example has them, which proves nothing and picks a kernel."""
+    spec = site.spec
+    named = {
+        "b": spec.batch, "h": spec.heads, "g": spec.kv_heads, "i": spec.queries, "j": spec.keys,
+        "d": spec.head_dim, "e": spec.value_dim,
+    }  # fmt: skip
+    return {name: float(hint(size, site)) for name, size in named.items()}
+
+
+def hint(size: Size, site: Site) -> int:
+    """A size's value in the example that was traced."""
+    if isinstance(size, int):
+        return size
+    env: Any = site.space.facts._env
+    values = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+    found = sympy.sympify(size).xreplace(dict(values))
+    return int(found) if found.is_number else 1024
+
+
+def work_of(site: Site, training: bool) -> Work:
+    """A site as the cost model sees it."""
+    spec, sizes = site.spec, sizes_of(site)
+    mode = costs.TRAINING if training else costs.FORWARD
+    traffic = sizes["b"] * (
+        sizes["h"] * sizes["i"] * (sizes["d"] + sizes["e"])
+        + sizes["g"] * sizes["j"] * (sizes["d"] + sizes["e"])
+    )
+    each = sizes["b"] * sizes["h"] * (sizes["d"] + sizes["e"])
+    pairs, whole = pairs_of(spec, sizes["i"], sizes["j"]), sizes["i"] * sizes["j"]
+    kind = kind_of(spec, flex_blocks.thin_biases(site))
+    return Work(kind, int(sizes["d"]), mode, traffic, each * pairs, each * whole)
+
+
+def pairs_of(spec: Attention, queries: float, keys: float) -> float:
+    """How many queries and keys the bands of a site let meet; other masks count as open."""
+    left: float | None = None
+    right: float | None = None
+    for atom in spec.atoms:
+        if isinstance(atom, Band):
+            if isinstance(atom.left, int):
+                left = atom.left if left is None else min(left, atom.left)
+            if isinstance(atom.right, int):
+                right = atom.right if right is None else min(right, atom.right)
+    total = queries * keys
+    if right is not None:
+        total -= _beyond(queries, keys, right)
+    if left is not None:
+        total -= _beyond(keys, queries, left)
+    return max(total, 1.0)
+
+
+def _beyond(rows: float, columns: float, bound: float) -> float:
+    """Pairs with ``column - row > bound``."""
+    first = max(0.0, columns - 1 - bound)  # in row 0; one less in each row after it
+    last = max(0.0, first - rows)
+    return (first * (first + 1) - last * (last + 1)) / 2
+
+
+__all__ = [
+    "LARGE",
+    "MARGIN",
+    "UNFUSED",
+    "Ranked",
+    "Work",
+    "by_rule",
+    "candidates",
+    "kind_of",
+    "pairs_of",
+    "rank",
+    "work_of",
+]

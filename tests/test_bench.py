@@ -1,0 +1,139 @@
+"""bench: variants are what they say, rows survive their file, profiles come from rows; all on the CPU."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusepass import bench, bench_report, costs
+from fusepass.__main__ import main
+from fusepass.bench_cases import VARIANTS
+from fusepass.config import Options
+from fusepass.kernels import flex_blocks
+from fusepass.rewrite import _Pass
+from fusepass.select import kind_of
+from tests.capture import dynamo_graph
+
+CPU = torch.device("cpu")
+TINY = {"device": "cpu", "dtype": "float32", "tokens": 64, "width": 64, "repeats": 2}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_recognised_as_its_kind(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = VARIANTS[name]
+    # Longer than the window, so that it hides something.
+    shape = variant.shape(2048, 16, 2048, 32)
+    given = variant.inputs(shape, CPU, torch.float32)
+    kinds: list[str] = []
+    settle = _Pass._settle
+
+    def watched(self, node, found):  # type: ignore[no-untyped-def]
+        kinds.extend(kind_of(site.spec, flex_blocks.thin_biases(site)) for _, site in found)
+        return settle(self, node, found)
+
+    monkeypatch.setattr(_Pass, "_settle", watched)
+    graph = dynamo_graph(variant.program, *given.values(), dynamic=False)
+    from fusepass.rewrite import rewrite_graph
+
+    rewrite_graph(graph, Options(kernel="reference"))
+    assert kinds == [variant.kind]
+
+
+@pytest.mark.parametrize("name", [n for n in VARIANTS if n != "dropout"])
+def test_calls_by_hand_compute_the_same(name: str) -> None:
+    variant = VARIANTS[name]
+    given = variant.inputs(variant.shape(64, 16, 128, 64), CPU, torch.float32)
+    want = variant.program(**given)
+    for hand, call in variant.hand.items():
+        if hand in ("hand sdpa", "hand flex"):
+            torch.testing.assert_close(call(**given), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["full", "causal", "window", "gqa", "cross", "decode"])
+def test_visible_pairs(name: str) -> None:
+    variant = VARIANTS[name]
+    shape = variant.shape(1500, 16, 1500, 16)
+    i, j = torch.arange(shape.queries)[:, None], torch.arange(shape.keys)
+    seen = {"causal": j <= i, "gqa": j <= i, "window": (j <= i) & (i - j < 1024)}.get(
+        name, (i >= 0) & (j >= 0)
+    )
+    assert variant.pairs(shape) == int(seen.sum())
+
+
+def test_a_run_and_what_is_made_of_it(tmp_path: Path) -> None:
+    work = bench.jobs(
+        ["causal"], [16, 32], [16], ["forward", "training"], ["eager", "auto", "sdpa", "flash4"], **TINY
+    )
+    assert len(work) == 16
+    rows = bench.run(work)
+    problems = bench_report.problems(rows)
+    assert list(problems) == ["flash4, causal: stays: flash4: it runs on NVIDIA GPUs, and this is cpu"]
+    done = [r for r in rows if r.contender != "flash4"]
+    assert all(r.milliseconds is not None and r.milliseconds > 0 for r in done)
+    assert {r.kernel for r in done if r.contender == "auto"} == {"sdpa"}
+    place = tmp_path / "deep" / "rows.csv"
+    bench.write_csv(rows, place, bench.machine("cpu"))
+    again, about = bench.read_csv(place)
+    assert sorted(map(str, again)) == sorted(map(str, rows)) and about["torch"] == torch.__version__
+    profile = bench_report.profile_of(again, about)
+    assert {(f.kernel, f.kind) for f in profile.fits} == {("sdpa", "causal")}
+    assert bench_report.summary(rows).row_count == 4
+
+
+def test_samples_count_what_a_kernel_sees() -> None:
+    def row(contender: str) -> bench.Row:
+        pairs = 2.0 * 3 * 1000
+        return bench.Row(
+            "padding",
+            "forward",
+            4096,
+            64,
+            2,
+            3,
+            1,
+            4096,
+            4096,
+            pairs,
+            contender,
+            contender,
+            1.0,
+            1.0,
+            None,
+            None,
+        )
+
+    work = {
+        s.kernel: s.work
+        for s in bench_report.samples([row(c) for c in ("flex", "sdpa", "compile", "auto", "hand sdpa")])
+    }
+    whole = 2 * 3 * 4096 * 4096 * 128
+    assert work == {"flex": 2 * 3 * 1000 * 128, "sdpa": whole, "unfused": whole}
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, profile = tmp_path / "b.csv", tmp_path / "p.json"
+    sizes = "--lengths 16 --head-dims 16 --modes forward --device cpu --dtype float32 --repeats 2"
+    sizes += " --tokens 32 --width 32"
+    assert (
+        main(["bench", "--variants", "full", *sizes.split(), "--contenders", "eager,auto", "--out", str(out)])
+        == 0
+    )
+    assert "2 measurements" in capsys.readouterr().out and out.is_file()
+    assert main(["bench", "--read", str(out)]) == 0
+    assert "full" in capsys.readouterr().out
+    assert main(["bench", "--read", str(out), "--profile-to", str(profile)]) == 0
+    assert costs.load(profile).fits == ()
+    assert main(["bench", "--variants", "fulll"]) == 2
+    assert "unknown variant 'fulll'" in capsys.readouterr().err
+    assert main(["bench", "--read", str(tmp_path / "no.csv")]) == 2
+    assert main(["bench", "--lengths", "a"]) == 2
+
+
+def test_flops_are_of_what_is_visible() -> None:
+    (row,) = bench.run(bench.jobs(["causal"], [16], [16], ["forward"], ["eager"], **TINY))
+    assert row.tflops is not None and row.milliseconds is not None
+    pairs = 16 * 17 / 2 * row.batch * row.heads
+    assert math.isclose(row.tflops, 4 * pairs * 16 / row.milliseconds / 1e9)

@@ -1,0 +1,224 @@
+"""Block tables: what is said of a block is true of its elements; and FlexAttention with them, on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusepass.kernels import BY_NAME, Target, flex, formula
+from fusepass.kernels.blocks import BLOCK, block_visibility, tables
+from fusepass.spec import Attention
+from tests.attention_cases import CASES, INF, heads, merge
+from tests.checking import assert_same_accuracy, call, compiled
+
+AT, J = ["index", 0, [[1, "i", 1, 0]]], ["index", 0, [[1, "j", 1, 0]]]
+AT_B, AT_I, AT_J = [0, [[1, "b", 1, 0]]], [0, [[1, "i", 1, 0]]], [0, [[1, "j", 1, 0]]]
+
+
+def apart(n: int) -> list[Any]:
+    """``j - i + n`` as an index."""
+    return ["index", n, [[1, "j", 1, 0], [-1, "i", 1, 0]]]
+
+
+ZERO = ["const", 0]
+CAUSAL = ["le", apart(0), ZERO]
+FORMULAS: dict[str, Any] = {
+    "causal": CAUSAL,
+    "window": ["and", CAUSAL, ["ge", apart(200), ZERO]],
+    "either": ["or", ["lt", apart(0), ["const", -150]], ["gt", apart(0), ["const", 90]]],
+    "diagonal": ["eq", apart(0), ZERO],
+    "off the diagonal": ["not", ["eq", apart(0), ZERO]],
+    "padding": ["load", 0, [AT_B, AT_J]],
+    "padding of ones and zeros": ["cast", ["load", 1, [AT_B, AT_J]], "b8"],
+    "causal and padding": ["and", CAUSAL, ["load", 0, [AT_B, AT_J]]],
+    "documents": ["eq", ["load", 2, [AT_B, AT_I]], ["load", 2, [AT_B, AT_J]]],
+    "lengths": ["lt", J, ["load", 3, [AT_B]]],
+    "chunks": ["eq", ["floordiv", AT, ["const", 96]], ["floordiv", J, ["const", 96]]],
+    "every third": ["eq", ["mod", J, ["const", 3]], ZERO],
+    "prefix": ["or", CAUSAL, ["lt", J, ["load", 3, [AT_B]]]],
+    "dense": ["load", 4, [AT_I, AT_J]],
+    "near": ["le", ["abs", apart(0)], ["const", 130]],
+    "xor": ["xor", CAUSAL, ["load", 0, [AT_B, AT_J]]],
+    "where": ["where", ["load", 0, [AT_B, AT_J]], CAUSAL, ["ge", apart(0), ["const", 3]]],
+    "scaled": ["le", ["mul", apart(0), ["const", -2]], ["sub", ["min", AT, J], ["neg", ["max", AT, J]]]],
+    "threshold": ["gt", ["load", 5, [AT_J]], ["const", 0.5]],
+    "far element": ["load", 0, [AT_B, [-1, [[1, "j", 1, 0]]]]],
+    "unheard of": ["le", ["tanh", ["cast", J, "f32"]], ["const", 0.5]],
+    "nothing": ["const", False],
+}
+
+
+def operands(batch: int, queries: int, keys: int) -> list[Tensor]:
+    keep = torch.rand(batch, keys) < 0.5
+    keep[0], keep[-1, : keys // 2] = True, False
+    labels = torch.randint(0, 4, (batch, max(queries, keys))).sort(-1).values
+    numbers = torch.linspace(-1, 1, keys)
+    numbers[3] = math.nan
+    return [
+        keep, keep.long(), labels, torch.tensor([keys, keys // 3])[:batch],
+        torch.rand(queries, keys) < 0.3, numbers,
+    ]  # fmt: skip
+
+
+def dense(found: Any, tensors: list[Tensor], batch: int, queries: int, keys: int) -> Tensor:
+    """The formula at every element, ``[B, 1, Q, K]``."""
+    grid = torch.meshgrid(*(torch.arange(n) for n in (batch, 1, queries, keys)), indexing="ij")
+    value = formula.evaluate(found, dict(zip("bhij", grid, strict=True)), tensors)
+    return value.expand(batch, 1, queries, keys).bool()
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize(("queries", "keys"), [(384, 384), (300, 513), (1, 700)])
+def test_what_is_said_of_a_block_is_true(name: str, queries: int, keys: int) -> None:
+    torch.manual_seed(0)
+    tensors, found = operands(2, queries, keys), formula.read(formula.text(FORMULAS[name]))
+    sizes = {"b": 2, "h": 1, "i": queries, "j": keys}
+    every, some = block_visibility(found, sizes, tensors, torch.device("cpu"))
+    true = dense(found, tensors, 2, queries, keys)
+    for b, i, j in itertools.product(*(range(n) for n in (2, every.shape[2], every.shape[3]))):
+        part = true[b, 0, i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
+        assert not every[b, 0, i, j] or (bool(part.all()) and part.numel() == BLOCK**2)
+        assert bool(some[b, 0, i, j]) or not part.any(), (b, i, j)
+
+
+EXACT = ["causal", "window", "padding", "causal and padding", "lengths", "chunks", "near", "nothing"]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_whole_blocks_are_found(name: str) -> None:
+    """Not merely sound: every block that is wholly visible or hidden is known to be."""
+    torch.manual_seed(0)
+    tensors, found = operands(2, 768, 768), formula.read(formula.text(FORMULAS[name]))
+    sizes = {"b": 2, "h": 1, "i": 768, "j": 768}
+    every, some = block_visibility(found, sizes, tensors, torch.device("cpu"))
+    true = dense(found, tensors, 2, 768, 768).unflatten(2, (-1, BLOCK)).unflatten(4, (-1, BLOCK))
+    assert torch.equal(every, true.all(5).all(3)) and torch.equal(some, true.any(5).any(3))
+
+
+def test_tables_list_partial_and_full_blocks() -> None:
+    every = torch.eye(3, dtype=torch.bool).view(1, 1, 3, 3)
+    some = torch.ones(3, 3, dtype=torch.bool).tril().view(1, 1, 3, 3)
+    counts, indices, full_counts, full_indices, by_key, _, full_by_key, _ = tables(every, some)
+    assert counts.tolist() == [[[0, 1, 2]]] and full_counts.tolist() == [[[1, 1, 1]]]
+    assert indices[0, 0, 2, :2].tolist() == [0, 1] and full_indices[0, 0, :, 0].tolist() == [0, 1, 2]
+    assert by_key.tolist() == [[[2, 1, 0]]] and full_by_key.tolist() == [[[1, 1, 1]]]
+    assert all(t.dtype is torch.int32 and t.is_contiguous() for t in tables(every, some))
+
+
+def test_the_operator_is_sound() -> None:
+    written = formula.text(FORMULAS["causal and padding"])
+    arguments = ([torch.ones(2, 300, dtype=torch.bool)], written, 2, 1, 300, 300, torch.device("cpu"))
+    torch.library.opcheck(torch.ops.fusepass.block_tables.default, arguments)
+
+
+def test_fixed_tables_are_kept_and_copied() -> None:
+    written, device = formula.text(FORMULAS["window"]), torch.device("cpu")
+    first, second = (torch.ops.fusepass.block_tables([], written, 1, 1, 700, 700, device) for _ in range(2))
+    sizes = {"b": 1, "h": 1, "i": 700, "j": 700}
+    want = tables(*block_visibility(formula.read(written), sizes, [], device))
+    for a, b, c in zip(first, second, want, strict=True):
+        assert torch.equal(a, c) and torch.equal(b, c) and a.data_ptr() != b.data_ptr()
+
+
+# ---------------------------------------------------------------------------------------- FlexAttention
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block tables on the CPU too: FlexAttention's own plain mathematics takes them, gradients included."""
+
+    def refuse(spec: Attention, target: Target) -> str | None:
+        return flex.FLEX.refuse(spec, replace(target, training=False))
+
+    monkeypatch.setattr(flex, "takes_tables", lambda device: True)
+    monkeypatch.setitem(BY_NAME, "flex", replace(flex.FLEX, refuse=refuse))
+
+
+# Uncompiled, FlexAttention drops the gradients of what it captures: those are tested on a GPU.
+TAKEN = {n: c for n, c in CASES.items() if "flex" in c.kernels.split() and not n.startswith("learned")}
+NAMES = [n for n, c in TAKEN.items() if c.head_dim <= 64 and c.dtype is torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("grads", [False, True])
+def test_attention_with_tables(name: str, grads: bool, everywhere: None) -> None:
+    case = replace(CASES[name], dtype=torch.float32)
+    inputs = case.inputs("cpu")
+    got = call(compiled(case.program, "flex", "aot_eager"), inputs, grads=grads)
+    assert got.site.kernel == "flex", got.site
+    exact = call(case.program, inputs, torch.float64, grads)
+    assert_same_accuracy(got, call(case.program, inputs, grads=grads), exact)
+
+
+def graph_of(program: Callable[..., Tensor], inputs: dict[str, Tensor]) -> list[str]:
+    """The targets of the rewritten graph's calls."""
+    seen: list[str] = []
+
+    def keep(gm: torch.fx.GraphModule, example: Any) -> Any:
+        seen.extend(str(getattr(n.target, "__name__", n.target)) for n in gm.graph.nodes)
+        return gm.forward
+
+    torch.compile(program, backend="fusepass", fullgraph=True, options={"inner": keep, "kernel": "flex"})(
+        **inputs
+    )
+    return seen
+
+
+def test_layers_share_their_tables(everywhere: None) -> None:
+    case = CASES["padding"]
+
+    def layers(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        out = q
+        for _ in range(3):
+            out = case.program(out, k, v, keep).view(q.shape)
+        return out
+
+    seen = graph_of(layers, replace(case, dtype=torch.float32).inputs("cpu"))
+    assert seen.count("block_tables.default") == 1 and seen.count("block_attention") == 3
+
+
+def test_other_masks_have_other_tables(everywhere: None) -> None:
+    def two(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        first = CASES["padding"].program(q, k, v, keep).view(q.shape)
+        return CASES["window"].program(first, k, v)
+
+    seen = graph_of(two, replace(CASES["padding"], dtype=torch.float32).inputs("cpu"))
+    assert seen.count("block_tables.default") == 2
+
+
+def test_slopes_of_alibi_make_no_tensor_over_queries_and_keys(everywhere: None) -> None:
+    case = replace(CASES["alibi"], dtype=torch.float32)
+    inputs = case.inputs("cpu")
+    largest = 0
+
+    def keep(gm: torch.fx.GraphModule, example: Any) -> Any:
+        nonlocal largest
+        sizes = [
+            n.meta["example_value"].numel()
+            for n in gm.graph.nodes
+            if isinstance(n.meta.get("example_value"), Tensor)
+        ]
+        largest = max(sizes)
+        return gm.forward
+
+    torch.compile(case.program, backend="fusepass", options={"inner": keep, "kernel": "flex"})(**inputs)
+    assert largest <= max(t.numel() for t in inputs.values()) * 4  # repeated heads of keys and values
+
+
+def test_a_mask_under_a_softcap_stays_in_the_scores(everywhere: None) -> None:
+    """``cap * tanh(-inf / cap)`` is visible again: no block may be skipped."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = heads(q, k, v)
+        s = (q @ k.transpose(-1, -2)).masked_fill(torch.ones(320, 320, dtype=torch.bool).triu(1), -INF)
+        return merge((5.0 * torch.tanh(s / 5.0)).softmax(-1) @ v)
+
+    inputs = replace(CASES["full"], dtype=torch.float32).inputs("cpu")
+    assert "block_attention" not in graph_of(program, inputs)

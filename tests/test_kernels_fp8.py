@@ -1,0 +1,117 @@
+"""FP8: the arithmetic around the kernel, which sites it takes, and what is written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusepass.config import Options
+from fusepass.kernels import FP8, Target, fp8, gates
+from fusepass.kernels.fp8_ops import E4M3_MAX
+from fusepass.rewrite import rewrite_graph
+from fusepass.spec import Attention, Band, Bias, Dropout, Mask, Scale, SoftCap
+from tests.fake_cuda import fake_graph, hopper, targets
+
+CUDA = Target("cuda", False, False, precision="fp8")
+CAUSAL = Mask(0, float("-inf"), atoms=(Band(None, 0),))
+
+
+def spec(*scores: object, **more: object) -> Attention:
+    made = Attention(2, 4, 2, 64, 64, 128, 128, torch.bfloat16, scores, out_dtype=torch.bfloat16)  # type: ignore[arg-type]
+    return replace(made, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [1, 2, 64, 128])
+def test_the_rotation_is_orthogonal(size: int) -> None:
+    turn = fp8.hadamard(size, torch.empty(0, dtype=torch.float64))
+    torch.testing.assert_close(turn @ turn.T, torch.eye(size, dtype=torch.float64))
+
+
+def test_a_rotation_keeps_memory_order() -> None:
+    turn, x = fp8.hadamard(16, torch.empty(0)), torch.randn(2, 5, 3, 16)
+    across = fp8.rotated(x.transpose(1, 2), turn)
+    torch.testing.assert_close(across, x.transpose(1, 2).contiguous() @ turn)
+    assert across.transpose(1, 2).is_contiguous() and fp8.rotated(x, turn).is_contiguous()
+
+
+def uneven(heads: int, scales: list[float]) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(2, heads, 32, 128) * torch.tensor(scales).view(1, -1, 1, 1)
+
+
+def test_balanced_scales_have_one_product() -> None:
+    """Heads of very different size: each keeps its precision, and one number undoes all scales."""
+    q, k = uneven(4, [1e-3, 2e-3, 50.0, 60.0]), uneven(2, [20.0, 1e-2])
+    q8, k8, descale = fp8.balanced(q, k)
+    assert q8.dtype is k8.dtype is torch.float8_e4m3fn and descale.shape == (1, 1, 1, 1)
+    assert q8.float().isfinite().all() and k8.float().isfinite().all()
+    got = q8.float() @ k8.float().repeat_interleave(2, 1).transpose(-1, -2) * descale
+    want = q @ k.repeat_interleave(2, 1).transpose(-1, -2)
+    for head in range(4):
+        noise = (got[:, head] - want[:, head]).norm() / want[:, head].norm()
+        assert noise < 0.05, (head, noise)  # two roundings of 2**-4 relative at most, averaged over 128
+
+
+def test_scales_of_nothing_are_finite() -> None:
+    zero = torch.zeros(1, 2, 8, 128)
+    q8, k8, descale = fp8.balanced(zero, zero)
+    assert all(t.float().isfinite().all() for t in (q8, k8, descale))
+
+
+def test_rounding_never_overflows() -> None:
+    x = uneven(2, [1.0, 1e4])
+    rounded = fp8._rounded(x, E4M3_MAX / fp8._largest(x, 2))
+    assert rounded.float().abs().amax((0, 2, 3)).tolist() == [E4M3_MAX, E4M3_MAX]
+
+
+REFUSED = {
+    "training": (spec(), replace(CUDA, training=True), "inference"),
+    "exported": (spec(), replace(CUDA, aten=True), "exported"),
+    "cpu": (spec(), replace(CUDA, device="cpu"), "NVIDIA"),
+    "head size": (spec(head_dim=64, value_dim=64), CUDA, "its head sizes are"),
+    "float32": (spec(dtype=torch.float32), CUDA, "float16 and bfloat16"),
+    "bias": (spec(Bias(0, "hij")), CUDA, "adds nothing"),
+    "softcap": (spec(SoftCap(5.0)), CUDA, "softcap"),
+    "window": (spec(replace(CAUSAL, atoms=(Band(7, 0),))), CUDA, "its masks are causal"),
+    "dropout": (spec(weights=(Dropout(0.1),)), CUDA, "no dropout"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper(monkeypatch)
+    given, target, words = REFUSED[name]
+    assert words in str(FP8.refuse(given, target))
+
+
+def test_takes_full_and_causal(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper(monkeypatch)
+    assert FP8.refuse(spec(Scale(0.1)), CUDA) is None
+    assert FP8.refuse(spec(Scale(0.1), CAUSAL), CUDA) is None
+    monkeypatch.setattr(gates, "capability", lambda: (8, 9))
+    assert "(Ada)" in str(FP8.refuse(spec(), CUDA))
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.transpose(-1, -2) * 0.1).softmax(-1) @ v).flatten(2)
+
+
+def test_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper(monkeypatch)
+    graph = fake_graph(plain, *[(2, 4, 64, 128)] * 3)
+    with torch.no_grad():
+        site = rewrite_graph(graph, Options(precision="fp8")).sites[0]
+    assert site.kernel == "fp8" and site.reason is None
+    assert targets(graph).count("fp8_attention") == 1
+
+
+def test_a_site_that_cannot_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper(monkeypatch)
+    graph = fake_graph(plain, *[(2, 4, 64, 64)] * 3)
+    with torch.no_grad():
+        site = rewrite_graph(graph, Options(precision="fp8")).sites[0]
+    assert site.fused and site.kernel != "fp8"
+    assert site.reason is not None and site.reason.startswith("not in FP8: its head sizes are")

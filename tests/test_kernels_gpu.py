@@ -1,0 +1,94 @@
+"""Every kernel on a real GPU: results and gradients against float64, layouts, compilers, CUDA graphs.
+
+Run with ``pytest -m gpu``; a kernel whose library is missing is skipped by name.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fusepass
+from fusepass.kernels.gates import GATES, machine_refuses
+from tests.attention_cases import CASES, Case, full
+from tests.checking import Run, assert_same_accuracy, call, compiled
+
+pytestmark = pytest.mark.gpu
+
+PAIRS = [(kernel, name) for name, case in CASES.items() for kernel in case.kernels.split()]
+
+
+def need(kernel: str) -> None:
+    reason = machine_refuses(GATES[kernel], "cuda") if kernel in GATES else None
+    if reason:
+        pytest.skip(f"{kernel}: {reason}")
+
+
+def check(case: Case, kernel: str, inner: str, grads: bool) -> Run:
+    inputs = case.inputs()
+    got = call(compiled(case.program, kernel, inner), inputs, case.dtype, grads)
+    assert got.site.fused and got.site.kernel == kernel, got.site
+    eager = call(case.program, inputs, case.dtype, grads)
+    exact = call(case.program, inputs, torch.float64, grads)
+    assert_same_accuracy(got, eager, exact)
+    return got
+
+
+@pytest.mark.parametrize(("kernel", "name"), PAIRS)
+def test_results_and_gradients(kernel: str, name: str) -> None:
+    need(kernel)
+    check(CASES[name], kernel, "inductor" if kernel == "flex" else "aot_eager", grads=True)
+
+
+@pytest.mark.parametrize(("kernel", "name"), [p for p in PAIRS if p[1] in ("causal", "padding", "window")])
+def test_inference_under_inductor(kernel: str, name: str) -> None:
+    """Forward only, everything in one graph: where block tables were once fused away."""
+    need(kernel)
+    if (kernel, name) == ("flex_flash", "padding"):
+        got = call(compiled(CASES[name].program, kernel, "inductor"), CASES[name].inputs())
+        assert not got.site.fused and "without gradients it reads no tensors" in str(got.site.reason)
+        return
+    check(CASES[name], kernel, "inductor", grads=False)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "cudnn", "flash2", "flash3", "flash4"])
+def test_no_copies_of_sequence_major_tensors(kernel: str) -> None:
+    """``[B, S, H, D]`` in and out: nothing but the result is allocated, and the result is contiguous."""
+    need(kernel)
+    case = Case(full, kv_heads=8, queries=1024, keys=1024, head_dim=128)
+    inputs = case.inputs()
+    fused = compiled(case.program, kernel, "inductor")
+    with torch.no_grad():
+        fused(**inputs)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = fused(**inputs)
+        peak = torch.cuda.max_memory_allocated() - before
+    assert out.is_contiguous()
+    assert peak < 1.5 * out.numel() * out.itemsize, peak
+
+
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "flash4"])
+@pytest.mark.parametrize("grads", [False, True])
+def test_cuda_graphs(kernel: str, grads: bool) -> None:
+    """``torch.compile`` takes a mode or options, not both: the pass comes by ``enabled``."""
+    need(kernel)
+    case = CASES["causal"]
+    exact = call(case.program, case.inputs(), torch.float64, grads)
+    eager = call(case.program, case.inputs(), grads=grads)
+    with fusepass.enabled(kernel=kernel):
+        fused = torch.compile(case.program, mode="reduce-overhead", fullgraph=True)
+        for _ in range(3):
+            got = call(fused, case.inputs(), grads=grads)
+    assert_same_accuracy(got, eager, exact)
+
+
+@pytest.mark.parametrize("kernel", ["flash2", "flash3", "flash4"])
+def test_operators_are_sound(kernel: str) -> None:
+    """Schema, fake kernel and autograd registration agree with what the library does."""
+    need(kernel)
+    q, k, v = (torch.randn(2, 128, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    arguments = (q, k, v, None, 0.125, None, 0, 0.0, 0.0)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.fusepass, kernel).default, arguments, test_utils=tests)
