@@ -1,0 +1,162 @@
+"""Which of a graph's tensors may serve as an operand, and how it is re-laid: the same for all graphs.
+
+The deepest tensor that holds an operand without copies is chosen and brought to one dimension a role by
+``reshape``, ``permute`` and ``expand``.  What a node is, and how one is written, is the subclass's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+from fusepass.index import AxisSpace, Size, prod
+from fusepass.ir import Expr
+from fusepass.rule import Scope, Term
+
+N = TypeVar("N")
+Groups = Sequence[Sequence[str]]
+
+
+class CannotEmit(Exception):
+    """A tensor that cannot be made from the graph's own; the reason is for the user."""
+
+
+class Layouts(ABC, Generic[N]):
+    """Lays operands out over the axes of one site; ``N`` is the graph's kind of node."""
+
+    space: AxisSpace
+
+    @abstractmethod
+    def op(self, name: str, *args: Any, **kwargs: Any) -> N:
+        """Write a named operation."""
+
+    @abstractmethod
+    def size(self, size: Size) -> Any:
+        """An integer, or what stands for a symbolic size in the graph."""
+
+    @abstractmethod
+    def home(self, node: Expr) -> N | None:
+        """The graph's node that holds an expression's value and may be read here."""
+
+    @abstractmethod
+    def as_tensor(self, node: Expr) -> N:
+        """A node that holds an expression's value."""
+
+    def shape(self, sizes: Sequence[Size]) -> list[Any]:
+        """A shape as arguments; a single symbolic size becomes -1."""
+        if sum(not isinstance(s, int) for s in sizes) == 1:
+            return [s if isinstance(s, int) else -1 for s in sizes]
+        return [self.size(s) for s in sizes]
+
+    def sizes(self, axes: Sequence[str]) -> Size:
+        """The joint extent of some axes."""
+        return prod(self.space.sizes[a] for a in axes)
+
+    def digits(self, term: Term) -> list[tuple[str, ...]] | None:
+        """The axes of each dimension, where every element of the tensor is named exactly once."""
+        found = [self.space.digits(i, n) for i, n in zip(term.index, term.expr.shape, strict=True)]
+        if any(f is None for f in found):
+            return None
+        flat = [a for f in found for a in f or ()]
+        return found if len(set(flat)) == len(flat) else None  # type: ignore[return-value]
+
+    def finest(self, groups: Groups) -> list[list[str]]:
+        """Groups in today's finest axes: reading an operand may have split some since they were listed."""
+        return [[b for a in g for b in self._parts(a)] for g in groups]
+
+    def _parts(self, axis: str) -> list[str]:
+        if axis not in self.space.splits:
+            return [axis]
+        terms = self.space.splits[axis].terms
+        inner = next(a for a, c in terms if c == 1)
+        return [b for a in (*(a for a, _ in terms if a != inner), inner) for b in self._parts(a)]
+
+    def choose(self, chain: Sequence[Term], groups: Groups) -> Term:
+        """Of the tensors that may serve, the one without copies that is nearest to the wanted layout."""
+        groups = self.finest(groups)
+        wanted = [a for g in groups for a in g]
+        best: tuple[tuple[int, int, int], Term] | None = None
+        for depth, term in enumerate(chain):
+            found = self.digits(term)
+            if found is None or self.home(term.expr) is None:
+                continue
+            flat = [a for f in found for a in f]
+            cost = (len(flat), self._work(found, groups, wanted), depth)
+            if best is None or cost < best[0]:
+                best = (cost, term)
+        return best[1] if best is not None else chain[0]
+
+    def reach(self, term: Term, scope: Scope) -> Term:
+        """The first tensor below ``term``'s views that can be re-laid: its index names every element once."""
+        at: Term | None = term
+        while at is not None:
+            if self.digits(at) is not None:
+                return at
+            at = scope.step(at)
+        return term
+
+    def _work(self, found: list[tuple[str, ...]], groups: Groups, wanted: list[str]) -> int:
+        flat = [a for f in found for a in f]
+        present = [tuple(a for a in g if a in flat) for g in groups]
+        work = 0 if flat == [a for a in wanted if a in flat] else 1
+        return work + (
+            0 if [f for f in found if f] == [p for p in present if p] and len(found) == len(groups) else 1
+        )
+
+    def layout(self, term: Term, groups: Groups, full: bool) -> N:
+        """``term``'s tensor with one dimension a group; absent groups have size 1 unless ``full``."""
+        found, groups = self.digits(term), self.finest(groups)
+        if found is None:
+            raise CannotEmit("an operand is a part or a repetition of its tensor that no view can express")
+        node = self.as_tensor(term.expr)
+        return self.relayout(node, [a for f in found for a in f], list(term.expr.shape), groups, full, found)
+
+    def relayout(
+        self,
+        node: N,
+        flat: list[str],
+        shape: list[Size],
+        groups: Groups,
+        full: bool,
+        dims: Sequence[Sequence[str]],
+    ) -> N:
+        """Re-lay a tensor whose elements run over the axes ``flat`` into the given groups."""
+        extra = [a for a in flat if a not in {x for g in groups for x in g}]
+        if extra:
+            raise CannotEmit("an operand varies over an axis that the kernel does not have")
+        order = [a for g in groups for a in g if a in flat]
+        if [list(d) for d in dims] != [[a] for a in flat]:
+            node = self._reshaped(node, shape, [self.space.sizes[a] for a in flat])
+            shape = [self.space.sizes[a] for a in flat]
+        if order != flat:
+            node = self.op("permute", node, [flat.index(a) for a in order])
+        thin: list[Size] = []
+        wide: list[Size] = []
+        final: list[Size] = []
+        for group in groups:
+            partly = full or any(a in flat for a in group)
+            thin += [self.space.sizes[a] if a in flat else 1 for a in group]
+            wide += [self.space.sizes[a] if a in flat or partly else 1 for a in group]
+            final.append(self.sizes(group) if partly else 1)
+        now = [self.space.sizes[a] for a in order]
+        if thin != wide:
+            node = self._reshaped(node, now, thin)
+            node = self.op("expand", node, [self.size(s) for s in wide])
+            now = wide
+        return self._reshaped(node, now, final)
+
+    def _reshaped(self, node: N, old: Sequence[Size], new: Sequence[Size]) -> N:
+        return node if list(old) == list(new) else self.op("reshape", node, self.shape(new))
+
+    def restore(self, node: N, groups: Groups, out: Term) -> N:
+        """Lay a kernel's result (one dimension a group) out as the tensor it replaces."""
+        dims, groups = self.digits(out), self.finest(groups)
+        flat = [a for g in groups for a in g]
+        if dims is None:
+            raise CannotEmit("the result's layout is no permutation of the kernel's")
+        wanted = [a for d in dims for a in d]
+        node = self._reshaped(node, [self.sizes(g) for g in groups], [self.space.sizes[a] for a in flat])
+        if wanted != flat:
+            node = self.op("permute", node, [flat.index(a) for a in wanted])
+        return self._reshaped(node, [self.space.sizes[a] for a in wanted], list(out.expr.shape))
