@@ -26,7 +26,6 @@ from fusepass.kernels.base import (
     Target,
     after_weights,
     conjunction,
-    empty_rows,
     finish_rows,
     muted,
     operands,
@@ -49,6 +48,7 @@ from fusepass.spec import (
     ScoreModifier,
     WeightScale,
     ZeroEmptyRows,
+    empty_rows,
     negligible,
 )
 
