@@ -73,7 +73,10 @@ class Layouts(ABC, Generic[N]):
         return [b for a in (*(a for a, _ in terms if a != inner), inner) for b in self._parts(a)]
 
     def choose(self, chain: Sequence[Term], groups: Groups) -> Term:
-        """Of the tensors that may serve, the one without copies that is nearest to the wanted layout."""
+        """Of the tensors that may serve, the one without copies that is nearest to the wanted layout.
+
+        Of several that are as near, the one deepest in the chain: views between are not needed any more.
+        """
         groups = self.finest(groups)
         wanted = [a for g in groups for a in g]
         best: tuple[tuple[int, int, int], Term] | None = None
@@ -82,7 +85,7 @@ class Layouts(ABC, Generic[N]):
             if found is None or self.home(term.expr) is None:
                 continue
             flat = [a for f in found for a in f]
-            cost = (len(flat), self._work(found, groups, wanted), depth)
+            cost = (len(flat), self._work(found, groups, wanted), -depth)
             if best is None or cost < best[0]:
                 best = (cost, term)
         return best[1] if best is not None else chain[0]
@@ -97,12 +100,14 @@ class Layouts(ABC, Generic[N]):
         return term
 
     def _work(self, found: list[tuple[str, ...]], groups: Groups, wanted: list[str]) -> int:
+        """How many operations re-lay a tensor: a reshape, a permutation, another reshape."""
         flat = [a for f in found for a in f]
         present = [tuple(a for a in g if a in flat) for g in groups]
-        work = 0 if flat == [a for a in wanted if a in flat] else 1
-        return work + (
-            0 if [f for f in found if f] == [p for p in present if p] and len(found) == len(groups) else 1
-        )
+        dims = [f for f in found if f]
+        if flat == [a for a in wanted if a in flat]:
+            return int(dims != [p for p in present if p] or len(found) != len(groups))
+        last = [[a] for p in present for a in p] != [list(p) for p in present]
+        return 1 + int(any(len(f) > 1 for f in found)) + int(last)
 
     def layout(self, term: Term, groups: Groups, full: bool) -> N:
         """``term``'s tensor with one dimension a group; absent groups have size 1 unless ``full``."""
@@ -126,11 +131,6 @@ class Layouts(ABC, Generic[N]):
         if extra:
             raise CannotEmit("an operand varies over an axis that the kernel does not have")
         order = [a for g in groups for a in g if a in flat]
-        if [list(d) for d in dims] != [[a] for a in flat]:
-            node = self._reshaped(node, shape, [self.space.sizes[a] for a in flat])
-            shape = [self.space.sizes[a] for a in flat]
-        if order != flat:
-            node = self.op("permute", node, [flat.index(a) for a in order])
         thin: list[Size] = []
         wide: list[Size] = []
         final: list[Size] = []
@@ -139,12 +139,19 @@ class Layouts(ABC, Generic[N]):
             thin += [self.space.sizes[a] if a in flat else 1 for a in group]
             wide += [self.space.sizes[a] if a in flat or partly else 1 for a in group]
             final.append(self.sizes(group) if partly else 1)
-        now = [self.space.sizes[a] for a in order]
+        if order == flat and thin == wide:
+            return self._reshaped(node, shape, final)
+        if order != flat and [list(d) for d in dims] != [[a] for a in flat]:
+            node = self._reshaped(node, shape, [self.space.sizes[a] for a in flat])
+            shape = [self.space.sizes[a] for a in flat]
+        if order != flat:
+            node = self.op("permute", node, [flat.index(a) for a in order])
+            shape = [self.space.sizes[a] for a in order]
         if thin != wide:
-            node = self._reshaped(node, now, thin)
+            node = self._reshaped(node, shape, thin)
             node = self.op("expand", node, [self.size(s) for s in wide])
-            now = wide
-        return self._reshaped(node, now, final)
+            shape = wide
+        return self._reshaped(node, shape, final)
 
     def _reshaped(self, node: N, old: Sequence[Size], new: Sequence[Size]) -> N:
         return node if list(old) == list(new) else self.op("reshape", node, self.shape(new))
@@ -156,7 +163,9 @@ class Layouts(ABC, Generic[N]):
         if dims is None:
             raise CannotEmit("the result's layout is no permutation of the kernel's")
         wanted = [a for d in dims for a in d]
-        node = self._reshaped(node, [self.sizes(g) for g in groups], [self.space.sizes[a] for a in flat])
+        sizes = [self.sizes(g) for g in groups]
         if wanted != flat:
-            node = self.op("permute", node, [flat.index(a) for a in wanted])
-        return self._reshaped(node, [self.space.sizes[a] for a in wanted], list(out.expr.shape))
+            fine = [self.space.sizes[a] for a in flat]
+            node = self.op("permute", self._reshaped(node, sizes, fine), [flat.index(a) for a in wanted])
+            sizes = [self.space.sizes[a] for a in wanted]
+        return self._reshaped(node, sizes, list(out.expr.shape))
