@@ -22,9 +22,9 @@ from fusepass.emit import Builder, CannotEmit
 from fusepass.ir import VIEWS, Expr
 from fusepass.kernels import BY_NAME, KERNELS, Kernel, Refused, Target, sdpa
 from fusepass.liveness import erase_dead, live_nodes, outside_reader
-from fusepass.patterns.scores import holds_product
 from fusepass.recognize import RULES, Miss, Rules, Site, recognise
 from fusepass.report import GraphReport, SiteReport, source_of
+from fusepass.resemblance import of_activations, softmaxes_behind
 
 log = logging.getLogger("fusepass")
 
@@ -118,7 +118,7 @@ class _Pass:
     # -- one site ----------------------------------------------------------------------------
 
     def _settle(self, node: fx.Node, found: Site | Miss) -> SiteReport:
-        self.settled.update(_softmaxes(self.reader.defined[node]))
+        self.settled.update(softmaxes_behind(self.reader.defined[node]))
         if isinstance(found, Miss):
             return self._report(node, None, reason=found.reason)
         reader = outside_reader(self.reader, self.live, found.product, node)
@@ -216,7 +216,7 @@ class _Pass:
             ):
                 continue
             self.settled.add(meaning)
-            if self.reader.definer[meaning] is node and _of_activations(meaning):
+            if self.reader.definer[meaning] is node and of_activations(meaning):
                 reports.append(self._report(node, None, reason=self._why_alone(node)))
         return reports
 
@@ -272,38 +272,6 @@ def as_good(node: fx.Node, site: Site) -> bool:
 def _result_groups(site: Site) -> tuple[list[str], ...]:
     r = site.roles
     return r.batch, r.heads, r.query, r.value_dim
-
-
-def _softmaxes(anchor: Any) -> set[Expr]:
-    """The softmax nodes directly behind a product, whatever was made of them."""
-    found: set[Expr] = set()
-    todo = list(anchor.args)
-    for _ in range(64):
-        if not todo:
-            break
-        node = todo.pop()
-        if node.op in ("softmax", "exp", "log_softmax"):
-            found.add(node)
-        elif node.op not in ("input", "dot"):
-            todo.extend(node.args)
-    return found
-
-
-def _of_activations(softmax: Expr) -> bool:
-    """Does the softmax come from a product of two tensors of rank 3 or more?"""
-    if not holds_product(softmax.args[0]):
-        return False
-    todo = [softmax.args[0]]
-    for _ in range(200):
-        if not todo:
-            return False
-        node = todo.pop()
-        if node.op == "dot":
-            if min(a.rank for a in node.args) >= 3:
-                return True
-        elif node.op != "input":
-            todo.extend(node.args)
-    return False
 
 
 @overload
