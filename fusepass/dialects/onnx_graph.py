@@ -125,9 +125,9 @@ class OnnxReader:
         if small:
             numbers = tensor.numpy().tolist()
             self.known[value] = tuple(numbers) if shape else numbers
-        looked_into = dtype not in (torch.bfloat16,) or tensor.size <= _MOST
-        made = closed_form(tensor.numpy(), dtype) if looked_into else None
-        return made or leaf(value.name or f"constant{id(value)}", shape, dtype)
+        table = tensor.numpy()
+        wide = table.astype("float32") if dtype is torch.bfloat16 else table
+        return closed_form(wide, dtype) or leaf(value.name or f"constant{id(value)}", shape, dtype)
 
     def _read(self, node: ir.Node) -> None:
         inputs = tuple(self.expr_of(v) for v in node.inputs)

@@ -62,7 +62,7 @@ def _simple(op: str, boolean: bool = False) -> Handler:
 
 
 for _name, _op in {
-    "Add": "add", "Sub": "sub", "Mul": "mul", "Pow": "pow", "Neg": "neg", "Abs": "abs", "Exp": "exp",
+    "Add": "add", "Sub": "sub", "Pow": "pow", "Neg": "neg", "Abs": "abs", "Exp": "exp",
     "Log": "log", "Tanh": "tanh", "Sqrt": "sqrt", "Sigmoid": "sigmoid", "Relu": "relu",
 }.items():  # fmt: skip
     HANDLERS["", _name] = _simple(_op)
@@ -71,6 +71,14 @@ for _name, _op in {
     "Greater": "gt", "GreaterOrEqual": "ge", "IsNaN": "isnan",
 }.items():  # fmt: skip
     HANDLERS["", _name] = _simple(_op, boolean=True)
+
+
+@handles("Mul")
+def _mul(c: Call, *args: Expr) -> Expr | None:
+    """A product; ``x * float(m)`` of a boolean ``m`` is ``x * m``."""
+    dtype = args[0].dtype
+    plain = [a.args[0] if a.op == "cast" and a.args[0].dtype is torch.bool else a for a in args]
+    return _pointwise(c, "mul", *(plain if any(a.is_float for a in plain) else args), dtype=dtype)
 
 
 @handles("Div")

@@ -115,6 +115,9 @@ def _cut(c: Call, x: Expr, start: Size, end: Size, axis: Size, step: Size) -> Ex
     if step < 1 or first is None or last is None:
         return None
     length = simplify_size(sympy.expand(sympy.sympify(last) - first))
+    recorded = c.recorded[0]
+    if isinstance(length, sympy.Expr) and length.has(sympy.Min) and recorded and len(recorded) == x.rank:
+        length = recorded[dim]  # the exporter knew how the bound and the size compare
     if step > 1:
         if not isinstance(length, int):
             return None
