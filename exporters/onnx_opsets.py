@@ -57,7 +57,7 @@ def _convert_old(model: ir.Model) -> None:
             mine.const_value = value.const_value
             if name not in converted.graph.initializers:
                 converted.graph.register_initializer(mine)
-    _adopt(model, converted)
+    model.graph = converted.graph  # its operator sets come with it
 
 
 def _named(graph: ir.Graph, name: str) -> ir.Value | None:
@@ -68,13 +68,6 @@ def _named(graph: ir.Graph, name: str) -> ir.Value | None:
             if value is not None and value.name == name:
                 return value
     return None
-
-
-def _adopt(model: ir.Model, other: ir.Model) -> None:
-    """Let a model hold another's graph."""
-    model.graph = other.graph
-    model.opset_imports.clear()
-    model.opset_imports.update(other.opset_imports)
 
 
 def infer(model: ir.Model) -> dict[str, list[Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -39,6 +39,11 @@ class Call:
     inputs: tuple[Expr | None, ...]
     known: tuple[Known | None, ...]
     recorded: tuple[Shape | None, ...]
+    symbols: Container[sympy.Basic] = ()
+
+    def names(self, size: Size) -> bool:
+        """Is a size made of dimensions that occur before this node?"""
+        return isinstance(size, int) or all(s in self.symbols for s in size.free_symbols)
 
     def attr(self, name: str, default: Any = None) -> Any:
         """The value of an attribute."""

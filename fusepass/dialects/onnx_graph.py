@@ -116,7 +116,7 @@ class OnnxReader:
 
     def _constant(self, value: ir.Value) -> Expr | None:
         """An initializer; one that is a graph input as well may be given another value."""
-        tensor = value.const_value
+        tensor = ir.convenience.get_const_tensor(value)
         dtype = None if tensor is None else DTYPES.get(tensor.dtype)
         if tensor is None or dtype is None or value.is_graph_input():
             return self._opaque(value)
@@ -132,7 +132,7 @@ class OnnxReader:
     def _read(self, node: ir.Node) -> None:
         inputs = tuple(self.expr_of(v) for v in node.inputs)
         known = tuple(None if v is None else self.known.get(v) for v in node.inputs)
-        if node.op_type == "Constant" and node.domain == "" and node.outputs[0].const_value is not None:
+        if node.op_type == "Constant" and node.domain == "":
             self._bind(node.outputs[0], self._constant(node.outputs[0]))
             return
         call = Call(
@@ -142,6 +142,7 @@ class OnnxReader:
             inputs,
             known,
             tuple(self.recorded(v) for v in node.outputs),
+            self.sources,
         )
         self._know(call)
         made = self._meaning(call)

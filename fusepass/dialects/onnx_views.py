@@ -8,7 +8,7 @@ from fusepass.dialects import torch_ops
 from fusepass.dialects.onnx_call import Call, Meaning, broadcast, handles
 from fusepass.dialects.torch_ops import dim_of, permute, reshape, slice_dim, view
 from fusepass.index import Size, prod, simplify_size
-from fusepass.ir import Expr, Shape, expr
+from fusepass.ir import Expr, Shape, expr, leaf
 
 _FAR = 1 << 31
 
@@ -116,7 +116,8 @@ def _cut(c: Call, x: Expr, start: Size, end: Size, axis: Size, step: Size) -> Ex
         return None
     length = simplify_size(sympy.expand(sympy.sympify(last) - first))
     recorded = c.recorded[0]
-    if isinstance(length, sympy.Expr) and length.has(sympy.Min) and recorded and len(recorded) == x.rank:
+    open_ended = isinstance(length, sympy.Expr) and length.has(sympy.Min)
+    if open_ended and recorded and len(recorded) == x.rank and c.names(recorded[dim]):
         length = recorded[dim]  # the exporter knew how the bound and the size compare
     if step > 1:
         if not isinstance(length, int):
@@ -191,6 +192,7 @@ def _gather_nd(c: Call, x: Expr, at: Expr) -> Expr | None:
     return expr("index", (x, *parts), (0,), (*at.shape[:-1], *x.shape[len(parts) :]), x.dtype)
 
 
-@handles("DepthToSpace", "SpaceToDepth")
-def _not_read(c: Call, *_: Expr) -> None:
-    return None
+@handles("GatherElements")
+def _gather_elements(c: Call, x: Expr, at: Expr) -> Expr:
+    """Only its shape is known: that of the indices."""
+    return leaf(c.node.outputs[0].name or "", at.shape, x.dtype)
