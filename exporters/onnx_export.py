@@ -200,8 +200,19 @@ def _trials(inputs: Sequence[ir.Value], tensors: Sequence[torch.Tensor]) -> Iter
                 given[parsed] = int(size)
     yield given
     if given:
-        yield {s: n + 1 for s, n in given.items()}
-        yield {s: max(n - 1, 2) for s, n in given.items()}
+        yield _resized(given, 1)
+        yield _resized(given, -1)
+
+
+def _resized(given: dict[sympy.Symbol, int], step: int) -> dict[sympy.Symbol, int]:
+    """Other sizes; one that is the sum of two others (a mask over past and present) remains their sum."""
+    out = {s: max(n + step, 2) for s, n in given.items()}
+    for total, n in given.items():
+        parts = [s for s in given if s is not total and given[s] < n]
+        pair = next(((a, b) for a in parts for b in parts if a is not b and given[a] + given[b] == n), None)
+        if pair is not None:
+            out[total] = out[pair[0]] + out[pair[1]]
+    return out
 
 
 def _drawn(
