@@ -23,9 +23,9 @@ from fusepass.exporters.onnx_operands import (
     added_mask,
     after_weights,
     is_causal,
+    laid_out,
     mend_rows,
     muted,
-    operands,
     refuse_modifiers,
     scaled,
     softcap_of,
@@ -55,7 +55,7 @@ def emit(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
     """Write the operator."""
     spec = site.spec
     cache = find_cache(site, build) if target.name != "tensorrt" else None
-    factor, x = scaled(site, build, operands(site, build))
+    factor, x = scaled(site, build, laid_out(site, build))
     dtype = build.dtype_of(x.q)
     offset = 0 if cache is None else cache.length
     causal = is_causal(spec, offset)
@@ -63,7 +63,8 @@ def emit(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
     x = replace(x, q=muted(build, extra, x.q))
     out = _call(site, build, x, extra.mask, _attributes(spec, factor, causal, dtype), cache)
     out = after_weights(site, build, mend_rows(site, build, out, extra))
-    return build.cast(out, spec.out_dtype)
+    r = site.roles
+    return build.restore(build.cast(out, spec.out_dtype), (r.batch, r.heads, r.query, r.value_dim), site.out)
 
 
 def _attributes(spec: Attention, factor: float, causal: bool, dtype: torch.dtype) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Operands:
-    """Query ``[B, H, Q, D]``, key ``[B, G, K, D]`` and value ``[B, G, K, Dv]`` of one dtype."""
+    """Query ``[B, H, Q, D]``, key ``[B, G, K, D]`` and value ``[B, G, K, Dv]`` of one dtype, or packed."""
 
     q: ir.Value
     k: ir.Value
@@ -114,15 +114,24 @@ def softcap_of(spec: Attention) -> float:
 # ---------------------------------------------------------------------------------------- operands
 
 
-def operands(site: Site, build: OnnxBuilder) -> Operands:
-    """Lay out queries, keys and values; grouped heads are not copied."""
+def laid_out(site: Site, build: OnnxBuilder, packed: bool = False) -> Operands:
+    """Lay out queries, keys and values; grouped heads are not copied.
+
+    Args:
+        site: the site.
+        build: where to write.
+        packed: ``[B, Q, H*D]``, ``[B, K, G*D]``, ``[B, K, G*Dv]`` instead of one dimension a head.
+    """
     r = site.roles
-    layouts = (
-        (site.query, (r.batch, r.heads, r.query, r.head_dim)),
-        (site.keys, (r.batch, r.kv_heads, r.key, r.head_dim)),
-        (site.values, (r.batch, r.kv_heads, r.key, r.value_dim)),
+    sides = (
+        (site.query, r.heads, r.query, r.head_dim),
+        (site.keys, r.kv_heads, r.key, r.head_dim),
+        (site.values, r.kv_heads, r.key, r.value_dim),
     )
-    values = [build.layout(build.choose(chain, groups), groups, full=True) for chain, groups in layouts]
+    values = []
+    for chain, heads, length, width in sides:
+        groups = (r.batch, length, [*heads, *width]) if packed else (r.batch, heads, length, width)
+        values.append(build.layout(build.choose(chain, groups), groups, full=True))
     dtypes = {build.dtype_of(v) for v in values}
     wide = max(dtypes, key=lambda d: (d.itemsize, d is torch.float32))
     if {torch.float16, torch.bfloat16} <= dtypes:
@@ -130,15 +139,35 @@ def operands(site: Site, build: OnnxBuilder) -> Operands:
     return Operands(*(build.cast(v, wide) for v in values))
 
 
-def scaled(site: Site, build: OnnxBuilder, x: Operands) -> tuple[float, Operands]:
-    """The constant scale; what an operator's scale cannot say is multiplied into the queries."""
+def repeated(site: Site, build: OnnxBuilder, x: Operands) -> Operands:
+    """Key/value heads copied once a query head, for operators that do not group."""
+    spec = site.spec
+    group = build.sizes(site.roles.group)
+    copies = []
+    for value in (x.k, x.v):
+        batch, heads, length, width = build.shape_of(value)
+        wide = build.reshape(value, (batch, heads, 1, length, width))
+        wide = build.expand(wide, (batch, heads, group, length, width))
+        copies.append(build.reshape(wide, (batch, spec.heads, length, width)))
+    return Operands(x.q, *copies)
+
+
+def scaled(site: Site, build: OnnxBuilder, x: Operands, packed: bool = False) -> tuple[float, Operands]:
+    """The constant scale; what an operator's scale cannot say is multiplied into the queries.
+
+    Raises:
+        Refused: a factor is a tensor over the heads, and the heads are packed.
+    """
     factor, q = 1.0, x.q
     for mod in site.spec.scores:
         if isinstance(mod, Scale):
             factor *= mod.factor
         elif isinstance(mod, ScaleBy):
-            q = build.pointwise("Mul", _row(build, score_operand(site, build, mod.slot)), q)
-            q = build.cast(q, build.dtype_of(x.q))
+            if packed and mod.axes:
+                raise Refused("the scores are multiplied by a tensor over heads or queries")
+            by = _row(build, score_operand(site, build, mod.slot))
+            by = build.reshape(by, (1, 1, 1)) if packed else by
+            q = build.cast(build.pointwise("Mul", by, q), build.dtype_of(x.q))
     if not (0 < factor < math.inf):
         q = build.pointwise("Mul", build.constant(factor, build.dtype_of(q)), q)
         factor = 1.0
@@ -226,14 +255,14 @@ def added_mask(site: Site, build: OnnxBuilder, dtype: torch.dtype, boolean: bool
     if boolean and only_masks and policy in ("none", "zero", "nan") and not any(_is_sum(m) for m in extra):
         mask = _conjunction(site, build, [m for m in extra if isinstance(m, Mask)])
         seen = _any_key(build, mask) if policy == "nan" else None
-        return Added(_full(site, build, mask), seen)
+        return Added(full_mask(site, build, mask), seen)
     if policy != "mean":
         total = _total(site, build, extra, dtype, -math.inf)
         seen = _seen(site, build) if policy in ("nan", "zero") else None
-        return Added(_full(site, build, total), seen)
+        return Added(full_mask(site, build, total), seen)
     if dtype is torch.float16:
         return _muted(site, build, extra)
-    return Added(_full(site, build, _total(site, build, extra, dtype, ABSORBING)))
+    return Added(full_mask(site, build, _total(site, build, extra, dtype, ABSORBING)))
 
 
 def _is_sum(mod: Bias | Mask) -> bool:
@@ -288,7 +317,7 @@ def _muted(site: Site, build: OnnxBuilder, extra: Sequence[Bias | Mask]) -> Adde
     if biases:
         bias = _total(site, build, biases, dtype, -math.inf)
         level = build.pointwise("Add", level, build.pointwise("Mul", build.cast(seen, dtype), bias))
-    return Added(_full(site, build, level), seen, mute=True)
+    return Added(full_mask(site, build, level), seen, mute=True)
 
 
 def _conjunction(site: Site, build: OnnxBuilder, masks: Sequence[Mask]) -> ir.Value:
@@ -315,7 +344,7 @@ def _any_key(build: OnnxBuilder, visible: ir.Value) -> ir.Value:
     return build.cast(build.reduce("ReduceMax", number, 3), torch.bool)
 
 
-def _full(site: Site, build: OnnxBuilder, mask: ir.Value) -> ir.Value:
+def full_mask(site: Site, build: OnnxBuilder, mask: ir.Value) -> ir.Value:
     """The mask with all queries and keys: runtimes broadcast neither."""
     spec, shape = site.spec, build.shape_of(mask)
     return build.expand(mask, (*shape[:2], spec.queries, spec.keys))

@@ -30,7 +30,8 @@ class Operator:
     """A fused operator.
 
     ``refuse`` answers None or the reason from the specification alone; ``emit`` writes the nodes and returns
-    the result ``[B, H, Q, Dv]``, or raises :class:`fusepass.exporters.onnx_operands.Refused`.
+    the result in the layout of the one it replaces, or raises
+    :class:`fusepass.exporters.onnx_operands.Refused`.
     """
 
     name: str

@@ -49,8 +49,7 @@ def optimize_onnx(
         path_in: the model, opset 11 to 26, from any exporter.
         path_out: where to write; may be ``path_in``.
         target: ``"onnx"``, ``"ort"`` or ``"tensorrt"``.
-        opset: raise the model to this version of ``ai.onnx``; None: to what the target's operators need, and
-            no further.
+        opset: raise the model to this version of ``ai.onnx`` (default 24); newer models stay as they are.
         verify: run both models in onnxruntime on random inputs and compare.
         inputs: arrays by name to compare on, instead of random ones.
         external_data: weights in a file of their own; None: as in the model that was read, or where it is
@@ -70,9 +69,8 @@ def optimize_onnx(
     ):
         apart = True
     have = check_opset(model)
-    wanted = _wanted_opset(aim, have, opset)
-    raise_opset(model, wanted)
-    report = fuse(model, Target(aim.name, max(wanted, have)))
+    model, notes = _raised(model, path_in, aim, have, opset)
+    report = fuse(model, Target(aim.name, check_opset(model)))
     pin_ir_version(model)
     found = ExportReport(
         str(path_out),
@@ -80,25 +78,32 @@ def optimize_onnx(
         report,
         fused_operators(model),
         softmaxes(model.graph),
+        notes=notes,
         versions={**{str(k): int(v) for k, v in model.opset_imports.items()}, "IR": model.ir_version},
     )
     with staged(path_out) as place:
         write(model, place, apart)
         check_model(place)
         if verify:
-            found.checks, notes = _compared(path_in, place, model, inputs)
-            found.notes += notes
+            found.checks, remarks = _compared(path_in, place, model, inputs)
+            found.notes += remarks
             if not all(c.ok for c in found.checks):
                 raise onnx_verify.disagreement(found.checks)
     found.seconds = time.perf_counter() - start
     return found
 
 
-def _wanted_opset(aim: Target, have: int, asked: int | None) -> int:
-    """The version that a model is raised to."""
-    if asked is not None:
-        return max(asked, have)
-    return have if aim.name == "ort" else max(have, aim.opset)
+def _raised(
+    model: ir.Model, path: str | os.PathLike[str], aim: Target, have: int, asked: int | None
+) -> tuple[ir.Model, list[str]]:
+    """The model at the version that the target's operators need; ONNX Runtime has some for every version."""
+    try:
+        raise_opset(model, aim.opset if asked is None else asked)
+    except ModelError as error:
+        if aim.name != "ort" or asked is not None:
+            raise
+        return read(path), [f"kept at opset {have}: {error}"]
+    return model, []
 
 
 def fuse(model: ir.Model, target: Target) -> GraphReport:

@@ -123,10 +123,8 @@ class _Pass:
     def _emitted(self, operator: Operator, node: ir.Node, site: Site) -> str | None:
         """Write a site with one operator; why that is not possible, or None."""
         build = OnnxBuilder(self.written, node, site.space)
-        r = site.roles
         try:
             out = operator.emit(site, build, self.target)
-            out = build.restore(out, (r.batch, r.heads, r.query, r.value_dim), site.out)
         except (Refused, CannotEmit) as refusal:
             build.discard()
             return str(refusal)
