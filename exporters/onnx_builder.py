@@ -243,6 +243,8 @@ class OnnxBuilder(Layouts[ir.Value]):
             return self.op(node.op, self.as_tensor(node.args[0]), list(node.shape))
         if node.op == "permute":
             return self.op("permute", self.as_tensor(node.args[0]), list(node.attrs[0]))
+        if node.op == "slice" and node.attrs[1:] == (0, 1) and node.shape[node.attrs[0]] == 1:
+            return self.cut(self.as_tensor(node.args[0]), node.attrs[0], 0, 1)
         if node.op == "iota" and node.rank == 1:
             return self._range(node)
         if node.op == "iota":

@@ -34,9 +34,9 @@ from fusepass.exporters.onnx_operands import (
     softcap_of,
 )
 from fusepass.exporters.onnx_operators import Operator, Target
-from fusepass.index import Size
+from fusepass.index import Facts, Size
 from fusepass.recognize import Site
-from fusepass.spec import Attention, Band, Mask
+from fusepass.spec import Attention, Band, Mask, intersect
 
 _DOMAIN = "com.microsoft"
 _HALVES = (torch.float16, torch.bfloat16)
@@ -65,13 +65,20 @@ def refuse_gqa(spec: Attention, target: Target) -> str | None:
         return None if spec.sink.axes in ("", "h") else "its sink varies over heads only"
     if spec.dtype not in _HALVES:
         return "its CUDA kernels compute in half precision only"
-    if not all(isinstance(m, Mask) and m.atoms == (band,) for m in added(spec)):
+    if not _only_bands(spec):
         return "a mask or bias besides the window would keep it from its fast kernels"
     return "a causal mask alone is faster as Attention" if band.left is None and target.opset >= 23 else None
 
 
 def _band(spec: Attention) -> Band | None:
-    return next((a for a in spec.atoms if isinstance(a, Band)), None)
+    """The conjunction of all bands."""
+    bands = [a for a in spec.atoms if isinstance(a, Band)]
+    return intersect(bands, Facts()) if bands else None
+
+
+def _only_bands(spec: Attention) -> bool:
+    """Is nothing added to the scores besides bands?"""
+    return all(isinstance(m, Mask) for m in added(spec)) and all(isinstance(a, Band) for a in spec.atoms)
 
 
 def emit_gqa(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
@@ -90,8 +97,7 @@ def emit_gqa(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
         attributes["local_window_size"] = int(band.left) + 1
     if cap := softcap_of(spec):
         attributes["softcap"] = cap
-    only = all(isinstance(m, Mask) and m.atoms == (band,) for m in added(spec))
-    bias = None if only else added_mask(site, build, dtype, boolean=False).mask
+    bias = None if _only_bands(spec) else added_mask(site, build, dtype, boolean=False).mask
     total = build.cast(build.length(spec.keys), torch.int32)
     last = build.pointwise("Sub", total, build.constant([1], torch.int32))
     lengths = build.expand(last, (spec.batch,))
@@ -117,6 +123,9 @@ def _sink(site: Site, build: OnnxBuilder, dtype: torch.dtype) -> ir.Value:
     """The sink's logits, one a head."""
     assert site.spec.sink is not None
     value = build.cast(score_operand(site, build, site.spec.sink.slot), dtype)
+    for dim in (0, 2, 3):  # it does not vary over these
+        if build.shape_of(value)[dim] != 1:
+            value = build.cut(value, dim, 0, 1)
     value = build.expand(value, (1, site.spec.heads, 1, 1))
     return build.reshape(value, (site.spec.heads,))
 

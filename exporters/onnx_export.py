@@ -105,6 +105,8 @@ def _exported(
     """PyTorch's own export, attention written out."""
     try:
         with _silent(), torch.no_grad():
+            if not isinstance(model, torch.export.ExportedProgram):
+                model = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             program = torch.onnx.export(
                 model,
                 args,
@@ -121,7 +123,16 @@ def _exported(
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"PyTorch cannot export the model to ONNX: {first}") from error
     assert program is not None
+    for value in program.model.graph.inputs:
+        _settle_sizes(value)
     return program.model
+
+
+def _settle_sizes(value: ir.Value) -> None:
+    """A dimension that PyTorch found to be constant is named by its number."""
+    for position, dim in enumerate(value.shape or ()):
+        if isinstance(dim, ir.SymbolicDim) and dim.value is not None and dim.value.isdigit():
+            value.shape[position] = int(dim.value)
 
 
 @contextlib.contextmanager

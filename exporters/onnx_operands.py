@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
+from fusepass.exporters.onnx_bounds import lower_bound
 from fusepass.exporters.onnx_builder import OnnxBuilder
 from fusepass.ir import Shape, scalar_of
 from fusepass.recognize import Site
@@ -30,6 +31,8 @@ from fusepass.spec import (
 
 #: Stands for every lower fill: it absorbs any score, and no runtime takes it for "masked out".
 ABSORBING = -1e30
+#: In half precision sums with anything lower absorb scores of ordinary size.
+_FAINT = -32768.0
 _CAUSAL = Band(None, 0)
 
 
@@ -246,23 +249,29 @@ def added_mask(site: Site, build: OnnxBuilder, dtype: torch.dtype, boolean: bool
     if not extra:
         return Added(None)
     rows_differ = not spec.rows_seen and bool(spec.masks)
-    policy = empty_rows(spec) if rows_differ else "none"
     if rows_differ and len({m.fill == -math.inf for m in spec.masks}) > 1:
         raise Refused(
             "a row may see no key, under fills of -inf and finite fills (use one fill for all masks)"
         )
-    only_masks = all(isinstance(m, Mask) for m in extra)
-    if boolean and only_masks and policy in ("none", "zero", "nan") and not any(_is_sum(m) for m in extra):
+    policy = empty_rows(spec) if rows_differ else "none"
+    if boolean and policy != "mean" and not any(_is_sum(m) for m in extra):
         mask = _conjunction(site, build, [m for m in extra if isinstance(m, Mask)])
         seen = _any_key(build, mask) if policy == "nan" else None
         return Added(full_mask(site, build, mask), seen)
-    if policy != "mean":
+    reaches = [m for m in extra if isinstance(m, Bias) and not _above(site, build, m, dtype)]
+    if policy != "mean" and not (policy == "none" and reaches):
         total = _total(site, build, extra, dtype, -math.inf)
         seen = _seen(site, build) if policy in ("nan", "zero") else None
         return Added(full_mask(site, build, total), seen)
     if dtype is torch.float16:
         return _muted(site, build, extra)
     return Added(full_mask(site, build, _total(site, build, extra, dtype, ABSORBING)))
+
+
+def _above(site: Site, build: OnnxBuilder, mod: Bias, dtype: torch.dtype) -> bool:
+    """Is a bias known never to be so low that it hides a key?"""
+    bound = lower_bound(site.operands[mod.slot].expr, build.reader)
+    return mod.factor > 0 and bound * mod.factor > (_FAINT if dtype is torch.float16 else ABSORBING)
 
 
 def _is_sum(mod: Bias | Mask) -> bool:
@@ -284,10 +293,10 @@ def _total(
             chosen = [value, before, fill] if mod.attends else [value, fill, before]
             total = build.call("Where", chosen, _joint(build, value, before), dtype)
             continue
-        if isinstance(mod, Mask) and lowest > -math.inf:
-            value = build.pointwise("Max", build.constant(lowest, build.dtype_of(value)), value)
         if isinstance(mod, Bias) and mod.factor != 1:
             value = build.pointwise("Mul", build.constant(mod.factor, build.dtype_of(value)), value)
+        if lowest > -math.inf and not (isinstance(mod, Bias) and _above(site, build, mod, dtype)):
+            value = build.pointwise("Max", build.constant(lowest, build.dtype_of(value)), value)
         value = build.cast(value, dtype)
         total = value if total is None else build.pointwise("Add", total, value)
     assert total is not None
@@ -309,14 +318,11 @@ def _muted(site: Site, build: OnnxBuilder, extra: Sequence[Bias | Mask]) -> Adde
     highest level becomes zero, so that their weights are uniform over it.
     """
     dtype = torch.float16
-    level = _total(site, build, [m for m in extra if isinstance(m, Mask)], dtype, torch.finfo(dtype).min)
+    level = _total(site, build, extra, dtype, torch.finfo(dtype).min)
     top = build.reduce("ReduceMax", level, 3)
-    seen = build.pointwise("Equal", top, build.constant(0.0, dtype))
-    level = build.pointwise("Sub", level, top)
-    biases = [m for m in extra if isinstance(m, Bias)]
-    if biases:
-        bias = _total(site, build, biases, dtype, -math.inf)
-        level = build.pointwise("Add", level, build.pointwise("Mul", build.cast(seen, dtype), bias))
+    seen = build.pointwise("Greater", top, build.constant(_FAINT, dtype))
+    lifted = build.pointwise("Sub", level, top)
+    level = build.call("Where", [seen, level, lifted], build.shape_of(level), dtype)
     return Added(full_mask(site, build, level), seen, mute=True)
 
 

@@ -91,7 +91,7 @@ class ExportReport:
         written = ", ".join(f"{count} {name}" for name, count in Counter(self.operators).most_common())
         yield escape(
             f"{self.fused} of {self.sites} attention sites fused ({written or 'no fused operator'}), "
-            f"{self.softmaxes} softmaxes left; {versions}; {self.seconds:.1f} s"
+            f"{self.softmaxes} softmaxes left; {versions + '; ' if versions else ''}{self.seconds:.1f} s"
         )
         for note in self.notes:
             yield f"[dim]note: {escape(note)}[/dim]"

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fusepass.explanation import explain
     from fusepass.exporters.onnx_export import export_onnx
     from fusepass.exporters.onnx_optimize import optimize_onnx
+    from fusepass.exporters.packages import compile_aoti, export_pt2
     from fusepass.rewrite import fuse
     from fusepass.verification import verify
 
@@ -25,6 +26,8 @@ __all__ = [
     "enabled",
     "export_onnx",
     "optimize_onnx",
+    "export_pt2",
+    "compile_aoti",
     "__version__",
 ]
 
@@ -37,6 +40,8 @@ _HOME = {
     "enabled": "fusepass.autoenable",
     "export_onnx": "fusepass.exporters.onnx_export",
     "optimize_onnx": "fusepass.exporters.onnx_optimize",
+    "export_pt2": "fusepass.exporters.packages",
+    "compile_aoti": "fusepass.exporters.packages",
 }
 
 

@@ -7,6 +7,7 @@ describe gives a leaf of the shape that the model records for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,12 +19,14 @@ from fusepass.dialects import onnx_sizes
 from fusepass.dialects.onnx_constants import closed_form
 from fusepass.dialects.onnx_ops import DTYPES, HANDLERS, Call, Meaning
 from fusepass.dialects.onnx_sizes import BINARY, DimFacts, Known
-from fusepass.dialects.torch_ops import as_expr, reshape
+from fusepass.dialects.torch_ops import as_expr, reshape, slice_dim, view
 from fusepass.index import Size
 from fusepass.ir import Expr, Shape, leaf
 
 #: Integer tensors with more elements are no shapes.
 _MOST = 64
+#: Larger constants are weights.
+_TABLE = 1 << 22
 
 
 class OnnxReader:
@@ -58,6 +61,7 @@ class OnnxReader:
             {} if parent is None else dict(parent.sources)
         )
         self.order: dict[ir.Node, int] = {}
+        self._smallest: dict[ir.Value, float] = {}
         self.facts = DimFacts()
         for value in graph.inputs:
             self._bind(value, self._opaque(value))
@@ -78,6 +82,14 @@ class OnnxReader:
     def facts_of(self, node: Expr) -> DimFacts:
         """Facts for the elements of an expression: its own dimensions are not empty, nor its arguments'."""
         return DimFacts([n for e in (node, *node.args) for n in e.shape])
+
+    def smallest(self, value: ir.Value) -> float:
+        """The smallest element of a constant; NaN counts as minus infinity."""
+        if value not in self._smallest:
+            table = value.const_value.numpy() if value.const_value is not None else None
+            low = float(table.min()) if table is not None and table.size else -math.inf
+            self._smallest[value] = low if low == low else -math.inf
+        return self._smallest[value]
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -127,7 +139,22 @@ class OnnxReader:
             self.known[value] = tuple(numbers) if shape else numbers
         table = tensor.numpy()
         wide = table.astype("float32") if dtype is torch.bfloat16 else table
-        return closed_form(wide, dtype) or leaf(value.name or f"constant{id(value)}", shape, dtype)
+        return closed_form(wide, dtype) or self._table(value, wide, dtype)
+
+    def _table(self, value: ir.Value, table: Any, dtype: torch.dtype) -> Expr:
+        """A constant without a closed form; where it does not vary over a dimension it is expanded there."""
+        shape = tuple(int(n) for n in table.shape)
+        whole = leaf(value.name or f"constant{id(value)}", shape, dtype)
+        if table.ndim < 3 or table.size > _TABLE:
+            return whole
+        same = [d for d, n in enumerate(shape) if n > 1 and bool((table == table.take([0], d)).all())]
+        if not same:
+            return whole
+        self.home[whole] = value
+        thin = whole
+        for dim in same:
+            thin = slice_dim(thin, dim, 0, 1)
+        return view("expand", thin, shape)
 
     def _read(self, node: ir.Node) -> None:
         inputs = tuple(self.expr_of(v) for v in node.inputs)

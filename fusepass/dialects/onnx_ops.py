@@ -67,7 +67,7 @@ for _name, _op in {
 }.items():  # fmt: skip
     HANDLERS["", _name] = _simple(_op)
 for _name, _op in {
-    "Not": "not", "And": "and", "Or": "or", "Xor": "xor", "Equal": "eq", "Less": "lt", "LessOrEqual": "le",
+    "Not": "not", "Or": "or", "Xor": "xor", "Equal": "eq", "Less": "lt", "LessOrEqual": "le",
     "Greater": "gt", "GreaterOrEqual": "ge", "IsNaN": "isnan",
 }.items():  # fmt: skip
     HANDLERS["", _name] = _simple(_op, boolean=True)
@@ -94,6 +94,8 @@ def _mod(c: Call, a: Expr, b: Expr) -> Expr | None:
 @handles("IsInf")
 def _isinf(c: Call, x: Expr) -> Expr | None:
     both = c.attr("detect_negative", 1) and c.attr("detect_positive", 1)
+    if x.op == "softmax":
+        return view("expand", const(False, torch.bool), x.shape)  # weights are at most one, or NaN
     return _pointwise(c, "isinf", x, dtype=torch.bool) if both else None
 
 
@@ -126,8 +128,21 @@ def _clip(c: Call, x: Expr, low: Expr | None = None, high: Expr | None = None) -
     return out
 
 
+@handles("And")
+def _and(c: Call, a: Expr, b: Expr) -> Expr | None:
+    made = _pointwise(c, "and", a, b, dtype=torch.bool)
+    never = made is not None and any(scalar_of(x) is False for x in (a, b))
+    return view("expand", const(False, torch.bool), made.shape) if never and made is not None else made
+
+
 @handles("Where")
 def _where(c: Call, condition: Expr, yes: Expr, no: Expr) -> Expr | None:
+    shape = broadcast(c, condition.shape, yes.shape, no.shape)
+    if scalar_of(condition) is False and no.shape == shape:
+        return no
+    value = scalar_of(yes)
+    if condition.op == "isnan" and condition.args[0] is no and value is not None and no.shape == shape:
+        return expr("nan_to_num", (no,), (float(value),), no.shape, no.dtype)
     return _pointwise(c, "where", condition, yes, no, dtype=yes.dtype)
 
 
