@@ -105,8 +105,7 @@ def _exported(
     """PyTorch's own export, attention written out."""
     try:
         with _silent(), torch.no_grad():
-            if not isinstance(model, torch.export.ExportedProgram):
-                model = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            model = _captured(model, args, kwargs, dynamic_shapes)
             program = torch.onnx.export(
                 model,
                 args,
@@ -126,6 +125,16 @@ def _exported(
     for value in program.model.graph.inputs:
         _settle_sizes(value)
     return program.model
+
+
+def _captured(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Any:
+    """The exported program; where ``torch.export`` fails, the model, for which the exporter has other ways."""
+    if isinstance(model, torch.export.ExportedProgram):
+        return model
+    try:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception:
+        return model
 
 
 def _settle_sizes(value: ir.Value) -> None:

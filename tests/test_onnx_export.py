@@ -247,3 +247,48 @@ def test_models_of_transformers(name: str, varying: bool, dtype: str, tmp_path: 
     report = exported(model, tmp_path / "m.onnx", kwargs=inputs, dynamic_shapes=shapes)
     assert (report.sites, report.fused, report.softmaxes) == (sites, sites, 0)
     assert report.max_error <= (1e-5 if dtype == "float32" else 1e-2)
+
+
+class WithCache(nn.Module):
+    """A decoder with its cache as flat tensors, in and out."""
+
+    def __init__(self, model: nn.Module, layers: int = 2) -> None:
+        super().__init__()
+        self.model, self.layers = model, layers
+
+    def forward(self, input_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for n in range(self.layers):
+            cache.update(past[2 * n], past[2 * n + 1], n)
+        positions = past[0].shape[2] + torch.arange(input_ids.shape[1])[None]
+        out = self.model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        layers = out.past_key_values.layers
+        return (out.logits, *(t for layer in layers for t in (layer.keys, layer.values)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_decoding_with_a_cache(name: str, tmp_path: Path) -> None:
+    """Prefill, then eight steps of greedy decoding: the same tokens as PyTorch."""
+    path = tmp_path / "model.onnx"
+    model = WithCache(MODELS[name][0]()[0])
+    ids = torch.randint(3, 50, (2, 3), generator=torch.Generator().manual_seed(4))
+    past = [torch.randn(2, 2, 4, 8) for _ in range(4)]
+    before = torch.export.Dim("past")
+    shapes = ({0: BATCH, 1: LENGTH}, tuple({0: BATCH, 2: before} for _ in past))
+    names = ["input_ids", "k0", "v0", "k1", "v1"]
+    report = exported(model, path, ids, *past, dynamic_shapes=shapes, input_names=names)
+    assert (report.fused, report.softmaxes) == (2, 0)
+    wired = [[v is not None for v in n.inputs] for n in nodes(path, "Attention")]
+    assert all(w[4:6] == [True, True] for w in wired), "past keys and values go in"
+    cache: list[Any] = [torch.zeros(2, 2, 0, 8) for _ in past]
+    mine, state, theirs = ids, [t.numpy() for t in cache], ids
+    for _ in range(9):
+        with torch.no_grad():
+            want, *cache = model(theirs, *cache)
+        got, *state = run(path, **dict(zip(names, (mine.numpy(), *state), strict=True)))
+        assert np.abs(got - want.numpy()).max() < 1e-4
+        theirs, mine = want[:, -1:].argmax(-1), torch.from_numpy(got[:, -1:].argmax(-1))
+        assert torch.equal(mine, theirs)

@@ -13,7 +13,7 @@ import torch
 from fusepass.dialects.onnx_sizes import DimFacts, Known, elements
 from fusepass.dialects.torch_ops import Result
 from fusepass.index import Size
-from fusepass.ir import Expr, Shape
+from fusepass.ir import Expr, Shape, scalar_of
 
 DTYPES: dict[ir.DataType, torch.dtype] = {
     ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.DOUBLE: torch.float64,
@@ -54,6 +54,12 @@ class Call:
         """Integers given as an input (newer opsets) or as an attribute (older ones)."""
         if position < len(self.known) and (found := self.known[position]) is not None:
             return elements(found)
+        given = self.inputs[position] if position < len(self.inputs) else None
+        number = (
+            None if given is None or given.rank > 1 or given.shape not in ((), (1,)) else scalar_of(given)
+        )
+        if isinstance(number, int):
+            return (number,)
         value = self.attr(name) if name else None
         if value is None:
             return None

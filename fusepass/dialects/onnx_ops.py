@@ -78,7 +78,8 @@ def _mul(c: Call, *args: Expr) -> Expr | None:
     """A product; ``x * float(m)`` of a boolean ``m`` is ``x * m``."""
     dtype = args[0].dtype
     plain = [a.args[0] if a.op == "cast" and a.args[0].dtype is torch.bool else a for a in args]
-    return _pointwise(c, "mul", *(plain if any(a.is_float for a in plain) else args), dtype=dtype)
+    tensors = any(a.is_float and scalar_of(a) is None for a in plain)
+    return _pointwise(c, "mul", *(plain if tensors else args), dtype=dtype)
 
 
 @handles("Div")
@@ -298,9 +299,10 @@ def _einsum(c: Call, *tensors: Expr) -> Expr | None:
     sizes: dict[str, Size] = {}
     for letters, tensor in zip(labels[:2], tensors, strict=True):
         for letter, size in zip(letters, tensor.shape, strict=True):
-            if letter in sizes and not c.facts.equal(sizes[letter], size):
+            known = sizes.get(letter, 1)
+            if 1 not in (known, size) and not c.facts.equal(known, size):
                 return None
-            sizes.setdefault(letter, size)
+            sizes[letter] = size if known == 1 else known
     if any(letter not in sizes for letter in labels[2]):
         return None
     shape = tuple(sizes[letter] for letter in labels[2])
