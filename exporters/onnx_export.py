@@ -128,7 +128,7 @@ def _exported(
 
 
 def _captured(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Any:
-    """The exported program; where ``torch.export`` fails, the model, for which the exporter has other ways."""
+    """The exported program; where ``torch.export`` fails, the model: the exporter has other ways to try."""
     if isinstance(model, torch.export.ExportedProgram):
         return model
     try:
