@@ -37,21 +37,20 @@ class Written:
     """What has been written into one graph: values by number, and their types.
 
     Attributes:
+        names: the names of the model, its inner graphs included.
         replaced: old results of sites, and the values that stand for them now.
         present: values that some operator writes as the present state of a cache.
     """
 
-    def __init__(self, reader: OnnxReader, opset: int) -> None:
-        self.reader, self.opset = reader, opset
+    def __init__(self, reader: OnnxReader, opset: int, names: set[str | None]) -> None:
+        self.reader, self.opset, self.names = reader, opset, names
         self.numbered: dict[Any, ir.Value] = {}
         self.types: dict[ir.Value, tuple[Shape, torch.dtype]] = {}
         self.replaced: dict[ir.Value, ir.Value] = {}
         self.present: set[ir.Value] = set()
-        self.names = {v.name for v in reader.graph.inputs} | set(reader.graph.initializers)
-        self.names |= {v.name for n in reader.graph for v in n.outputs}
 
     def name(self, stem: str) -> str:
-        """A name that no value of the graph has."""
+        """A name that no value of the model has."""
         found, count = stem, 1
         while found in self.names:
             count += 1

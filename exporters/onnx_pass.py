@@ -42,7 +42,8 @@ def fuse_model(
     """
     start = time.perf_counter()
     report = GraphReport(nodes=0)
-    _fuse_graph(model.graph, model.opset_imports, target, operators, shapes or {}, None, report)
+    names = _names(model.graph)
+    _fuse_graph(model.graph, model.opset_imports, target, operators, shapes or {}, None, names, report)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -54,14 +55,25 @@ def _fuse_graph(
     operators: Sequence[Operator],
     shapes: Mapping[str, Sequence[Any]],
     parent: OnnxReader | None,
+    names: set[str | None],
     report: GraphReport,
 ) -> None:
     reader = OnnxReader(graph, opsets, shapes, parent)
     report.nodes += len(reader.order)
-    report.sites.extend(_Pass(reader, opsets, target, operators).run())
+    report.sites.extend(_Pass(reader, opsets, target, operators, names).run())
     for node in list(graph):
         for inner in _inner_graphs(node):
-            _fuse_graph(inner, opsets, target, operators, shapes, reader, report)
+            _fuse_graph(inner, opsets, target, operators, shapes, reader, names, report)
+
+
+def _names(graph: ir.Graph) -> set[str | None]:
+    """The names of a graph's nodes and values, and of those within it."""
+    found: set[str | None] = {v.name for v in graph.inputs} | set(graph.initializers)
+    for node in graph:
+        found |= {node.name, *(v.name for v in node.outputs)}
+        for inner in _inner_graphs(node):
+            found |= _names(inner)
+    return found
 
 
 def _inner_graphs(node: ir.Node) -> Iterator[ir.Graph]:
@@ -76,11 +88,16 @@ class _Pass:
     """One graph."""
 
     def __init__(
-        self, reader: OnnxReader, opsets: dict[str, int], target: Target, operators: Sequence[Operator]
+        self,
+        reader: OnnxReader,
+        opsets: dict[str, int],
+        target: Target,
+        operators: Sequence[Operator],
+        names: set[str | None],
     ) -> None:
         self.reader, self.opsets, self.target, self.operators = reader, opsets, target, operators
         self.graph = reader.graph
-        self.written = Written(reader, opsets.get("", 1))
+        self.written = Written(reader, opsets.get("", 1), names)
         self.settled: set[Expr] = set()
         self.live = _live(self.graph)
 
