@@ -269,6 +269,8 @@ class OnnxBuilder(Layouts[ir.Value]):
             return self.permute(args[0], args[1])
         if name == "expand":
             return self.expand(args[0], args[1])
+        if name == "slice":
+            return self.cut(*args)
         raise CannotEmit(f"'{name}' has no counterpart in ONNX here")
 
     def pointwise(self, name: str, *values: ir.Value) -> ir.Value:
@@ -326,11 +328,11 @@ class OnnxBuilder(Layouts[ir.Value]):
             return self.call(name, [value, *axes], tuple(shape), self.dtype_of(value), keepdims=1)
         return self.call(name, [value], tuple(shape), self.dtype_of(value), keepdims=1, axes=[axis])
 
-    def cut(self, value: ir.Value, axis: int, start: int, end: int) -> ir.Value:
-        """``value[..., start:end, ...]`` for constants within bounds."""
+    def cut(self, value: ir.Value, axis: int, start: int, end: int, step: int = 1) -> ir.Value:
+        """``value[..., start:end:step, ...]`` for constants within bounds."""
         shape = list(self.shape_of(value))
-        shape[axis] = end - start
-        bounds = [self.constant([n], torch.int64) for n in (start, end, axis)]
+        shape[axis] = -(-(end - start) // step)
+        bounds = [self.constant([n], torch.int64) for n in (start, end, axis, step)]
         return self.call("Slice", [value, *bounds], tuple(shape), self.dtype_of(value))
 
 

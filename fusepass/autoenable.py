@@ -9,12 +9,14 @@ itself, with all references to it that were imported earlier, is left alone. Wha
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
-from fusepass.backend import run_pass
+from fusepass.backend import compile_fused
 from fusepass.config import Options
+from fusepass.kernels.reference import let_inductor_inline
 
 _HOOK = "_TorchCompileInductorWrapper"
 _original: type[Any] = getattr(torch, _HOOK)
@@ -27,8 +29,9 @@ def _with_pass(options: Options) -> type[Any]:
         fusepass_options = options
 
         def __call__(self, model_: torch.fx.GraphModule, inputs_: Sequence[Any], **kwargs: Any) -> Any:
-            run_pass(model_, inputs_, self.fusepass_options)
-            return super().__call__(model_, inputs_, **kwargs)
+            let_inductor_inline()
+            compiler = partial(super().__call__, **kwargs)
+            return compile_fused(model_, inputs_, self.fusepass_options, compiler)
 
         def __eq__(self, other: object) -> bool:
             # Dynamo reuses compiled code between equal backends.

@@ -1,13 +1,14 @@
 """The torch.compile backend: a captured graph in; the rewritten graph, compiled by an inner backend, out."""
 
-import copy
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
+from fusepass.assumptions import Original, guarded, static_inputs
 from fusepass.config import Options
 from fusepass.report import GraphReport, publish
 
@@ -26,9 +27,23 @@ def fusepass(
     `mode` ("reduce-overhead", "max-autotune", ...) is handed to the inner backend, which must be Inductor.
     """
     checked = Options.from_user(**dict(options or {}))
-    compiler = inner_compiler(checked, mode)
-    saved = [(m, _copied(m.graph)) for m in gm.modules() if isinstance(m, torch.fx.GraphModule)]
-    report = run_pass(gm, example_inputs, checked)
+    return compile_fused(gm, example_inputs, checked, inner_compiler(checked, mode))
+
+
+def compile_fused(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    compiler: Callable[..., Any],
+    assume: bool = True,
+) -> Callable[..., Any]:
+    """The pass, then `compiler`; the original graph where `compiler` fails on the fused one.
+
+    With `assume`, the elements of buffers may be relied on, under a guard.
+    """
+    original = Original(gm)
+    static = static_inputs(gm, example_inputs) if assume else {}
+    report = run_pass(gm, example_inputs, options, static)
     compiled: Callable[..., Any]
     try:
         compiled = compiler(gm, example_inputs)
@@ -40,20 +55,13 @@ def fusepass(
         )
         log.warning("fusepass: %s", fault)
         report.notes.append(fault)
-        for module, graph in saved:
-            module.graph = graph
-            module.recompile()
+        original.restore()
         compiled = compiler(gm, example_inputs)
-    return compiled
-
-
-def _copied(graph: torch.fx.Graph) -> torch.fx.Graph:
-    """A copy that keeps what Dynamo attached to the nodes."""
-    copied = copy.deepcopy(graph)
-    for old, new in zip(graph.nodes, copied.nodes, strict=True):
-        for name, value in vars(old).items():
-            vars(new).setdefault(name, value)
-    return copied
+        return compiled
+    if not report.assumed:
+        return compiled
+    backend = partial(compile_fused, options=options, compiler=compiler, assume=False)
+    return guarded(compiled, gm, example_inputs, report.assumed, original, backend)
 
 
 def _is_control_flow(error: Exception) -> bool:
@@ -72,15 +80,22 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
-def run_pass(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> GraphReport:
+def run_pass(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    static: Mapping[str, torch.Tensor] | None = None,
+) -> GraphReport:
     """Rewrites `gm` in place and publishes the report; a fault of the pass leaves the graph as it was.
+
+    `static` are buffers whose elements may be relied on, if those in the report's `assumed` are guarded.
 
     With FUSEPASS_STRICT=1 in the environment such a fault is raised: for tests.
     """
     from fusepass.rewrite import rewrite_graph
 
     try:
-        report: GraphReport = rewrite_graph(gm, options, example_inputs)
+        report: GraphReport = rewrite_graph(gm, options, example_inputs, static=static)
     except Exception as error:
         if _strict():
             raise
@@ -94,12 +109,17 @@ def run_pass(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: O
 
 def inner_compiler(options: Options, mode: str | None = None) -> Callable[..., Any]:
     """What compiles the rewritten graph: the callable that the options name."""
+    from fusepass.kernels.reference import let_inductor_inline
+
     if not mode or mode == "default":
         if not isinstance(options.inner, str):
             return options.inner
         from torch._dynamo.backends.registry import lookup_backend
 
+        if options.inner == "inductor":
+            let_inductor_inline()
         return lookup_backend(options.inner)
     if options.inner != "inductor":
         raise ValueError(f"mode={mode!r} is for inner='inductor' only; here inner={options.inner!r}")
+    let_inductor_inline()
     return torch._TorchCompileInductorWrapper(mode, None, None)

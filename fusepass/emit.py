@@ -39,7 +39,7 @@ _ATEN: dict[str, Any] = {
     "pow": aten.pow.Tensor_Tensor, "ne": aten.ne.Tensor, "logical_or": aten.logical_or.default,
     "relu": aten.relu.default, "cat": aten.cat.default, "detach": aten.detach.default,
     "amax": aten.amax.default, "isfinite": aten.isfinite.default, "matmul": aten.matmul.default,
-    "transpose": aten.transpose.int, "div_number": aten.div.Scalar,
+    "transpose": aten.transpose.int, "div_number": aten.div.Scalar, "contiguous": aten.contiguous.default,
 }  # fmt: skip
 _POINTWISE = {
     "neg": "neg", "add": "add", "sub": "sub", "mul": "mul", "div": "div", "eq": "eq", "ne": "ne",
@@ -70,8 +70,12 @@ class Builder(Layouts[fx.Node]):
         """A new node; its value is computed on fake tensors."""
         node = self.call_with(None, target, *args, **kwargs)
         fake_args, fake_kwargs = fx.map_arg((args, kwargs), value_of)
-        with self.mode(), enable_python_dispatcher():
-            node.meta[self.key] = target(*fake_args, **fake_kwargs)
+        try:
+            with self.mode(), enable_python_dispatcher():
+                node.meta[self.key] = target(*fake_args, **fake_kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CannotEmit(f"'{getattr(target, '__name__', target)}' fails here: {why}") from error
         return node
 
     def call_with(self, value: Any, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
@@ -238,7 +242,8 @@ def _int(value: sympy.Expr) -> Size:
 @functools.cache
 def _torch_function(name: str) -> Callable[..., Any]:
     special: dict[str, Callable[..., Any]] = {
-        "expand": torch.Tensor.expand, "to": torch.Tensor.to, "dropout": torch.nn.functional.dropout,
+        "expand": torch.Tensor.expand, "to": torch.Tensor.to, "contiguous": torch.Tensor.contiguous,
+        "dropout": torch.nn.functional.dropout,
         "pad": torch.nn.functional.pad, "slice": aten.slice.Tensor, "eq_scalar": torch.eq,
         "mul_scalar": torch.mul, "div_number": torch.div,
     }  # fmt: skip

@@ -6,11 +6,12 @@ The deepest tensor that holds an operand without copies is chosen and brought to
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
-from fusepass.index import AxisSpace, Size, prod
+from fusepass.index import Affine, AxisSpace, Size, prod
 from fusepass.ir import Expr
 from fusepass.rule import Scope, Term
 
@@ -111,11 +112,41 @@ class Layouts(ABC, Generic[N]):
 
     def layout(self, term: Term, groups: Groups, full: bool) -> N:
         """``term``'s tensor with one dimension a group; absent groups have size 1 unless ``full``."""
-        found, groups = self.digits(term), self.finest(groups)
-        if found is None:
+        node, shape, found = self._read(term)
+        return self.relayout(node, [a for f in found for a in f], shape, self.finest(groups), full, found)
+
+    def _read(self, term: Term) -> tuple[N, list[Size], list[tuple[str, ...]]]:
+        """A tensor, each element named exactly once, its shape, and the axes of its dimensions."""
+        found = self.digits(term)
+        if found is not None:
+            return self.as_tensor(term.expr), list(term.expr.shape), found
+        cuts = [self._cut(i, n) for i, n in zip(term.index, term.expr.shape, strict=True)]
+        axes = [a for cut in cuts if cut is not None for a in cut[3]]
+        if None in cuts or len(set(axes)) < len(axes):
             raise CannotEmit("an operand is a part or a repetition of its tensor that no view can express")
-        node = self.as_tensor(term.expr)
-        return self.relayout(node, [a for f in found for a in f], list(term.expr.shape), groups, full, found)
+        node, shape = self.as_tensor(term.expr), []
+        for dim, cut in enumerate(cuts):
+            assert cut is not None
+            start, step, length, _ = cut
+            if (start, step, length) != (0, 1, term.expr.shape[dim]):
+                node = self.op("slice", node, dim, start, start + step * (length - 1) + 1, step)
+            shape.append(length)
+        return node, shape, [cut[3] for cut in cuts if cut is not None]
+
+    def _cut(self, index: Affine, size: Size) -> tuple[int, int, Any, tuple[str, ...]] | None:
+        """``index`` as start, step, length and axes of a slice of a dimension."""
+        whole = self.space.digits(index, size)
+        if whole is not None:
+            return 0, 1, size, tuple(whole)
+        index = self.space.resolve(index)
+        numbers = [index.const, *(c for _, c in index.terms), *(self.space.sizes[a] for a, _ in index.terms)]
+        if not all(isinstance(n, int) for n in numbers) or any(c <= 0 for _, c in index.terms):
+            return None
+        step = math.gcd(*(int(c) for _, c in index.terms)) if index.terms else 1
+        inner = Affine(tuple((a, c // step) for a, c in index.terms))
+        length = 1 + sum(int(c) * (int(self.space.sizes[a]) - 1) for a, c in inner.terms)
+        axes = self.space.digits(inner, length)
+        return None if axes is None else (int(index.const), step, length, tuple(axes))
 
     def relayout(
         self,

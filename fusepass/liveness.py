@@ -30,15 +30,35 @@ def live_nodes(graph: fx.Graph, reader: Reader) -> set[fx.Node]:
 
 
 def outside_reader(reader: Reader, live: set[fx.Node], product: Expr, anchor: fx.Node) -> fx.Node | None:
-    """A live node, not on the way to ``anchor``, for which the scores or weights must still be computed."""
-    for node in _computing(reader, product, anchor):
-        found = _reader_of(reader, live, node, anchor)
+    """A live node, not on the way to ``anchor``, for which the scores or weights must still be computed.
+
+    Where ``anchor`` only normalises a product with the values, that product is on the way.
+    """
+    inner = (
+        {n for n in anchor.all_input_nodes if _is_product(reader, n)} if _is_late(reader, anchor) else set()
+    )
+    for node in _computing(reader, product, anchor, inner):
+        found = _reader_of(reader, live, node, anchor, inner)
         if found is not None:
             return found
     return None
 
 
-def _computing(reader: Reader, product: Expr, anchor: fx.Node, limit: int = 400) -> list[fx.Node]:
+def _is_late(reader: Reader, anchor: fx.Node) -> bool:
+    meaning = reader.defined.get(anchor)
+    return isinstance(meaning, Expr) and meaning.op in ("mul", "div")
+
+
+def _is_product(reader: Reader, node: fx.Node) -> bool:
+    meaning = reader.defined.get(node)
+    while isinstance(meaning, Expr) and meaning.op == "cast":
+        meaning = meaning.args[0]
+    return isinstance(meaning, Expr) and meaning.op == "dot"
+
+
+def _computing(
+    reader: Reader, product: Expr, anchor: fx.Node, inner: set[fx.Node], limit: int = 400
+) -> list[fx.Node]:
     """The nodes behind ``anchor`` that compute ``product``."""
     found, seen, todo = [], {anchor}, [anchor]
     while todo and len(seen) < limit:
@@ -50,7 +70,7 @@ def _computing(reader: Reader, product: Expr, anchor: fx.Node, limit: int = 400)
             meaning = reader.defined.get(source)
             if meaning is product:
                 found.append(source)
-            elif _is_light(source, meaning):
+            elif source in inner or _is_light(source, meaning):
                 todo.append(source)
     return found
 
@@ -63,7 +83,12 @@ def _is_light(node: fx.Node, meaning: object) -> bool:
 
 
 def _reader_of(
-    reader: Reader, live: set[fx.Node], start: fx.Node, anchor: fx.Node, limit: int = 400
+    reader: Reader,
+    live: set[fx.Node],
+    start: fx.Node,
+    anchor: fx.Node,
+    inner: set[fx.Node],
+    limit: int = 400,
 ) -> fx.Node | None:
     seen, todo = {start}, [start]
     while todo:
@@ -71,7 +96,8 @@ def _reader_of(
         for user in node.users:
             if user is anchor or user in seen or user not in live or _reads_type(user):
                 continue
-            if not _is_light(user, reader.defined.get(user)) or len(seen) > limit:
+            light = user in inner or _is_light(user, reader.defined.get(user))
+            if not light or len(seen) > limit:
                 return user
             seen.add(user)
             todo.append(user)

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
+from fusepass.contents import Contents
 from fusepass.index import Affine, AxisSpace, Facts, Size, prod
-from fusepass.ir import Expr, const, pointwise, scalar_of
+from fusepass.ir import Expr, const, expr, pointwise, scalar_of
 from fusepass.patterns import heads, masks
 from fusepass.patterns.layout import LAYOUT
-from fusepass.patterns.products import PRODUCTS
+from fusepass.patterns.products import PRODUCTS, factors
 from fusepass.patterns.scores import SCORES, holds_product
 from fusepass.patterns.softmax import SOFTMAX
-from fusepass.patterns.weights import WEIGHTS, holds_softmax
+from fusepass.patterns.weights import WEIGHTS, holds_softmax, parts
 from fusepass.program import slots
 from fusepass.rule import STEP_LIMIT, Core, Peel, Product, Refuse, Rule, Scope, Term, applied
 from fusepass.spec import (
@@ -102,13 +103,15 @@ class _Scores:
     node: Expr
 
 
-def recognise(anchor: Expr, facts: Facts, rules: Rules = RULES) -> Site | Miss | None:
+def recognise(
+    anchor: Expr, facts: Facts, rules: Rules = RULES, contents: Contents | None = None
+) -> Site | Miss | None:
     """Read the matrix product ``anchor`` as the last step of attention."""
     miss: Miss | None = None
-    for position in (0, 1):
-        if not holds_softmax(anchor.args[position]):
+    for position, operand in enumerate(factors(anchor)):
+        if not holds_softmax(operand):
             continue
-        scope = Scope(AxisSpace(facts), views=rules.layout)
+        scope = Scope(AxisSpace(facts), views=rules.layout, contents=contents or Contents())
         index = tuple(scope.space.fresh("x", n) for n in anchor.shape)
         out = Term(anchor, index)
         product = next((p for r in rules.products if isinstance(p := r.apply(out, scope), Product)), None)
@@ -123,6 +126,40 @@ def recognise(anchor: Expr, facts: Facts, rules: Rules = RULES) -> Site | Miss |
             return found
         miss = miss or found
     return miss
+
+
+def recognise_sum(
+    anchor: Expr, facts: Facts, rules: Rules = RULES, contents: Contents | None = None
+) -> list[tuple[int, Site]] | Miss | None:
+    """Read a product as a signed sum of attentions: of one, mostly, or of the summands of its weights."""
+    try:
+        pieces = _pieces(anchor)
+    except Refuse as refusal:
+        return Miss(refusal.reason, anchor)
+    found = []
+    for sign, piece in pieces:
+        site = recognise(piece, facts, rules, contents)
+        if isinstance(site, Site):
+            found.append((sign, site))
+        elif len(pieces) == 1:
+            return site
+        else:
+            why = "not every one is a softmax of a product" if site is None else site.reason
+            return Miss(f"the weights are a sum of several softmaxes: {why}", anchor)
+    return found
+
+
+def _pieces(anchor: Expr) -> list[tuple[int, Expr]]:
+    """The products whose signed sum ``anchor`` is, because its weights are a sum."""
+    if anchor.op == "dot":
+        for position, operand in enumerate(anchor.args):
+            if holds_softmax(operand) and len(summands := parts(operand)) > 1:
+                pair = [[w, anchor.args[1]] if position == 0 else [anchor.args[0], w] for _, w in summands]
+                return [
+                    (sign, expr("dot", tuple(args), anchor.attrs, anchor.shape, anchor.dtype))
+                    for (sign, _), args in zip(summands, pair, strict=True)
+                ]
+    return [(1, anchor)]
 
 
 class _Reading:
@@ -333,13 +370,15 @@ class _Reading:
         return mod
 
     def _understood_bias(self, mod: Bias, roles: heads.Roles) -> Bias | Mask:
-        term = self.scope.operands[mod.slot]
+        scope = self.scope
+        term = scope.operands[mod.slot]
         scaled = term
         if mod.factor != 1:
             scaled = Term(pointwise("mul", term.expr, const(mod.factor, term.expr.dtype)), term.index)
         hidden = masks.additive_mask(self.formulas, self.formulas.lift(scaled), term.expr.dtype)
         if hidden is None:
-            return replace(mod, axes=self._letters(term, roles))
+            hides = masks.may_hide(term.expr, scope.contents)
+            return replace(mod, axes=self._letters(term, roles), hides=hides)
         return Mask(self.scope.slot(scaled), hidden.fill, True, True, self._atoms(hidden.attends, roles))
 
     def _floored(self, scores: list[ScoreModifier]) -> tuple[ScoreModifier, ...]:
@@ -396,7 +435,10 @@ class _Reading:
         self, mod: WeightModifier, roles: heads.Roles, scores: tuple[ScoreModifier, ...]
     ) -> WeightModifier | None:
         if isinstance(mod, WeightScale) and mod.slot is not None:
-            return replace(mod, axes=self._letters(self.scope.operands[mod.slot], roles))
+            axes = self._letters(self.scope.operands[mod.slot], roles)
+            if {"i", "j"} <= set(axes):
+                raise Refuse("the weights are multiplied by a tensor that varies over queries and keys")
+            return replace(mod, axes=axes)
         if not isinstance(mod, Keep):
             return mod
         axes = self._letters(self.scope.operands[mod.slot], roles)

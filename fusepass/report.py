@@ -45,6 +45,8 @@ class GraphReport:
     """The pass's own time."""
     nodes: int = 0
     notes: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
+    """Buffers whose elements the fused sites rely on, under a guard."""
 
 
 @dataclass

@@ -22,9 +22,11 @@ from fusepass.emit import Builder, CannotEmit
 from fusepass.ir import VIEWS, Expr
 from fusepass.kernels import BY_NAME, KERNELS, Kernel, Refused, Target, sdpa
 from fusepass.liveness import erase_dead, live_nodes, outside_reader
-from fusepass.recognize import RULES, Miss, Rules, Site, recognise
+from fusepass.patterns.products import factors, normalised_late
+from fusepass.recognize import RULES, Miss, Rules, Site, recognise_sum
 from fusepass.report import GraphReport, SiteReport, source_of
 from fusepass.resemblance import of_activations, softmaxes_behind
+from fusepass.strides import laid_out_as
 
 log = logging.getLogger("fusepass")
 
@@ -35,6 +37,7 @@ def rewrite_graph(
     example_inputs: Sequence[Any] = (),
     rules: Rules = RULES,
     constants: Mapping[str, torch.Tensor] | None = None,
+    static: Mapping[str, torch.Tensor] | None = None,
 ) -> GraphReport:
     """Fuse the attention sites of ``gm`` in place, those of its inner graphs included.
 
@@ -44,13 +47,16 @@ def rewrite_graph(
         example_inputs: the inputs Dynamo compiles for; not used to prove anything.
         rules: the rule lists (for tests of the engine).
         constants: the values of placeholders that are constants of an exported program.
+        static: the tensors behind placeholders (buffers) whose elements may be relied on, if the caller
+            guards those that ``GraphReport.assumed`` names.
     """
     start = time.perf_counter()
     report = GraphReport(nodes=0)
     for graph_module in _graphs(gm):
         report.nodes += len(graph_module.graph.nodes)
-        one = _Pass(graph_module, options, rules, constants)
+        one = _Pass(graph_module, options, rules, constants, static if graph_module is gm else None)
         report.sites.extend(one.run())
+        report.assumed.extend(one.assumed())
     if options.precision == "fp8" and report.sites:
         report.notes.append(
             "precision='fp8': there is no fp8 kernel yet; sites compute in their own precision"
@@ -76,9 +82,14 @@ class _Pass:
     """One graph."""
 
     def __init__(
-        self, gm: fx.GraphModule, options: Options, rules: Rules, constants: Mapping[str, torch.Tensor] | None
+        self,
+        gm: fx.GraphModule,
+        options: Options,
+        rules: Rules,
+        constants: Mapping[str, torch.Tensor] | None,
+        static: Mapping[str, torch.Tensor] | None,
     ) -> None:
-        self.gm, self.options, self.rules, self.constants = gm, options, rules, constants
+        self.gm, self.options, self.rules, self.constants, self.static = gm, options, rules, constants, static
         self.graph = gm.graph
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.settled: set[Expr] = set()
@@ -86,18 +97,22 @@ class _Pass:
     def run(self) -> list[SiteReport]:
         """Every site's report, in program order."""
         expansions, stay = expand_all(self.graph)
-        self.reader = Reader(self.graph, self.gm, self.constants)
+        self.reader = Reader(self.graph, self.gm, self.constants, self.static)
         self.live = live_nodes(self.graph, self.reader)
         reports = [self._report(call, None, reason=reason) for call, reason in stay]
         for node in list(self.graph.nodes):
             meaning = self.reader.defined.get(node)
-            if node not in self.live or not isinstance(meaning, Expr) or meaning.op != "dot":
+            if node not in self.live or not isinstance(meaning, Expr):
                 continue
-            if self.reader.definer[meaning] is not node:
+            late = normalised_late(meaning)
+            if self.reader.definer[meaning] is not node or (late is None and not factors(meaning)):
                 continue
-            found = recognise(meaning, self.reader.facts, self.rules)
+            found = recognise_sum(late or meaning, self.reader.facts, self.rules, self.reader.contents)
+            if late is not None and not isinstance(found, list):
+                continue
             if found is not None:
-                reports.append(self._settle(node, found))
+                reports = [r for r in reports if late is None or r.fused or not self._inside(r, node)]
+                reports.extend(self._settle(node, found))
         reports.extend(self._left_over())
         self._close(expansions)
         if self.replaced:
@@ -107,6 +122,12 @@ class _Pass:
             self.gm.recompile()
         return reports
 
+    def assumed(self) -> list[str]:
+        """The placeholders whose elements a fused site relies on."""
+        used = self.reader.contents.used if self.replaced else set()
+        names = {str(e.attrs[0]) for e in used}
+        return [n.name for n in self.graph.find_nodes(op="placeholder") if n.name in names]
+
     def _close(self, expansions: list[Expansion]) -> None:
         """Keep the steps of a call where something in them was fused."""
         for expansion in expansions:
@@ -115,23 +136,64 @@ class _Pass:
             else:
                 expansion.revert()
 
+    def _inside(self, report: SiteReport, node: fx.Node) -> bool:
+        """Is the product of an earlier report one of the operands that ``node`` normalises?"""
+        return any(n.name == report.node for n in node.all_input_nodes)
+
     # -- one site ----------------------------------------------------------------------------
 
-    def _settle(self, node: fx.Node, found: Site | Miss) -> SiteReport:
+    def _settle(self, node: fx.Node, found: list[tuple[int, Site]] | Miss) -> list[SiteReport]:
         self.settled.update(softmaxes_behind(self.reader.defined[node]))
         if isinstance(found, Miss):
-            return self._report(node, None, reason=found.reason)
-        reader = outside_reader(self.reader, self.live, found.product, node)
-        if reader is not None:
-            return self._report(node, found, reason=f"its scores or weights are also used by '{reader.name}'")
-        if self.options.kernel != "reference" and as_good(node, found):
-            return self._report(node, found, "sdpa", reason="a call to SDPA already; nothing to improve")
+            return [self._report(node, None, reason=found.reason)]
+        sites = [site for _, site in found]
+        for site in sites:
+            reader = outside_reader(self.reader, self.live, site.product, node)
+            if reader is not None:
+                return [self._report(node, s, reason=_also_read(reader)) for s in sites]
+        if len(sites) == 1 and self.options.kernel != "reference" and as_good(node, sites[0]):
+            return [self._report(node, sites[0], "sdpa", reason="a call to SDPA already; nothing to improve")]
         return self._fuse(node, found)
 
-    def _fuse(self, node: fx.Node, site: Site) -> SiteReport:
-        target = self._target(node, site)
-        rejected: list[tuple[str, str]] = []
+    def _fuse(self, node: fx.Node, parts: list[tuple[int, Site]]) -> list[SiteReport]:
+        """Write the first kernel that serves, for every summand; all of them or none."""
+        target = self._target(node, parts[0][1])
+        rejected: list[list[tuple[str, str]]] = [[] for _ in parts]
+        while True:
+            made: list[tuple[fx.Node, Builder, str]] = []
+            for (_, site), so_far in zip(parts, rejected, strict=True):
+                choice = self._write(node, site, target, so_far)
+                if choice is None:
+                    break
+                made.append(choice)
+            if len(made) < len(parts):
+                for _, build, _ in reversed(made):
+                    build.discard()
+                return [self._stays(node, s, r) for (_, s), r in zip(parts, rejected, strict=True)]
+            out = self._summed(node, [sign for sign, _ in parts], made)
+            error = self._validated(parts[0][1], node, out)
+            if error is None or error <= 1.0:
+                self._replace(node, out)
+                return [
+                    self._report(node, site, kernel, rejected=r, max_error=error)
+                    for (_, site), (_, _, kernel), r in zip(parts, made, rejected, strict=True)
+                ]
+            reason = f"validation: its error is {error:.3g} times what is allowed"
+            for (_, site), (_, build, kernel), so_far in reversed(
+                list(zip(parts, made, rejected, strict=True))
+            ):
+                build.discard()
+                so_far.append((kernel, reason))
+                log.warning("fusepass: site '%s' stays: %s (%s)", node.name, reason, site.spec)
+
+    def _write(
+        self, node: fx.Node, site: Site, target: Target, rejected: list[tuple[str, str]]
+    ) -> tuple[fx.Node, Builder, str] | None:
+        """The result, its builder and the name of the first kernel that serves; reasons go to ``rejected``."""
+        asked = {name for name, _ in rejected}
         for name, kernel in self._candidates():
+            if name in asked:
+                continue
             reason = (
                 f"there is no '{name}' kernel yet" if kernel is None else kernel.refuse(site.spec, target)
             )
@@ -139,21 +201,25 @@ class _Pass:
                 build = Builder(self.reader, node, self.replaced, site.space)
                 try:
                     out = build.restore(kernel.emit(site, build, target), _result_groups(site), site.out)
+                    return laid_out_as(build, node, out), build, name
                 except (Refused, CannotEmit) as refusal:
                     build.discard()
                     reason = str(refusal)
-                else:
-                    error = self._validated(site, node, out)
-                    if error is None or error <= 1.0:
-                        self._replace(node, out)
-                        return self._report(node, site, kernel.name, rejected=rejected, max_error=error)
-                    build.discard()
-                    reason = f"validation: its error is {error:.3g} times what is allowed"
-                    log.warning("fusepass: site '%s' stays: %s (%s)", node.name, reason, site.spec)
             rejected.append((name, reason or ""))
-        return self._report(
-            node, site, reason="; ".join(dict.fromkeys(f"{n}: {r}" for n, r in rejected)), rejected=rejected
-        )
+        return None
+
+    def _summed(self, node: fx.Node, signs: list[int], made: list[tuple[fx.Node, Builder, str]]) -> fx.Node:
+        """The signed sum of several results; its nodes belong to the last builder."""
+        build, total = made[-1][1], made[0][0]
+        if signs[0] < 0:
+            total = build.op("neg", total)
+        for sign, (out, _, _) in zip(signs[1:], made[1:], strict=True):
+            total = build.op("add" if sign > 0 else "sub", total, out)
+        return total
+
+    def _stays(self, node: fx.Node, site: Site, rejected: list[tuple[str, str]]) -> SiteReport:
+        reason = "; ".join(dict.fromkeys(f"{n}: {r}" for n, r in rejected))
+        return self._report(node, site, reason=reason or "another of the summands stays", rejected=rejected)
 
     def _candidates(self) -> list[tuple[str, Kernel | None]]:
         if self.options.kernel == "auto":
@@ -242,8 +308,14 @@ class _Pass:
         return (
             "the product that reads them is of another form"
             if meaning.op == "dot"
-            else f"no rule peels '{odd.name}' from the weights"
+            else f"the weights go through '{operation(odd)[0] or odd.name}', which no rule takes from them"
         )
+
+
+def _also_read(reader: fx.Node) -> str:
+    if reader.op == "output":
+        return "its scores or weights are returned"
+    return f"its scores or weights are also read by '{operation(reader)[0] or reader.name}'"
 
 
 def as_good(node: fx.Node, site: Site) -> bool:

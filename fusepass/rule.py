@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fusepass.contents import Contents
 from fusepass.index import Affine, AxisSpace, Facts
 from fusepass.ir import POINTWISE, Expr
 from fusepass.spec import Bias, Mask, Scale, ScoreModifier, WeightModifier
@@ -103,6 +104,7 @@ class Scope:
     operands: list[Term] = field(default_factory=list)
     trace: list[str] = field(default_factory=list)
     views: Sequence[Rule] = ()
+    contents: Contents = field(default_factory=Contents)
     sunk: bool = False  # the softmax has a sink
     above: Sequence[ScoreModifier | WeightModifier] = ()  # what has been peeled off the scores so far
 

@@ -122,11 +122,12 @@ class SoftCap:
 
 @dataclass(frozen=True)
 class Bias:
-    """``s + factor * tensor``."""
+    """``s + factor * tensor``.  ``hides``: the tensor may hold fills, and hide all keys of a row."""
 
     slot: int
     axes: str = ""
     factor: float = 1.0
+    hides: bool = False
 
     def __str__(self) -> str:
         return f"bias[{self.axes}]" + ("" if self.factor == 1 else f" * {self.factor:.6g}")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fusepass.contents import FILL, Contents, Form, Ramp, Uniform
 from fusepass.index import Affine, AxisSpace, Size, simplify_size
 from fusepass.ir import POINTWISE, Expr, affine, const, expr, scalar_of
 from fusepass.rule import Scope, Term
@@ -103,6 +104,8 @@ class Formulas:
 
         out: Expr | None = None
         for n in reversed(range(len(node.args))):
+            if self.scope.facts.equal(node.args[n].shape[dim], 0):
+                continue
             before_end = self.at_most_zero(at + 1 - starts[n + 1])
             if out is None or before_end is TRUE:
                 out = element(n)
@@ -114,7 +117,27 @@ class Formulas:
     def load(self, term: Term) -> Expr:
         """An element that is not looked into."""
         index = tuple(self.space.resolve(i) for i in term.index)
+        form = self.scope.contents.form(term.expr)
+        if form is not None:
+            return self._formula(form, index, term.expr.dtype)
         return expr("load", (term.expr,), index, (), term.expr.dtype)
+
+    def _formula(self, form: Form, index: tuple[Affine, ...], dtype: torch.dtype) -> Expr:
+        """An element of a tensor whose contents are known."""
+        if isinstance(form, Uniform):
+            return const(form.value, dtype)
+        if isinstance(form, Ramp):
+            total = Affine((), form.start)
+            for at, step in zip(index, form.steps, strict=True):
+                total = total + at * step
+            return affine(self.space.resolve(total))
+        gap = self.space.resolve(index[form.column] - index[form.row])
+        within = TRUE
+        if form.right is not None:
+            within = self._logic("and", (within, self.at_most_zero(gap - form.right)))
+        if form.left is not None:
+            within = self._logic("and", (within, self.at_most_zero(gap * -1 - form.left)))
+        return self._where(within, const(form.inside, dtype), const(form.outside, dtype), dtype)
 
     def _iota(self, term: Term) -> Expr:
         start, step = term.expr.attrs
@@ -207,6 +230,7 @@ class Formulas:
         if c.op == "const":
             return self._cast(a if c.attrs[0] else b, dtype)
         a, b = self._cast(a, dtype) if a.op == "const" else a, self._cast(b, dtype) if b.op == "const" else b
+        a, b = self._under(c, True, a), self._under(c, False, b)
         if a is b or self._same_on_edge(c, a, b):
             return b
         if c.op == "not":
@@ -222,9 +246,44 @@ class Formulas:
                 return self._logic("or", (self._not(c), a))
         return expr("where", (c, a, b), (), (), dtype)
 
+    def _under(self, c: Expr, truth: bool, branch: Expr) -> Expr:
+        """What is known in a branch put in: ``where(x == 0, f(x), y)`` has ``f(0)``."""
+        if branch.op in ("const", "affine"):
+            return branch
+        return self._put(branch, dict(self._pinned(c, truth)))
+
+    def _pinned(self, c: Expr, truth: bool) -> list[tuple[Expr, Expr]]:
+        """Formulas whose value is known where ``c`` is ``truth``."""
+        if c.op == "const":
+            return []
+        yes, no = (TRUE, FALSE) if truth else (FALSE, TRUE)
+        found = [(c, yes), (self._not(c), no)]
+        if c.op == "not":
+            return found + self._pinned(c.args[0], not truth)
+        if c.op == ("and" if truth else "or"):
+            return found + self._pinned(c.args[0], truth) + self._pinned(c.args[1], truth)
+        x, value = c.args[0] if c.args else c, None
+        if c.op == ("eq" if truth else "ne"):
+            value = scalar_of(c.args[1])
+        elif c.op == "cast" and not truth:
+            value = 0
+        if value is not None and x.op not in ("const", "affine"):
+            found.append((x, const(value, x.dtype)))
+        return found
+
+    def _put(self, node: Expr, known: dict[Expr, Expr]) -> Expr:
+        """``node`` with known values put in; zeros lose their sign, so nothing is put into a divisor."""
+        if node in known:
+            return known[node]
+        if not node.args or node.op in ("load", "div", "pow"):
+            return node
+        args = tuple(self._put(a, known) for a in node.args)
+        return node if args == node.args else self.make(node.op, args, node.dtype, node.attrs)
+
     def _same_on_edge(self, c: Expr, a: Expr, b: Expr) -> bool:
         """Does ``c`` hold only where its left side is zero, and do ``a`` and ``b`` agree there?"""
-        if c.op != "le" or (edge := index_of(c.args[0])) is None:
+        edge = against_zero(c, "le")
+        if edge is None:
             return False
         x, y, reach = index_of(a), index_of(b), self.space.bounds(edge)
         if x is None or y is None or reach is None or reach[0] != 0:
@@ -256,7 +315,41 @@ class Formulas:
             return absorbing
         if a is neutral or a is b:
             return b
-        return a if b is neutral else expr(op, (a, b), (), (), torch.bool)
+        if b is neutral:
+            return a
+        found = self._absorbed(op, a, b)
+        return expr(op, (a, b), (), (), torch.bool) if found is None else found
+
+    def _absorbed(self, op: str, a: Expr, b: Expr) -> Expr | None:
+        """``a or (not a and b) = a or b``, ``a or b = b`` where ``a`` implies ``b``; ``and`` likewise."""
+        dual = "and" if op == "or" else "or"
+        for x, y in ((a, b), (b, a)):
+            terms, opposite = _terms(y, dual), self._not(x)
+            if opposite in terms:
+                rest = [t for t in terms if t is not opposite]
+                return self._logic(op, (x, self._all(dual, rest)))
+            if op == "or" and self.implies(x, y):
+                return y
+        return None
+
+    def _all(self, op: str, terms: list[Expr]) -> Expr:
+        out = TRUE if op == "and" else FALSE
+        for term in terms:
+            out = self._logic(op, (out, term))
+        return out
+
+    def implies(self, a: Expr, b: Expr) -> bool:
+        """Is ``b`` provably true wherever ``a`` is?  Only comparisons of indices are looked into."""
+        return all(any(self._bound_implies(p, q) for p in _terms(a, "and")) for q in _terms(b, "and"))
+
+    def _bound_implies(self, a: Expr, b: Expr) -> bool:
+        if a is b:
+            return True
+        x, y = against_zero(a, "le"), against_zero(b, "le")
+        if x is None or y is None:
+            return False
+        reach = self.space.bounds(self.space.resolve(y - x))
+        return reach is not None and self.scope.facts.at_most(reach[1], 0)
 
     def _arithmetic(self, op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
         """Affine arithmetic on integers."""
@@ -308,6 +401,8 @@ class Formulas:
         if op not in _INVERSE:
             return None
         a, b = args
+        if a is b and not a.is_float:
+            return TRUE if op in ("eq", "le", "ge") else FALSE
         if a.dtype is torch.bool or b.dtype is torch.bool:
             return self._compare_bits(op, a, b)
         if op in ("le", "lt", "gt", "ge") and "abs" in (a.op, b.op):
@@ -418,16 +513,57 @@ def additive_mask(formulas: Formulas, formula: Expr, dtype: torch.dtype) -> Hidd
                 return Hidden(
                     formulas.make("and", (wanted, inner.attends), torch.bool), min(float(fill), inner.fill)
                 )
+        return _either_mask(formulas, condition, yes, no, dtype)
     return None
+
+
+def may_hide(bias: Expr, contents: Contents) -> bool:
+    """May an added tensor hold fills?  Not if it is made of learned numbers, positions and small constants."""
+    todo, seen = [bias], {bias}
+    while todo:
+        node = todo.pop()
+        if node.op == "const" and node.is_float and not abs(node.attrs[0]) < FILL:
+            return True
+        if node.op == "input" and not contents.is_ordinary(node):
+            return True
+        fresh = [a for a in node.args if a not in seen]
+        seen.update(fresh)
+        todo.extend(fresh)
+    return False
 
 
 def conjuncts(formula: Expr) -> list[Expr]:
     """The terms of a conjunction; none for true."""
-    if formula is TRUE:
-        return []
-    if formula.op == "and":
-        return [*conjuncts(formula.args[0]), *conjuncts(formula.args[1])]
-    return [formula]
+    return [] if formula is TRUE else _terms(formula, "and")
+
+
+def _terms(formula: Expr, op: str) -> list[Expr]:
+    """The operands of a chain of ``and`` or of ``or``."""
+    return [t for a in formula.args for t in _terms(a, op)] if formula.op == op else [formula]
+
+
+def _either_mask(formulas: Formulas, c: Expr, yes: Expr, no: Expr, dtype: torch.dtype) -> Hidden | None:
+    """``where(c, x, y)`` of two masks that hide with the same fill."""
+    a, b = additive_mask(formulas, yes, dtype), additive_mask(formulas, no, dtype)
+    if a is None or b is None or (a.fill != b.fill and TRUE not in (a.attends, b.attends)):
+        return None
+    sides = (
+        formulas.make("and", (c, a.attends), torch.bool),
+        formulas.make("and", (formulas.make("not", (c,), torch.bool), b.attends), torch.bool),
+    )
+    return Hidden(formulas.make("or", sides, torch.bool), min(a.fill, b.fill))
+
+
+def visibility_factor(formulas: Formulas, factor: Expr) -> Expr | None:
+    """The ``c`` of a factor ``where(c, 1, 0)``, which is 1 where a score counts and 0 elsewhere."""
+    if factor.op == "cast" and factor.is_float:
+        return visibility_factor(formulas, factor.args[0])
+    if factor.op != "where":
+        return None
+    values = tuple(map(scalar_of, factor.args[1:]))
+    if values == (1, 0):
+        return factor.args[0]
+    return formulas.make("not", factor.args[:1], torch.bool) if values == (0, 1) else None
 
 
 @dataclass(frozen=True)
@@ -447,11 +583,8 @@ def classify(part: Expr, at: Positions, space: AxisSpace) -> Atom:
     used = letters(part, at, space)
     if used <= {"b", "j"} and _loads(part):
         return KeyPadding()
-    if (
-        part.op == "eq"
-        and part.args[0].op == "affine"
-        and (diagonal := _diagonal(part, at, space)) is not None
-    ):
+    diagonal = _diagonal(part, at, space)
+    if diagonal is not None:
         return diagonal
     if part.op == "eq":
         return _same_label(part, at, space)
@@ -462,11 +595,19 @@ def classify(part: Expr, at: Positions, space: AxisSpace) -> Atom:
     return Dense("".join(sorted(used)))
 
 
+def against_zero(part: Expr, op: str) -> Affine | None:
+    """The index ``e`` of a comparison ``e op 0``; other comparisons are between things that are no indices."""
+    if part.op != op or scalar_of(part.args[1]) != 0:
+        return None
+    return index_of(part.args[0])
+
+
 def _band(part: Expr, at: Positions, space: AxisSpace) -> Band | None:
     """``j - i <= c`` or ``i - j <= c``."""
-    if part.op != "le" or part.args[0].op != "affine":
+    left = against_zero(part, "le")
+    if left is None:
         return None
-    e: Affine = space.resolve(part.args[0].attrs[0])
+    e = space.resolve(left)
     gap = space.resolve(at.key) - space.resolve(at.query)
     for sign in (1, -1):
         rest = e - gap * sign
@@ -478,6 +619,8 @@ def _band(part: Expr, at: Positions, space: AxisSpace) -> Band | None:
 
 def _diagonal(part: Expr, at: Positions, space: AxisSpace) -> Band | None:
     """``j - i == c``."""
+    if against_zero(part, "eq") is None:
+        return None
     below = _band(expr("le", part.args, (), (), torch.bool), at, space)
     if below is None:
         return None
@@ -531,3 +674,50 @@ def every_row_sees(parts: list[Atom], queries: Size, keys: Size, scope: Scope) -
     if not all(at_most(0, r) for r in high) or not all(at_most(queries - 1 - left, keys - 1) for left in low):
         return False
     return all(at_most(0, simplify_size(left + r)) for left in low for r in high)
+
+
+def every_row_sees_itself(
+    parts: list[Expr], at: Positions, queries: Size, keys: Size, formulas: Formulas
+) -> bool:
+    """Does every query see the key of its own position, under all of some visibilities at once?
+
+    Chunks, documents, prefixes and bands all hold their diagonal.  Positions are counted from the first
+    key, or so that the last query is at the last key.
+    """
+    facts, space = formulas.scope.facts, formulas.space
+    query, key = space.resolve(at.query), space.resolve(at.key)
+    for shift in dict.fromkeys((0, simplify_size(keys - queries))):
+        place = _solved(key, query + shift)
+        inside = facts.at_most(0, shift) and facts.at_most(simplify_size(queries + shift), keys)
+        if place is not None and inside and all(_put_axes(p, place, formulas) is TRUE for p in parts):
+            return True
+    return False
+
+
+def _solved(key: Affine, value: Affine) -> dict[str, Affine] | None:
+    """What the axes of ``key`` have to be for it to equal ``value``."""
+    if key.is_const:
+        return {} if key == value else None
+    if len(key.terms) == 1 and key.terms[0][1] == 1 and key.const == 0:
+        return {key.terms[0][0]: value}
+    mine, other = (sorted(e.terms, key=lambda t: str(t[1])) for e in (key, value))
+    if key.const != value.const or [c for _, c in mine] != [c for _, c in other]:
+        return None
+    return {a: Affine(((b, 1),)) for (a, _), (b, _) in zip(mine, other, strict=True)}
+
+
+def _put_axes(node: Expr, place: dict[str, Affine], formulas: Formulas) -> Expr:
+    """A formula with index expressions in the place of axes."""
+
+    def moved(index: Affine) -> Affine:
+        out = Affine((), index.const)
+        for axis, c in formulas.space.resolve(index).terms:
+            out = out + place.get(axis, Affine(((axis, 1),))) * c
+        return out
+
+    if node.op == "affine":
+        return affine(moved(node.attrs[0]))
+    if node.op == "load":
+        return expr("load", node.args, tuple(map(moved, node.attrs)), (), node.dtype)
+    args = tuple(_put_axes(a, place, formulas) for a in node.args)
+    return formulas.make(node.op, args, node.dtype, node.attrs) if args else node

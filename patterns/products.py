@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fusepass.index import Affine
-from fusepass.ir import Expr, expr
+from fusepass.ir import VIEWS, Expr, expr, pointwise
 from fusepass.patterns import examples as eg
 from fusepass.rule import Product, Rule, Scope, Term, rule
 
@@ -58,6 +58,50 @@ def multiply_and_sum(term: Term, scope: Scope) -> Product | None:
         summed.append(index[dim])
     element = Term(body, tuple(index))
     return Product(element.argument(0), element.argument(1), tuple(summed))
+
+
+def factors(node: Expr) -> tuple[Expr, ...]:
+    """The two operands of a product, however it is written; none for other expressions."""
+    if node.op == "dot":
+        return node.args
+    if node.op == "reshape" and node.args[0].op == "sum":
+        node = node.args[0]
+    return node.args[0].args if node.op == "sum" and node.args[0].op == "mul" else ()
+
+
+def normalised_late(node: Expr) -> Expr | None:
+    """``(w . v) * t = (w * t) . v`` for a ``t`` of one number a row, which normalises the row's weights.
+
+    Of ``mul`` and ``div``; only a ``t`` that was made of a row sum or a logsumexp is moved.
+    """
+    if node.op not in ("mul", "div"):
+        return None
+    for position in (0, 1) if node.op == "mul" else (0,):
+        product, t = node.args[position], node.args[1 - position]
+        while product.op == "cast" and product.is_float:
+            product = product.args[0]
+        if product.op != "dot" or product.shape != node.shape or not t.shape or t.shape[-1] != 1:
+            continue
+        left, right, out = (str(x) for x in product.attrs)
+        if left[:-1] != out[:-1] or not _of_rows(t):
+            continue
+        weights = pointwise(node.op, product.args[0], t, dtype=product.args[0].dtype)
+        return expr("dot", (weights, product.args[1]), (left, right, out), node.shape, node.dtype)
+    return None
+
+
+def _of_rows(node: Expr) -> bool:
+    """Is it made of a row sum or a logsumexp by element-wise operations and views?"""
+    for _ in range(12):
+        if node.op in ("sum", "logsumexp"):
+            return True
+        if node.op in VIEWS or node.op in ("cast", "sigmoid", "neg", "exp", "log", "pow"):
+            node = node.args[0]
+        elif node.op in ("add", "sub", "div", "mul", "max"):
+            return any(_of_rows(a) for a in node.args)
+        else:
+            return False
+    return False
 
 
 PRODUCTS: tuple[Rule, ...] = (dot, multiply_and_sum)

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from fusepass.contents import Uniform
 from fusepass.ir import POINTWISE, VIEWS, Expr, const, pointwise, scalar_of
 from fusepass.patterns import examples as eg
 from fusepass.rule import Peel, Refuse, Rule, Scope, Term, rule
@@ -32,10 +33,19 @@ def score_sides(term: Term) -> list[int]:
     return sorted(sides, key=lambda i: -term.expr.args[i].rank)
 
 
-def number(node: Expr) -> float | None:
-    """A constant as a float."""
-    value = scalar_of(node)
+def number(node: Expr, scope: Scope) -> float | None:
+    """A constant as a float; also that of a buffer that holds one number."""
+    value, bare = scalar_of(node), under_casts(node)
+    if value is None and bare.op == "input" and isinstance(form := scope.contents.form(bare), Uniform):
+        value = torch.tensor(form.value, dtype=bare.dtype).to(node.dtype).item()
     return None if value is None else float(value)
+
+
+def under_casts(node: Expr) -> Expr:
+    """What a change of floating dtype was applied to."""
+    while node.op == "cast" and node.is_float and node.args[0].is_float:
+        node = node.args[0]
+    return node
 
 
 @rule("cast(x) changes the precision alone", lambda: eg.cast(eg.scores()))
@@ -54,12 +64,12 @@ def softcap(term: Term, scope: Scope) -> Peel | None:
     """An identity for every ``c > 0``, wherever the inner division was folded to."""
     if term.expr.op == "mul":
         for position in (0, 1):
-            cap = number(term.expr.args[1 - position])
+            cap = number(term.expr.args[1 - position], scope)
             found = _tanh_below(term.argument(position), scope)
             if cap is not None and cap > 0 and found is not None:
                 return _capped(found, cap)
     if term.expr.op == "div":
-        divisor, found = number(term.expr.args[1]), _tanh_below(term.argument(0), scope)
+        divisor, found = number(term.expr.args[1], scope), _tanh_below(term.argument(0), scope)
         if divisor is not None and divisor > 0 and found is not None:
             return _capped(found, 1.0 / divisor)
     return _capped(term, 1.0) if term.expr.op == "tanh" else None
@@ -96,10 +106,10 @@ def scale(term: Term, scope: Scope) -> Peel | None:
         return Peel(term.argument(0), Scale(-1.0))
     if node.op == "mul":
         for position in (0, 1):
-            factor = number(node.args[1 - position])
+            factor = number(node.args[1 - position], scope)
             if factor is not None:
                 return Peel(term.argument(position), Scale(factor))
-    if node.op == "div" and (divisor := number(node.args[1])) is not None and divisor != 0:
+    if node.op == "div" and (divisor := number(node.args[1], scope)) is not None and divisor != 0:
         return Peel(term.argument(0), Scale(1.0 / divisor))
     return None
 
@@ -132,6 +142,8 @@ def shift(term: Term, scope: Scope) -> list[Peel] | None:
         return None
     sides = [i for i in score_sides(term) if term.expr.op == "add" or i == 0]
     free = [Peel(term.argument(i)) for i in sides if not scope.varies_over_keys(term.argument(1 - i))]
+    if term.expr.op == "sub" and 1 in score_sides(term) and not scope.varies_over_keys(term.argument(0)):
+        free.append(Peel(Term(pointwise("neg", term.expr.args[1]), term.argument(1).index)))
     return free or None
 
 
@@ -166,7 +178,7 @@ def mask(term: Term, scope: Scope) -> Peel | None:
         return None
     _, yes, no = term.expr.args
     for attends, kept, filler in ((True, 1, no), (False, 2, yes)):
-        fill = number(filler)
+        fill = number(filler, scope)
         if fill is not None and holds_product(term.expr.args[kept]):
             if fill > -1e3:
                 raise Refuse(
@@ -184,7 +196,7 @@ def floor(term: Term, scope: Scope) -> Peel | None:
     if term.expr.op != "max":
         return None
     for position in (0, 1):
-        bound = number(term.expr.args[1 - position])
+        bound = number(term.expr.args[1 - position], scope)
         if bound is not None and holds_product(term.expr.args[position]):
             if not negligible(bound, term.expr.dtype):
                 raise Refuse(f"the scores are clamped from below at {bound:g}", term.expr)

@@ -9,6 +9,7 @@ import torch
 from fusepass.index import Affine
 from fusepass.ir import Expr, const, expr, pointwise, scalar_of
 from fusepass.patterns import examples as eg
+from fusepass.patterns.scores import under_casts
 from fusepass.rule import Core, Refuse, Rule, Scope, Term, rule
 
 
@@ -21,18 +22,12 @@ def _exponential(node: Expr) -> Expr | None:
     return None
 
 
-def _under_casts(node: Expr) -> Expr:
-    while node.op == "cast" and node.is_float and node.args[0].is_float:
-        node = node.args[0]
-    return node
-
-
 def _row_sum_of(node: Expr, summand: Expr) -> int | None:
     """The dimension, where ``node`` is ``sum(summand)`` over one dimension kept with size 1."""
-    node = _under_casts(node)
+    node = under_casts(node)
     while node.op in ("expand", "reshape") and node.op == "expand":
         node = node.args[0]
-    if node.op != "sum" or _under_casts(node.args[0]) is not _under_casts(summand):
+    if node.op != "sum" or under_casts(node.args[0]) is not under_casts(summand):
         return None
     dims: tuple[int, ...] = node.attrs[0]
     return dims[0] if len(dims) == 1 else None
@@ -62,26 +57,64 @@ def quotient(term: Term, scope: Scope) -> Core | None:
     if pair is None:
         return None
     numerator, denominator = pair
-    scores = _exponential(_under_casts(numerator))
+    scores = _logits(under_casts(numerator))
     if scores is None:
         return None
     dim = _row_sum_of(denominator, numerator)
-    return _plus_constant(term, scores, denominator, numerator) if dim is None else _core(term, scores, dim)
+    return _with_sink(term, scores, denominator, numerator) if dim is None else _core(term, scores, dim)
 
 
-def _plus_constant(term: Term, scores: Expr, denominator: Expr, numerator: Expr) -> Core | None:
-    """``exp(x) / (sum(exp(x)) + c)`` is a softmax with a sink ``log(c)``."""
+def _logits(node: Expr) -> Expr | None:
+    """The ``x`` of ``exp(x)``; of ``exp(x) * m`` and ``where(m, exp(x), 0)`` it is ``where(m, x, -inf)``."""
+    found = _exponential(node)
+    if found is not None:
+        return found
+    if node.op == "where":
+        condition, yes, no = node.args
+        if scalar_of(no) == 0 and (x := _logits(under_casts(yes))) is not None:
+            return pointwise("where", condition, x, const(-math.inf, x.dtype), dtype=x.dtype)
+        if scalar_of(yes) == 0 and (x := _logits(under_casts(no))) is not None:
+            return pointwise("where", condition, const(-math.inf, x.dtype), x, dtype=x.dtype)
+    if node.op == "mul":
+        for e, m in (node.args, node.args[::-1]):
+            bits = m.args[0] if m.op == "cast" else m
+            if bits.dtype is torch.bool and (x := _logits(under_casts(e))) is not None:
+                return pointwise("where", bits, x, const(-math.inf, x.dtype), dtype=x.dtype)
+    return None
+
+
+def _with_sink(term: Term, scores: Expr, denominator: Expr, numerator: Expr) -> Core | None:
+    """``exp(x) / (sum(exp(x)) + exp(u))`` is a softmax with a sink ``u``, and a number ``c`` is ``exp(log(c))``."""
     if denominator.op != "add":
         return None
     for total, extra in (denominator.args, denominator.args[::-1]):
-        dim, constant = _row_sum_of(total, numerator), scalar_of(extra)
+        dim = _row_sum_of(total, numerator)
         if dim is None:
             continue
-        if constant is None or constant <= 0:
+        found = _extra_logit(scores, extra)
+        if found is None:
             raise Refuse("the denominator adds a tensor to the row sum: not a softmax", term.expr)
-        sink = Term(const(math.log(constant), scores.dtype), ())
-        return Core(Term(scores, term.index), dim, term.expr.dtype, sink)
+        rest, sink = found
+        from_end = rest.rank - dim
+        if sink.rank >= from_end and sink.shape[sink.rank - from_end] != 1:
+            raise Refuse("the denominator adds a tensor that varies over the keys", term.expr)
+        row = tuple(Affine() if d == dim else i for d, i in enumerate(term.index))
+        return Core(Term(rest, term.index), dim, term.expr.dtype, Term(rest, row).of(sink))
     return None
+
+
+def _extra_logit(scores: Expr, extra: Expr) -> tuple[Expr, Expr] | None:
+    """The scores, and the logit whose exponential is ``extra``; a shift that both share cancels."""
+    constant, logit = scalar_of(extra), _exponential(under_casts(extra))
+    if constant is not None:
+        return (scores, const(math.log(constant), scores.dtype)) if constant > 0 else None
+    if logit is None:
+        return None
+    if scores.op == "sub" and logit.op == "sub" and scores.args[1] is logit.args[1]:
+        return scores.args[0], logit.args[0]
+    if scores.op == "sub" and logit.op == "neg" and scores.args[1] is logit.args[0]:
+        return scores.args[0], const(0.0, scores.dtype)
+    return scores, logit
 
 
 def _numerator_and_sum(node: Expr) -> tuple[Expr, Expr] | None:
@@ -109,7 +142,7 @@ def extra_column(term: Term, scope: Scope) -> Core | None:
     node = term.expr
     if node.op != "slice" or node.attrs[2] != 1:
         return None
-    inner = _under_casts(node.args[0])
+    inner = under_casts(node.args[0])
     if inner.op != "softmax" or inner.attrs[0] != node.attrs[0]:
         return None
     dim, start = int(inner.attrs[0]), node.attrs[1]
@@ -127,14 +160,14 @@ def extra_column(term: Term, scope: Scope) -> Core | None:
 def _unshifted(node: Expr, dim: int) -> Expr:
     """The operand below casts and subtractions of its own row maximum, which cancel in the softmax."""
     while True:
-        node = _under_casts(node)
+        node = under_casts(node)
         if node.op != "sub":
             return node
-        shift = _under_casts(node.args[1])
+        shift = under_casts(node.args[1])
         if (
             shift.op != "amax"
             or shift.attrs[0] != (dim,)
-            or _under_casts(shift.args[0]) is not _under_casts(node.args[0])
+            or under_casts(shift.args[0]) is not under_casts(node.args[0])
         ):
             return node
         node = node.args[0]
@@ -150,7 +183,7 @@ def exp_of_log_softmax(term: Term, scope: Scope) -> Core | None:
     """Through the logarithm."""
     if term.expr.op != "exp":
         return None
-    inner = _under_casts(term.expr.args[0])
+    inner = under_casts(term.expr.args[0])
     return _core(term, inner.args[0], int(inner.attrs[0])) if inner.op == "log_softmax" else None
 
 
@@ -175,4 +208,37 @@ def exp_minus_logsumexp(term: Term, scope: Scope) -> Core | None:
     return None
 
 
-SOFTMAX: tuple[Rule, ...] = (softmax, extra_column, quotient, exp_of_log_softmax, exp_minus_logsumexp)
+def _gated_form() -> Expr:
+    x, sink = eg.scores(), eg.leaf("sink", (eg.B, eg.H, eg.Q, 1), torch.float64)
+    gate = pointwise("sigmoid", eg.binary("sub", eg.reduced("logsumexp", x), sink))
+    return eg.binary("mul", eg.softmax(x), gate)
+
+
+@rule("softmax(x) * sigmoid(logsumexp(x) - u) is a softmax with a sink u", _gated_form)
+def gated_by_logsumexp(term: Term, scope: Scope) -> Core | None:
+    """A sink taken into account afterwards: ``sigmoid(L - u) = exp(L) / (exp(L) + exp(u))``."""
+    if term.expr.op != "mul":
+        return None
+    for w, gate in (term.expr.args, term.expr.args[::-1]):
+        weights, gate = under_casts(w), under_casts(gate)
+        if weights.op != "softmax" or gate.op != "sigmoid":
+            continue
+        inner = under_casts(gate.args[0])
+        if inner.op != "sub":
+            continue
+        norm, dim = under_casts(inner.args[0]), int(weights.attrs[0])
+        while norm.op in ("reshape", "expand"):
+            norm = under_casts(norm.args[0])
+        same = norm.op == "logsumexp" and under_casts(norm.args[0]) is under_casts(weights.args[0])
+        sink = inner.args[1]
+        from_end = weights.rank - dim
+        if not same or norm.attrs[0] != (dim,) or (sink.rank >= from_end and sink.shape[-from_end] != 1):
+            continue
+        row = tuple(Affine() if d == dim else i for d, i in enumerate(term.index))
+        return Core(Term(weights.args[0], term.index), dim, weights.dtype, Term(weights, row).of(sink))
+    return None
+
+
+SOFTMAX: tuple[Rule, ...] = (
+    softmax, extra_column, quotient, exp_of_log_softmax, exp_minus_logsumexp, gated_by_logsumexp,
+)  # fmt: skip

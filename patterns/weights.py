@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fusepass.ir import Expr, expr, pointwise
+from fusepass.ir import VIEWS, Expr, expr, pointwise
 from fusepass.patterns import examples as eg
 from fusepass.patterns.scores import number
 from fusepass.rule import Peel, Refuse, Rule, Scope, Term, rule
@@ -30,7 +30,7 @@ def holds_softmax(node: Expr) -> bool:
             "flip",
         ):
             node = node.args[0]
-        elif node.op in ("mul", "div", "where"):
+        elif node.op in ("mul", "div", "where", "add", "sub", "neg"):
             return any(holds_softmax(a) for a in node.args)
         else:
             return False
@@ -87,36 +87,70 @@ def keep(term: Term, scope: Scope) -> Peel | None:
     condition = term.argument(0)
     for attends, kept, other in ((True, 1, 2), (False, 2, 1)):
         if holds_softmax(term.expr.args[kept]):
-            if number(term.expr.args[other]) != 0.0:
+            if number(term.expr.args[other], scope) != 0.0:
                 raise Refuse("where() after the softmax puts in weights other than zero", term.expr)
             return Peel(term.argument(kept), Keep(scope.slot(condition), attends))
     return None
 
 
 @rule(
-    "w * t, where t does not vary over the keys",
+    "w * t, where t does not vary over both queries and keys",
     lambda: eg.binary("mul", eg.softmax(eg.scores()), eg.leaf("t", (eg.H, 1, 1), torch.float64)),
 )
 def weight_scale(term: Term, scope: Scope) -> Peel | None:
-    """Head masks and gates; a 0/1 mask over the keys is a :class:`Keep`."""
+    """Head masks, and gates of queries or of keys; a 0/1 mask over the keys is a :class:`Keep`."""
     node = term.expr
-    if node.op == "div" and holds_softmax(node.args[0]) and (divisor := number(node.args[1])):
+    if node.op == "div" and holds_softmax(node.args[0]) and (divisor := number(node.args[1], scope)):
         return Peel(term.argument(0), WeightScale(1.0 / divisor))
     if node.op != "mul":
         return None
     for position in (0, 1):
         if not holds_softmax(node.args[position]):
             continue
-        factor, other = number(node.args[1 - position]), term.argument(1 - position)
+        factor, other = number(node.args[1 - position], scope), term.argument(1 - position)
         if factor is not None:
             return Peel(term.argument(position), WeightScale(factor))
         bits = other.argument(0) if other.expr.op == "cast" else other
         if bits.expr.dtype is torch.bool:
             return Peel(term.argument(position), Keep(scope.slot(bits), True, product=True))
-        if scope.varies_over_keys(other):
-            raise Refuse("the weights are multiplied by a tensor that varies over the keys", node)
         return Peel(term.argument(position), WeightScale(1.0, scope.slot(other)))
     return None
+
+
+def parts(weights: Expr) -> list[tuple[int, Expr]]:
+    """The softmaxes whose signed sum the weights are: ``(w1 - t*w2) . v = w1 . v - (t*w2) . v``.
+
+    Raises:
+        Refuse: one dropout drops from a sum of softmaxes, which two kernels cannot do alike.
+    """
+    if weights.op in ("add", "sub") and all(holds_softmax(a) for a in weights.args):
+        sign = -1 if weights.op == "sub" else 1
+        left, right = ([(s, _as_wide(w, weights)) for s, w in parts(a)] for a in weights.args)
+        return [*left, *((s * sign, w) for s, w in right)]
+    if weights.op in LINEAR and any(len(parts(a)) > 1 for a in weights.args if holds_softmax(a)):
+        position = next(i for i, a in enumerate(weights.args) if holds_softmax(a))
+        inner = parts(weights.args[position])
+        if weights.op == "dropout":
+            raise Refuse("the weights that are dropped are a sum of several softmaxes", weights)
+        rest = [list(weights.args) for _ in inner]
+        for args, (_, w) in zip(rest, inner, strict=True):
+            args[position] = w
+        return [
+            (s, expr(weights.op, tuple(args), weights.attrs, weights.shape, weights.dtype))
+            for args, (s, _) in zip(rest, inner, strict=True)
+        ]
+    return [(1, weights)]
+
+
+#: Layers that a sum goes through.
+LINEAR = VIEWS - {"repeat"} | {"cast", "mul", "div", "neg", "dropout"}
+
+
+def _as_wide(part: Expr, whole: Expr) -> Expr:
+    """A summand as wide as its sum."""
+    if part.dtype is not whole.dtype:
+        part = expr("cast", (part,), (whole.dtype,), part.shape, whole.dtype)
+    return part if part.shape == whole.shape else expr("expand", (part,), (), whole.shape, whole.dtype)
 
 
 WEIGHTS: tuple[Rule, ...] = (cast, dropout, zero_empty_rows, keep, weight_scale)

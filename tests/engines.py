@@ -25,7 +25,7 @@ def softmaxes(gm: torch.fx.GraphModule) -> list[torch.fx.Node]:
     return [node for node in gm.graph.nodes if "softmax" in str(node.target)]
 
 
-def idle(gm: torch.fx.GraphModule, options: Options, example_inputs: Any) -> GraphReport:
+def idle(gm: torch.fx.GraphModule, options: Options, example_inputs: Any, **_: Any) -> GraphReport:
     """Sees every softmax and changes nothing."""
     sites = [
         SiteReport(node.name, False, "", "", None, f"idle, kernel {options.kernel}", source_of(node))
@@ -34,7 +34,7 @@ def idle(gm: torch.fx.GraphModule, options: Options, example_inputs: Any) -> Gra
     return GraphReport(sites, seconds=0.25, nodes=len(gm.graph.nodes))
 
 
-def wrong(gm: torch.fx.GraphModule, options: Options, example_inputs: Any) -> GraphReport:
+def wrong(gm: torch.fx.GraphModule, options: Options, example_inputs: Any, **_: Any) -> GraphReport:
     """Multiplies every softmax by 1.01, and is proud of it."""
     sites = []
     for node in softmaxes(gm):
@@ -46,7 +46,7 @@ def wrong(gm: torch.fx.GraphModule, options: Options, example_inputs: Any) -> Gr
     return GraphReport(sites, nodes=len(gm.graph.nodes))
 
 
-def failing(gm: torch.fx.GraphModule, options: Options, example_inputs: Any) -> GraphReport:
+def failing(gm: torch.fx.GraphModule, options: Options, example_inputs: Any, **_: Any) -> GraphReport:
     raise ZeroDivisionError("an engine fault")
 
 

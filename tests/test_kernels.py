@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from fusepass.config import KERNELS as NAMES
 from fusepass.config import Options
-from fusepass.kernels import BY_NAME, FLEX, KERNELS, REFERENCE, SDPA, Kernel, Target
+from fusepass.kernels import BY_NAME, FLEX, KERNELS, REFERENCE, SDPA, Kernel, Target, reference
+from fusepass.report import collect
 from fusepass.rewrite import rewrite_graph
 from fusepass.spec import (
     Attention,
@@ -124,16 +125,20 @@ def test_flex_takes(name: str) -> None:
 
 
 def test_the_reference_takes_everything_known() -> None:
+    """Asked for by name, everything; unasked, everything in training and nothing else."""
     for given in (*SDPA_TAKES.values(), *(s for s, _ in FLEX_TAKES.values())):
-        assert REFERENCE.refuse(given, CPU) is None
+        assert REFERENCE.refuse(given, replace(CPU, requested=True)) is None
+        assert REFERENCE.refuse(given, replace(CPU, training=True)) is None
+        assert "what the graph has already" in str(REFERENCE.refuse(given, CPU))
 
 
 def test_the_list_of_kernels() -> None:
-    assert REFERENCE not in KERNELS, "the reference is chosen by name alone"
-    assert set(BY_NAME) <= set(NAMES) and all(k.name == name for name, k in BY_NAME.items())
+    assert KERNELS[-1] is REFERENCE, "plain mathematics comes last"
+    assert tuple(BY_NAME.values()) == KERNELS and set(BY_NAME) <= set(NAMES)
+    assert all(k.name == name for name, k in BY_NAME.items())
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k is not REFERENCE], ids=lambda k: k.name)
 def test_every_kernel_refuses_what_it_does_not_know(kernel: Kernel) -> None:
     for unknown in (spec(Novelty()), spec(Scale(0.5), Novelty()), spec(weights=(Novelty(),))):
         assert all(kernel.refuse(unknown, target) for target in (CPU, CUDA)), kernel.name
@@ -238,12 +243,31 @@ def test_the_first_kernel_that_takes_a_site_gets_it_and_the_others_are_told() ->
 
 
 def test_gradients_on_cpu_keep_softcaps_out_of_flex() -> None:
+    """The reference operator has gradients, and serves what no library kernel does."""
     args = [t.requires_grad_() for t in qkv()]
     got, seen = compiled(capped, *args, kernel="auto")
     (site,) = seen.sites
-    assert not site.fused and "FlexAttention has no gradients on cpu" in str(site.reason)
+    assert (site.fused, site.kernel) == (True, "reference")
+    assert dict(site.rejected)["flex"] == "FlexAttention has no gradients on cpu"
     close(got, capped(*args))
-    assert compiled(capped, *args)[1].sites[0].fused, "the reference operator has gradients"
+    named, seen = compiled(capped, *args, kernel="flex")
+    (site,) = seen.sites
+    assert not site.fused and "FlexAttention has no gradients on cpu" in str(site.reason)
+    close(named, capped(*args))
+
+
+def test_plain_mathematics_is_not_written_for_inference() -> None:
+    def kept(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen = torch.arange(k.shape[2]) % 2 == 0
+        return (q @ k.transpose(-1, -2)).softmax(-1).masked_fill(~seen, 0.0) @ v
+
+    args = qkv()
+    got, seen = compiled(kept, *args, kernel="auto")
+    (site,) = seen.sites
+    assert not site.fused and "reference: plain mathematics is what the graph has already" in str(site.reason)
+    assert torch.equal(got, kept(*args))
+    trained = [t.requires_grad_() for t in args]
+    assert compiled(kept, *trained, kernel="auto")[1].sites[0].kernel == "reference"
 
 
 @pytest.mark.parametrize("kernel", ["auto", "sdpa", "flex", "reference"])
@@ -264,6 +288,55 @@ def test_gradients_are_eagers(program: Callable[..., Tensor], kernel: str) -> No
     program(*theirs).square().sum().backward()
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------- TorchInductor
+
+
+def forget_the_operator() -> None:
+    """TorchInductor as it is in a process that has compiled, and that has not met fusepass."""
+    from torch._inductor import decomposition
+
+    for op in (reference.attention, reference.attention_backward):
+        decomposition.decompositions.pop(op._opoverload, None)
+    decomposition.fast_random_decomps.cache_clear()
+    decomposition.select_decomp_table()
+
+
+def test_inductor_learns_the_operator_at_any_time() -> None:
+    from torch._inductor.decomposition import select_decomp_table
+
+    forget_the_operator()
+    ops = {reference.attention._opoverload, reference.attention_backward._opoverload}
+    assert not ops & set(select_decomp_table())
+    for _ in range(2):
+        reference.let_inductor_inline()
+        assert ops <= set(select_decomp_table())
+
+
+def test_inductor_writes_the_operator_out() -> None:
+    """A T5-like site in training: unscaled scores and a learned bias, for which no library kernel serves."""
+    from torch._inductor.utils import run_fw_bw_and_get_code
+
+    def t5(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return (q @ k.transpose(-1, -2) + bias).softmax(-1) @ v
+
+    forget_the_operator()
+    args = [t.requires_grad_() for t in (*qkv(), torch.randn(1, 2, 6, 6))]
+    fn = torch.compile(t5, backend="fusepass", fullgraph=True)
+    with collect() as seen:
+        got, code = run_fw_bw_and_get_code(lambda: fn(*args))
+    assert [(s.fused, s.kernel) for s in seen.sites] == [(True, "reference")]
+    assert len(code) == 2, "a forward and a backward graph"
+    lines = [line.strip() for text in code for line in text.splitlines()]
+    assert not [line for line in lines if "ops.fusepass" in line and not line.startswith("#")]
+    mine = [t.grad for t in args]
+    for t in args:
+        t.grad = None
+    want = t5(*args)
+    close(got, want)
+    want.sum().backward()
+    close(mine, [t.grad for t in args])
 
 
 # ---------------------------------------------------------------------------------------- fills within reach

@@ -13,14 +13,14 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
-from fusepass.dialects import torch_ops
+from fusepass.contents import Contents
+from fusepass.dialects import joins, torch_ops
 from fusepass.dialects.torch_ops import HANDLERS, Result, Value
 from fusepass.index import Facts, simplify_size
-from fusepass.ir import Expr, const, expr, is_constant, leaf, pointwise, scalar_of
+from fusepass.ir import Expr, const, is_constant, leaf, pointwise
 
 #: Nodes that are views of their first argument as far as memory is concerned.
 _ALIASES = frozenset(
@@ -29,6 +29,10 @@ _ALIASES = frozenset(
     "split_with_sizes chunk tensor_split getitem contiguous to type_as float half bfloat16 double "
     "alias detach _unsafe_view diagonal as_strided unfold ravel real imag "
     "numpy_T adjoint requires_grad_ view_copy lift_fresh unsafe_split unsafe_chunk".split()
+)
+#: Those that are a copy where the layout or the dtype asks for one.
+_MAY_COPY = frozenset(
+    "contiguous reshape reshape_as flatten ravel to type_as float half bfloat16 double view_copy".split()
 )
 _INPLACE_OPERATORS = {
     "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ifloordiv": "floordiv", "ipow": "pow",
@@ -88,6 +92,7 @@ class Reader:
         defined: the expression it had when it was made, whatever was written into it later.
         home: for an expression, the first node that holds its value.
         facts: what is known of symbolic sizes.
+        contents: what is known of the elements of leaves.
     """
 
     def __init__(
@@ -95,8 +100,12 @@ class Reader:
         graph: fx.Graph,
         owner: torch.nn.Module | None = None,
         constants: Mapping[str, torch.Tensor] | None = None,
+        static: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.graph = graph
+        self.static = static or {}
+        self.contents = Contents(tensors := {})
+        self._tensors: dict[Expr, torch.Tensor] = tensors
         self.owner = owner
         self.constants = constants or {}
         self.meaning: dict[fx.Node, Value] = {}
@@ -108,6 +117,7 @@ class Reader:
         self._members: dict[fx.Node, list[fx.Node]] = {}
         self._writes: dict[fx.Node, list[int]] = {}
         self._since: dict[fx.Node, int] = {}
+        self._held: dict[tuple[Expr, joins.Window], Expr] = {}
         self._no_grad = False
         self.facts = Facts(self._shape_env())
         for position, node in enumerate(graph.nodes):
@@ -187,7 +197,7 @@ class Reader:
         if constant is not None and constant.dim() == 0 and node.op == "placeholder":
             return const(constant.item(), constant.dtype)
         if isinstance(value, torch.Tensor) and value.layout is torch.strided:
-            return leaf(f"{node.name}", shape_of(value), value.dtype)
+            return self._leaf(node, value)
         if isinstance(value, torch.SymInt):
             return size_of(value)
         if isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
@@ -198,6 +208,14 @@ class Reader:
             expression = value.node.expr
             return float(expression) if expression.is_number else leaf(node.name, (), torch.float64)
         return None
+
+    def _leaf(self, node: fx.Node, value: torch.Tensor) -> Expr:
+        made = leaf(f"{node.name}", shape_of(value), value.dtype)
+        if node.op == "placeholder" and node.name in self.static:
+            self._tensors[made] = self.static[node.name]
+        elif value.requires_grad or isinstance(value, torch.nn.Parameter):
+            self.contents.ordinary.add(made)
+        return made
 
     def _meaning(self, node: fx.Node, name: str) -> Value:
         value = value_of(node)
@@ -350,42 +368,23 @@ class Reader:
             out = self._copied(node, target)
         elif isinstance(value, torch.Tensor) and name in HANDLERS:
             out = self._call(HANDLERS[name], node, value)
-        part = self._written_part(target, out)
         self._alias(node, target)
         self._rewrite(target, node, out, position)
-        if part is not None:
-            root, whole = part
-            self.meaning[root] = whole
-            self.home[whole] = root
-            self._since[root] = position
 
-    def _written_part(self, target: fx.Node, out: Value) -> tuple[fx.Node, Expr] | None:
-        """The root of a sliced view and its new meaning, where a constant was written into the view."""
-        root = self._root[target]
-        base, view = self.meaning.get(root), self.meaning.get(target)
-        if (
-            root is target
-            or not isinstance(out, Expr)
-            or not isinstance(base, Expr)
-            or not isinstance(view, Expr)
-        ):
-            return None
-        value = scalar_of(out)
-        bounds: dict[int, tuple[Any, Any]] = {}
-        while view is not base and view.op == "slice" and view.attrs[2] == 1:
-            dim, start = int(view.attrs[0]), view.attrs[1]
-            low, high = bounds.get(dim, (0, view.shape[dim]))
-            bounds[dim] = (low + start, high + start)
-            view = view.args[0]
-        if view is not base or value is None:
-            return None
-        key = tuple(slice(*bounds.get(d, (None, None))) for d in range(base.rank))
-        selected = self._range_selection(base, list(key))
-        if selected is None:
-            return None
-        filler = torch_ops.as_expr(value, base.dtype)
-        assert filler is not None
-        return root, pointwise("where", selected, torch_ops.cast(filler, base.dtype), base, dtype=base.dtype)
+    def _wholes(self, target: fx.Node, out: Expr) -> list[tuple[fx.Node, Expr]]:
+        """The tensors that ``target`` is a part of, and what they mean once the part holds ``out``."""
+        part, holder, found = self.meaning[target], target, []
+        while holder is not self._root[target] and operation(holder)[0] not in _MAY_COPY:
+            holder = _first(holder)
+            base = self.meaning.get(holder)
+            window = joins.window_of_view(part, base) if isinstance(base, Expr) else None
+            if not isinstance(base, Expr) or window is None:
+                continue
+            whole = joins.written(base, window, out, self.facts)
+            if whole is not None:
+                self._held[whole, window] = out
+                found.append((holder, whole))
+        return found
 
     def _copied(self, node: fx.Node, target: fx.Node) -> Value:
         source = self._values(node)[0][1] if len(node.args) > 1 else None
@@ -401,16 +400,23 @@ class Reader:
         """``target``'s memory now holds ``out``; everything that shares it is forgotten."""
         whole = self._root[target] is target
         before = self.meaning.get(target)
+        if not isinstance(out, Expr) or not isinstance(before, Expr) or out.shape != before.shape:
+            self._forget(target, position)
+            return
+        out = torch_ops.cast(out, before.dtype)
+        wholes = self._wholes(target, out)
         self._forget(target, position)
-        if isinstance(out, Expr) and isinstance(before, Expr) and out.shape == before.shape:
-            out = torch_ops.cast(out, before.dtype)
-            self.meaning[target] = out
-            if node is not None:
-                self._bind(node, out)
-            elif whole:
-                self.home.setdefault(out, target)
-            self.home[out] = target
-            self._since[target] = position
+        for holder, meaning in wholes:
+            self.meaning[holder] = meaning
+            self.home[meaning] = holder
+            self._since[holder] = position
+        self.meaning[target] = out
+        if node is not None:
+            self._bind(node, out)
+        elif whole:
+            self.home.setdefault(out, target)
+        self.home[out] = target
+        self._since[target] = position
 
     def since(self, node: fx.Node) -> int:
         """The position from which ``node`` has had its present meaning."""
@@ -430,18 +436,23 @@ class Reader:
                 del self.home[old]
 
     def _set_item(self, node: fx.Node, position: int) -> None:
-        """``x[key] = value``, as ``where(selected, value, x)`` where a boolean mask or a range selects."""
+        """``x[key] = value``, where a boolean mask, slices or integers select."""
         target = node.args[0]
         if not isinstance(target, fx.Node):
             return
+        self._alias(node, target)
         args, _ = self._values(node)
         x, key, new = args[0], args[1], args[2]
         out = None
         if isinstance(x, Expr):
             selected = self._selection(x, key)
+            window = joins.window_of_key(x, key)
             value = torch_ops.as_expr(new, x.dtype)
             if selected is not None and value is not None and value.rank == 0:
                 out = pointwise("where", selected, value, x, dtype=x.dtype)
+            elif window is not None and value is not None:
+                own = self._held.get((x, window)) is value  # ``x[key] += y`` puts back what x holds
+                out = x if own else joins.written(x, window, value, self.facts)
         self._rewrite(target, None, out, position)
 
     def _selection(self, x: Expr, key: Value) -> Expr | None:
@@ -462,32 +473,7 @@ class Reader:
                     return None
             shape += [1] * (x.rank - len(shape))
             return torch_ops.reshape(masks[0], tuple(shape))
-        return self._range_selection(x, keys) if not masks else None
-
-    def _range_selection(self, x: Expr, keys: list[Value]) -> Expr | None:
-        if any(k is None for k in keys):
-            return None
-        if Ellipsis in keys:
-            at = keys.index(Ellipsis)
-            keys[at : at + 1] = [slice(None)] * (x.rank - len(keys) + 1)
-        out = expr("const", (), (True,), (), torch.bool)
-        for dim, k in enumerate(keys):
-            if k == slice(None):
-                continue
-            bounds = _range(k, x.shape[dim])
-            if bounds is None:
-                return None
-            out = pointwise("and", out, torch_ops.within(x, dim, *bounds))
-        return out
-
-
-def _range(key: Value, size: Any) -> tuple[Any, Any] | None:
-    if isinstance(key, slice):
-        start = torch_ops.slice_start(key.start, size)
-        stop = size if key.stop is None else torch_ops.slice_start(key.stop, size)
-        return None if start is None or stop is None or key.step not in (None, 1) else (start, stop)
-    at = torch_ops.slice_start(key, size) if isinstance(key, (int, sympy.Expr)) else None
-    return None if at is None else (at, at + 1)
+        return None
 
 
 @functools.cache

@@ -433,25 +433,6 @@ def _flip(r: Result, x: Expr, *dims: Value) -> Expr:
     return view("flip", x, x.shape, tuple(dim_of(d, x.rank) for d in ints(dims)))
 
 
-@handles("cat", "concat", "concatenate")
-def _cat(r: Result, tensors: Value, dim: int = 0, **kw: Value) -> Expr | None:
-    dim = kw.get("axis", dim)
-    if not all(isinstance(t, Expr) and t.rank == len(r.shape) for t in tensors):
-        return None
-    return (
-        tensors[0]
-        if len(tensors) == 1
-        else expr("cat", tuple(tensors), (dim_of(dim, len(r.shape)),), r.shape, r.dtype)
-    )
-
-
-@handles("stack")
-def _stack(r: Result, tensors: Value, dim: int = 0) -> Expr | None:
-    d = dim_of(dim, len(r.shape))
-    thin = [reshape(t, (*t.shape[:d], 1, *t.shape[d:])) for t in tensors if isinstance(t, Expr)]
-    return expr("cat", tuple(thin), (d,), r.shape, r.dtype) if len(thin) == len(tensors) else None
-
-
 def getitem(r: Result, x: Expr, key: Value) -> Expr | None:
     """Basic and advanced indexing ``x[key]``."""
     keys = list(key) if isinstance(key, tuple) else [key]
@@ -581,19 +562,6 @@ def within(x: Expr, dim: int, start: Size, stop: Size) -> Expr:
     low, high = as_expr(start), as_expr(stop)
     assert low is not None and high is not None
     return pointwise("and", pointwise("ge", n, low), pointwise("lt", n, high))
-
-
-@handles("slice_scatter")
-def _slice_scatter(
-    r: Result, x: Expr, src: Expr, dim: int = 0, start: Value = None, end: Value = None, step: int = 1
-) -> Expr | None:
-    """A constant written into a range of one dimension."""
-    d, value = dim_of(dim, x.rank), scalar_of(src)
-    first = slice_start(start, x.shape[d])
-    if value is None or first is None or step != 1:
-        return None
-    inside = within(x, d, first, simplify_size(first + src.shape[d]))
-    return pointwise("where", inside, const(value, x.dtype), x, dtype=x.dtype)
 
 
 @handles("copy")
@@ -797,6 +765,11 @@ def _softmax(
         return None
     x = cast(x, r.dtype)
     return expr(op, (x,), (dim_of(dim, x.rank),), x.shape, r.dtype)
+
+
+@handles("softmin")
+def _softmin(r: Result, x: Expr, dim: Value = None, *_: Value, **__: Value) -> Expr | None:
+    return _softmax(r, pointwise("neg", cast(x, r.dtype), dtype=r.dtype), dim)
 
 
 HANDLERS["log_softmax"] = lambda r, x, dim=None, *rest, **kw: _softmax(r, x, dim, op="log_softmax")

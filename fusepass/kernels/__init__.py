@@ -1,7 +1,6 @@
 """Kernels: each says which specifications it refuses, and why, and writes itself into a graph.
 
-The list is in order of preference.  ``reference`` is not part of it: it shows recognition apart from
-kernels and is chosen by name alone.
+The list is in order of preference.  ``reference``, plain mathematics, closes it: unasked it serves training only.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from fusepass.kernels.flex import FLEX
 from fusepass.kernels.reference import REFERENCE
 from fusepass.kernels.sdpa import SDPA
 
-KERNELS: tuple[Kernel, ...] = (SDPA, FLEX)
-BY_NAME: dict[str, Kernel] = {k.name: k for k in (*KERNELS, REFERENCE)}
+KERNELS: tuple[Kernel, ...] = (SDPA, FLEX, REFERENCE)
+BY_NAME: dict[str, Kernel] = {k.name: k for k in KERNELS}
 
 __all__ = ["BY_NAME", "FLEX", "KERNELS", "REFERENCE", "SDPA", "Kernel", "Refused", "Target"]

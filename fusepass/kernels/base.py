@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fusepass.contents import FILL
 from fusepass.dialects.fx_graph import size_of
 from fusepass.emit import Builder
 from fusepass.program import slots
@@ -53,8 +54,12 @@ class Operands:
     v: fx.Node
 
 
-def operands(site: Site, build: Builder) -> Operands:
-    """Lay out queries, keys and values; grouped heads are not copied."""
+def operands(site: Site, build: Builder, gated: bool = True) -> Operands:
+    """Lay out queries, keys and values; grouped heads are not copied.
+
+    ``gated``: factors of the weights that vary over the keys are multiplied into the values,
+    ``(w * g) . v = w . (g * v)``.
+    """
     r = site.roles
     layouts = (
         (site.query, (r.batch, r.heads, r.query, r.head_dim)),
@@ -68,7 +73,32 @@ def operands(site: Site, build: Builder) -> Operands:
     wide = max(dtypes, key=lambda d: (d.itemsize, d is torch.float32))
     if len(set(dtypes)) > 1 and torch.float16 in dtypes and torch.bfloat16 in dtypes:
         wide = torch.float32
-    return Operands(*(build.cast(n, wide) for n in nodes))
+    x = Operands(*(build.cast(n, wide) for n in nodes))
+    if not gated:
+        return x
+    for mod in site.spec.weights:
+        if isinstance(mod, WeightScale) and "j" in mod.axes:
+            x = Operands(x.q, x.k, _gated_values(site, build, x.v, mod))
+    return x
+
+
+def _gated_values(site: Site, build: Builder, v: fx.Node, mod: WeightScale) -> fx.Node:
+    assert mod.slot is not None
+    if "h" in mod.axes and site.roles.group:
+        raise Refused("the weights are multiplied by a gate of keys and heads, which groups of heads share")
+    gate = build.op("transpose", score_operand(site, build, mod.slot), 2, 3)
+    return build.cast(build.op("mul", v, gate), build.value(v).dtype)
+
+
+def may_empty_rows(spec: Attention, target: Target) -> bool:
+    """Has the site rows to mend: a row may see no key, and adding the fills as they are does not do?
+
+    A bias that may hide whole rows is added as it is in inference, in the order of computation; the
+    backward of every kernel takes such rows wrongly (``exp(s - logsumexp)`` loses the row's length).
+    """
+    if target.training and any(isinstance(m, Bias) and m.hides for m in spec.scores):
+        return True
+    return bool(spec.masks) and not spec.rows_seen
 
 
 def score_operand(site: Site, build: Builder, slot: int) -> Any:
@@ -112,6 +142,8 @@ def tensor_operand(site: Site, build: Builder, slot: int) -> fx.Node:
 def after_weights(site: Site, build: Builder, out: fx.Node) -> fx.Node:
     """Factors of the weights that do not vary over the keys, moved to the result."""
     for mod in site.spec.weights:
+        if isinstance(mod, WeightScale) and "j" in mod.axes:
+            continue  # in the values already
         if isinstance(mod, WeightScale):
             factor = mod.factor if mod.slot is None else row_operand(site, build, mod.slot)
             out = build.op(
@@ -150,8 +182,9 @@ def conjunction(site: Site, build: Builder, masks: Sequence[Mask]) -> fx.Node:
 class Rows:
     """Which queries see a key, and what the masks alone make of the scores.
 
-    level: ``[B | 1, H | 1, Q | 1, K | 1]``, the masks applied to a score of zero, less its row maximum.
-    top: ``[..., 1]``, that maximum: zero for rows that see a key, a fill for others.
+    level: ``[B | 1, H | 1, Q | 1, K | 1]``, the masks (and biases that may hide) applied to a score of
+        zero; in rows that see no key, less its row maximum.
+    top: ``[..., 1]``, that maximum: a fill in rows that see no key.
     seen: ``[..., 1]``, boolean.
     """
 
@@ -166,26 +199,42 @@ def rows_of(site: Site, build: Builder, dtype: torch.dtype) -> Rows:
     highest level moved to zero, every kernel computes just that, in any precision.
     """
     level: fx.Node | None = None
-    for mask in site.spec.masks:
-        level = _hide(site, build, level, mask)
+    for mod in hiders(site.spec):
+        level = _hide(site, build, level, mod)
     assert level is not None
     top = build.op("amax", level, [-1], True)
-    seen = build.op("eq_scalar", top, 0)
-    finite = build.op("isfinite", top)
-    zero = build.op("scalar_tensor", 0.0, dtype=build.value(top).dtype, device=build.value(top).device)
-    level = build.cast(build.op("sub", level, build.op("where", finite, top, zero)), dtype)
-    lowest = build.op("scalar_tensor", torch.finfo(dtype).min, dtype=dtype, device=build.value(level).device)
+    value = build.value(top)
+    bound = max(-FILL, 0.99 * torch.finfo(value.dtype).min)
+    zero, reach = (build.op("scalar_tensor", n, dtype=value.dtype, device=value.device) for n in (0.0, bound))
+    seen = (
+        build.op("eq_scalar", top, 0)
+        if len(site.spec.masks) == len(hiders(site.spec))
+        else build.op("gt", top, reach)
+    )
+    hidden = build.op("logical_and", build.op("isfinite", top), build.op("logical_not", seen))
+    level = build.cast(build.op("sub", level, build.op("where", hidden, top, zero)), dtype)
+    lowest = build.op("scalar_tensor", torch.finfo(dtype).min, dtype=dtype, device=value.device)
     return Rows(build.op("maximum", level, lowest), top, seen)
 
 
-def _hide(site: Site, build: Builder, level: fx.Node | None, mask: Mask) -> fx.Node:
-    tensor = score_operand(site, build, mask.slot)
-    if mask.additive:
+def hiders(spec: Attention) -> list[Mask | Bias]:
+    """What may hide keys, in the order of computation: masks, and biases that may hold fills."""
+    return [m for m in spec.scores if isinstance(m, Mask) or (isinstance(m, Bias) and m.hides)]
+
+
+def _hide(site: Site, build: Builder, level: fx.Node | None, mod: Mask | Bias) -> fx.Node:
+    tensor = score_operand(site, build, mod.slot)
+    if isinstance(mod, Bias):
+        if not isinstance(tensor, fx.Node) or not isinstance(build.value(tensor), torch.Tensor):
+            raise Refused("a bias that is one number for all keys")
+        tensor = tensor if mod.factor == 1 else build.op("mul_scalar", tensor, mod.factor)
+        return tensor if level is None else build.op("add", level, tensor)
+    if mod.additive:
         return tensor if level is None else build.op("add", level, tensor)
     dtype, device = site.product.dtype, build.value(build.anchor).device
-    fill = build.op("scalar_tensor", mask.fill, dtype=dtype, device=device)
+    fill = build.op("scalar_tensor", mod.fill, dtype=dtype, device=device)
     before = level if level is not None else build.op("scalar_tensor", 0.0, dtype=dtype, device=device)
-    return build.op("where", visible(site, build, mask), before, fill)
+    return build.op("where", visible(site, build, mod), before, fill)
 
 
 def muted(build: Builder, rows: Rows, node: fx.Node) -> fx.Node:
@@ -202,19 +251,21 @@ def finish_rows(
         Refused: their gradients are not known.
     """
     spec, value = site.spec, build.value(out)
-    additive = [m for m in spec.masks if m.additive]
+    fills = hiders(spec)
+    additive = [m for m in fills if isinstance(m, Bias) or m.additive]
     policy = empty_rows(spec)
     if policy == "zero" and any(isinstance(w, Keep) and w.implied for w in spec.weights):
         return build.op(
             "where", rows.seen, out, build.op("scalar_tensor", 0.0, dtype=value.dtype, device=value.device)
         )
-    if target.training and additive and policy == "mean":
-        if len(spec.masks) > 1:
+    opaque = any(isinstance(m, Bias) for m in fills)
+    if target.training and additive and (policy == "mean" or opaque):
+        if len(fills) > 1:
             raise Refused("gradients of rows that see no key under several masks (join them into one)")
         out = build.op(
             "where", rows.seen, out, build.cast(_with_gradients(site, build, x, scale, out), value.dtype)
         )
-    if policy != "mean" or len(spec.masks) > 1:  # several finite fills may add up to -inf
+    if policy != "mean" or len(fills) > 1 or opaque:  # finite fills may add up to -inf
         number = 0.0 if policy == "zero" else math.nan
         other = build.op("scalar_tensor", number, dtype=value.dtype, device=value.device)
         out = build.op("where", build.op("isfinite", rows.top), out, other)

@@ -23,6 +23,8 @@ from fusepass.kernels.base import (
     after_weights,
     all_operands,
     finish_rows,
+    hiders,
+    may_empty_rows,
     muted,
     operands,
     rows_of,
@@ -48,6 +50,7 @@ from fusepass.spec import (
 
 #: Stands for every lower fill: the kernels work in powers of two, where float32's lowest number overflows.
 _LOWEST = -1e30
+_HALF_LOWEST = torch.finfo(torch.float32).min / 2
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> Tensor:
@@ -61,10 +64,11 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], progr
 
     code = decode(program)
     scale, scores = _leading_scale(code)
+    exact = any(isinstance(m, Bias) for m in scores)
 
     def score_mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *captured: Tensor) -> Tensor:
         for mod in scores:
-            s = _apply(mod, s, (b, h, i, j), captured)
+            s = _apply(mod, s, (b, h, i, j), captured, exact)
         return s
 
     blocks = _create_empty_block_mask(q, k).as_tuple()
@@ -115,7 +119,7 @@ def _element(t: Tensor, at: tuple[Tensor, ...]) -> Tensor:
     return t[tuple(at[d] if t.shape[d] != 1 else torch.zeros_like(at[d]) for d in range(4))]
 
 
-def _apply(mod: Any, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, ...]) -> Tensor:
+def _apply(mod: Any, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, ...], exact: bool) -> Tensor:
     match mod:
         case Scale(factor):
             return s * factor
@@ -124,28 +128,41 @@ def _apply(mod: Any, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, 
         case SoftCap(cap):
             return cap * torch.tanh(s / cap)
         case Bias(slot, _, factor):
-            return s + _element(captured[slot], at) * factor
+            return s + _representable(_element(captured[slot], at) * factor)
         case Floor(bound):
             return torch.maximum(s, torch.full_like(s, max(bound, torch.finfo(torch.float32).min)))
         case Mask():
-            return _masked(mod, s, at, captured)
+            return _masked(mod, s, at, captured, exact)
     raise ValueError(f"FlexAttention program: unknown modifier {mod!r}")
 
 
-def _masked(mod: Mask, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, ...]) -> Tensor:
+def _representable(added: Tensor) -> Tensor:
+    """The lowest finite values halved: they hide as much, and do not overflow in powers of two."""
+    if added.dtype is torch.float16:
+        return added
+    return torch.where(added == -math.inf, added, torch.clamp(added, min=_HALF_LOWEST))
+
+
+def _masked(
+    mod: Mask, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, ...], exact: bool
+) -> Tensor:
+    """Hidden scores.  ``exact``: a bias may hide whole rows, in which fills are compared with each other."""
     fill = max(mod.fill, _LOWEST)
+    if exact:
+        fill = mod.fill if mod.fill == -math.inf else max(mod.fill, _HALF_LOWEST)
     if mod.slot >= 0:
         tensor = _element(captured[mod.slot], at)
         if mod.additive:
-            return s + tensor
+            return s + (_representable(tensor) if exact else tensor)
         return torch.where(tensor, s, fill) if mod.attends else torch.where(tensor, fill, s)
+    hidden: Any = s + fill if mod.additive and exact else fill
     gap = at[3] - at[2]
     for band in mod.atoms:
         right, left = getattr(band, "right", None), getattr(band, "left", None)
         if right is not None:
-            s = torch.where(gap <= right, s, fill)
+            s = torch.where(gap <= right, s, hidden)
         if left is not None:
-            s = torch.where(gap >= -left, s, fill)
+            s = torch.where(gap >= -left, s, hidden)
     return s
 
 
@@ -182,15 +199,13 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     within_reach = [m for m in spec.masks if not negligible(m.fill, spec.dtype)]
     if within_reach and len(within_reach) < len(spec.masks) and not spec.rows_seen:
         raise Refused("a row may see no key, under fills that vanish and fills that do not")
-    if not spec.rows_seen and spec.masks and not within_reach:
+    if may_empty_rows(spec, target) and not within_reach:
         rows = rows_of(site, build, build.value(x.q).dtype)
         scale = math.prod(m.factor for m in spec.scores if isinstance(m, Scale))
         x = Operands(muted(build, rows, x.q), x.k, x.v)
         spec, tensors = _with_levels(site, build, rows)
     else:
         tensors = all_operands(site, build, bands=True)
-    if any(build.value(t).requires_grad for t in tensors) and target.device == "cpu":
-        raise Refused("FlexAttention has no gradients on cpu")
     q, v = build.value(x.q), build.value(x.v)
     with build.mode():
         value = q.new_empty((*q.shape[:3], v.shape[3]))
@@ -206,13 +221,13 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
 def _with_levels(site: Site, build: Builder, rows: Rows) -> tuple[Attention, list[fx.Node]]:
     """The specification with its masks replaced by one bias, silent in rows that see no key."""
     kept: list[ScoreModifier] = []
+    hiding = hiders(site.spec)
     tensors: list[fx.Node] = []
     for mod in site.spec.scores:
-        if isinstance(mod, Mask):
+        if mod in hiding:
             continue
-        if any(
-            isinstance(m, Mask) for m in site.spec.scores[: site.spec.scores.index(mod)]
-        ) and not isinstance(mod, Bias):
+        before = site.spec.scores[: site.spec.scores.index(mod)]
+        if any(m in hiding for m in before) and not isinstance(mod, Bias):
             raise Refused(f"'{mod}' comes after a mask under which a row may see no key")
         slot = getattr(mod, "slot", None)
         if slot is not None:

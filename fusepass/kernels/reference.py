@@ -21,7 +21,16 @@ from fusepass.spec_grad import gradients
 def compute(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> Tensor:
     """Run a program on tensors ``[B, H, Q, D]``, ``[B, G, K, D]``, ``[B, G, K, Dv]``."""
     code = decode(program)
-    return reference(code.spec(q, k, v, len(tensors)), q, k, v, tensors)
+    return reference(code.spec(q, k, v, len(tensors)), q, k, v, tensors).contiguous()
+
+
+def compute_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str
+) -> list[Tensor]:
+    """The gradients of :func:`compute` for q, k, v and every operand."""
+    code = decode(program)
+    grads = gradients(code.spec(q, k, v, len(tensors)), grad, q, k, v, tensors)
+    return [g.to(t.dtype).contiguous() for g, t in zip(grads, (q, k, v, *tensors), strict=True)]
 
 
 @torch.library.custom_op("fusepass::attention", mutates_args=())
@@ -33,7 +42,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: s
         tensors: operands of the program, broadcastable to ``[B, H, Q, K]``.
         program: modifiers as written by :func:`fusepass.program.encode`.
     """
-    return compute(q, k, v, tensors, program).contiguous()
+    return compute(q, k, v, tensors, program)
 
 
 @attention.register_fake
@@ -46,9 +55,7 @@ def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str
 ) -> list[Tensor]:
     """Gradients of :func:`attention` for q, k, v and every operand (zeros for boolean ones)."""
-    code = decode(program)
-    grads = gradients(code.spec(q, k, v, len(tensors)), grad, q, k, v, tensors)
-    return [g.to(t.dtype).contiguous() for g, t in zip(grads, (q, k, v, *tensors), strict=True)]
+    return compute_gradients(grad, q, k, v, tensors, program)
 
 
 @attention_backward.register_fake
@@ -71,14 +78,30 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 attention.register_autograd(_backward, setup_context=_setup)
 
 
+def let_inductor_inline() -> None:
+    """Have TorchInductor write both operators out, so that it fuses their steps as it fuses the model's own."""
+    from torch._inductor import decomposition
+
+    table = decomposition.decompositions
+    if attention._opoverload not in table:
+        table[attention._opoverload] = compute
+        table[attention_backward._opoverload] = compute_gradients
+        decomposition.fast_random_decomps.cache_clear()  # a copy of the table, made at first use
+
+
 def refuse(spec: Attention, target: Target) -> str | None:
-    """It computes every specification."""
-    return None
+    """It computes every specification; where nobody asked for it, it serves training only.
+
+    Plain mathematics is not faster than the graph as it was, but in training it keeps no weights.
+    """
+    if target.requested or target.training:
+        return None
+    return "plain mathematics is what the graph has already"
 
 
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     """Write the operator; dropout's mask is drawn outside it, as one more operand."""
-    x = operands(site, build)
+    x = operands(site, build, gated=False)
     spec = site.spec
     tensors = all_operands(site, build)
     if spec.dropout:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusepass.dialects.fx_graph import size_of
@@ -27,6 +28,7 @@ from fusepass.kernels.base import (
     after_weights,
     conjunction,
     finish_rows,
+    may_empty_rows,
     muted,
     operands,
     repeat_heads,
@@ -100,8 +102,8 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     rows: Rows | None = None
     if causal:
         mask = None
-    elif spec.rows_seen or not spec.masks or _absorbs(spec, target, build.value(x.q).dtype):
-        mask = attn_mask(site, build, x)
+    elif not may_empty_rows(spec, target) or _absorbs(spec, target, build.value(x.q).dtype):
+        mask = attn_mask(site, build, target, x)
     else:
         rows = rows_of(site, build, build.value(x.q).dtype)
         x = Operands(muted(build, rows, x.q), x.k, x.v)
@@ -117,8 +119,8 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
 def _levels_and_biases(site: Site, build: Builder, rows: Rows, dtype: torch.dtype) -> fx.Node:
     total = rows.level
     for mod in site.spec.scores:
-        if isinstance(mod, Bias):
-            bias = build.cast(_added(site, build, mod, dtype), dtype)
+        if isinstance(mod, Bias) and not mod.hides:
+            bias = build.cast(_added(site, build, mod), dtype)
             total = build.op("add", total, muted(build, rows, bias))
     return total
 
@@ -163,7 +165,7 @@ def _scaled(site: Site, build: Builder, x: Operands) -> tuple[float, Operands]:
     return factor, Operands(q, x.k, x.v)
 
 
-def attn_mask(site: Site, build: Builder, x: Operands) -> fx.Node | None:
+def attn_mask(site: Site, build: Builder, target: Target, x: Operands) -> fx.Node | None:
     """Everything added to the scores, as one tensor; None where nothing is."""
     spec, dtype = site.spec, build.value(x.q).dtype
     extra = added(spec)
@@ -173,10 +175,42 @@ def attn_mask(site: Site, build: Builder, x: Operands) -> fx.Node | None:
         return conjunction(site, build, [m for m in extra if isinstance(m, Mask)])
     total: fx.Node | None = None
     for mod in extra:
-        term = _added(site, build, mod, dtype)
-        total = term if total is None else build.op("add", total, term)
+        if isinstance(mod, Mask) and not mod.additive:
+            total = _filled(site, build, mod, total, dtype)
+        else:
+            term = _added(site, build, mod)
+            total = term if total is None else build.op("add", total, term)
     assert total is not None
-    return build.cast(total, dtype)
+    total = build.cast(total, dtype)
+    opaque = target.device != "cpu" and any(isinstance(m, Bias) for m in extra)
+    return _representable(build, total) if opaque else total
+
+
+def _filled(site: Site, build: Builder, mod: Mask, before: fx.Node | None, dtype: torch.dtype) -> fx.Node:
+    """What has been added so far, replaced by the fill where the mask hides: ``-inf`` where rows see a key.
+
+    In other rows ``-inf`` would give NaN gradients; they are mended, or the fill was finite.
+    """
+    lowest = torch.finfo(dtype).min
+    fill = mod.fill if mod.fill == -math.inf and site.spec.rows_seen else max(mod.fill, lowest)
+    device = build.value(build.anchor).device
+    zero, hidden = (build.op("scalar_tensor", v, dtype=dtype, device=device) for v in (0.0, fill))
+    kept = zero if before is None else build.cast(before, dtype)
+    return build.op("where", visible(site, build, mod), kept, hidden)
+
+
+def _representable(build: Builder, added: fx.Node) -> fx.Node:
+    """``added`` with its lowest finite values halved, since kernels work in powers of two.
+
+    ``finfo.min * log2(e)`` overflows: a row that a caller's own float mask hides throughout would be NaN.
+    Half of it hides as much, and keeps such a row uniform.
+    """
+    value = build.value(added)
+    if value.dtype is torch.float16:
+        return added  # computed in float32, where it is far from overflowing
+    half = build.op("scalar_tensor", torch.finfo(value.dtype).min / 2, dtype=value.dtype, device=value.device)
+    infinite = build.op("eq_scalar", added, -math.inf)
+    return build.op("where", infinite, added, build.op("maximum", added, half))
 
 
 def _absorbs(spec: Attention, target: Target, dtype: torch.dtype) -> bool:
@@ -190,14 +224,9 @@ def _absorbs(spec: Attention, target: Target, dtype: torch.dtype) -> bool:
     return one and target.device == "cpu" and not target.training and dtype is not torch.float16
 
 
-def _added(site: Site, build: Builder, mod: ScoreModifier, dtype: torch.dtype) -> fx.Node:
-    """One bias or mask as a floating tensor to add."""
+def _added(site: Site, build: Builder, mod: ScoreModifier) -> fx.Node:
+    """One bias or additive mask as a floating tensor."""
     assert isinstance(mod, (Bias, Mask))
-    if isinstance(mod, Mask) and not mod.additive:
-        fill = torch.finfo(dtype).min  # not -inf: a row that sees no key would have NaN gradients
-        device = build.value(build.anchor).device
-        zero, hidden = (build.op("scalar_tensor", v, dtype=dtype, device=device) for v in (0.0, fill))
-        return build.op("where", visible(site, build, mod), zero, hidden)
     tensor = score_operand(site, build, mod.slot)
     if not isinstance(tensor, fx.Node) or not isinstance(build.value(tensor), torch.Tensor):
         raise Refused("a bias that is one number for all keys")
@@ -244,11 +273,24 @@ def _forms(site: Site, build: Builder, x: Operands) -> Iterator[tuple[Operands, 
     grouped, head_dim, width = bool(site.roles.group), site.spec.head_dim, site.spec.value_dim
     made: list[tuple[Operands, int | None]] = [(x, None)]
     yield x, grouped, None
+    dense = _dense(build, x)
+    if dense is not None:
+        made = [(dense, None)]
+        yield dense, grouped, None
     if head_dim != width and isinstance(head_dim, int) and isinstance(width, int):
-        made.append((_same_width(build, x, head_dim, width), width))
+        made.append((_same_width(build, made[0][0], head_dim, width), width))
         yield made[-1][0], grouped, width
     for form, cut in made if grouped else ():
         yield _repeated(site, build, form), False, cut
+
+
+def _dense(build: Builder, x: Operands) -> Operands | None:
+    """Operands copied where the elements of a head are not side by side, as fused kernels want them."""
+    nodes = (x.q, x.k, x.v)
+    strided = [not statically_known_true(build.value(n).stride(-1) == 1) for n in nodes]
+    if not any(strided):
+        return None
+    return Operands(*(build.op("contiguous", n) if far else n for n, far in zip(nodes, strided, strict=True)))
 
 
 def _is_math(

@@ -1,0 +1,173 @@
+"""What is known of the elements of a graph's leaves.
+
+A buffer that holds a mask (``tril`` of ones, say) or positions is the same at every call as long as
+nobody writes into it.  Its elements are looked at when the graph is compiled and described in closed
+form; whoever relies on a description puts a guard on the buffer (:class:`Snapshot`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fusepass.ir import Expr
+
+#: Larger buffers are not looked at.
+LARGEST = 1 << 26
+#: Values of this size or more are fills, not scores.
+FILL = 1e8
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every element is ``value``."""
+
+    value: float | int | bool
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """``start + sum_d steps[d] * index[d]``, of integers."""
+
+    start: int
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Banded:
+    """``inside`` where ``-left <= index[column] - index[row] <= right``, ``outside`` elsewhere; None is unbounded."""
+
+    row: int
+    column: int
+    left: int | None
+    right: int | None
+    inside: float | int | bool
+    outside: float | int | bool
+
+
+Form = Uniform | Ramp | Banded
+
+
+def describe(tensor: Tensor) -> Form | None:
+    """The closed form that every element of ``tensor`` fits, or None."""
+    if not 0 < tensor.numel() <= LARGEST or tensor.is_complex():
+        return None
+    x = tensor.detach().cpu()
+    dims = [d for d in range(x.dim()) if x.shape[d] > 1]
+    for d in list(dims):
+        first = x.narrow(d, 0, 1)
+        if torch.equal(first.expand_as(x), x):
+            x = first
+            dims.remove(d)
+    return _uniform(x, dims) or _ramp(x, dims) or _banded(x, dims)
+
+
+def _uniform(x: Tensor, dims: list[int]) -> Form | None:
+    return None if dims else Uniform(x.reshape(-1)[0].item())
+
+
+def _ramp(x: Tensor, dims: list[int]) -> Form | None:
+    if x.is_floating_point() or x.dtype is torch.bool:
+        return None
+    start = int(x.reshape(-1)[0])
+    steps = [int(x.select(d, 1).reshape(-1)[0]) - start if d in dims else 0 for d in range(x.dim())]
+    fitted = torch.full((), start, dtype=torch.int64)
+    for d in dims:
+        shape = [-1 if e == d else 1 for e in range(x.dim())]
+        fitted = fitted + steps[d] * torch.arange(x.shape[d]).reshape(shape)
+    return Ramp(start, tuple(steps)) if torch.equal(fitted.expand_as(x), x.long()) else None
+
+
+def _banded(x: Tensor, dims: list[int]) -> Form | None:
+    """The tightest band around the elements equal to the first one of the diagonal, compared everywhere."""
+    if len(dims) != 2:
+        return None
+    flat = x.reshape(x.shape[dims[0]], x.shape[dims[1]])
+    gap = torch.arange(flat.shape[1])[None, :] - torch.arange(flat.shape[0])[:, None]
+    for inside in (flat[0, 0], flat[-1, 0], flat[0, -1]):
+        hit = flat == inside
+        rest = flat[~hit]
+        if rest.numel() == 0 or not bool((rest == rest[0]).all()):
+            continue
+        low, high = int(gap[hit].min()), int(gap[hit].max())
+        if not torch.equal((gap >= low) & (gap <= high), hit):
+            continue
+        left = None if low == int(gap.min()) else -low
+        right = None if high == int(gap.max()) else high
+        return Banded(dims[0], dims[1], left, right, inside.item(), rest[0].item())
+    return None
+
+
+@dataclass
+class Contents:
+    """The leaves of one graph: which have known elements, and which are of ordinary size.
+
+    Attributes:
+        tensors: leaves that keep their elements as long as their guard holds.
+        ordinary: leaves of learned or computed numbers, which are no fills.
+        used: the leaves whose elements somebody has relied on.
+    """
+
+    tensors: Mapping[Expr, Tensor] = field(default_factory=dict)
+    ordinary: set[Expr] = field(default_factory=set)
+    used: set[Expr] = field(default_factory=set)
+    _forms: dict[Expr, Form | None] = field(default_factory=dict)
+
+    def form(self, leaf: Expr) -> Form | None:
+        """The closed form of a leaf; asking for one that exists counts as relying on it."""
+        if leaf not in self._forms:
+            tensor = self.tensors.get(leaf)
+            self._forms[leaf] = None if tensor is None else describe(tensor)
+        if self._forms[leaf] is not None:
+            self.used.add(leaf)
+        return self._forms[leaf]
+
+    def is_ordinary(self, leaf: Expr) -> bool:
+        """May the leaf's elements be taken for scores, and not for fills?"""
+        tensor = self.tensors.get(leaf)
+        if tensor is None or not tensor.is_floating_point():
+            return leaf in self.ordinary or not leaf.is_float
+        self.used.add(leaf)
+        return tensor.numel() == 0 or bool(tensor.detach().abs().amax() < FILL)
+
+
+class Snapshot:
+    """The elements of a tensor as they were: does this tensor (the same one later, or another) hold them?
+
+    In-place writes are seen by PyTorch's version counter.  Writes that go around it (``x.data``, NumPy)
+    are seen on the CPU only, where the elements are compared every time.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copy = tensor.detach().clone()
+        self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._remember(tensor)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Are the elements of ``tensor`` those of the snapshot?"""
+        reference, version = self._known.get(id(tensor), (None, -1))
+        seen = reference is not None and reference() is tensor and version == _version(tensor)
+        if seen and tensor.device.type != "cpu":
+            return True
+        if tensor.shape != self._copy.shape or tensor.device != self._copy.device:
+            return False
+        if not torch.equal(self._copy, tensor):
+            return False
+        if not seen:
+            self._remember(tensor)
+        return True
+
+    def _remember(self, tensor: Tensor) -> None:
+        self._known = {i: known for i, known in self._known.items() if known[0]() is not None}
+        self._known[id(tensor)] = (weakref.ref(tensor), _version(tensor))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+__all__ = ["Banded", "Contents", "Form", "Ramp", "Snapshot", "Uniform", "describe"]
