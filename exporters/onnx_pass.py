@@ -13,9 +13,11 @@ from typing import Any
 import onnx_ir as ir
 
 from fusepass.dialects.onnx_graph import OnnxReader
+from fusepass.exporters import onnx_rotary
 from fusepass.exporters.onnx_builder import OnnxBuilder, Written
 from fusepass.exporters.onnx_operands import Refused
 from fusepass.exporters.onnx_operators import Operator, Target
+from fusepass.index import AxisSpace
 from fusepass.ir import POINTWISE, VIEWS, Expr
 from fusepass.layouts import CannotEmit
 from fusepass.recognize import Miss, Site, recognise
@@ -103,6 +105,8 @@ class _Pass:
 
     def run(self) -> list[SiteReport]:
         """Every site's report, in topological order."""
+        if self.target.opset >= 23 and self.target.name != "tensorrt":
+            self._rotate()
         reports: list[SiteReport] = []
         for node in list(self.reader.order):
             if node not in self.live or not node.outputs:
@@ -114,6 +118,23 @@ class _Pass:
             if found is not None:
                 reports.append(self._settle(node, found))
         return [*reports, *self._left_over()]
+
+    def _rotate(self) -> None:
+        """Rotary embeddings become one operator each."""
+        for node in list(self.reader.order):
+            meaning = self.reader.meaning.get(node.outputs[0]) if node in self.live else None
+            found = None if meaning is None else onnx_rotary.rotated(meaning)
+            if meaning is None or found is None or self.reader.home[meaning] is not node.outputs[0]:
+                continue
+            build = OnnxBuilder(self.written, node, AxisSpace(self.reader.facts))
+            try:
+                out = onnx_rotary.write(build, found)
+            except CannotEmit:
+                out = None
+            if out is None:
+                build.discard()
+            else:
+                self._replace(node, out)
 
     # -- one site ----------------------------------------------------------------------------
 

@@ -149,6 +149,34 @@ def test_a_cache_becomes_past_and_present(tmp_path: Path) -> None:
             assert np.abs(mine - theirs.numpy()).max() < 1e-5
 
 
+class Rotated(nn.Module):
+    """A rotary embedding of halves; ``even``: do both halves of the tables hold the same angles?"""
+
+    def __init__(self, even: bool) -> None:
+        super().__init__()
+        self.even = even
+        self.register_buffer("frequencies", torch.rand(8 if not even else 4))
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        angles = positions[:, :, None].to(x.dtype) * self.frequencies
+        angles = torch.cat([angles, angles], -1) if self.even else angles
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        low, high = x.chunk(2, -1)
+        return x * cos + torch.cat([-high, low], -1) * sin
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_a_rotary_embedding(even: bool, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    x, positions = torch.randn(2, 3, 5, 8), torch.tensor([[0, 1, 2, 3, 4], [7, 5, 3, 1, 0]])
+    shapes = ({0: BATCH, 2: LENGTH}, {0: BATCH, 1: LENGTH})
+    report = exported(Rotated(even), path, x, positions, dynamic_shapes=shapes)
+    assert len(nodes(path, "RotaryEmbedding")) == int(even) and report.max_error <= 1e-5
+    shared = torch.arange(5)[None]
+    exported(Rotated(even), path, x, shared)
+    assert len(nodes(path, "RotaryEmbedding")) == int(even), "one row of positions for the whole batch"
+
+
 # ---------------------------------------------------------------------------------------- targets
 
 
