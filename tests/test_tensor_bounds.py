@@ -160,7 +160,7 @@ def test_the_cache_of_one_step_is_read_by_the_next() -> None:
         args, at = qkv(Q=queries), torch.arange(position, position + queries)
         got, report = compiled(step, *args, *mine, at, kernel="auto")
         seen += len(report.fused)
-        torch.testing.assert_close(got, step(*args, *theirs, at))
+        torch.testing.assert_close(got, step(*args, theirs[0], theirs[1], at))
         first = got if first is None else first
     assert seen == 4
     torch.testing.assert_close(mine, theirs)

@@ -150,12 +150,10 @@ def multi_head_attention(
         dropout_p = 0.0
     if weights_read:
         return "its attention weights are read"
-    if (
-        isinstance(dropout_p, fx.Proxy)
-        or add_zero_attn
-        or any(x is not None for x in (bias_k, bias_v, static_k, static_v))
-    ):
-        return "it adds keys or values of its own"
+    if isinstance(dropout_p, fx.Proxy):
+        return "its dropout probability is not known"
+    if static_k is not None or static_v is not None:
+        return "its keys or values are given projected"
     dtype, alone = value_of(query.node).dtype, value_of(query.node).dim() == 2
     if alone:
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
@@ -169,8 +167,15 @@ def multi_head_attention(
         for n, x in enumerate((query, key, value))
     )
     length, batch, width = query.size(0), query.size(1), embed_dim // heads
+    if bias_k is not None and bias_v is not None:
+        k, v = (torch.cat([x, more.repeat(1, batch, 1)]) for x, more in ((k, bias_k), (v, bias_v)))
     q, k, v = (x.reshape(x.size(0), batch, heads, width).permute(1, 2, 0, 3) for x in (q, k, v))
+    if add_zero_attn:
+        k, v = (torch.cat([x, torch.zeros_like(x[:, :, :1])], dim=2) for x in (k, v))
     mask = _joint_mask(attn_mask, key_padding_mask, batch, heads, dtype)
+    own = (bias_k is not None and bias_v is not None) + bool(add_zero_attn)
+    if own and mask is not None:
+        mask = F.pad(mask, (0, own))  # every query sees the keys of the module's own
     if need_weights:
         scores = torch.matmul(q * math.sqrt(1.0 / width), k.transpose(-2, -1))
         scores = scores if mask is None else scores + mask
