@@ -152,6 +152,8 @@ def test_a_cache_becomes_past_and_present(tmp_path: Path) -> None:
 class Rotated(nn.Module):
     """A rotary embedding of halves; ``even``: do both halves of the tables hold the same angles?"""
 
+    frequencies: Tensor
+
     def __init__(self, even: bool) -> None:
         super().__init__()
         self.even = even
