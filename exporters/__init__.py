@@ -1,4 +1,4 @@
 """Fused graphs for deployment: ONNX, `.pt2`, AOTInductor. Import it as `fusepass.exporters`.
 
-No exporter is implemented yet: this package is the place where they will live.
+The public functions are `fusepass.export_onnx`, `optimize_onnx`, `export_pt2` and `compile_aoti`.
 """

@@ -9,12 +9,27 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fusepass.autoenable import disable, enable, enabled
     from fusepass.explanation import explain
+    from fusepass.exporters.onnx_export import export_onnx
+    from fusepass.exporters.onnx_optimize import optimize_onnx
+    from fusepass.exporters.packages import compile_aoti, export_pt2
     from fusepass.rewrite import fuse
     from fusepass.verification import verify
 
 __version__ = "0.1.0"
 
-__all__ = ["fuse", "explain", "verify", "enable", "disable", "enabled", "__version__"]
+__all__ = [
+    "fuse",
+    "explain",
+    "verify",
+    "enable",
+    "disable",
+    "enabled",
+    "export_onnx",
+    "optimize_onnx",
+    "export_pt2",
+    "compile_aoti",
+    "__version__",
+]
 
 _HOME = {
     "fuse": "fusepass.rewrite",
@@ -23,6 +38,10 @@ _HOME = {
     "enable": "fusepass.autoenable",
     "disable": "fusepass.autoenable",
     "enabled": "fusepass.autoenable",
+    "export_onnx": "fusepass.exporters.onnx_export",
+    "optimize_onnx": "fusepass.exporters.onnx_optimize",
+    "export_pt2": "fusepass.exporters.packages",
+    "compile_aoti": "fusepass.exporters.packages",
 }
 
 

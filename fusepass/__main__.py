@@ -1,4 +1,4 @@
-"""The command line: `python -m fusepass {explain,verify,bench,doctor,run}`."""
+"""The command line: `python -m fusepass {explain,verify,bench,export,optimize,doctor,run}`."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fusepass
 from fusepass import __version__
 from fusepass.config import KERNELS, PRECISIONS, Options
 
@@ -36,6 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _explain_parser(commands)
     _verify_parser(commands)
+    _export_parser(commands)
+    _optimize_parser(commands)
     doctor = commands.add_parser("doctor", help="which kernels this machine can run, and why not the others")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(command=_doctor)
@@ -59,6 +62,37 @@ def _verify_parser(commands: Any) -> None:
     verify.add_argument("--inner", default="aot_eager", help="backend for the rewritten graph (%(default)s)")
     verify.add_argument("--repeats", type=int, default=5, help="timed runs (%(default)s); 0: no timing")
     verify.set_defaults(command=_verify)
+
+
+def _export_parser(commands: Any) -> None:
+    about = "writes a model with its attention fused: ONNX, .pt2, or compiled ahead of time"
+    export = commands.add_parser(
+        "export", help=about, description=f"{about.capitalize()}.", epilog=MODEL_HELP
+    )
+    export.add_argument("model", metavar="MODEL", help="file.py:factory or package.module:factory")
+    export.add_argument("--to", required=True, metavar="FILE", help="the file: .onnx, or .pt2")
+    export.add_argument("--aoti", action="store_true", help="compile the .pt2 package ahead of time")
+    export.add_argument("--dtype", help="float32, bfloat16, float16 or float64: casts model and arguments")
+    export.add_argument("--device", help="such as cuda: moves model and arguments")
+    export.add_argument("--dynamic", action="store_true", help="let every size of every input vary")
+    _onnx_options(export)
+    export.set_defaults(command=_export)
+
+
+def _optimize_parser(commands: Any) -> None:
+    about = "an ONNX model with its attention fused, from one that somebody else exported"
+    optimize = commands.add_parser("optimize", help=about, description=f"Writes {about}.")
+    optimize.add_argument("source", metavar="IN", help="the ONNX model")
+    optimize.add_argument("destination", metavar="OUT", nargs="?", help="where to write (default: IN)")
+    _onnx_options(optimize)
+    optimize.set_defaults(command=_optimize)
+
+
+def _onnx_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", default="onnx", help="onnx, ort or tensorrt (%(default)s)")
+    parser.add_argument("--opset", type=int, help="version of the ai.onnx operators (24)")
+    parser.add_argument("--no-verify", action="store_true", help="do not run the file and compare")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -177,6 +211,69 @@ def _verify(arguments: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     _show(verification, arguments.json)
     return 0 if verification.ok else 1
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from fusepass.targets import UsageError, load
+
+    suffix = Path(arguments.to).suffix
+    if suffix not in (".onnx", ".pt2") or (arguments.aoti and suffix != ".pt2"):
+        raise UsageError(f"--to {arguments.to!r}: expected a name that ends in .onnx, or in .pt2")
+    target = load(arguments.model, arguments.dtype, arguments.device)
+    model = target.model
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"model {arguments.model!r}: export takes a torch.nn.Module")
+    given: dict[str, Any] = {"kwargs": target.kwargs}
+    if arguments.dynamic:
+        given["dynamic_shapes"] = _all_dynamic(target.args, target.kwargs)
+    if suffix == ".pt2":
+        write = fusepass.compile_aoti if arguments.aoti else fusepass.export_pt2
+        return _reported(lambda: write(model, target.args, arguments.to, **given), arguments)
+    given |= {"target": arguments.target, "opset": arguments.opset, "verify": not arguments.no_verify}
+    return _reported(lambda: fusepass.export_onnx(model, target.args, arguments.to, **given), arguments)
+
+
+def _all_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Every dimension of every tensor may vary, where the model lets it."""
+    import torch
+
+    auto = torch.export.Dim.AUTO
+
+    def each(leaf: Any) -> Any:
+        return dict.fromkeys(range(leaf.dim()), auto) if isinstance(leaf, torch.Tensor) else None
+
+    shapes = torch.utils._pytree.tree_map(each, (args, kwargs))
+    return shapes[1] if not args else shapes[0] if not kwargs else (*shapes[0], *shapes[1].values())
+
+
+def _optimize(arguments: argparse.Namespace) -> int:
+    return _reported(
+        lambda: fusepass.optimize_onnx(
+            arguments.source,
+            arguments.destination or arguments.source,
+            target=arguments.target,
+            opset=arguments.opset,
+            verify=not arguments.no_verify,
+        ),
+        arguments,
+    )
+
+
+def _reported(write: Callable[[], Any], arguments: argparse.Namespace) -> int:
+    """Show what was written; 1 where the result does not agree with the original."""
+    from fusepass.targets import UsageError
+
+    try:
+        report = write()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    except (ImportError, RuntimeError) as error:
+        print(f"fusepass: error: {error}", file=sys.stderr)
+        return 1
+    _show(report, arguments.json)
+    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -1,15 +1,14 @@
-"""Writes nodes into a graph in front of the one they replace.
+"""Writes nodes into a ``torch.fx`` graph in front of the one they replace.
 
-A :class:`Builder` makes the tensors a kernel needs out of what the graph already has: the deepest
-tensor that holds an operand without copies, re-laid by ``reshape``, ``permute`` and ``expand``.
+A :class:`Builder` makes the tensors a kernel needs out of what the graph already has; which tensor, and
+how it is re-laid, is :class:`fusepass.layouts.Layouts`.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -18,11 +17,9 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from fusepass.dialects.fx_graph import Reader, size_of, value_of
-from fusepass.index import Affine, AxisSpace, Size, prod
+from fusepass.index import AxisSpace, Size
 from fusepass.ir import DTYPES, Expr
-from fusepass.rule import Scope, Term
-
-Groups = Sequence[Sequence[str]]
+from fusepass.layouts import CannotEmit, Groups, Layouts
 
 aten = torch.ops.aten
 _ATEN: dict[str, Any] = {
@@ -53,11 +50,7 @@ _POINTWISE = {
 }  # fmt: skip
 
 
-class CannotEmit(Exception):
-    """A tensor that cannot be made from the graph's own; the reason is for the user."""
-
-
-class Builder:
+class Builder(Layouts[fx.Node]):
     """Inserts nodes before ``anchor`` in the graph that ``reader`` has read."""
 
     def __init__(
@@ -192,12 +185,6 @@ class Builder:
                         )
         return None
 
-    def shape(self, sizes: Sequence[Size]) -> list[Any]:
-        """A shape as arguments; a single symbolic size becomes -1."""
-        if sum(not isinstance(s, int) for s in sizes) == 1:
-            return [s if isinstance(s, int) else -1 for s in sizes]
-        return [self.size(s) for s in sizes]
-
     # -- tensors -----------------------------------------------------------------------------
 
     def home(self, node: Expr) -> fx.Node | None:
@@ -265,150 +252,6 @@ class Builder:
         if isinstance(made, fx.Node) and isinstance(value, torch.Tensor):
             return made
         return self.op("scalar_tensor", made, dtype=node.dtype, device=self.value(self.anchor).device)
-
-    # -- layout ------------------------------------------------------------------------------
-
-    def sizes(self, axes: Sequence[str]) -> Size:
-        """The joint extent of some axes."""
-        return prod(self.space.sizes[a] for a in axes)
-
-    def digits(self, term: Term) -> list[tuple[str, ...]] | None:
-        """The axes of each dimension, where every element of the tensor is named exactly once."""
-        found = [self.space.digits(i, n) for i, n in zip(term.index, term.expr.shape, strict=True)]
-        if any(f is None for f in found):
-            return None
-        flat = [a for f in found for a in f or ()]
-        return found if len(set(flat)) == len(flat) else None  # type: ignore[return-value]
-
-    def finest(self, groups: Groups) -> list[list[str]]:
-        """Groups in today's finest axes: reading an operand may have split some since they were listed."""
-        return [[b for a in g for b in self._parts(a)] for g in groups]
-
-    def _parts(self, axis: str) -> list[str]:
-        if axis not in self.space.splits:
-            return [axis]
-        terms = self.space.splits[axis].terms
-        inner = next(a for a, c in terms if c == 1)
-        return [b for a in (*(a for a, _ in terms if a != inner), inner) for b in self._parts(a)]
-
-    def choose(self, chain: Sequence[Term], groups: Groups) -> Term:
-        """Of the tensors that may serve, the one without copies that is nearest to the wanted layout."""
-        groups = self.finest(groups)
-        wanted = [a for g in groups for a in g]
-        best: tuple[tuple[int, int, int], Term] | None = None
-        for depth, term in enumerate(chain):
-            found = self.digits(term)
-            if found is None or self.home(term.expr) is None:
-                continue
-            flat = [a for f in found for a in f]
-            cost = (len(flat), self._work(found, groups, wanted), depth)
-            if best is None or cost < best[0]:
-                best = (cost, term)
-        return best[1] if best is not None else chain[0]
-
-    def reach(self, term: Term, scope: Scope) -> Term:
-        """The first tensor below ``term``'s views that can be re-laid: its index names every element once."""
-        at: Term | None = term
-        while at is not None:
-            if self.digits(at) is not None:
-                return at
-            at = scope.step(at)
-        return term
-
-    def _work(self, found: list[tuple[str, ...]], groups: Groups, wanted: list[str]) -> int:
-        flat = [a for f in found for a in f]
-        present = [tuple(a for a in g if a in flat) for g in groups]
-        work = 0 if flat == [a for a in wanted if a in flat] else 1
-        return work + (
-            0 if [f for f in found if f] == [p for p in present if p] and len(found) == len(groups) else 1
-        )
-
-    def layout(self, term: Term, groups: Groups, full: bool) -> fx.Node:
-        """``term``'s tensor with one dimension a group; absent groups have size 1 unless ``full``."""
-        node, shape, found = self._read(term)
-        return self.relayout(node, [a for f in found for a in f], shape, self.finest(groups), full, found)
-
-    def _read(self, term: Term) -> tuple[fx.Node, list[Size], list[tuple[str, ...]]]:
-        """A tensor with every element named exactly once, its shape, and the axes of its dimensions."""
-        found = self.digits(term)
-        if found is not None:
-            return self.as_tensor(term.expr), list(term.expr.shape), found
-        cuts = [self._cut(i, n) for i, n in zip(term.index, term.expr.shape, strict=True)]
-        axes = [a for cut in cuts if cut is not None for a in cut[3]]
-        if None in cuts or len(set(axes)) < len(axes):
-            raise CannotEmit("an operand is a part or a repetition of its tensor that no view can express")
-        node, shape = self.as_tensor(term.expr), []
-        for dim, cut in enumerate(cuts):
-            assert cut is not None
-            start, step, length, _ = cut
-            if (start, step, length) != (0, 1, term.expr.shape[dim]):
-                node = self.op("slice", node, dim, start, start + step * (length - 1) + 1, step)
-            shape.append(length)
-        return node, shape, [cut[3] for cut in cuts if cut is not None]
-
-    def _cut(self, index: Affine, size: Size) -> tuple[int, int, Any, tuple[str, ...]] | None:
-        """``index`` as start, step, length and axes of a slice of a dimension."""
-        whole = self.space.digits(index, size)
-        if whole is not None:
-            return 0, 1, size, tuple(whole)
-        index = self.space.resolve(index)
-        numbers = [index.const, *(c for _, c in index.terms), *(self.space.sizes[a] for a, _ in index.terms)]
-        if not all(isinstance(n, int) for n in numbers) or any(c <= 0 for _, c in index.terms):
-            return None
-        step = math.gcd(*(int(c) for _, c in index.terms)) if index.terms else 1
-        inner = Affine(tuple((a, c // step) for a, c in index.terms))
-        length = 1 + sum(int(c) * (int(self.space.sizes[a]) - 1) for a, c in inner.terms)
-        axes = self.space.digits(inner, length)
-        return None if axes is None else (int(index.const), step, length, tuple(axes))
-
-    def relayout(
-        self,
-        node: fx.Node,
-        flat: list[str],
-        shape: list[Size],
-        groups: Groups,
-        full: bool,
-        dims: Sequence[Sequence[str]],
-    ) -> fx.Node:
-        """Re-lay a tensor whose elements run over the axes ``flat`` into the given groups."""
-        extra = [a for a in flat if a not in {x for g in groups for x in g}]
-        if extra:
-            raise CannotEmit("an operand varies over an axis that the kernel does not have")
-        order = [a for g in groups for a in g if a in flat]
-        if [list(d) for d in dims] != [[a] for a in flat]:
-            node = self._reshaped(node, shape, [self.space.sizes[a] for a in flat])
-            shape = [self.space.sizes[a] for a in flat]
-        if order != flat:
-            node = self.op("permute", node, [flat.index(a) for a in order])
-        thin: list[Size] = []
-        wide: list[Size] = []
-        final: list[Size] = []
-        for group in groups:
-            partly = full or any(a in flat for a in group)
-            thin += [self.space.sizes[a] if a in flat else 1 for a in group]
-            wide += [self.space.sizes[a] if a in flat or partly else 1 for a in group]
-            final.append(self.sizes(group) if partly else 1)
-        now = [self.space.sizes[a] for a in order]
-        if thin != wide:
-            node = self._reshaped(node, now, thin)
-            node = self.op("expand", node, [self.size(s) for s in wide])
-            now = wide
-        return self._reshaped(node, now, final)
-
-    def _reshaped(self, node: fx.Node, old: Sequence[Size], new: Sequence[Size]) -> fx.Node:
-        return node if list(old) == list(new) else self.op("reshape", node, self.shape(new))
-
-    def restore(self, node: fx.Node, groups: Groups, out: Term) -> fx.Node:
-        """Lay a kernel's result (one dimension a group) out as the tensor it replaces."""
-        dims, groups = self.digits(out), self.finest(groups)
-        flat = [a for g in groups for a in g]
-        if dims is None:
-            raise CannotEmit("the result's layout is no permutation of the kernel's")
-        wanted = [a for d in dims for a in d]
-        node = self._reshaped(node, [self.sizes(g) for g in groups], [self.space.sizes[a] for a in flat])
-        if wanted != flat:
-            node = self.op("permute", node, [flat.index(a) for a in wanted])
-        return self._reshaped(node, [self.space.sizes[a] for a in wanted], list(out.expr.shape))
 
 
 def _int(value: sympy.Expr) -> Size:

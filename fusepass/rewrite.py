@@ -23,9 +23,9 @@ from fusepass.ir import VIEWS, Expr
 from fusepass.kernels import FP8, Kernel, Refused, Target, sdpa
 from fusepass.liveness import erase_dead, live_nodes, outside_reader
 from fusepass.patterns.products import factors, normalised_late
-from fusepass.patterns.scores import holds_product
 from fusepass.recognize import RULES, Miss, Rules, Site, recognise_sum
 from fusepass.report import GraphReport, SiteReport, source_of
+from fusepass.resemblance import of_activations, softmaxes_behind
 from fusepass.select import UNFUSED, candidates
 from fusepass.strides import laid_out_as
 
@@ -169,7 +169,7 @@ class _Pass:
     # -- one site ----------------------------------------------------------------------------
 
     def _settle(self, node: fx.Node, found: list[tuple[int, Site]] | Miss) -> list[SiteReport]:
-        self.settled.update(_softmaxes(self.reader.defined[node]))
+        self.settled.update(softmaxes_behind(self.reader.defined[node]))
         if isinstance(found, Miss):
             return [self._report(node, None, reason=found.reason)]
         sites = [site for _, site in found]
@@ -324,7 +324,7 @@ class _Pass:
             ):
                 continue
             self.settled.add(meaning)
-            if self.reader.definer[meaning] is node and _of_activations(meaning):
+            if self.reader.definer[meaning] is node and of_activations(meaning):
                 reports.append(self._report(node, None, reason=self._why_alone(node)))
         return reports
 
@@ -391,38 +391,6 @@ def as_good(node: fx.Node, site: Site) -> bool:
 def _result_groups(site: Site) -> tuple[list[str], ...]:
     r = site.roles
     return r.batch, r.heads, r.query, r.value_dim
-
-
-def _softmaxes(anchor: Any) -> set[Expr]:
-    """The softmax nodes directly behind a product, whatever was made of them."""
-    found: set[Expr] = set()
-    todo = list(anchor.args)
-    for _ in range(64):
-        if not todo:
-            break
-        node = todo.pop()
-        if node.op in ("softmax", "exp", "log_softmax"):
-            found.add(node)
-        elif node.op not in ("input", "dot"):
-            todo.extend(node.args)
-    return found
-
-
-def _of_activations(softmax: Expr) -> bool:
-    """Does the softmax come from a product of two tensors of rank 3 or more?"""
-    if not holds_product(softmax.args[0]):
-        return False
-    todo = [softmax.args[0]]
-    for _ in range(200):
-        if not todo:
-            return False
-        node = todo.pop()
-        if node.op == "dot":
-            if min(a.rank for a in node.args) >= 3:
-                return True
-        elif node.op != "input":
-            todo.extend(node.args)
-    return False
 
 
 @overload

@@ -361,6 +361,16 @@ def negligible(fill: float, dtype: torch.dtype) -> bool:
     return fill == -math.inf or fill <= max(-1e8, lowest * 0.99)
 
 
+def empty_rows(spec: Attention) -> str:
+    """What a row that sees no key gives: ``"zero"``, ``"nan"`` or ``"mean"`` (of the values)."""
+    infinite = any(m.fill == -math.inf for m in spec.masks)
+    if any(isinstance(w, Keep) and w.implied and not (w.product and infinite) for w in spec.weights):
+        return "zero"
+    if not infinite:
+        return "mean"
+    return "zero" if any(isinstance(w, ZeroEmptyRows) for w in spec.weights) else "nan"
+
+
 # ---------------------------------------------------------------------------------------- reference
 
 

@@ -1,5 +1,6 @@
 """Settings for every test: a fixed seed, a clean compiler, fair use of cores. Nothing about attention."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ import torch
 hypothesis.settings.register_profile("fusepass", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 hypothesis.settings.load_profile("fusepass")
+
+# The exporters' tests need the packages of the `onnx` extra; without them there is nothing to test.
+if not all(map(importlib.util.find_spec, ("onnx", "onnx_ir", "onnxruntime", "onnxscript"))):
+    collect_ignore_glob = ["test_onnx_*.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

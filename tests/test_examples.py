@@ -14,6 +14,7 @@ RUNS: dict[str, tuple[list[str], str]] = {  # example -> (short settings, someth
     "demo": (["--models", "vit", "--json"], '"ok": true'),
     "enable": ([], "without the pass: 0 graphs seen"),
     "explain": ([], "1 of 3 attention sites fused (sdpa), 2 left as it was"),
+    "export_onnx": ([], "1 of 1 attention sites fused (1 Attention), 0 softmaxes left"),
     "exported": ([], "scaled_dot_product_attention"),
     "train_char_gpt": (["--steps", "6", "--seeds", "1"], "2 of 2 attention sites fused (reference)"),
 }

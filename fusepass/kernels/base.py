@@ -15,7 +15,7 @@ from fusepass.dialects.fx_graph import size_of
 from fusepass.emit import Builder
 from fusepass.program import slots
 from fusepass.recognize import Site
-from fusepass.spec import Attention, Bias, Keep, Mask, Scale, ScaleBy, WeightScale, ZeroEmptyRows
+from fusepass.spec import Attention, Bias, Keep, Mask, Scale, ScaleBy, WeightScale, empty_rows
 
 
 @dataclass(frozen=True)
@@ -153,16 +153,6 @@ def tensor_operand(site: Site, build: Builder, slot: int) -> fx.Node:
     if isinstance(made, fx.Node) and isinstance(build.value(made), torch.Tensor):
         return made
     return build.op("scalar_tensor", made, dtype=site.spec.dtype, device=build.value(build.anchor).device)
-
-
-def empty_rows(spec: Attention) -> str:
-    """What a row that sees no key gives: ``"zero"``, ``"nan"`` or ``"mean"`` (of the values)."""
-    infinite = any(m.fill == -math.inf for m in spec.masks)
-    if any(isinstance(w, Keep) and w.implied and not (w.product and infinite) for w in spec.weights):
-        return "zero"
-    if not infinite:
-        return "mean"
-    return "zero" if any(isinstance(w, ZeroEmptyRows) for w in spec.weights) else "nan"
 
 
 def after_weights(site: Site, build: Builder, out: fx.Node) -> fx.Node:

@@ -29,7 +29,6 @@ from fusepass.kernels.base import (
     Target,
     after_weights,
     conjunction,
-    empty_rows,
     finish_rows,
     may_empty_rows,
     muted,
@@ -54,6 +53,7 @@ from fusepass.spec import (
     ScoreModifier,
     WeightScale,
     ZeroEmptyRows,
+    empty_rows,
     negligible,
 )
 

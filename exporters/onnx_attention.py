@@ -1,0 +1,101 @@
+"""``ai.onnx`` Attention (opset 23 and later).
+
+``softmax(softcap(scale * q k^T) + mask) v``; ``is_causal`` is aligned top-left, and after a cache it counts
+from the end of the cache (ONNX operator specification of Attention, versions 23 and 24).  Fused kernels of
+runtimes take no mask, so that a mask that is proved causal is never passed as a tensor; grouped heads are
+native.  Runtimes want a mask of rank 4 with all queries and keys, whatever the specification says of
+broadcasting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from fusepass.exporters.onnx_builder import ONNX_DTYPES, OnnxBuilder
+from fusepass.exporters.onnx_cache import Cache, find_cache
+from fusepass.exporters.onnx_operands import (
+    Added,
+    Operands,
+    added_mask,
+    after_weights,
+    is_causal,
+    laid_out,
+    mend_rows,
+    muted,
+    refuse_modifiers,
+    scaled,
+    softcap_of,
+)
+from fusepass.exporters.onnx_operators import Operator, Target
+from fusepass.recognize import Site
+from fusepass.spec import Attention
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def refuse(spec: Attention, target: Target) -> str | None:
+    """Why Attention cannot compute ``spec``."""
+    if target.opset < 23:
+        return f"Attention needs opset 23, and the model has {target.opset}"
+    if spec.sink is not None:
+        return "it has no sink"
+    if spec.dtype not in _FLOATS:
+        return f"it does not compute in {str(spec.dtype).removeprefix('torch.')}"
+    reason = refuse_modifiers(spec, softcap=target.name != "tensorrt")
+    if reason is not None and target.name == "tensorrt" and softcap_of(spec):
+        return "TensorRT's importer reads no softcap"
+    return reason
+
+
+def emit(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
+    """Write the operator."""
+    spec = site.spec
+    cache = find_cache(site, build) if target.name != "tensorrt" else None
+    factor, x = scaled(site, build, laid_out(site, build))
+    dtype = build.dtype_of(x.q)
+    offset = 0 if cache is None else cache.length
+    causal = is_causal(spec, offset)
+    extra = Added(None) if causal else added_mask(site, build, dtype)
+    x = replace(x, q=muted(build, extra, x.q))
+    out = _call(site, build, x, extra.mask, _attributes(spec, factor, causal, dtype), cache)
+    out = after_weights(site, build, mend_rows(site, build, out, extra))
+    r = site.roles
+    return build.restore(build.cast(out, spec.out_dtype), (r.batch, r.heads, r.query, r.value_dim), site.out)
+
+
+def _attributes(spec: Attention, factor: float, causal: bool, dtype: torch.dtype) -> dict[str, Any]:
+    found: dict[str, Any] = {"scale": factor}
+    if causal:
+        found["is_causal"] = 1
+    if cap := softcap_of(spec):
+        found["softcap"] = cap
+    if spec.softmax_dtype is not dtype and spec.softmax_dtype.itemsize > dtype.itemsize:
+        found["softmax_precision"] = int(ONNX_DTYPES[spec.softmax_dtype])
+    return found
+
+
+def _call(
+    site: Site,
+    build: OnnxBuilder,
+    x: Operands,
+    mask: ir.Value | None,
+    attributes: dict[str, Any],
+    cache: Cache | None,
+) -> ir.Value:
+    spec, dtype = site.spec, build.dtype_of(x.q)
+    result = ((spec.batch, spec.heads, spec.queries, spec.value_dim), dtype)
+    if cache is None:
+        inputs = [x.q, x.k, x.v] + ([] if mask is None else [mask])
+        return build.node("Attention", inputs, [result], attributes, stem="Attention")[0]
+    types = [result, *((build.shape_of(v), dtype) for v in (x.k, x.v))]
+    given = [x.q, cache.new_key, cache.new_value, mask, cache.past_key, cache.past_value]
+    out, *present = build.node("Attention", given, types, attributes, stem="Attention")
+    cache.take(build, present)
+    return out
+
+
+ATTENTION = Operator("Attention", refuse, emit)

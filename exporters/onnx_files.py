@@ -1,0 +1,155 @@
+"""ONNX files: read with clear errors, written whole or not at all.
+
+A model is written to a folder beside its target and moved there with ``os.replace`` when it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+#: The newest that ONNX Runtime 1.31 loads; newer files are refused by it.
+NEWEST_OPSET, NEWEST_IR = 26, 13
+#: The oldest operator set that is read.
+OLDEST_OPSET = 11
+#: Protocol buffers end at two gigabytes; larger models keep their weights in a file of their own.
+_INLINE_BYTES = 1_500_000_000
+_SMALL = 1024
+
+
+class ModelError(ValueError):
+    """A model that cannot be read or written: says what is wrong with it, and what to do."""
+
+
+class Disagreement(RuntimeError):
+    """An exported model does not compute what the original computes; nothing was written."""
+
+
+def read(path: str | os.PathLike[str]) -> ir.Model:
+    """A model from a file; external weights are found, and not loaded.
+
+    Raises:
+        ModelError: there is no such file, it is no ONNX model, or its weights are missing.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ModelError(f"cannot read {str(path)!r}: there is no such file; expected an ONNX model")
+    try:
+        model = ir.load(file)
+    except Exception as error:
+        raise ModelError(
+            f"cannot read {str(path)!r}: it is no valid ONNX model ({type(error).__name__}: {_first(error)})"
+        ) from error
+    if not model.graph.outputs or not model.opset_imports:
+        raise ModelError(f"cannot read {str(path)!r}: it has no outputs or no operator sets; is it complete?")
+    _check_weights(model, path)
+    return model
+
+
+def _first(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def _check_weights(model: ir.Model, path: str | os.PathLike[str]) -> None:
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        file = Path(tensor.path)
+        if not file.is_file():
+            raise ModelError(
+                f"cannot read {str(path)!r}: its weights are in {tensor.location!r}, which is not beside it "
+                f"(first missing tensor: {value.name!r}); copy that file next to the model"
+            )
+        end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+        if file.stat().st_size < end:
+            raise ModelError(
+                f"cannot read {str(path)!r}: {tensor.location!r} ends at byte {file.stat().st_size}, and "
+                f"{value.name!r} needs bytes up to {end}; the file is incomplete"
+            )
+
+
+def check_opset(model: ir.Model) -> int:
+    """The model's ``ai.onnx`` version.
+
+    Raises:
+        ModelError: the version is not supported.
+    """
+    version: int | None = model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
+    if version is None:
+        raise ModelError("the model imports no version of the ai.onnx operators")
+    if not OLDEST_OPSET <= version <= NEWEST_OPSET:
+        raise ModelError(
+            f"the model uses opset {version}; versions {OLDEST_OPSET} to {NEWEST_OPSET} are read "
+            "(convert it first, with onnx.version_converter for example)"
+        )
+    return version
+
+
+def pin_ir_version(model: ir.Model) -> None:
+    """The oldest IR version that the model's operator sets need, but no older than what it has."""
+    known = {"", "ai.onnx", "ai.onnx.ml", "ai.onnx.training"}
+    imports = [onnx.helper.make_opsetid(d, v) for d, v in model.opset_imports.items() if d in known]
+    needed = onnx.helper.find_min_ir_version_for(imports)
+    model.ir_version = min(max(model.ir_version or 0, needed, 8), NEWEST_IR)
+
+
+@contextmanager
+def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path to write a model to, beside its target; when the block ends without error its files move there.
+
+    Raises:
+        ModelError: the target's folder does not exist.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ModelError(f"cannot write {str(path)!r}: there is no folder {str(target.parent)!r}")
+    if target.is_dir():
+        raise ModelError(f"cannot write {str(path)!r}: it is a folder")
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield folder / target.name
+        files = sorted(folder.iterdir(), key=lambda f: f.name == target.name)
+        for file in files:  # the model last: it names the others
+            os.replace(file, target.parent / file.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write(
+    model: ir.Model,
+    path: Path,
+    external_data: bool | None = None,
+    progress: Callable[[Any, Any], None] | None = None,
+) -> None:
+    """Write a model; weights go into ``<name>.data`` where they are asked to or have to.
+
+    Args:
+        model: the model.
+        path: the file.
+        external_data: True, False, or None for "where the model is large".
+        progress: called with every tensor that is written to a file of its own.
+    """
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    apart = size > _INLINE_BYTES if external_data is None else external_data
+    if not apart:
+        _load_weights(model)
+        ir.save(model, path)
+        return
+    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=_SMALL, callback=progress)
+
+
+def _load_weights(model: ir.Model) -> None:
+    """Weights that lie in another file come into this one."""
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            tensor = value.const_value
+            value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)

@@ -1,0 +1,120 @@
+"""Fused programs as PyTorch packages: ``.pt2`` archives, and libraries compiled ahead of time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from fusepass.exporters.onnx_files import ModelError, staged
+from fusepass.exporters.reports import ExportReport
+from fusepass.report import collect
+from fusepass.rewrite import fuse
+
+
+def export_pt2(
+    model: torch.nn.Module | ExportedProgram,
+    args: tuple[Any, ...],
+    path: str | os.PathLike[str],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    kernel: str = "auto",
+) -> ExportReport:
+    """Save a fused ``ExportedProgram``.
+
+    With ``kernel="auto"`` the file holds PyTorch's own operators only, and ``torch.export.load`` reads it
+    where fusepass is not installed; the report notes any that are not.
+
+    Args:
+        model: a module, or an ``ExportedProgram``.
+        args: example arguments.
+        path: the ``.pt2`` file to write.
+        kwargs: example keyword arguments.
+        dynamic_shapes: as for ``torch.export.export``.
+        kernel: ``"auto"``, or the name of a kernel.
+
+    Raises:
+        ModelError: ``torch.export`` cannot export the model, or the file cannot be written.
+        ValueError: an unknown kernel.
+    """
+    start = time.perf_counter()
+    program, found = _fused(model, args, dict(kwargs or {}), dynamic_shapes, kernel, path, "pt2")
+    with staged(path) as place:
+        torch.export.save(program, str(place))
+    found.seconds = time.perf_counter() - start
+    return found
+
+
+def compile_aoti(
+    model: torch.nn.Module | ExportedProgram,
+    args: tuple[Any, ...],
+    path: str | os.PathLike[str],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    kernel: str = "auto",
+    inductor_configs: Mapping[str, Any] | None = None,
+) -> ExportReport:
+    """Compile a fused program ahead of time into a package that ``torch._inductor.aoti_load_package`` runs.
+
+    Needs what Inductor needs: a C++ compiler, and on CUDA Triton.
+
+    Args:
+        model, args, kwargs, dynamic_shapes, kernel: as for :func:`export_pt2`.
+        path: the ``.pt2`` package to write.
+        inductor_configs: options for Inductor.
+
+    Raises:
+        ModelError: the model cannot be exported, or the package cannot be written.
+        ValueError: an unknown kernel.
+    """
+    start = time.perf_counter()
+    program, found = _fused(model, args, dict(kwargs or {}), dynamic_shapes, kernel, path, "aoti")
+    with staged(path) as place, torch.no_grad():
+        made = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(place), inductor_configs=dict(inductor_configs or {})
+        )
+        if os.path.abspath(made) != str(place.absolute()):
+            raise ModelError(f"cannot write {str(path)!r}: the name of a package ends in .pt2")
+    found.seconds = time.perf_counter() - start
+    return found
+
+
+def _fused(
+    model: torch.nn.Module | ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    kernel: str,
+    path: str | os.PathLike[str],
+    target: str,
+) -> tuple[ExportedProgram, ExportReport]:
+    """The program with its attention fused."""
+    if isinstance(model, ExportedProgram):
+        program = model
+    else:
+        try:
+            with torch.no_grad():
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"torch.export cannot export the model: {first}") from error
+    with collect() as seen:
+        fused = fuse(program, kernel=kernel)
+    report = ExportReport(str(path), target, seen.graphs[-1])
+    report.operators = dict(Counter(site.kernel or "?" for site in seen.fused).most_common())
+    names = [str(n.target) for n in fused.graph.nodes if n.op == "call_function"]
+    report.softmaxes = sum("softmax" in name for name in names)
+    own = sorted({name for name in names if name.startswith("fusepass.")})
+    if own:
+        report.notes.append(f"it needs fusepass to run: it uses {', '.join(own)}")
+    return fused, report
+
+
+__all__ = ["compile_aoti", "export_pt2"]

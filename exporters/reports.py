@@ -1,0 +1,113 @@
+"""What an exporter did, as data and as tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from fusepass.report import Collector, GraphReport
+from fusepass.tables import site_table
+
+
+@dataclass(frozen=True)
+class Check:
+    """One output of the exported model against the original's.
+
+    Attributes:
+        inputs: the shapes it was run with.
+        output: the name of the output.
+        error: the largest difference, in units of the original's largest value.
+        allowed: the largest error that passes.
+    """
+
+    inputs: str
+    output: str
+    error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Does the output agree?"""
+        return self.error <= self.allowed
+
+
+@dataclass
+class ExportReport:
+    """A model that was written.
+
+    Attributes:
+        path: the file.
+        target: the runtime it was written for.
+        graph: every attention site, and what became of it.
+        operators: the fused operators in the file, by name.
+        softmaxes: how many softmaxes are left.
+        checks: results of running the file; empty where it was not run.
+        versions: operator sets and IR version.
+        notes: what a person should know.
+        seconds: the whole time it took.
+    """
+
+    path: str
+    target: str
+    graph: GraphReport
+    operators: dict[str, int] = field(default_factory=dict)
+    softmaxes: int = 0
+    checks: list[Check] = field(default_factory=list)
+    versions: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def fused(self) -> int:
+        """How many sites became a fused operator."""
+        return sum(site.fused for site in self.graph.sites)
+
+    @property
+    def sites(self) -> int:
+        """How many attention sites there are."""
+        return len(self.graph.sites)
+
+    @property
+    def max_error(self) -> float:
+        """The largest error of all checks; NaN where nothing was checked."""
+        return max((c.error for c in self.checks), default=float("nan"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``json.dump``."""
+        return {**asdict(self), "fused": self.fused, "sites": self.sites}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        if self.graph.sites:
+            yield site_table(Collector([self.graph]))
+        if self.checks:
+            yield _check_table(self.checks)
+        versions = ", ".join(f"{name or 'ai.onnx'} {version}" for name, version in self.versions.items())
+        written = ", ".join(f"{count} {name}" for name, count in Counter(self.operators).most_common())
+        yield escape(
+            f"{self.fused} of {self.sites} attention sites fused ({written or 'no fused operator'}), "
+            f"{self.softmaxes} softmaxes left; {versions + '; ' if versions else ''}{self.seconds:.1f} s"
+        )
+        for note in self.notes:
+            yield f"[dim]note: {escape(note)}[/dim]"
+        yield f"written to [bold]{escape(self.path)}[/bold]"
+
+
+def _check_table(checks: list[Check]) -> Table:
+    table = Table(title="Checked by running it", title_justify="left", header_style="bold", expand=False)
+    table.add_column("inputs", overflow="fold")
+    table.add_column("output", overflow="fold")
+    table.add_column("largest error", justify="right")
+    table.add_column("allowed", justify="right")
+    table.add_column("")
+    for check in checks:
+        mark = "[green]ok[/green]" if check.ok else "[bold red]differs[/bold red]"
+        table.add_row(
+            escape(check.inputs), escape(check.output), f"{check.error:.2g}", f"{check.allowed:.2g}", mark
+        )
+    return table

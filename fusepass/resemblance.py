@@ -1,0 +1,38 @@
+"""What resembles attention: the softmaxes that a report must account for, fused or not."""
+
+from __future__ import annotations
+
+from fusepass.ir import Expr
+from fusepass.patterns.scores import holds_product
+
+
+def softmaxes_behind(anchor: Expr) -> set[Expr]:
+    """The softmax nodes directly behind a product, whatever was made of them."""
+    found: set[Expr] = set()
+    todo = list(anchor.args)
+    for _ in range(64):
+        if not todo:
+            break
+        node = todo.pop()
+        if node.op in ("softmax", "exp", "log_softmax"):
+            found.add(node)
+        elif node.op not in ("input", "dot"):
+            todo.extend(node.args)
+    return found
+
+
+def of_activations(softmax: Expr) -> bool:
+    """Does the softmax come from a product of two tensors of rank 3 or more?"""
+    if not holds_product(softmax.args[0]):
+        return False
+    todo = [softmax.args[0]]
+    for _ in range(200):
+        if not todo:
+            return False
+        node = todo.pop()
+        if node.op == "dot":
+            if min(a.rank for a in node.args) >= 3:
+                return True
+        elif node.op != "input":
+            todo.extend(node.args)
+    return False

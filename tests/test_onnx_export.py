@@ -1,0 +1,324 @@
+"""`export_onnx`: every feature as the operator that a runtime has for it, with PyTorch's numbers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusepass
+from fusepass.exporters.onnx_files import Disagreement, ModelError
+from fusepass.exporters.reports import ExportReport
+from tests.onnx_models import MODELS, Attention, drawn, dynamic, nodes, run, sharpened
+
+BATCH, LENGTH = torch.export.Dim("batch"), torch.export.Dim("length")
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+
+
+def exported(model: nn.Module, path: Path, *args: Any, **options: Any) -> ExportReport:
+    report = fusepass.export_onnx(model, args, path, **options)
+    assert all(check.ok for check in report.checks) and report.checks
+    return report
+
+
+def attributes(path: Path, name: str = "Attention") -> dict[str, Any]:
+    (node,) = nodes(path, name)
+    return {key: attribute.value for key, attribute in node.attributes.items()}
+
+
+def used(path: Path, name: str = "Attention") -> list[bool]:
+    """Which inputs of the one node of an operator are given."""
+    (node,) = nodes(path, name)
+    return [value is not None for value in node.inputs]
+
+
+PLAIN = [True] * 3
+#: settings -> (inputs that are given, attributes that are set)
+FEATURES: dict[str, tuple[dict[str, Any], list[bool], dict[str, Any]]] = {
+    "plain": ({}, PLAIN, {"scale": 8**-0.5}),
+    "causal": ({"causal": True}, PLAIN, {"scale": 8**-0.5, "is_causal": 1}),
+    "grouped heads": ({"kv": 2, "causal": True}, PLAIN, {"scale": 8**-0.5, "is_causal": 1}),
+    "softcap": ({"cap": 5.0, "causal": True}, PLAIN, {"scale": 8**-0.5, "is_causal": 1, "softcap": 5.0}),
+    "window": ({"causal": True, "window": 3}, [True] * 4, {"scale": 8**-0.5}),
+    "bias": ({"bias": True, "causal": True}, [True] * 4, {"scale": 8**-0.5}),
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_feature_becomes_the_operators(feature: str, tmp_path: Path) -> None:
+    settings, inputs, expected = FEATURES[feature]
+    path = tmp_path / "model.onnx"
+    model = sharpened(Attention(**settings))
+    report = exported(model, path, drawn(), dynamic_shapes=({0: BATCH, 1: LENGTH},))
+    assert (report.sites, report.fused, report.softmaxes) == (1, 1, 0)
+    assert report.max_error <= 1e-5
+    found = attributes(path)
+    assert {k: pytest.approx(v) for k, v in expected.items()} == found
+    assert used(path) == inputs
+    assert not nodes(path, "Expand") or feature in ("window", "bias")
+    assert len({c.inputs for c in report.checks}) == 2, "checked at two shapes"
+
+
+def test_a_mask_of_rank_4_with_all_queries_and_keys(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    model = sharpened(Attention())
+    shapes = ({0: BATCH, 1: LENGTH}, {0: BATCH, 1: LENGTH})
+    exported(model, path, drawn(), MASK, dynamic_shapes=shapes)
+    mask = nodes(path, "Attention")[0].inputs[3]
+    assert mask is not None and [str(n) for n in mask.shape or ()] == ["batch", "1", "length", "length"]
+    assert ir.load(path).opset_imports[""] == 24 and ir.load(path).ir_version <= 13
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_that_see_no_key_keep_their_meaning(causal: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Under a finite fill they are the mean of the values, not zero as the operator would have it."""
+    path = tmp_path / "model.onnx"
+    model = sharpened(Attention(causal=causal)).to(dtype)
+    exported(model, path, drawn().to(dtype), MASK)
+    empty = torch.tensor([[0] * 6, [0, 0, 1, 1, 1, 1]])
+    x = drawn(seed=3).to(dtype)
+    (got,) = run(path, x=x, mask=empty)
+    with torch.no_grad():
+        want = model(x, empty).numpy()
+    assert np.abs(got - want).max() < (1e-5 if dtype is torch.float32 else 1e-2)
+
+
+class Masked(nn.Module):
+    """Masks of -inf: rows that see no key are NaN, or zero where the weights are cleaned."""
+
+    def __init__(self, clean: bool) -> None:
+        super().__init__()
+        self.clean = clean
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        s = (q @ k.transpose(-2, -1)).masked_fill(~keep[:, None, None, :], -math.inf)
+        w = s.softmax(-1)
+        return (torch.nan_to_num(w) if self.clean else w) @ v
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_rows_of_minus_infinity(clean: bool, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    q, k, v = torch.randn(3, 2, 2, 6, 8)
+    keep = torch.tensor([[True] * 6, [False] * 6])
+    report = exported(Masked(clean), path, q, k, v, keep)
+    assert report.fused == 1
+    (got,) = run(path, q=q, k=k, v=v, keep=keep)
+    assert np.isnan(got[1]).all() == (not clean) and np.isfinite(got[0]).all()
+    assert not clean or not got[1].any()
+
+
+class Cached(nn.Module):
+    """Causal attention after a cache, which it returns joined."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, ...]:
+        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        s = q @ k.transpose(-2, -1) * 0.3
+        n, past = q.shape[2], past_k.shape[2]
+        hidden = torch.arange(past + n)[None, :] > torch.arange(n)[:, None] + past
+        return s.masked_fill(hidden, -math.inf).softmax(-1) @ v, k, v
+
+
+def test_a_cache_becomes_past_and_present(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    new, past = torch.randn(3, 2, 2, 4, 8), torch.randn(2, 2, 2, 3, 8)
+    before = torch.export.Dim("past")
+    shapes = ({0: BATCH, 2: LENGTH},) * 3 + ({0: BATCH, 2: before},) * 2
+    report = exported(Cached(), path, *new, *past, dynamic_shapes=shapes)
+    assert report.fused == 1 and "causal+past" in report.graph.sites[0].spec
+    assert attributes(path) == {"scale": pytest.approx(0.3), "is_causal": 1}
+    assert used(path) == [True, True, True, False, True, True]
+    (node,) = nodes(path, "Attention")
+    assert [v.is_graph_output() for v in node.outputs] == [False, True, True] or node.outputs[
+        1
+    ].is_graph_output()
+    assert not nodes(path, "Concat")
+    one = [torch.randn(2, 2, 1, 8) for _ in range(3)]
+    empty = [torch.zeros(2, 2, 0, 8) for _ in range(2)]
+    for given in ((*one, *past), (*new, *empty)):
+        names = ("q", "k", "v", "past_k", "past_v")
+        got = run(path, **dict(zip(names, given, strict=True)))
+        for mine, theirs in zip(got, Cached()(*given), strict=True):
+            assert np.abs(mine - theirs.numpy()).max() < 1e-5
+
+
+class Rotated(nn.Module):
+    """A rotary embedding of halves; ``even``: do both halves of the tables hold the same angles?"""
+
+    frequencies: Tensor
+
+    def __init__(self, even: bool) -> None:
+        super().__init__()
+        self.even = even
+        self.register_buffer("frequencies", torch.rand(8 if not even else 4))
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        angles = positions[:, :, None].to(x.dtype) * self.frequencies
+        angles = torch.cat([angles, angles], -1) if self.even else angles
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        low, high = x.chunk(2, -1)
+        return x * cos + torch.cat([-high, low], -1) * sin
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_a_rotary_embedding(even: bool, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    x, positions = torch.randn(2, 3, 5, 8), torch.tensor([[0, 1, 2, 3, 4], [7, 5, 3, 1, 0]])
+    shapes = ({0: BATCH, 2: LENGTH}, {0: BATCH, 1: LENGTH})
+    report = exported(Rotated(even), path, x, positions, dynamic_shapes=shapes)
+    assert len(nodes(path, "RotaryEmbedding")) == int(even) and report.max_error <= 1e-5
+    shared = torch.arange(5)[None]
+    exported(Rotated(even), path, x, shared)
+    assert len(nodes(path, "RotaryEmbedding")) == int(even), "one row of positions for the whole batch"
+
+
+# ---------------------------------------------------------------------------------------- targets
+
+
+def test_a_window_in_half_precision_is_grouped_query_attention(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    model = sharpened(Attention(kv=2, causal=True, window=3, cap=5.0)).half()
+    report = exported(model, path, drawn().half(), target="ort", dynamic_shapes=({0: BATCH, 1: LENGTH},))
+    assert report.operators == {"com.microsoft.GroupQueryAttention": 1}
+    found = attributes(path, "GroupQueryAttention")
+    assert found["local_window_size"] == 3 and found["kv_num_heads"] == 2 and found["softcap"] == 5.0
+    assert not nodes(path, "Where"), "no mask is left"
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_a_sink_is_grouped_query_attention(window: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    model = sharpened(Attention(kv=2, causal=True, window=window, sink=True))
+    report = exported(model, path, drawn(), target="ort")
+    assert report.operators == {"com.microsoft.GroupQueryAttention": 1} and report.softmaxes == 0
+    plain = exported(model, tmp_path / "plain.onnx", drawn())
+    assert plain.fused == 0 and plain.softmaxes == 1
+    assert plain.graph.sites[0].reason == "Attention: it has no sink"
+
+
+def test_tensorrt_gets_what_its_importer_reads(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    report = exported(sharpened(Attention(cap=5.0)), path, drawn(), target="tensorrt")
+    assert report.fused == 0 and "softcap" in str(report.graph.sites[0].reason)
+    exported(sharpened(Attention(causal=True)), path, drawn(), MASK, target="tensorrt")
+    assert "is_causal" not in attributes(path) and used(path) == [True] * 4, "one mask, causality folded in"
+    cache = (*torch.randn(3, 2, 2, 4, 8), *torch.randn(2, 2, 2, 3, 8))
+    exported(Cached(), path, *cache, target="tensorrt")
+    assert len(nodes(path, "Attention")[0].outputs) == 1
+
+
+# ---------------------------------------------------------------------------------------- contract
+
+
+def test_a_model_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusepass.exporters import onnx_attention
+
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"as it was")
+    monkeypatch.setattr(onnx_attention, "is_causal", lambda spec, offset=0: bool(spec.masks))
+    with pytest.raises(Disagreement, match=r"not written: '\w+': error .*, allowed 1e-05 \(x\[2, 6, 32\]"):
+        fusepass.export_onnx(sharpened(Attention(causal=True)), (drawn(), MASK), path)
+    assert path.read_bytes() == b"as it was" and [f.name for f in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_names_and_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    exported(sharpened(Attention()), path, drawn(), input_names=["x"], output_names=["y"], external_data=True)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    graph = ir.load(path).graph
+    assert [v.name for v in (*graph.inputs, *graph.outputs)] == ["x", "y"]
+    assert run(path, x=drawn())[0].shape == (2, 6, 32)
+
+
+def test_an_exported_program_is_taken_as_well(tmp_path: Path) -> None:
+    program = torch.export.export(sharpened(Attention(causal=True)), (drawn(),))
+    assert exported(program, tmp_path / "model.onnx", drawn()).fused == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "onx"}, "unknown target 'onx'; accepted are onnx, ort, tensorrt.*mean 'onnx'"),
+        ({"opset": 22}, "opset 22 has no Attention operator; use 23, 24"),
+        ({"opset": 99}, "opset 99; expected a number from 18 to 26"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        fusepass.export_onnx(Attention(), (drawn(),), tmp_path / "model.onnx", **options)
+
+
+def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="there is no folder"):
+        fusepass.export_onnx(Attention(), (drawn(),), tmp_path / "none" / "model.onnx")
+
+
+# ---------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("varying", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_transformers(name: str, varying: bool, dtype: str, tmp_path: Path) -> None:
+    make, sites = MODELS[name]
+    model, inputs = make()
+    kind = getattr(torch, dtype)
+    model = model.to(kind)
+    inputs = {n: t.to(kind) if t.is_floating_point() else t for n, t in inputs.items()}
+    shapes = dynamic(inputs) if varying else None
+    report = exported(model, tmp_path / "m.onnx", kwargs=inputs, dynamic_shapes=shapes)
+    assert (report.sites, report.fused, report.softmaxes) == (sites, sites, 0)
+    assert report.max_error <= (1e-5 if dtype == "float32" else 1e-2)
+
+
+class WithCache(nn.Module):
+    """A decoder with its cache as flat tensors, in and out."""
+
+    def __init__(self, model: nn.Module, layers: int = 2) -> None:
+        super().__init__()
+        self.model, self.layers = model, layers
+
+    def forward(self, input_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for n in range(self.layers):
+            cache.update(past[2 * n], past[2 * n + 1], n)
+        positions = past[0].shape[2] + torch.arange(input_ids.shape[1])[None]
+        out = self.model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        layers = out.past_key_values.layers
+        return (out.logits, *(t for layer in layers for t in (layer.keys, layer.values)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_decoding_with_a_cache(name: str, tmp_path: Path) -> None:
+    """Prefill, then eight steps of greedy decoding: the same tokens as PyTorch."""
+    path = tmp_path / "model.onnx"
+    model = WithCache(MODELS[name][0]()[0])
+    ids = torch.randint(3, 50, (2, 3), generator=torch.Generator().manual_seed(4))
+    past = [torch.randn(2, 2, 4, 8) for _ in range(4)]
+    before = torch.export.Dim("past")
+    shapes = ({0: BATCH, 1: LENGTH}, tuple({0: BATCH, 2: before} for _ in past))
+    names = ["input_ids", "k0", "v0", "k1", "v1"]
+    report = exported(model, path, ids, *past, dynamic_shapes=shapes, input_names=names)
+    assert (report.fused, report.softmaxes) == (2, 0)
+    wired = [[v is not None for v in n.inputs] for n in nodes(path, "Attention")]
+    assert all(w[4:6] == [True, True] for w in wired), "past keys and values go in"
+    cache: list[Any] = [torch.zeros(2, 2, 0, 8) for _ in past]
+    mine, state, theirs = ids, [t.numpy() for t in cache], ids
+    for _ in range(9):
+        with torch.no_grad():
+            want, *cache = model(theirs, *cache)
+        got, *state = run(path, **dict(zip(names, (mine.numpy(), *state), strict=True)))
+        assert np.abs(got - want.numpy()).max() < 1e-4
+        theirs, mine = want[:, -1:].argmax(-1), torch.from_numpy(got[:, -1:].argmax(-1))
+        assert torch.equal(mine, theirs)

@@ -1,0 +1,251 @@
+"""`optimize_onnx`: models of other exporters, fused where they can be, untouched or refused where not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+import fusepass
+from fusepass.exporters.onnx_files import ModelError
+from tests.onnx_models import MODELS, Attention, drawn, dynamic, nodes, run, sharpened
+
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+
+
+def scripted(model: nn.Module, path: Path, inputs: dict[str, Tensor], opset: int, varying: bool) -> None:
+    """An export by TorchScript."""
+    axes = {name: {0: "batch", 1: "seq"} for name in inputs} if varying else None
+    torch.onnx.export(
+        model, tuple(inputs.values()), str(path), dynamo=False, opset_version=opset,
+        input_names=list(inputs), output_names=["out"], dynamic_axes=axes,
+    )  # fmt: skip
+
+
+def plain(model: nn.Module, path: Path, *args: Any, opset: int = 20, **options: Any) -> None:
+    """An export by PyTorch's exporter, attention written out."""
+    program = torch.onnx.export(model, args, dynamo=True, opset_version=opset, verbose=False, **options)
+    assert program is not None
+    ir.save(program.model, path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("varying", [False, True])
+@pytest.mark.parametrize("opset", [11, 13, 17])
+def test_exports_by_torchscript(opset: int, varying: bool, tmp_path: Path) -> None:
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    model = sharpened(Attention(kv=2, causal=True))
+    scripted(model, before, {"x": drawn(), "mask": MASK}, opset, varying)
+    report = fusepass.optimize_onnx(before, after)
+    assert (report.sites, report.fused, report.softmaxes) == (1, 1, 0), report.graph.sites
+    assert report.max_error <= 1e-5 and report.versions[""] == 24
+    assert [v is not None for v in nodes(after, "Attention")[0].inputs] == [True] * 4
+    with torch.no_grad():
+        want = model(drawn(seed=5), MASK).numpy()
+    assert np.abs(run(after, x=drawn(seed=5), mask=MASK)[0] - want).max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_older_opsets_have_another_operator(tmp_path: Path) -> None:
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    scripted(sharpened(Attention(kv=2, causal=True)), before, {"x": drawn(), "mask": MASK}, 17, True)
+    report = fusepass.optimize_onnx(before, after, target="ort", opset=18)
+    assert report.operators == {"com.microsoft.MultiHeadAttention": 1} and report.versions[""] == 18
+    assert report.max_error <= 1e-5
+
+
+@pytest.mark.parametrize("level", ["ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED"])
+def test_after_passes_of_onnxruntime(level: str, tmp_path: Path) -> None:
+    import onnxruntime as ort
+
+    before, middle, after = (tmp_path / f"{n}.onnx" for n in ("before", "middle", "after"))
+    plain(sharpened(Attention(causal=True)), before, drawn(), MASK)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+    options.optimized_model_filepath = str(middle)
+    ort.InferenceSession(str(before), options, providers=["CPUExecutionProvider"])
+    report = fusepass.optimize_onnx(middle, after, target="ort")
+    assert (report.fused, report.softmaxes) == (1, 0), report.graph.sites
+    assert report.max_error <= 1e-5
+
+
+def test_names_metadata_and_weights_stay(tmp_path: Path) -> None:
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    plain(sharpened(Attention()), before, drawn(), input_names=["tokens"], output_names=["result"])
+    model = ir.load(before)
+    model.metadata_props["licence"] = "public domain"
+    ir.save(model, before)
+    fusepass.optimize_onnx(before, after)
+    old, new = ir.load(before), ir.load(after)
+    assert [v.name for v in (*new.graph.inputs, *new.graph.outputs)] == ["tokens", "result"]
+    assert new.metadata_props == {"licence": "public domain"} and new.producer_name == old.producer_name
+    for name, value in old.graph.initializers.items():
+        kept = new.graph.initializers.get(name)
+        assert kept is None or np.array_equal(kept.const_value.numpy(), value.const_value.numpy())
+    assert {"q.bias", "out.bias"} <= set(new.graph.initializers)
+
+
+def test_a_second_time_changes_nothing(tmp_path: Path) -> None:
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    plain(sharpened(Attention()), before, drawn())
+    fusepass.optimize_onnx(before, after)
+    again = fusepass.optimize_onnx(after, after)
+    assert again.sites == 0 and again.operators == {"Attention": 1}
+
+
+def test_scores_that_are_read_elsewhere_stay(tmp_path: Path) -> None:
+    class Weights(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            w = (q @ k.transpose(-2, -1)).softmax(-1)
+            return w @ v, w
+
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    plain(Weights().eval(), before, *torch.randn(3, 2, 2, 6, 8))
+    report = fusepass.optimize_onnx(before, after)
+    assert report.fused == 0 and report.softmaxes == 1
+    assert "scores or weights are also used by" in str(report.graph.sites[0].reason)
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def attention_proto(opset: int = 20, extra: list[Any] | None = None) -> Any:
+    """``softmax(q k^T) v`` as a hand-made model."""
+    shape = ["B", 2, "S", 8]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in "qkv"]
+    steps = [
+        helper.make_node("Transpose", ["k"], ["t"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["q", "t"], ["s"]),
+        helper.make_node("Softmax", ["s"], ["w"], axis=-1),
+        helper.make_node("MatMul", ["w", "v"], ["y"]),
+        *(extra or []),
+    ]
+    out = helper.make_tensor_value_info("z" if extra else "y", TensorProto.FLOAT, shape)
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid("somebody", 1)]
+    return helper.make_model(
+        helper.make_graph(steps, "g", values, [out]), opset_imports=imports, ir_version=10
+    )
+
+
+def test_unknown_operators_are_left_alone(tmp_path: Path) -> None:
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    foreign = helper.make_node("Secret", ["y"], ["z"], domain="somebody")
+    onnx.save(attention_proto(extra=[foreign]), before)
+    report = fusepass.optimize_onnx(before, after)
+    assert report.fused == 1 and [n.domain for n in nodes(after, "Secret")] == ["somebody"]
+    assert not report.checks and "not verified" in report.notes[0], "nobody can run it"
+
+
+@pytest.mark.parametrize("opset", [9, 27])
+def test_unsupported_opsets(opset: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(attention_proto(opset), path)
+    before = path.read_bytes()
+    with pytest.raises(ModelError, match=rf"uses opset {opset}; versions 11 to 26 are read"):
+        fusepass.optimize_onnx(path, path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x0a\x12\x04abcd" * 5])
+def test_corrupt_files(content: bytes, tmp_path: Path) -> None:
+    path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="cannot read"):
+        fusepass.optimize_onnx(path, out)
+    assert not out.exists()
+
+
+def test_a_truncated_file(tmp_path: Path) -> None:
+    path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    plain(sharpened(Attention()), path, drawn())
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match="cannot read"):
+        fusepass.optimize_onnx(path, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_missing_external_data(damage: str, tmp_path: Path) -> None:
+    path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    fusepass.export_onnx(sharpened(Attention()), (drawn(),), path, external_data=True, verify=False)
+    data = tmp_path / "model.onnx.data"
+    if damage == "missing":
+        data.unlink()
+    else:
+        data.write_bytes(data.read_bytes()[:64])
+    with pytest.raises(ModelError, match=r"model.onnx.data"):
+        fusepass.optimize_onnx(path, out)
+    assert not out.exists()
+
+
+def test_external_data_stays_external(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    fusepass.export_onnx(sharpened(Attention()), (drawn(),), path, external_data=True, verify=False)
+    fusepass.optimize_onnx(path, path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert run(path, x=drawn())[0].shape == (2, 6, 32)
+
+
+def test_the_reference_evaluator_agrees(tmp_path: Path) -> None:
+    """onnx's own evaluator as a second oracle: it is right for masks with all queries."""
+    from onnx.reference import ReferenceEvaluator
+
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    plain(sharpened(Attention(kv=2, causal=True, cap=5.0)), before, drawn(), MASK)
+    fusepass.optimize_onnx(before, after)
+    feeds = {"x": drawn(seed=7).numpy(), "mask": np.array([[1, 1, 0, 1, 1, 1], [1, 0, 0, 0, 0, 1]])}
+    (want,) = run(before, **feeds)
+    (got,) = ReferenceEvaluator(str(after)).run(None, feeds)
+    assert np.abs(got - want).max() < 1e-5
+
+
+# ---------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("varying", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_transformers(name: str, varying: bool, tmp_path: Path) -> None:
+    make, sites = MODELS[name]
+    model, inputs = make()
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    plain(model, before, kwargs=inputs, dynamic_shapes=dynamic(inputs) if varying else None)
+    for target in ("onnx", "ort", "tensorrt"):
+        report = fusepass.optimize_onnx(before, after, target=target)
+        kept = sites if target == "tensorrt" and name == "gemma2" else 0  # its importer has no softcap
+        assert (report.sites, report.sites - report.fused, report.softmaxes) == (sites, kept, kept)
+        assert report.max_error <= 1e-5
+
+
+class Flat(nn.Module):
+    """A model with positional inputs and one output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        out: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=False)[0]
+        return out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("opset", [11, 17])
+@pytest.mark.parametrize("varying", [False, True])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_models_by_torchscript(name: str, varying: bool, opset: int, tmp_path: Path) -> None:
+    make, sites = MODELS[name]
+    model, inputs = make()
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    scripted(Flat(model), before, inputs, opset, varying)
+    report = fusepass.optimize_onnx(before, after)
+    assert (report.sites, report.fused, report.softmaxes) == (sites, sites, 0)
+    assert report.max_error <= 1e-5
