@@ -21,7 +21,6 @@ from fusepass.kernels.base import (
     Operands,
     Refused,
     Target,
-    empty_rows,
     mean_of_values,
     operands,
 )
@@ -29,7 +28,7 @@ from fusepass.kernels.blocks import BLOCK, tables_op
 from fusepass.patterns.masks import additive_mask
 from fusepass.recognize import Site
 from fusepass.rule import Term
-from fusepass.spec import Bias, Mask, Scale, ScaleBy, SoftCap, negligible
+from fusepass.spec import Bias, Mask, Scale, ScaleBy, SoftCap, empty_rows, negligible
 
 LOWEST = torch.finfo(torch.float32).min / 2
 
