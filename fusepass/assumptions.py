@@ -36,6 +36,7 @@ def static_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str
             and not isinstance(value, (FakeTensor, torch.nn.Parameter))
             and not value.requires_grad
             and value.layout is torch.strided
+            and not (value.is_inference() and value.device.type != "cpu")  # no version to guard
         ):
             found[node.name] = value
     return found
