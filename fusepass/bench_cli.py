@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 import torch
 from rich.console import Console
@@ -55,7 +54,7 @@ def _measure(arguments: argparse.Namespace, console: Console, about: dict[str, s
     work = bench.jobs(
         variants, _numbers(arguments.lengths), _numbers(arguments.head_dims), modes, contenders, **settings
     )
-    workers = arguments.workers or (max(1, (os.cpu_count() or 1) - 4) if arguments.device == "cuda" else 1)
+    workers = arguments.workers or 1  # several compile at once, but then they disturb each other's times
     with Progress(console=console, transient=True) as progress:
         task, rows = progress.add_task("measuring", total=len(work)), list[bench.Row]()
 

@@ -89,8 +89,7 @@ def samples(rows: Iterable[Row]) -> list[costs.Sample]:
 #: Devices that share a profile: the same chip with other memory.
 _SAME_CHIP = {
     "NVIDIA H200": (
-        "NVIDIA H200", "NVIDIA H200 NVL", "NVIDIA H100 80GB HBM3", "NVIDIA H100", "NVIDIA H100 SXM5",
-        "NVIDIA GH200 480GB", "NVIDIA H20",
+        "NVIDIA H200", "NVIDIA H200 NVL", "NVIDIA H100 80GB HBM3", "NVIDIA H100",
     ),
 }  # fmt: skip
 
