@@ -243,7 +243,7 @@ class Reader:
         made = leaf(self._prefix + node.name, shape_of(value), value.dtype)
         if node.op == "placeholder" and node.name in self.known.static:
             self._tensors[made] = self.known.static[node.name]
-        elif value.requires_grad or isinstance(value, torch.nn.Parameter):
+        elif _learned(value) or (operation(node)[0] == "detach" and _learned(value_of(_first(node)))):
             self.contents.ordinary.add(made)
         return made
 
@@ -520,6 +520,11 @@ def _positional(name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) ->
                 args = (*args, kwargs.pop(parameter))
             break
     return args
+
+
+def _learned(value: Any) -> bool:
+    """A parameter, or something computed from one."""
+    return isinstance(value, torch.nn.Parameter) or bool(getattr(value, "requires_grad", False))
 
 
 def _first(node: fx.Node) -> Any:
