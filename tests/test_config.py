@@ -66,7 +66,7 @@ def test_no_suggestion_for_what_is_like_nothing() -> None:
 
 
 def test_public_names() -> None:
-    assert len(fusepass.__all__) <= 10
+    assert len(fusepass.__all__) <= 11
     assert set(fusepass.__all__) <= set(dir(fusepass))
     with pytest.raises(AttributeError, match="'nothing'; it has fuse, explain"):
         _ = fusepass.nothing

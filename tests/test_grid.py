@@ -12,6 +12,7 @@ from tests.programs import AXES, CROSS, NARROW, SQUARE, Program
 
 #: Reasons for which a kernel may leave a site under "auto"; anything else is a fault.
 HONEST = (
+    "plain mathematics is what the graph has already",
     "it has no 'softcap",
     "comes after",
     "multiplied by a tensor that varies over the keys",
