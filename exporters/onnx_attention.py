@@ -22,7 +22,6 @@ from fusepass.exporters.onnx_operands import (
     Operands,
     added_mask,
     after_weights,
-    is_causal,
     laid_out,
     mend_rows,
     muted,
@@ -58,7 +57,7 @@ def emit(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
     factor, x = scaled(site, build, laid_out(site, build))
     dtype = build.dtype_of(x.q)
     offset = 0 if cache is None else cache.length
-    causal = is_causal(spec, offset)
+    causal = spec.is_causal(offset)
     extra = Added(None) if causal else added_mask(site, build, dtype)
     x = replace(x, q=muted(build, extra, x.q))
     out = _call(site, build, x, extra.mask, _attributes(spec, factor, causal, dtype), cache)

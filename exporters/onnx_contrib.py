@@ -19,11 +19,9 @@ from fusepass.exporters.onnx_builder import OnnxBuilder
 from fusepass.exporters.onnx_operands import (
     Added,
     Operands,
-    added,
     added_mask,
     after_weights,
     full_mask,
-    is_causal,
     laid_out,
     mend_rows,
     muted,
@@ -78,7 +76,7 @@ def _band(spec: Attention) -> Band | None:
 
 def _only_bands(spec: Attention) -> bool:
     """Is nothing added to the scores besides bands?"""
-    return all(isinstance(m, Mask) for m in added(spec)) and all(isinstance(a, Band) for a in spec.atoms)
+    return all(isinstance(m, Mask) for m in spec.added) and all(isinstance(a, Band) for a in spec.atoms)
 
 
 def emit_gqa(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
@@ -155,7 +153,7 @@ def emit_mha(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
     factor, x = scaled(site, build, x, packed=True)
     dtype = build.dtype_of(x.q)
     # On the CPU `unidirectional` is right for as many queries as keys only.
-    causal = is_causal(spec) and spec.queries == spec.keys
+    causal = spec.is_causal() and spec.queries == spec.keys
     extra = Added(None) if causal else added_mask(site, build, dtype, boolean=False)
     if extra.mute:
         heads = build.reshape(x.q, (spec.batch, spec.queries, spec.heads, spec.head_dim))

@@ -75,38 +75,15 @@ def refuse_modifiers(spec: Attention, softcap: bool) -> str | None:
         if at < stage or (at == stage == 1):
             return f"'{mod}' comes after another modifier, and the operator has a fixed order"
         stage = at
-        if isinstance(mod, Mask) and not mod.additive and not negligible(mod.fill, _score_dtype(spec)):
+        if isinstance(mod, Mask) and not mod.additive and not negligible(mod.fill, spec.score_dtype):
             return f"hidden scores are set to {mod.fill:g}, which is within reach of real scores"
     return _refuse_weights(spec)
 
 
-def _score_dtype(spec: Attention) -> torch.dtype:
-    return spec.softmax_dtype if spec.softmax_dtype.itemsize < 4 else spec.dtype
-
-
 def _refuse_weights(spec: Attention) -> str | None:
-    for weight in spec.weights:
-        match weight:
-            case Dropout():
-                return "the weights are dropped out: export the model in eval mode"
-            case Keep(implied=False, axes=axes) if "j" in axes:
-                return "weights are hidden after the softmax without renormalising"
-            case Keep() | WeightScale() | ZeroEmptyRows():
-                pass
-            case _:
-                return f"it has no '{weight}'"
-    return None
-
-
-def added(spec: Attention) -> list[Bias | Mask]:
-    """What is added to the scores or hides some."""
-    return [m for m in spec.scores if isinstance(m, (Bias, Mask))]
-
-
-def is_causal(spec: Attention, offset: object = 0) -> bool:
-    """Is the whole visibility ``j <= i + offset``, with no other term added to the scores?"""
-    extra = added(spec)
-    return bool(extra) and all(isinstance(m, Mask) and m.atoms == (Band(None, offset),) for m in extra)  # type: ignore[arg-type]
+    if spec.dropout:
+        return "the weights are dropped out: export the model in eval mode"
+    return spec.refuse_weights(Dropout, Keep, WeightScale, ZeroEmptyRows)
 
 
 def softcap_of(spec: Attention) -> float:
@@ -245,7 +222,7 @@ def added_mask(site: Site, build: OnnxBuilder, dtype: torch.dtype, boolean: bool
         boolean: may the mask be boolean?
     """
     spec = site.spec
-    extra = added(spec)
+    extra = spec.added
     if not extra:
         return Added(None)
     rows_differ = not spec.rows_seen and bool(spec.masks)

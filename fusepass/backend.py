@@ -111,15 +111,14 @@ def inner_compiler(options: Options, mode: str | None = None) -> Callable[..., A
     """What compiles the rewritten graph: the callable that the options name."""
     from fusepass.kernels.reference import let_inductor_inline
 
+    if options.inner == "inductor":
+        let_inductor_inline()
     if not mode or mode == "default":
         if not isinstance(options.inner, str):
             return options.inner
         from torch._dynamo.backends.registry import lookup_backend
 
-        if options.inner == "inductor":
-            let_inductor_inline()
         return lookup_backend(options.inner)
     if options.inner != "inductor":
         raise ValueError(f"mode={mode!r} is for inner='inductor' only; here inner={options.inner!r}")
-    let_inductor_inline()
     return torch._TorchCompileInductorWrapper(mode, None, None)

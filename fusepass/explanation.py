@@ -9,11 +9,11 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from fusepass.assumptions import static_inputs
+from fusepass.assumptions import Original, static_inputs
 from fusepass.backend import run_pass
 from fusepass.config import Options
 from fusepass.report import Collector, SiteReport, collect, render, summary
-from fusepass.sandbox import compiled_apart, duplicate, fresh, restored, unwrapped
+from fusepass.sandbox import compiled_apart, fresh, restored, unwrapped
 from fusepass.tables import site_table
 
 
@@ -73,9 +73,9 @@ def explain(
     model = unwrapped(model)
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        original = duplicate(gm)
+        original = Original(gm)
         run_pass(gm, example_inputs, options, static_inputs(gm, example_inputs))
-        return original
+        return original.module()
 
     with collect() as collector, restored(model):
         compiled_apart(model, backend, fusepass_dynamic)(*fresh(args), **fresh(kwargs))

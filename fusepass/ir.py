@@ -171,6 +171,13 @@ def is_constant(root: Expr) -> bool:
     return all(node.op != "input" for node in walk(root))
 
 
+def under_casts(node: Expr) -> Expr:
+    """What a change of floating dtype was applied to."""
+    while node.op == "cast" and node.is_float and node.args[0].is_float:
+        node = node.args[0]
+    return node
+
+
 def scalar_of(node: Expr) -> float | int | bool | None:
     """The value of a constant, seen through broadcasting views and casts; else None."""
     while node.op in VIEWS or (node.op == "cast" and node.args[0].op in VIEWS | {"const", "cast"}):

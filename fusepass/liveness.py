@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from fusepass.dialects.fx_graph import Reader, operation, value_of, writes_in_place
-from fusepass.ir import POINTWISE, VIEWS, Expr
+from fusepass.ir import POINTWISE, VIEWS, Expr, under_casts
 
 _LIGHT = (
     POINTWISE
@@ -51,9 +51,7 @@ def _is_late(reader: Reader, anchor: fx.Node) -> bool:
 
 def _is_product(reader: Reader, node: fx.Node) -> bool:
     meaning = reader.defined.get(node)
-    while isinstance(meaning, Expr) and meaning.op == "cast":
-        meaning = meaning.args[0]
-    return isinstance(meaning, Expr) and meaning.op == "dot"
+    return isinstance(meaning, Expr) and under_casts(meaning).op == "dot"
 
 
 def _computing(

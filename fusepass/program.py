@@ -22,6 +22,7 @@ from fusepass.spec import (
     Dropout,
     Floor,
     Keep,
+    KeyGate,
     Mask,
     Scale,
     ScaleBy,
@@ -35,7 +36,20 @@ from fusepass.spec import (
 
 _KINDS: dict[str, Any] = {
     k.__name__: k
-    for k in (Scale, ScaleBy, SoftCap, Bias, Mask, Floor, Dropout, Keep, WeightScale, ZeroEmptyRows, Sink)
+    for k in (
+        Scale,
+        ScaleBy,
+        SoftCap,
+        Bias,
+        Mask,
+        Floor,
+        Dropout,
+        Keep,
+        WeightScale,
+        KeyGate,
+        ZeroEmptyRows,
+        Sink,
+    )
 }
 
 

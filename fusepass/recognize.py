@@ -31,6 +31,7 @@ from fusepass.spec import (
     Bias,
     Floor,
     Keep,
+    KeyGate,
     Mask,
     Scale,
     ScaleBy,
@@ -75,7 +76,6 @@ class Site:
     operands: list[Term]
     out: Term
     product: Expr
-    softmax: Expr
     scope: Scope
 
     @property
@@ -91,7 +91,6 @@ class Miss:
     reason: str
     at: Expr
     trace: tuple[str, ...] = ()
-    softmax: Expr | None = None
 
 
 @dataclass
@@ -308,7 +307,7 @@ class _Reading:
         self._check_operands(spec, found.node)
         return Site(
             spec, roles, scope.space, query_chain, key_chain, value_chain, scope.operands, self.out,
-            found.node, core.scores.expr, scope,
+            found.node, scope,
         )  # fmt: skip
 
     def _check_operands(self, spec: Attention, product: Expr) -> None:
@@ -455,7 +454,7 @@ class _Reading:
             axes = self._letters(self.scope.operands[mod.slot], roles)
             if {"i", "j"} <= set(axes):
                 raise Refuse("the weights are multiplied by a tensor that varies over queries and keys")
-            return replace(mod, axes=axes)
+            return KeyGate(mod.slot, axes) if "j" in axes else replace(mod, axes=axes)
         if not isinstance(mod, Keep):
             return mod
         axes = self._letters(self.scope.operands[mod.slot], roles)

@@ -20,7 +20,7 @@ from fusepass.dialects.composites import Expansion, expand_all
 from fusepass.dialects.fx_graph import Known, Reader, operation, value_of
 from fusepass.emit import Builder, CannotEmit
 from fusepass.ir import VIEWS, Expr
-from fusepass.kernels import FP8, Kernel, Refused, Target, sdpa
+from fusepass.kernels import FP8, Kernel, Refused, Target
 from fusepass.liveness import erase_dead, live_nodes, outside_reader
 from fusepass.patterns.products import factors, normalised_late
 from fusepass.recognize import RULES, Miss, Rules, Site, recognise_sum
@@ -382,7 +382,7 @@ def as_good(node: fx.Node, site: Site) -> bool:
     drops_mask = (
         given.get("attn_mask") is not None
         and site.spec.sink is None
-        and (sdpa.is_causal(site.spec) or not sdpa.added(site.spec))
+        and (site.spec.is_causal() or not site.spec.added)
     )
     groups = bool(site.roles.group) and not given.get("enable_gqa")
     return not (drops_mask or groups)

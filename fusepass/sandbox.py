@@ -39,13 +39,6 @@ def compiled_apart(model: Call, backend: Call, dynamic: bool | None) -> Call:
     return compiled
 
 
-def duplicate(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """A second graph over the same parameters and inner graphs."""
-    graph = torch.fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    return torch.fx.GraphModule(gm, graph)
-
-
 @contextmanager
 def restored(model: Call) -> Iterator[None]:
     """Afterwards random number generators, buffers, gradients and the train/eval mode are as before."""

@@ -114,7 +114,7 @@ def predicted(profile: costs.Profile, kernel: str, work: Work) -> float | None:
 
 def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel]) -> list[Kernel]:
     """The order without measurements."""
-    dense = bool(sdpa.added(spec)) and not sdpa.is_causal(spec)
+    dense = bool(spec.added) and not spec.is_causal()
     if not dense or sizes["i"] * sizes["j"] < LARGE:
         return list(kernels)
     native = not isinstance(flash.describe(spec, "flash4"), str)

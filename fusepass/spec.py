@@ -198,6 +198,17 @@ class WeightScale:
 
 
 @dataclass(frozen=True)
+class KeyGate:
+    """Weights times a tensor of the keys, not of the queries: ``(w * t) . v = w . (t * v)``."""
+
+    slot: int
+    axes: str = ""
+
+    def __str__(self) -> str:
+        return f"weights * [{self.axes}]"
+
+
+@dataclass(frozen=True)
 class ZeroEmptyRows:
     """NaN weights (rows that see no key) become zero."""
 
@@ -220,7 +231,7 @@ class Sink:
 
 
 ScoreModifier = Scale | ScaleBy | SoftCap | Bias | Mask | Floor
-WeightModifier = Dropout | Keep | WeightScale | ZeroEmptyRows
+WeightModifier = Dropout | Keep | WeightScale | KeyGate | ZeroEmptyRows
 
 
 @dataclass(frozen=True)
@@ -267,6 +278,34 @@ class Attention:
     def atoms(self) -> tuple[Atom, ...]:
         """All atoms of all masks; their conjunction is the visibility."""
         return tuple(a for m in self.masks for a in m.atoms)
+
+    @property
+    def added(self) -> tuple[Bias | Mask, ...]:
+        """What is added to the scores or hides some."""
+        return tuple(m for m in self.scores if isinstance(m, (Bias, Mask)))
+
+    def is_causal(self, offset: object = 0) -> bool:
+        """Is the whole visibility ``j <= i + offset``, with no other term added to the scores?"""
+        only = (isinstance(m, Mask) and m.atoms == (Band(None, offset),) for m in self.added)  # type: ignore[arg-type]
+        return bool(self.added) and all(only)
+
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """The dtype whose lowest number is a fill."""
+        return self.softmax_dtype if self.softmax_dtype.itemsize < 4 else self.dtype
+
+    def refuse_weights(self, *taken: type) -> str | None:
+        """Why the weights are not those of a softmax, but for what can be done before or after the products.
+
+        Args:
+            taken: the kinds of weight modifiers that the caller does.
+        """
+        for weight in self.weights:
+            if not isinstance(weight, taken):
+                return f"it has no '{weight}'"
+            if isinstance(weight, Keep) and not weight.implied and "j" in weight.axes:
+                return "weights are hidden after the softmax without renormalising"
+        return None
 
     @property
     def dropout(self) -> float:
@@ -404,6 +443,8 @@ def apply_weight(mod: WeightModifier, w: Tensor, operands: Sequence[Tensor]) -> 
             return w.masked_fill(~operands[slot] if attends else operands[slot], 0.0)
         case WeightScale(factor, slot):
             return w * (factor if slot is None else operands[slot])
+        case KeyGate(slot):
+            return w * operands[slot]
         case ZeroEmptyRows():
             return torch.nan_to_num(w, nan=0.0)
         case Dropout():

@@ -16,6 +16,7 @@ from fusepass.spec import (
     Bias,
     Floor,
     Keep,
+    KeyGate,
     Mask,
     Scale,
     ScaleBy,
@@ -112,6 +113,9 @@ def _through_weight(
         case WeightScale(factor, slot):
             if slot is None:
                 return dw * factor
+            _add(found, slot, dw * before)
+            return (dw * operands[slot]).to(before.dtype)
+        case KeyGate(slot):
             _add(found, slot, dw * before)
             return (dw * operands[slot]).to(before.dtype)
         case ZeroEmptyRows():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fusepass.index import Affine
-from fusepass.ir import VIEWS, Expr, expr, pointwise
+from fusepass.ir import VIEWS, Expr, expr, pointwise, under_casts
 from fusepass.patterns import examples as eg
 from fusepass.rule import Product, Rule, Scope, Term, rule
 
@@ -77,9 +77,7 @@ def normalised_late(node: Expr) -> Expr | None:
     if node.op not in ("mul", "div"):
         return None
     for position in (0, 1) if node.op == "mul" else (0,):
-        product, t = node.args[position], node.args[1 - position]
-        while product.op == "cast" and product.is_float:
-            product = product.args[0]
+        product, t = under_casts(node.args[position]), node.args[1 - position]
         if product.op != "dot" or product.shape != node.shape or not t.shape or t.shape[-1] != 1:
             continue
         left, right, out = (str(x) for x in product.attrs)

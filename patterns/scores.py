@@ -7,7 +7,7 @@ import math
 import torch
 
 from fusepass.contents import Uniform
-from fusepass.ir import POINTWISE, VIEWS, Expr, const, pointwise, scalar_of
+from fusepass.ir import POINTWISE, VIEWS, Expr, const, pointwise, scalar_of, under_casts
 from fusepass.patterns import examples as eg
 from fusepass.rule import Peel, Refuse, Rule, Scope, Term, rule
 from fusepass.spec import Bias, Floor, Mask, Scale, ScaleBy, SoftCap, negligible
@@ -39,13 +39,6 @@ def number(node: Expr, scope: Scope) -> float | None:
     if value is None and bare.op == "input" and isinstance(form := scope.contents.form(bare), Uniform):
         value = torch.tensor(form.value, dtype=bare.dtype).to(node.dtype).item()
     return None if value is None else float(value)
-
-
-def under_casts(node: Expr) -> Expr:
-    """What a change of floating dtype was applied to."""
-    while node.op == "cast" and node.is_float and node.args[0].is_float:
-        node = node.args[0]
-    return node
 
 
 @rule("cast(x) changes the precision alone", lambda: eg.cast(eg.scores()))

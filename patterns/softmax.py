@@ -7,9 +7,8 @@ import math
 import torch
 
 from fusepass.index import Affine
-from fusepass.ir import Expr, const, expr, pointwise, scalar_of
+from fusepass.ir import Expr, const, expr, pointwise, scalar_of, under_casts
 from fusepass.patterns import examples as eg
-from fusepass.patterns.scores import under_casts
 from fusepass.rule import Core, Refuse, Rule, Scope, Term, rule
 
 

@@ -24,6 +24,7 @@ from fusepass.spec import (
     Bias,
     Dropout,
     Keep,
+    KeyGate,
     KeyPadding,
     Mask,
     Scale,
@@ -81,6 +82,7 @@ SDPA_TAKES: dict[str, Attention] = {
     "implied keep": spec(CAUSAL, weights=(Keep(0, axes="ij", implied=True),)),
     "rows kept": spec(weights=(Keep(0, axes="bi"),)),
     "weights scaled": spec(weights=(WeightScale(0.5), ZeroEmptyRows(), Dropout(0.1))),
+    "keys gated": spec(weights=(KeyGate(0, "bhj"), Dropout(0.1))),
 }
 FLEX_REFUSES: dict[str, tuple[Attention, Target, str]] = {
     "exported": (spec(), replace(CPU, aten=True), "not written into exported graphs"),
@@ -98,6 +100,7 @@ FLEX_TAKES: dict[str, tuple[Attention, Target]] = {
     "any fill": (spec(replace(CAUSAL, fill=-1e4)), CPU),
     "training on cuda": (spec(SoftCap(5.0)), replace(CUDA, training=True)),
     "half": (spec(dtype=torch.bfloat16), CPU),
+    "keys gated": (spec(SoftCap(5.0), weights=(KeyGate(0, "bj"),)), CPU),
 }
 
 
@@ -372,6 +375,7 @@ def test_no_modifier_is_forgotten() -> None:
         "Dropout",
         "Keep",
         "WeightScale",
+        "KeyGate",
         "ZeroEmptyRows",
     }
     assert {t.__name__ for t in (*get_args(ScoreModifier), *get_args(WeightModifier))} == known

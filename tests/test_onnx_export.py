@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fusepass
+from fusepass import spec
 from fusepass.exporters.onnx_files import Disagreement, ModelError
 from fusepass.exporters.reports import ExportReport
 from tests.onnx_models import MODELS, Attention, drawn, dynamic, nodes, run, sharpened
@@ -203,6 +204,22 @@ def test_a_sink_is_grouped_query_attention(window: int, tmp_path: Path) -> None:
     assert plain.graph.sites[0].reason == "Attention: it has no sink"
 
 
+class Gated(nn.Module):
+    """Every key's weight times a number of its own."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        weights: Tensor = (q @ k.transpose(-1, -2) * 0.25).softmax(-1)
+        return (weights * gate) @ v
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort", "tensorrt"])
+def test_gated_keys_stay(target: str, tmp_path: Path) -> None:
+    q, k, v = (torch.randn(2, 4, 8, 16) for _ in range(3))
+    report = exported(Gated(), tmp_path / "model.onnx", q, k, v, torch.rand(2, 4, 1, 8), target=target)
+    assert report.fused == 0 and report.softmaxes == 1
+    assert "weights * [bhj]" in str(report.graph.sites[0].reason)
+
+
 def test_tensorrt_gets_what_its_importer_reads(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     report = exported(sharpened(Attention(cap=5.0)), path, drawn(), target="tensorrt")
@@ -218,11 +235,9 @@ def test_tensorrt_gets_what_its_importer_reads(tmp_path: Path) -> None:
 
 
 def test_a_model_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusepass.exporters import onnx_attention
-
     path = tmp_path / "model.onnx"
     path.write_bytes(b"as it was")
-    monkeypatch.setattr(onnx_attention, "is_causal", lambda spec, offset=0: bool(spec.masks))
+    monkeypatch.setattr(spec.Attention, "is_causal", lambda spec, offset=0: bool(spec.masks))
     with pytest.raises(Disagreement, match=r"not written: '\w+': error .*, allowed 1e-05 \(x\[2, 6, 32\]"):
         fusepass.export_onnx(sharpened(Attention(causal=True)), (drawn(), MASK), path)
     assert path.read_bytes() == b"as it was" and [f.name for f in tmp_path.iterdir()] == ["model.onnx"]

@@ -20,6 +20,7 @@ from fusepass.spec import (
     Bias,
     Floor,
     Keep,
+    KeyGate,
     Mask,
     Scale,
     ScaleBy,
@@ -55,6 +56,7 @@ WEIGHTS: dict[str, WeightModifier] = {
     "keep hides": Keep(7, False, "bij"),
     "factor": WeightScale(0.25),
     "factor of rows": WeightScale(1.0, 5, "i"),
+    "gate of keys": KeyGate(1, "hj"),
     "empty rows": ZeroEmptyRows(),
 }
 

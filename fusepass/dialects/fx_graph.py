@@ -21,7 +21,7 @@ from fusepass.contents import Contents
 from fusepass.dialects import joins, torch_ops
 from fusepass.dialects.torch_ops import HANDLERS, Result, Value
 from fusepass.index import Facts, simplify_size
-from fusepass.ir import Expr, const, is_constant, leaf, pointwise
+from fusepass.ir import Expr, Shape, const, is_constant, leaf, pointwise
 
 #: Nodes that are views of their first argument as far as memory is concerned.
 _ALIASES = frozenset(
@@ -133,7 +133,6 @@ class Reader:
         self._root: dict[fx.Node, fx.Node] = {}
         self._members: dict[fx.Node, list[fx.Node]] = {}
         self._writes: dict[fx.Node, list[int]] = {}
-        self._since: dict[fx.Node, int] = {}
         self._held: dict[tuple[Expr, joins.Window], Expr] = {}
         self._no_grad = False
         self.facts = Facts(self._shape_env())
@@ -233,14 +232,18 @@ class Reader:
             return tuple(size_of(s) for s in value)
         if isinstance(value, torch.SymFloat):
             expression = value.node.expr
-            return float(expression) if expression.is_number else leaf(node.name, (), torch.float64)
+            return float(expression) if expression.is_number else self._named(node.name, (), torch.float64)
         return None
+
+    def _named(self, name: str, shape: Shape, dtype: torch.dtype) -> Expr:
+        """A leaf whose name no other graph's leaf has, where expressions of several graphs meet."""
+        return leaf(self._prefix + name, shape, dtype)
 
     def _leaf(self, node: fx.Node, value: torch.Tensor) -> Expr:
         meant = self.known.given.get(node.name) if node.op == "placeholder" else None
         if meant is not None and meant.shape == shape_of(value) and meant.dtype is value.dtype:
             return meant
-        made = leaf(self._prefix + node.name, shape_of(value), value.dtype)
+        made = self._named(node.name, shape_of(value), value.dtype)
         if node.op == "placeholder" and node.name in self.known.static:
             self._tensors[made] = self.known.static[node.name]
         elif _learned(value) or (operation(node)[0] == "detach" and _learned(value_of(_first(node)))):
@@ -438,16 +441,10 @@ class Reader:
         for holder, meaning in wholes:
             self.meaning[holder] = meaning
             self._hold(meaning, holder, position)
-            self._since[holder] = position
         self.meaning[target] = out
         if node is not None:
             self._bind(node, out)
         self._hold(out, target, position)
-        self._since[target] = position
-
-    def since(self, node: fx.Node) -> int:
-        """The position from which ``node`` has had its present meaning."""
-        return self._since.get(node, self.order[node])
 
     def _forget(self, target: fx.Node, position: int) -> None:
         root = self._root[target]
@@ -455,8 +452,7 @@ class Reader:
         for member in [root, *self._members.get(root, [])]:
             value = value_of(member)
             if isinstance(value, torch.Tensor):
-                self.meaning[member] = leaf(f"{member.name}@{position}", shape_of(value), value.dtype)
-                self._since[member] = position
+                self.meaning[member] = self._named(f"{member.name}@{position}", shape_of(value), value.dtype)
                 self._hold(self.meaning[member], member, position)
 
     def _set_item(self, node: fx.Node, position: int) -> None:

@@ -15,7 +15,7 @@ from fusepass.dialects.fx_graph import size_of
 from fusepass.emit import Builder
 from fusepass.program import slots
 from fusepass.recognize import Site
-from fusepass.spec import Attention, Bias, Keep, Mask, Scale, ScaleBy, WeightScale, empty_rows
+from fusepass.spec import Attention, Bias, Keep, KeyGate, Mask, Scale, ScaleBy, WeightScale, empty_rows
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,12 @@ def operands(site: Site, build: Builder, gated: bool = True) -> Operands:
     if not gated:
         return x
     for mod in site.spec.weights:
-        if isinstance(mod, WeightScale) and "j" in mod.axes:
+        if isinstance(mod, KeyGate):
             x = Operands(x.q, x.k, _gated_values(site, build, x.v, mod))
     return x
 
 
-def _gated_values(site: Site, build: Builder, v: fx.Node, mod: WeightScale) -> fx.Node:
-    assert mod.slot is not None
+def _gated_values(site: Site, build: Builder, v: fx.Node, mod: KeyGate) -> fx.Node:
     if "h" in mod.axes and site.roles.group:
         raise Refused("the weights are multiplied by a gate of keys and heads, which groups of heads share")
     gate = build.op("transpose", score_operand(site, build, mod.slot), 2, 3)
@@ -158,8 +157,6 @@ def tensor_operand(site: Site, build: Builder, slot: int) -> fx.Node:
 def after_weights(site: Site, build: Builder, out: fx.Node) -> fx.Node:
     """Factors of the weights that do not vary over the keys, moved to the result."""
     for mod in site.spec.weights:
-        if isinstance(mod, WeightScale) and "j" in mod.axes:
-            continue  # in the values already
         if isinstance(mod, WeightScale):
             factor = mod.factor if mod.slot is None else row_operand(site, build, mod.slot)
             out = build.op(
@@ -220,13 +217,12 @@ def rows_of(site: Site, build: Builder, dtype: torch.dtype) -> Rows:
     assert level is not None
     top = build.op("amax", level, [-1], True)
     value = build.value(top)
-    bound = max(-FILL, 0.99 * torch.finfo(value.dtype).min)
-    zero, reach = (build.op("scalar_tensor", n, dtype=value.dtype, device=value.device) for n in (0.0, bound))
-    seen = (
-        build.op("eq_scalar", top, 0)
-        if len(site.spec.masks) == len(hiders(site.spec))
-        else build.op("gt", top, reach)
-    )
+    zero = build.op("scalar_tensor", 0.0, dtype=value.dtype, device=value.device)
+    if len(site.spec.masks) == len(hiders(site.spec)):
+        seen = build.op("eq_scalar", top, 0)
+    else:
+        bound = max(-FILL, 0.99 * torch.finfo(value.dtype).min)
+        seen = build.op("gt", top, build.op("scalar_tensor", bound, dtype=value.dtype, device=value.device))
     hidden = build.op("logical_and", build.op("isfinite", top), build.op("logical_not", seen))
     level = build.cast(build.op("sub", level, build.op("where", hidden, top, zero)), dtype)
     lowest = build.op("scalar_tensor", torch.finfo(dtype).min, dtype=dtype, device=value.device)

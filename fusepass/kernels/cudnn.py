@@ -40,7 +40,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     scale, x = scaled(site, build, operands(site, build))
     if build.value(x.q).dtype not in (torch.float16, torch.bfloat16):
         raise Refused("queries, keys and values have different dtypes")
-    causal = sdpa.is_causal(spec)
+    causal = spec.is_causal()
     mask = None if causal else sdpa.attn_mask(site, build, target, x)
     if mask is not None:
         if build.value(mask).requires_grad:

@@ -37,6 +37,7 @@ from fusepass.spec import (
     Bias,
     Dropout,
     Keep,
+    KeyGate,
     Mask,
     Scale,
     ScaleBy,
@@ -67,11 +68,9 @@ def describe(spec: Attention, name: str) -> Call | str:
         return f"it has no '{biases[0]}'"
     if spec.sink is not None and (name != "flash4" or not set(spec.sink.axes) <= {"h"}):
         return "it has no sink" if name != "flash4" else "its sink is one number a head"
-    for weight in spec.weights:
-        if not isinstance(weight, (Dropout, Keep, WeightScale, ZeroEmptyRows)):
-            return f"it has no '{weight}'"
-        if isinstance(weight, Keep) and not weight.implied and "j" in weight.axes:
-            return "weights are hidden after the softmax without renormalising"
+    reason = spec.refuse_weights(Dropout, Keep, WeightScale, KeyGate, ZeroEmptyRows)
+    if reason is not None:
+        return reason
     if spec.dropout and name != "flash2":
         return "it has no dropout"
     return replace(call, dropout=spec.dropout)
@@ -110,7 +109,7 @@ def bottom_right(spec: Attention) -> tuple[int | None, int | None] | str:
     for mask in spec.masks:
         if not all(isinstance(a, Band) for a in mask.atoms) or not mask.atoms:
             return f"its masks are bands, and this is '{mask}'"
-        if not negligible(mask.fill, spec.softmax_dtype if spec.softmax_dtype.itemsize < 4 else spec.dtype):
+        if not negligible(mask.fill, spec.score_dtype):
             return f"hidden scores are set to {mask.fill:g}, which is within reach of real scores"
         bands += [a for a in mask.atoms if isinstance(a, Band)]
     if not bands:

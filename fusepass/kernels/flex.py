@@ -44,6 +44,7 @@ from fusepass.spec import (
     Dropout,
     Floor,
     Keep,
+    KeyGate,
     Mask,
     Scale,
     ScaleBy,
@@ -182,11 +183,9 @@ def refuse(spec: Attention, target: Target) -> str | None:
     for mod in spec.scores:
         if not isinstance(mod, (Scale, ScaleBy, SoftCap, Bias, Mask, Floor)):
             return f"FlexAttention has no '{mod}'"
-    for weight in spec.weights:
-        if not isinstance(weight, (Keep, WeightScale, ZeroEmptyRows)):
-            return f"FlexAttention has no '{weight}'"
-    if any(isinstance(w, Keep) and not w.implied and "j" in w.axes for w in spec.weights):
-        return "weights are hidden after the softmax without renormalising"
+    reason = spec.refuse_weights(Keep, WeightScale, KeyGate, ZeroEmptyRows)
+    if reason is not None:
+        return reason
     if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"FlexAttention does not compute in {str(spec.dtype).removeprefix('torch.')}"
     return None

@@ -125,7 +125,7 @@ def refuse(spec: Attention, target: Target) -> str | None:
         return "it has no sink and no dropout"
     if not all(isinstance(m, (Scale, ScaleBy, Mask)) for m in spec.scores):
         return "it adds nothing to the scores"
-    if spec.masks and not sdpa.is_causal(spec):
+    if spec.masks and not spec.is_causal():
         return f"its masks are causal, and this is '{', '.join(map(str, spec.masks))}'"
     if library() == "flash3" and spec.masks and spec.queries != spec.keys:
         return "its causal mask needs as many queries as keys"
@@ -139,7 +139,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     if build.value(x.q).dtype not in GATES["fp8"].dtypes:
         raise Refused("queries, keys and values have different dtypes")
     rotate = target.precision != "fp8_unrotated"
-    out = build.call(fp8_attention, x.q, x.k, x.v, scale, sdpa.is_causal(spec), rotate, library())
+    out = build.call(fp8_attention, x.q, x.k, x.v, scale, spec.is_causal(), rotate, library())
     return build.cast(after_weights(site, build, out), spec.out_dtype)
 
 

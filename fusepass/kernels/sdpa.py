@@ -43,10 +43,10 @@ from fusepass.kernels.base import (
 from fusepass.recognize import Site
 from fusepass.spec import (
     Attention,
-    Band,
     Bias,
     Dropout,
     Keep,
+    KeyGate,
     Mask,
     Scale,
     ScaleBy,
@@ -69,31 +69,9 @@ def refuse(spec: Attention, target: Target) -> str | None:
                 return "the scores are multiplied by a tensor that varies over the keys"
         elif not isinstance(mod, (Bias, Mask)):
             return f"it has no '{mod}'"
-        elif (
-            isinstance(mod, Mask)
-            and not mod.additive
-            and not negligible(
-                mod.fill, spec.softmax_dtype if spec.softmax_dtype.itemsize < 4 else spec.dtype
-            )
-        ):
+        elif isinstance(mod, Mask) and not mod.additive and not negligible(mod.fill, spec.score_dtype):
             return f"hidden scores are set to {mod.fill:g}, which is within reach of real scores"
-    for weight in spec.weights:
-        if not isinstance(weight, (Dropout, Keep, WeightScale, ZeroEmptyRows)):
-            return f"it has no '{weight}'"
-        if isinstance(weight, Keep) and not weight.implied and "j" in weight.axes:
-            return "weights are hidden after the softmax without renormalising"
-    return None
-
-
-def added(spec: Attention) -> list[Bias | Mask]:
-    """What is added to the scores or hides some."""
-    return [m for m in spec.scores if isinstance(m, (Bias, Mask))]
-
-
-def is_causal(spec: Attention) -> bool:
-    """Is the whole visibility ``j <= i``, with no other term added to the scores?"""
-    extra = added(spec)
-    return bool(extra) and all(isinstance(m, Mask) and m.atoms == (Band(None, 0),) for m in extra)
+    return spec.refuse_weights(Dropout, Keep, WeightScale, KeyGate, ZeroEmptyRows)
 
 
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
@@ -105,7 +83,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
         out = torch_flash.emit(site, build, x, scale, bounds)
         return build.cast(after_weights(site, build, out), spec.out_dtype)
     original = x
-    causal = is_causal(spec) and spec.sink is None
+    causal = spec.is_causal() and spec.sink is None
     rows: Rows | None = None
     if causal:
         mask = None
@@ -160,7 +138,7 @@ def _with_sink(site: Site, build: Builder, x: Operands, mask: fx.Node | None) ->
 def attn_mask(site: Site, build: Builder, target: Target, x: Operands) -> fx.Node | None:
     """Everything added to the scores, as one tensor; None where nothing is."""
     spec, dtype = site.spec, build.value(x.q).dtype
-    extra = added(spec)
+    extra = spec.added
     if not extra:
         return None
     if all(isinstance(m, Mask) and not m.additive for m in extra) and spec.rows_seen:
