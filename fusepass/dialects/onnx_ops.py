@@ -291,21 +291,20 @@ def _gemm(c: Call, a: Expr, b: Expr, bias: Expr | None = None) -> Expr | None:
 
 @handles("Einsum")
 def _einsum(c: Call, *tensors: Expr) -> Expr | None:
-    if len(tensors) != 2:
-        return None
     labels = torch_ops._einsum_labels(c.attr("equation"), [t.rank for t in tensors])
     if labels is None:
         return None
+    *given, out = labels
     sizes: dict[str, Size] = {}
-    for letters, tensor in zip(labels[:2], tensors, strict=True):
+    for letters, tensor in zip(given, tensors, strict=True):
         for letter, size in zip(letters, tensor.shape, strict=True):
             known = sizes.get(letter, 1)
             if 1 not in (known, size) and not c.facts.equal(known, size):
                 return None
             sizes[letter] = size if known == 1 else known
-    if any(letter not in sizes for letter in labels[2]):
+    if any(letter not in sizes for letter in out):
         return None
-    shape = tuple(sizes[letter] for letter in labels[2])
+    shape = tuple(sizes[letter] for letter in out)
     made = torch_ops.HANDLERS["einsum"](c.result(shape, tensors[0].dtype), c.attr("equation"), *tensors)
     return made if isinstance(made, Expr) else None
 

@@ -664,24 +664,38 @@ HANDLERS["addbmm"] = lambda r, *_, **__: None
 @handles("einsum")
 def _einsum(r: Result, equation: Value, *operands: Value, **_: Value) -> Expr | None:
     tensors = list(operands[0]) if operands and isinstance(operands[0], (tuple, list)) else list(operands)
-    if not isinstance(equation, str) or len(tensors) != 2:
+    if not isinstance(equation, str) or len(tensors) not in (1, 2):
         return None
     labels = _einsum_labels(equation, [t.rank for t in tensors])
     if labels is None:
         return None
-    la, lb, lo = labels
-    if any(len(set(s)) != len(s) for s in labels) or not set(lo) <= set(la) | set(lb):
+    *given, lo = labels
+    if any(len(set(s)) != len(s) for s in labels) or not set(lo) <= set("".join(given)):
         return None
+    if len(tensors) == 1:
+        return _summed(r, tensors[0], given[0], lo)
+    la, lb = given
     if any(c not in lo and (c in la) != (c in lb) for c in la + lb):
         return None  # summed in one operand alone
     return dot(tensors[0], tensors[1], la, lb, lo, r)
 
 
-def _einsum_labels(equation: str, ranks: list[int]) -> tuple[str, str, str] | None:
-    """The three label strings with ``...`` and the implicit output written out."""
+def _summed(r: Result, x: Expr, labels: str, out: str) -> Expr:
+    """``einsum("labels->out", x)``: a sum over the other labels, and a permutation."""
+    dims = tuple(d for d, c in enumerate(labels) if c not in out)
+    kept = [c for c in labels if c in out]
+    if dims:
+        wide = tuple(1 if d in dims else n for d, n in enumerate(x.shape))
+        total = expr("sum", (cast(x, r.dtype),), (dims,), wide, r.dtype)
+        x = reshape(total, tuple(n for d, n in enumerate(x.shape) if d not in dims))
+    return permute(x, tuple(kept.index(c) for c in out))
+
+
+def _einsum_labels(equation: str, ranks: list[int]) -> list[str] | None:
+    """The labels of the operands and of the result, with ``...`` and the implicit output written out."""
     left, arrow, out = equation.replace(" ", "").partition("->")
     terms = left.split(",")
-    if len(terms) != 2:
+    if len(terms) != len(ranks):
         return None
     spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789" if c not in equation]
     dots = [
@@ -694,7 +708,7 @@ def _einsum_labels(equation: str, ranks: list[int]) -> tuple[str, str, str] | No
             sorted(c for c in set(letters) if letters.count(c) == 1)
         )
     full = [t.replace("...", wide[len(wide) - n :] if n else "") for t, n in zip(terms, dots, strict=True)]
-    return full[0], full[1], out.replace("...", wide)
+    return [*full, out.replace("...", wide)]
 
 
 # ---------------------------------------------------------------------------------------- reductions
