@@ -435,7 +435,8 @@ class GateOfExponentials(Base):
         self.gate = noise(H, 1, 1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (self.gate.mul(0.5).exp() * (q @ k.mT * SCALE).softmax(-1)) @ v
+        out: Tensor = (self.gate.mul(0.5).exp() * (q @ k.mT * SCALE).softmax(-1)) @ v
+        return out
 
 
 MODELS: list[Any] = [
