@@ -10,8 +10,8 @@ import onnx_ir as ir
 import sympy
 import torch
 
+from fusepass.dialects.handlers import Result
 from fusepass.dialects.onnx_sizes import DimFacts, Known, elements
-from fusepass.dialects.torch_ops import Result
 from fusepass.index import Size
 from fusepass.ir import Expr, Shape, scalar_of
 
