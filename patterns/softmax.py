@@ -9,7 +9,8 @@ import torch
 from fusepass.index import Affine
 from fusepass.ir import Expr, const, expr, pointwise, scalar_of, under_casts
 from fusepass.patterns import examples as eg
-from fusepass.patterns.masks import Formulas, visibility_factor
+from fusepass.patterns.formulas import Formulas
+from fusepass.patterns.masks import visibility_factor
 from fusepass.patterns.scores import holds_product
 from fusepass.rule import Core, Refuse, Rule, Scope, Term, rule
 
