@@ -114,13 +114,13 @@ def test_tables_list_partial_and_full_blocks() -> None:
 
 def test_the_operator_is_sound() -> None:
     written = formula.text(FORMULAS["causal and padding"])
-    arguments = ([torch.ones(2, 300, dtype=torch.bool)], written, 2, 1, 300, 300, torch.device("cpu"))
+    arguments = ([torch.ones(2, 300, dtype=torch.bool)], written, 2, 1, 300, 300, torch.device("cpu"), True)
     torch.library.opcheck(torch.ops.fusepass.block_tables.default, arguments)
 
 
 def test_fixed_tables_are_kept_and_copied() -> None:
     written, device = formula.text(FORMULAS["window"]), torch.device("cpu")
-    first, second = (torch.ops.fusepass.block_tables([], written, 1, 1, 700, 700, device) for _ in range(2))
+    first, second = (torch.ops.fusepass.block_tables([], written, 1, 1, 700, 700, device, True) for _ in range(2))
     sizes = {"b": 1, "h": 1, "i": 700, "j": 700}
     want = tables(*block_visibility(formula.read(written), sizes, [], device))
     for a, b, c in zip(first, second, want, strict=True):

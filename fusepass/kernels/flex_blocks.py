@@ -48,7 +48,8 @@ def block_attention(
     Args:
         q: ``[B, H, Q, D]``; k: ``[B, G, K, D]``; v: ``[B, G, K, Dv]``.
         score_tensors, mask_tensors: what the formulas load.
-        tables: the eight tensors of ``fusepass::block_tables``, or none where everything is visible.
+        tables: the tensors of ``fusepass::block_tables``, or none where everything is visible; those by
+            queries, which only a backward reads, may be missing.
         code: ``[scale, [[kind, ...], ...], formula or null]``, the steps of the scores and the visibility.
         options: ``[[name, value], ...]``, kernel options of FlexAttention.
 
@@ -75,7 +76,8 @@ def block_attention(
     if tables:
         lengths, size = (q.shape[2], k.shape[2]), (BLOCK, BLOCK)
         made: Any = BlockMask
-        blocks = made(lengths, *tables, BLOCK_SIZE=size, mask_mod=mask_mod).as_tuple()
+        by_queries = tables[4:] or tables[:4]
+        blocks = made(lengths, *tables[:4], *by_queries, BLOCK_SIZE=size, mask_mod=mask_mod).as_tuple()
     else:
         blocks = _create_empty_block_mask(q, k).as_tuple()
     chosen = kernel_options(q) | dict(fm.read(options))
@@ -228,7 +230,7 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
     if options and not target.training and (scores or masks):
         # TorchInductor 2.11 frees what a CuTe kernel captures before it runs, unless a backward keeps it.
         raise Refused("without gradients it reads no tensors")
-    tables = _tables(site, build, made, masks)
+    tables = _tables(site, build, made, masks, target.training)
     q, v = build.value(x.q), build.value(x.v)
     with build.mode():
         value = (
@@ -251,8 +253,8 @@ def _stored(build: Builder, node: fx.Node) -> fx.Node:
     return made
 
 
-def _tables(site: Site, build: Builder, made: Plan, masks: list[fx.Node]) -> list[fx.Node]:
-    """The block tables; sites with one visibility share them."""
+def _tables(site: Site, build: Builder, made: Plan, masks: list[fx.Node], both: bool) -> list[fx.Node]:
+    """The block tables; sites with one visibility share them.  ``both``: those that a backward reads too."""
     if not made.visible:
         return []
     whole = made.conjunction
@@ -262,10 +264,10 @@ def _tables(site: Site, build: Builder, made: Plan, masks: list[fx.Node]) -> lis
 
     def make() -> list[fx.Node]:
         whole_text = fm.text(whole)
-        found = build.call(tables_op, masks, whole_text, *map(build.size, sizes), device)
-        return [build.call(operator.getitem, found, n) for n in range(8)]
+        found = build.call(tables_op, masks, whole_text, *map(build.size, sizes), device, both)
+        return [build.call(operator.getitem, found, n) for n in range(8 if both else 4)]
 
-    found: list[fx.Node] = build.once(("tables", fm.text(whole), tuple(masks), sizes), make)
+    found: list[fx.Node] = build.once(("tables", fm.text(whole), tuple(masks), sizes, both), make)
     return found
 
 
