@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from fusepass import bench, bench_report, costs
 from fusepass.__main__ import main
 from fusepass.bench_cases import VARIANTS
+from fusepass.bench_pool import Exclusive, spread
 from fusepass.config import Options
 from fusepass.kernels import flex_blocks
 from fusepass.rewrite import _Pass
@@ -137,3 +140,37 @@ def test_flops_are_of_what_is_visible() -> None:
     assert row.tflops is not None and row.milliseconds is not None
     pairs = 16 * 17 / 2 * row.batch * row.heads
     assert math.isclose(row.tflops, 4 * pairs * 16 / row.milliseconds / 1e9)
+
+
+# ---------------------------------------------------------------------------------------- processes
+
+
+def measure(job: str, exclusive: Exclusive) -> tuple[str, bool]:
+    """What :func:`spread` calls elsewhere."""
+    if job == "dies":
+        os._exit(1)
+    if job == "sleeps":
+        time.sleep(60)
+    with exclusive():
+        time.sleep(0.01)
+    return f"{job} done", job == "breaks"
+
+
+def test_work_is_spread_and_no_failure_takes_others_along() -> None:
+    work = ["a", "dies", "b", "breaks", "c", "sleeps", "d"]
+    heard: list[str] = []
+    found = spread(work, measure, lambda job, why: f"{job}: {why}", 2, heard.append, patience=3.0)
+    want = [f"{job} done" for job in "abcd"] + ["breaks done", "dies: the measuring process died"]
+    assert sorted(found) == sorted([*want, "sleeps: took more than 3 s to compile or run"])
+    assert heard == found
+
+
+def test_nothing_begins_after_the_limit() -> None:
+    assert spread(["a", "b"], measure, lambda job, why: why, 1, limit=-1.0) == []
+
+
+def test_measuring_in_processes_gives_the_same_rows() -> None:
+    work = bench.jobs(["full"], [16, 32], [16], ["forward"], ["eager", "sdpa", "flash4"], **TINY)
+    alone, spread_out = bench.run(work), bench.run(work, workers=2)
+    key = [(r.length, r.contender, r.kernel, r.problem) for r in sorted(alone, key=str)]
+    assert sorted(key) == sorted((r.length, r.contender, r.kernel, r.problem) for r in spread_out)
