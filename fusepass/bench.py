@@ -73,7 +73,7 @@ class Row:
     milliseconds: float | None
     tflops: float | None
     peak_bytes: int | None
-    compile_seconds: float | None
+    compile_seconds: float | None = None
     problem: str = ""
     gpu_milliseconds: float | None = None
 

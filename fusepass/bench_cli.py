@@ -14,7 +14,7 @@ from fusepass.targets import UsageError
 
 
 def command(arguments: argparse.Namespace) -> int:
-    """Measures or reads, and shows, plots or fits."""
+    """Measures or reads, and shows, plots or makes a profile."""
     console = Console(width=None if Console().is_terminal else 150)
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[bench.Row] = []
@@ -35,7 +35,7 @@ def command(arguments: argparse.Namespace) -> int:
         made = bench_report.profile_of(rows, about)
         place = arguments.profile_to or costs.place_of(about["device"])
         made.save(place)
-        console.print(bench_report.fits_table(made))
+        console.print(bench_report.curves_table(made))
         console.print(f"profile in {place}", highlight=False)
     else:
         bench_report.show(rows, console)

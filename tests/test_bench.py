@@ -82,7 +82,7 @@ def test_a_run_and_what_is_made_of_it(tmp_path: Path) -> None:
     again, about = bench.read_csv(place)
     assert sorted(map(str, again)) == sorted(map(str, rows)) and about["torch"] == torch.__version__
     profile = bench_report.profile_of(again, about)
-    assert {(f.kernel, f.kind) for f in profile.fits} == {("sdpa", "causal")}
+    assert {(f.kernel, f.kind) for f in profile.curves} == {("sdpa", "causal")}
     assert bench_report.summary(rows).row_count == 4
 
 
@@ -108,12 +108,11 @@ def test_samples_count_what_a_kernel_sees() -> None:
             None,
         )
 
-    work = {
-        s.kernel: s.work
+    keys = {
+        s.kernel: s.keys
         for s in bench_report.samples([row(c) for c in ("flex", "sdpa", "compile", "auto", "hand sdpa")])
     }
-    whole = 2 * 3 * 4096 * 4096 * 128
-    assert work == {"flex": 2 * 3 * 1000 * 128, "sdpa": whole, "unfused": whole}
+    assert keys == {"flex": 1000 / 4096, "sdpa": 4096, "unfused": 4096}
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +127,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["bench", "--read", str(out)]) == 0
     assert "full" in capsys.readouterr().out
     assert main(["bench", "--read", str(out), "--profile-to", str(profile)]) == 0
-    assert costs.load(profile).fits == ()
+    assert costs.load(profile).curves == ()
     assert main(["bench", "--variants", "fulll"]) == 2
     assert "unknown variant 'fulll'" in capsys.readouterr().err
     assert main(["bench", "--read", str(tmp_path / "no.csv")]) == 2
