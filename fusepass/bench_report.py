@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fusepass import costs
-from fusepass.bench import Row
+from fusepass.bench import NAMED, Row
 from fusepass.bench_cases import VARIANTS
 from fusepass.select import UNFUSED
 
@@ -84,7 +84,7 @@ def samples(rows: Iterable[Row]) -> list[costs.Sample]:
     made = []
     for row in rows:
         kernel = UNFUSED if row.contender == "compile" else row.contender
-        if row.milliseconds is None or kernel in ("auto", "eager") or kernel.startswith("hand"):
+        if row.milliseconds is None or kernel not in (UNFUSED, *NAMED):
             continue
         kind = VARIANTS[row.variant].kind
         rows_of_queries = row.batch * row.heads * row.queries

@@ -23,6 +23,7 @@ from fusepass.kernels.base import (
     Target,
     mean_of_values,
     operands,
+    refuse_far_elements,
 )
 from fusepass.kernels.blocks import BLOCK, tables_op
 from fusepass.patterns.masks import additive_mask
@@ -223,8 +224,12 @@ def _understood(writer: fm.Writer, mask: Mask, term: Term) -> Any:
 def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[str, Any]) -> fx.Node:
     """Write the tables (once a graph), the call, and the repair of rows that see no key."""
     x = operands(site, build)
-    scores = [_stored(build, build.as_tensor(t)) for t in made.of_scores.tensors]
-    masks = [_stored(build, build.as_tensor(t)) for t in made.of_masks.tensors]
+    scores, masks = (
+        [build.as_tensor(t) for t in writer.tensors] for writer in (made.of_scores, made.of_masks)
+    )
+    if target.device == "cuda":
+        refuse_far_elements(build, [x.q, x.k, x.v, *scores, *masks])
+    scores, masks = ([_stored(build, t) for t in tensors] for tensors in (scores, masks))
     if options and any(build.value(t).requires_grad for t in scores):
         raise Refused("its score modifiers read a tensor that needs a gradient")
     if options and not target.training and (scores or masks):
