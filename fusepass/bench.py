@@ -182,14 +182,16 @@ def _measure(job: Job, variant: Variant, shape: Shape, row: Row, exclusive: Excl
     chosen = kernel()
     if chosen.startswith("stays"):
         return replace(row, kernel="", problem=chosen, compile_seconds=seconds)
+    with torch.set_grad_enabled(training):
+        replay, times, problem = recorded(step, device)
     with exclusive(), torch.set_grad_enabled(training):
-        peak = _peak(step, device)
+        used = peak(step, device)
         milliseconds = timed(step, device, job.repeats)
-        alone_on_gpu, problem = replayed(step, device, job.repeats, milliseconds)
+        alone_on_gpu = None if replay is None else timed(replay, device, job.repeats) / times
     flops = 4 * row.pairs * shape.head_dim * (3.5 if training else 1)
     best = milliseconds if alone_on_gpu is None else alone_on_gpu
     return replace(
-        row, kernel=chosen, milliseconds=milliseconds, tflops=flops / best / 1e9, peak_bytes=peak,
+        row, kernel=chosen, milliseconds=milliseconds, tflops=flops / best / 1e9, peak_bytes=used,
         compile_seconds=round(seconds, 2), gpu_milliseconds=alone_on_gpu, problem=problem,
     )  # fmt: skip
 
@@ -277,34 +279,44 @@ def _events(step: Callable[[], object], count: int) -> list[float]:
     return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
 
-def replayed(
-    step: Callable[[], object], device: torch.device, repeats: int, milliseconds: float
-) -> tuple[float | None, str]:
-    """The median of replays of a CUDA graph of ``step``, in milliseconds, or why there is none.
+def recorded(
+    step: Callable[[], object], device: torch.device
+) -> tuple[Callable[[], object] | None, int, str]:
+    """What replays a CUDA graph of ``step``, how many steps that is, and why there is none.
 
     Short steps are recorded several times over, so that starting a graph is not what is measured.
     """
     if device.type != "cuda":
-        return None, ""
-    times = max(1, min(10, int(1.0 / max(milliseconds, 1e-3))))
+        return None, 1, ""
     stream = torch.cuda.Stream()
+    collecting = gc.isenabled()
     try:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                step()
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(times):
-                step()
-        return timed(graph.replay, device, repeats) / times, ""
+        with torch.cuda.stream(stream):
+            step()
+            start = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            times = max(1, min(10, int(1e-3 / (time.perf_counter() - start))))
+            graph = torch.cuda.CUDAGraph()
+            gc.disable()  # what it would free must not be freed while a graph is recorded
+            graph.capture_begin()
+            try:
+                for _ in range(times):
+                    step()
+            finally:
+                graph.capture_end()
+        torch.cuda.synchronize()
+        return graph.replay, times, ""
     except Exception as error:
         torch.cuda.synchronize()
-        return None, f"not recorded as a CUDA graph: {_line(error)}"
+        return None, 1, f"not recorded as a CUDA graph: {_line(error)}"
+    finally:
+        if collecting:
+            gc.enable()
 
 
-def _peak(step: Callable[[], object], device: torch.device) -> int | None:
+def peak(step: Callable[[], object], device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -399,7 +411,7 @@ __all__ = [
     "apart",
     "measured",
     "read_csv",
-    "replayed",
+    "recorded",
     "run",
     "timed",
     "write_csv",

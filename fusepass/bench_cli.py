@@ -61,7 +61,7 @@ def _measure(arguments: argparse.Namespace, console: Console, about: dict[str, s
         def keep(row: bench.Row) -> None:
             rows.append(row)
             progress.advance(task)
-            if len(rows) % 25 == 0:
+            if len(rows) % 5 == 0:
                 bench.write_csv(rows, arguments.out, about)
 
         try:

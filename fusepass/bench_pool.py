@@ -29,6 +29,8 @@ Measure = Callable[[J, Exclusive], tuple[R, bool]]
 _JOBS = 40
 #: How long running GPU work of a process that was stopped may take to end.
 _SETTLE = 0.06
+#: Seconds that jobs may go on after the limit.
+_GRACE = 45.0
 #: How long one waits for others to be timed with it, since stopping costs time.
 _GATHER = 1.0
 
@@ -129,8 +131,11 @@ class Pool(Generic[J, R]):
         self.workers.clear()
 
     def _staff(self, count: int) -> None:
+        late = self.limit is not None and time.monotonic() > self.limit + _GRACE
         for worker in list(self.workers):
-            if worker.state == "works" and time.monotonic() - worker.since > self.patience:
+            if late and worker.job is not None:
+                self._bury(worker, "cut off by the limit")
+            elif worker.state == "works" and time.monotonic() - worker.since > self.patience:
                 self._bury(worker, f"took more than {self.patience:.0f} s to compile or run")
             elif worker.state == "idle" and (not self.left or worker.jobs >= _JOBS):
                 self._bury(worker)

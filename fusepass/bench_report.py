@@ -28,7 +28,7 @@ def by_case(rows: Iterable[Row]) -> dict[Key, dict[str, Row]]:
 def best_by_hand(found: dict[str, Row], gpu: bool = True) -> Row | None:
     """The fastest of the hand-written calls; ``gpu``: by the GPU's time, where that is known."""
     hands = [r for name, r in found.items() if name.startswith("hand ")]
-    return min(hands, key=lambda r: (_spent(r, gpu) or 0.0), default=None)
+    return min(hands, key=lambda r: _spent(r, gpu) or 0.0, default=None)
 
 
 def _spent(row: Row, gpu: bool) -> float | None:
@@ -91,9 +91,7 @@ def samples(rows: Iterable[Row]) -> list[costs.Sample]:
         keys = row.keys if costs.sees_all(kernel, kind) else row.pairs / rows_of_queries
         size = rows_of_queries * 2 * row.head_dim
         spent = row.best_known or row.milliseconds
-        made.append(
-            costs.Sample(kernel, kind, row.head_dim, row.mode, size, keys, spent, row.milliseconds)
-        )
+        made.append(costs.Sample(kernel, kind, row.head_dim, row.mode, size, keys, spent, row.milliseconds))
     return made
 
 

@@ -123,7 +123,8 @@ def test_the_operator_is_sound() -> None:
 
 def test_fixed_tables_are_kept_and_copied() -> None:
     written, device = formula.text(FORMULAS["window"]), torch.device("cpu")
-    first, second = (torch.ops.fusepass.block_tables([], written, 1, 1, 700, 700, device, True) for _ in range(2))
+    call = torch.ops.fusepass.block_tables
+    first, second = (call([], written, 1, 1, 700, 700, device, True) for _ in range(2))
     sizes = {"b": 1, "h": 1, "i": 700, "j": 700}
     want = tables(*block_visibility(formula.read(written), sizes, [], device))
     for a, b, c in zip(first, second, want, strict=True):

@@ -315,7 +315,10 @@ def _whole(queries: int, keys: int, pinned: bool) -> Tensor:
 
 
 def tables(every: Tensor, some: Tensor, both: bool = True) -> list[Tensor]:
-    """``kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices``; ``both``: and the same by queries."""
+    """``kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices``.
+
+    ``both``: and the same four by queries.
+    """
     kinds = torch.empty((2, *some.shape), dtype=torch.bool, device=some.device)
     torch.logical_and(some, ~every, out=kinds[0])
     kinds[1].copy_(every)
