@@ -105,7 +105,8 @@ def representable(added: Tensor) -> Tensor:
     """The lowest finite values halved: they hide as much, and do not overflow in powers of two."""
     if added.dtype is torch.float16 or not added.is_floating_point():
         return added
-    return torch.where(added == -math.inf, added, torch.clamp(added, min=LOWEST))
+    too_low = torch.logical_and(added < LOWEST, added > -math.inf)
+    return torch.where(too_low, LOWEST, added)  # of comparisons alone: CuTe has no maximum in torch 2.11
 
 
 @dataclass
