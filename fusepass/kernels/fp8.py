@@ -78,14 +78,9 @@ def _by_head(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Ten
 
 
 def _largest(x: Tensor, heads: int) -> Tensor:
-    """The largest magnitude of each batch and key/value head, float32 ``[B, G]``.
-
-    First along each row, which lies in one piece, then over rows: a reduction to so few numbers at once
-    keeps a compiler from using the whole GPU.
-    """
-    rows = x.abs().amax(-1).float()
-    grouped: Tensor = rows.unflatten(1, (heads, -1)) if x.shape[1] != heads else rows.unsqueeze(2)
-    return grouped.amax((2, 3)).clamp(min=_SMALL)
+    """The largest magnitude of each batch and key/value head, float32 ``[B, G]``."""
+    grouped: Tensor = x.unflatten(1, (heads, -1)) if x.shape[1] != heads else x.unsqueeze(2)
+    return grouped.abs().amax((2, 3, 4)).float().clamp(min=_SMALL)
 
 
 def _rounded(x: Tensor, factor: Tensor) -> Tensor:
