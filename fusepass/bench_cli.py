@@ -39,6 +39,9 @@ def command(arguments: argparse.Namespace) -> int:
         console.print(f"profile in {place}", highlight=False)
     else:
         bench_report.show(rows, console)
+    if arguments.markdown:
+        source = " ".join(map(str, arguments.read or [arguments.out]))
+        arguments.markdown.write_text(bench_report.markdown(rows, about, source))
     if arguments.plot:
         made_plots = bench_report.plot(rows, arguments.plot, about)
         console.print(f"{len(made_plots)} pictures in {arguments.plot}", highlight=False)

@@ -35,25 +35,59 @@ def _spent(row: Row, gpu: bool) -> float | None:
     return row.best_known if gpu else row.milliseconds
 
 
-def summary(rows: Iterable[Row]) -> Table:
-    """One line a case: what `auto` chose, and how fast it is beside the others.
+HEAD = (
+    "variant", "pass", "D", "S", "eager", "compile", "best by hand", "auto", "kernel", "× compile",
+    "× by hand", "calls × by hand",
+)  # fmt: skip
+
+
+def lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """One line a case: what `auto` chose, and how many times faster it is than the others.
 
     Times are the GPU's, where they are known; the last column compares calls back to back.
     """
-    table = Table(title="Attention, median milliseconds", title_justify="left", header_style="bold")
-    for name in ("variant", "pass", "D", "S", "eager", "compile", "best by hand", "auto", "kernel"):
-        table.add_column(name, justify="right" if name in ("D", "S", "eager", "compile", "auto") else "left")
-    for name in ("× compile", "× by hand", "calls × by hand"):
-        table.add_column(name, justify="right")
+    made: list[tuple[str, ...]] = []
     for (variant, mode, head_dim, length), found in sorted(by_case(rows).items()):
         hand, auto, plain = best_by_hand(found), found.get("auto"), found.get("compile")
-        table.add_row(
+        made.append((
             variant, mode, str(head_dim), str(length), _time(found.get("eager")), _time(plain),
             "" if hand is None else f"{_time(hand)} {hand.contender.removeprefix('hand ')}", _time(auto),
             "" if auto is None else auto.kernel, _ratio(plain, auto), _ratio(hand, auto),
             _ratio(best_by_hand(found, gpu=False), auto, gpu=False),
-        )  # fmt: skip
+        ))  # fmt: skip
+    return made
+
+
+def summary(rows: Iterable[Row]) -> Table:
+    """The lines, for a terminal."""
+    table = Table(title="Attention, median milliseconds", title_justify="left", header_style="bold")
+    for name in HEAD:
+        left = name in ("variant", "pass", "best by hand", "kernel")
+        table.add_column(name, justify="left" if left else "right")
+    for line in lines(rows):
+        table.add_row(*line)
     return table
+
+
+ABOUT = """\
+Median milliseconds of the GPU, replaying a CUDA graph of the call; random data, 16384 tokens, 2048 features
+unless the rows say otherwise. `compile` is `torch.compile` of attention as it is written, `auto` is fusepass
+on the same, and the best call by hand is the fastest library call that computes the same from the same
+inputs, uncompiled but for FlexAttention. The × columns say how many times faster `auto` is; the last one is
+of calls back to back, where a compiled function of a short problem waits for its own launch."""
+
+
+def markdown(rows: Sequence[Row], machine: dict[str, str], source: str) -> str:
+    """The lines as a page."""
+    text = ["# Attention, measured", "", f"Made by `python -m fusepass bench --read {source} --markdown`: "
+            + "; ".join(f"{k}: {v}" for k, v in machine.items()) + ".", "", ABOUT, ""]  # fmt: skip
+    text += [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+    text += [f"| {' | '.join(line)} |" for line in lines(rows)]
+    found = [(float(line[10]), line[0]) for line in lines(rows) if line[10]]
+    behind = sorted({variant for ratio, variant in found if ratio < 0.97})
+    text += ["", f"At 0.97 of the best call by hand or above: {sum(r >= 0.97 for r, _ in found)} of "
+             f"{len(found)}. Below, in some pass or length: {', '.join(behind) or 'none'}.", ""]  # fmt: skip
+    return "\n".join(text)
 
 
 def _time(row: Row | None) -> str:
@@ -177,6 +211,8 @@ __all__ = [
     "best_by_hand",
     "by_case",
     "curves_table",
+    "lines",
+    "markdown",
     "plot",
     "problems",
     "profile_of",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,11 @@ def test_measuring_in_processes_gives_the_same_rows() -> None:
     alone, spread_out = bench.run(work), bench.run(work, workers=2)
     key = [(r.length, r.contender, r.kernel, r.problem) for r in sorted(alone, key=str)]
     assert sorted(key) == sorted((r.length, r.contender, r.kernel, r.problem) for r in spread_out)
+
+
+def test_a_page_of_the_results() -> None:
+    (row,) = bench.run(bench.jobs(["full"], [16], [16], ["forward"], ["eager"], **TINY))
+    auto = replace(row, contender="auto", kernel="sdpa", milliseconds=2.0, gpu_milliseconds=1.0)
+    hand = replace(row, contender="hand sdpa", milliseconds=1.0, gpu_milliseconds=0.9)
+    page = bench_report.markdown([row, auto, hand], {"torch": "2"}, "rows.csv")
+    assert "| 0.9 sdpa | 1 | sdpa |  | 0.90 | 0.50 |" in page and page.endswith("length: full.\n")
