@@ -1,53 +1,115 @@
 """Regenerates the kernel measurements, their plots and the profile that `auto` uses on this kind of GPU.
 
-    python benchmarks/kernels.py                 everything, on one GPU
-    python benchmarks/kernels.py --limit 500     what fits into 500 seconds a part; head size 128 first
+    python benchmarks/kernels.py                             everything, on one GPU
+    python benchmarks/kernels.py --workers 12 --limit 300    what fits into 300 seconds a part
+    python benchmarks/kernels.py --part auto --lengths 1024,4096 --head-dims 128
 
-It is `python -m fusepass bench` with fixed arguments, and writes
+What is most worth knowing is measured first.  Written are
 
 - ``benchmarks/results/profile-GPU.csv``: every kernel by name, and `torch.compile`;
-- ``fusepass/profiles/GPU.json``: the cost model fitted to that;
-- ``benchmarks/results/kernels-GPU.csv``: eager, `torch.compile`, `auto` with that profile, and calls by hand;
-- ``docs/kernels/``: pictures of the latter.
+- ``fusepass/profiles/GPU.json``: the cost model made of that;
+- ``benchmarks/results/auto-GPU.csv``: `torch.compile`, `auto` with that profile, and calls by hand; with
+  ``--eager`` unfused attention without a compiler too;
+- ``docs/kernels/``: pictures of the latter, where matplotlib is installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
-from fusepass.__main__ import main as fusepass
+from fusepass import bench, bench_report
+from fusepass.bench_cases import VARIANTS
+from fusepass.kernels.gates import runs_here
 
 ROOT = Path(__file__).resolve().parent.parent
+LENGTHS, HEAD_DIMS = (4096, 1024, 128, 16384, 512), (128, 64, 256)
+#: Unfused attention beyond this length takes tens of GiB, and nobody wonders whether it is slower.
+UNFUSED_UP_TO = 4096
+
+
+def profile_jobs(
+    lengths: Sequence[int], head_dims: Sequence[int], repeats: int, kernels: Sequence[str]
+) -> list[bench.Job]:
+    """Kernels by name, and what they are to beat."""
+    variants = [name for name in VARIANTS if name not in ("causal", "mqa", "cross")]
+    work = []
+    for length in lengths:
+        for head_dim in head_dims:
+            plain = ["compile"] if length <= UNFUSED_UP_TO else []
+            contenders = [*plain, *kernels]
+            work += bench.jobs(variants, [length], [head_dim], bench.MODES, contenders, repeats=repeats)
+    return work
+
+
+def auto_jobs(lengths: Sequence[int], head_dims: Sequence[int], repeats: int, eager: bool) -> list[bench.Job]:
+    """`auto` beside calls by hand."""
+    contenders = ["auto", "hand", "compile", *(["eager"] if eager else [])]
+    work = []
+    for length in lengths:
+        for head_dim in head_dims:
+            work += bench.jobs(VARIANTS, [length], [head_dim], bench.MODES, contenders, repeats=repeats)
+    return work
+
+
+def measure(work: list[bench.Job], place: Path, arguments: argparse.Namespace) -> list[bench.Row]:
+    rows: list[bench.Row] = []
+    about = bench.machine()
+
+    def keep(row: bench.Row) -> None:
+        rows.append(row)
+        bench.write_csv(rows, place, about)
+
+    bench.run(work, arguments.workers, keep, arguments.limit)
+    print(f"{len(rows)} of {len(work)} measurements in {place}", flush=True)
+    return rows
+
+
+def numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--limit", help="seconds a part after which no measurement begins")
-    parser.add_argument("--part", choices=["all", "profile", "kernels"], default="all")
+    option = parser.add_argument
+    option("--part", choices=["all", "profile", "auto"], default="all")
+    option("--lengths", type=numbers, default=list(LENGTHS))
+    option("--head-dims", type=numbers, default=list(HEAD_DIMS))
+    option("--workers", type=int, default=1)
+    option("--repeats", type=int, default=20)
+    option("--limit", type=float, help="seconds a part after which no measurement begins")
+    option("--kernels", help="for the profile (all that run here)")
+    option("--eager", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks/kernels.py measures GPUs, and there is none here", file=sys.stderr)
         return 2
     name = "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name().lower())
-    results = ROOT / "benchmarks" / "results"
-    limit = ["--limit", arguments.limit] if arguments.limit else []
-    common = ["bench", "--head-dims", "128,64,256", *limit]
+    results, grid = ROOT / "benchmarks" / "results", (arguments.lengths, arguments.head_dims)
+    console = Console(width=None if Console().is_terminal else 150)
     if arguments.part in ("all", "profile"):
-        kernels = "compile,sdpa,cudnn,flash2,flash3,flash4,flex,flex_flash"
-        place = str(ROOT / "fusepass" / "profiles" / f"{name}.json")
-        lengths = ["--lengths", "128,512,1024,4096,16384"]
-        out = ["--out", str(results / f"profile-{name}.csv")]
-        fusepass([*common, *lengths, "--contenders", kernels, "--profile-to", place, *out])
-    if arguments.part in ("all", "kernels"):
-        out = ["--out", str(results / f"kernels-{name}.csv")]
-        plots = ["--plot", str(ROOT / "docs" / "kernels")]
-        fusepass([*common, "--contenders", "eager,compile,auto,hand", *out, *plots])
+        here = [k for k in bench.NAMED if runs_here(k, "cuda")]
+        kernels = arguments.kernels.split(",") if arguments.kernels else here
+        rows = measure(
+            profile_jobs(*grid, arguments.repeats, kernels), results / f"profile-{name}.csv", arguments
+        )
+        made = bench_report.profile_of(rows, bench.machine())
+        made.save(ROOT / "fusepass" / "profiles" / f"{name}.json")
+    if arguments.part in ("all", "auto"):
+        work = auto_jobs(*grid, arguments.repeats, arguments.eager)
+        rows = measure(work, results / f"auto-{name}.csv", arguments)
+        bench_report.show(rows, console)
+        try:
+            bench_report.plot(rows, ROOT / "docs" / "kernels", bench.machine())
+        except ModuleNotFoundError:
+            console.print("no pictures: matplotlib is not installed")
     return 0
 
 

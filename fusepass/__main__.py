@@ -156,6 +156,7 @@ def _bench_parser(commands: Any) -> None:
     option("--out", type=Path, default=Path("bench.csv"), help="(%(default)s)")
     option("--read", type=Path, nargs="+", help="measure nothing: read these results")
     option("--plot", type=Path, help="folder for pictures")
+    option("--markdown", type=Path, help="a page with the results as a table")
     option("--profile", action="store_true", help="fit the cost model that `auto` uses on this machine")
     option("--profile-to", type=Path, help="file of the profile (in the user's cache folder)")
     parser.set_defaults(command=_bench)

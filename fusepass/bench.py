@@ -1,8 +1,13 @@
 """`fusepass bench`: attention of many kinds and sizes, eager, compiled, fused, and by hand on one library.
 
 One measurement is one row: the median time of some runs on random data, and the most memory allocated on
-top of the inputs.  Work is spread over processes, so that compiling overlaps; a lock lets one of them
-measure at a time.  `--profile` fits the cost model of :mod:`fusepass.select` to the rows.
+top of the inputs.  There are two times.  ``milliseconds`` is of calls back to back, as a program makes them:
+where launching takes longer than the GPU, launching is what it shows, and a compiled function launches
+later than a bare call.  ``gpu_milliseconds`` is of the same call recorded as a CUDA graph and replayed,
+which leaves the GPU's work alone, under equal conditions for all.
+
+Work is spread over processes (:mod:`fusepass.bench_pool`).  `--profile` makes the cost model of
+:mod:`fusepass.costs` from the rows.
 """
 
 from __future__ import annotations
@@ -10,13 +15,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import fcntl
+import gc
 import itertools
 import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
@@ -26,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fusepass.bench_cases import VARIANTS, Inputs, Shape, Variant
+from fusepass.bench_pool import Exclusive, alone, spread
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 HEAD_DIMS = (64, 128, 256)
@@ -68,8 +73,14 @@ class Row:
     milliseconds: float | None
     tflops: float | None
     peak_bytes: int | None
-    compile_seconds: float | None
+    compile_seconds: float | None = None
     problem: str = ""
+    gpu_milliseconds: float | None = None
+
+    @property
+    def best_known(self) -> float | None:
+        """The GPU's time where it is known, else that of calls back to back."""
+        return self.milliseconds if self.gpu_milliseconds is None else self.gpu_milliseconds
 
 
 def jobs(
@@ -97,53 +108,26 @@ def run(
     limit: float | None = None,
 ) -> list[Row]:
     """Measure; ``limit`` seconds after the start no further measurement begins."""
+    if workers > 1:
+        return spread(work, apart, lambda job, why: replace(_row(job), problem=why), workers, on_row, limit)
     rows: list[Row] = []
-    end = None if limit is None else time.time() + limit
-    if workers <= 1:
-        for job in work:
-            if end is None or time.time() < end:
-                rows.append(measured(job))
-                on_row(rows[-1])
-        return rows
-    left, deaths = list(work), dict.fromkeys(work, 0)
-    while left:
-        done = set()
-        try:
-            with _pool(workers) as pool:
-                pending = {pool.submit(_guarded, job, end): job for job in left}
-                for future in as_completed(pending):
-                    row = future.result()
-                    done.add(pending[future])
-                    if row is not None:
-                        rows.append(row)
-                        on_row(row)
-        except BrokenProcessPool:
-            left = [job for job in left if job not in done]
-            for job in left[:workers]:  # those that were running, one of which ended the process
-                deaths[job] += 1
-            for job in [j for j in left if deaths[j] > 1]:
-                rows.append(replace(_row(job), problem="the measuring process died"))
-                on_row(rows[-1])
-            left = [j for j in left if deaths[j] <= 1]
-        else:
-            left = []
+    end = None if limit is None else time.monotonic() + limit
+    for job in work:
+        if end is None or time.monotonic() < end:
+            rows.append(measured(job))
+            on_row(rows[-1])
     return rows
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    """Fresh processes, each of which compiles with one thread: together they fill the machine."""
-    import multiprocessing
-
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # read when a process imports torch
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+#: In the text of an error after which a process can use its GPU no more.
+_BROKEN = ("CUDA error", "AcceleratorError", "illegal memory access", "device-side assert")
 
 
-def _guarded(job: Job, end: float | None) -> Row | None:
-    """In a worker process: a measurement, or its problem as a row."""
-    if end is not None and time.time() > end:
-        return None
+def apart(job: Job, exclusive: Exclusive) -> tuple[Row, bool]:
+    """In a process of its own: a row, and whether the process is of no more use."""
     torch.set_num_threads(1)
-    return measured(job)
+    row = measured(job, exclusive)
+    return row, any(text in row.problem for text in _BROKEN)
 
 
 def _row(job: Job) -> Row:
@@ -157,22 +141,30 @@ def _row(job: Job) -> Row:
     )  # fmt: skip
 
 
-def measured(job: Job) -> Row:
+def measured(job: Job, exclusive: Exclusive = alone) -> Row:
     """The row of a job; whatever goes wrong stands in its last column."""
     variant, row = VARIANTS[job.variant], _row(job)
     shape = variant.shape(job.length, job.head_dim, job.tokens, job.width)
     try:
-        return _measure(job, variant, shape, row)
+        row = _measure(job, variant, shape, row, exclusive)
     except Exception as error:
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        return replace(row, problem=text[:200])
-    finally:
+        row = replace(row, problem=_line(error))
+    try:
         torch._dynamo.reset()
+        gc.collect()
         if job.device == "cuda":
             torch.cuda.empty_cache()
+    except Exception as error:  # what the measurement broke shows up in the next call of CUDA
+        row = replace(row, problem=row.problem or _line(error))
+    return row
 
 
-def _measure(job: Job, variant: Variant, shape: Shape, row: Row) -> Row:
+def _line(error: Exception) -> str:
+    lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip(" =")]
+    return lines[0][:200]
+
+
+def _measure(job: Job, variant: Variant, shape: Shape, row: Row, exclusive: Exclusive) -> Row:
     device, dtype = torch.device(job.device), getattr(torch, job.dtype)
     inputs = variant.inputs(shape, device, dtype)
     training = job.mode == "training"
@@ -181,7 +173,7 @@ def _measure(job: Job, variant: Variant, shape: Shape, row: Row) -> Row:
             inputs[name].requires_grad_()
     call, kernel = _contender(job, variant)
     large = row.pairs * 2 > 2**32  # an unfused score tensor of several GiB: one process at a time
-    with _exclusive(large), torch.set_grad_enabled(training):
+    with _locked(large), torch.set_grad_enabled(training):
         start = time.perf_counter()
         step = _step(call, inputs, training)
         step()
@@ -190,13 +182,17 @@ def _measure(job: Job, variant: Variant, shape: Shape, row: Row) -> Row:
     chosen = kernel()
     if chosen.startswith("stays"):
         return replace(row, kernel="", problem=chosen, compile_seconds=seconds)
-    with _exclusive(True), torch.set_grad_enabled(training):
-        peak = _peak(step, device)
+    with torch.set_grad_enabled(training):
+        replay, times, problem = recorded(step, device)
+    with exclusive(), torch.set_grad_enabled(training):
+        used = peak(step, device)
         milliseconds = timed(step, device, job.repeats)
+        alone_on_gpu = None if replay is None else timed(replay, device, job.repeats) / times
     flops = 4 * row.pairs * shape.head_dim * (3.5 if training else 1)
+    best = milliseconds if alone_on_gpu is None else alone_on_gpu
     return replace(
-        row, kernel=chosen, milliseconds=milliseconds, tflops=flops / milliseconds / 1e9,
-        peak_bytes=peak, compile_seconds=round(seconds, 2),
+        row, kernel=chosen, milliseconds=milliseconds, tflops=flops / best / 1e9, peak_bytes=used,
+        compile_seconds=round(seconds, 2), gpu_milliseconds=alone_on_gpu, problem=problem,
     )  # fmt: skip
 
 
@@ -256,7 +252,7 @@ def _contender(job: Job, variant: Variant) -> tuple[Callable[..., Tensor], Calla
 
 
 def timed(step: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median of single runs, in milliseconds; at most about a second in all."""
+    """The median of single runs, in milliseconds; on a GPU the least of some medians."""
     if device.type != "cuda":
         found = []
         for _ in range(repeats):
@@ -268,8 +264,15 @@ def timed(step: Callable[[], object], device: torch.device, repeats: int) -> flo
         step()
     torch.cuda.synchronize()
     first = _events(step, 1)[0]
-    count = max(5, min(repeats, int(1000 / max(first, 1e-3))))
-    return median(_events(step, count))
+    count = max(3, min(repeats, int(300 / max(first, 1e-3))))
+    found = [median(_events(step, count))]
+    while len(found) < _BATCHES and (len(found) == 1 or abs(found[-1] / found[-2] - 1) > _AGREES):
+        found.append(median(_events(step, count)))
+    return min(found)
+
+
+#: Medians are taken until two in a row agree, or so many: work that was queued before them may still run.
+_BATCHES, _AGREES = 6, 0.02
 
 
 def _events(step: Callable[[], object], count: int) -> list[float]:
@@ -283,7 +286,44 @@ def _events(step: Callable[[], object], count: int) -> list[float]:
     return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
 
-def _peak(step: Callable[[], object], device: torch.device) -> int | None:
+def recorded(
+    step: Callable[[], object], device: torch.device
+) -> tuple[Callable[[], object] | None, int, str]:
+    """What replays a CUDA graph of ``step``, how many steps that is, and why there is none.
+
+    Short steps are recorded several times over, so that starting a graph is not what is measured.
+    """
+    if device.type != "cuda":
+        return None, 1, ""
+    stream = torch.cuda.Stream()
+    collecting = gc.isenabled()
+    try:
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            step()
+            start = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            times = max(1, min(10, int(1e-3 / (time.perf_counter() - start))))
+            graph = torch.cuda.CUDAGraph()
+            gc.disable()  # what it would free must not be freed while a graph is recorded
+            graph.capture_begin()
+            try:
+                for _ in range(times):
+                    step()
+            finally:
+                graph.capture_end()
+        torch.cuda.synchronize()
+        return graph.replay, times, ""
+    except Exception as error:
+        torch.cuda.synchronize()
+        return None, 1, f"not recorded as a CUDA graph: {_line(error)}"
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def peak(step: Callable[[], object], device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -300,7 +340,7 @@ def _wait(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _exclusive(wanted: bool) -> Iterator[None]:
+def _locked(wanted: bool) -> Iterator[None]:
     """One process at a time, where wanted."""
     if not wanted:
         yield
@@ -356,7 +396,7 @@ def read_csv(place: Path) -> tuple[list[Row], dict[str, str]]:
     about = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
     kinds = {"length": int, "head_dim": int, "batch": int, "heads": int, "kv_heads": int, "queries": int,
              "keys": int, "pairs": float, "milliseconds": float, "tflops": float, "peak_bytes": int,
-             "compile_seconds": float}  # fmt: skip
+             "compile_seconds": float, "gpu_milliseconds": float}  # fmt: skip
     rows = []
     for entry in csv.DictReader(line for line in lines if not line.startswith("#")):
         values: dict[str, Any] = {
@@ -375,8 +415,11 @@ __all__ = [
     "Row",
     "jobs",
     "machine",
+    "apart",
     "measured",
     "read_csv",
+    "recorded",
     "run",
+    "timed",
     "write_csv",
 ]

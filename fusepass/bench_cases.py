@@ -36,7 +36,8 @@ class Variant:
 
     kind: what the cost model calls it (:func:`fusepass.select.kind_of`).
     kernels: those that take it.
-    hand: the same computation on one library, by name.
+    hand: the same computation on one library, by name; "prepared" ones are given what depends on data, such
+        as the block table of a padding, which a model makes once a step.
     pairs: the number of query-key pairs that are visible, for TFLOP/s.
     """
 
@@ -203,9 +204,15 @@ def _flash2(**options: Any) -> Callable[..., Any]:
 _compiled_flex: Any = None
 
 
-def _flex(score: Any = None, mask: Any = None, backend: str = "AUTO") -> Callable[..., Any]:
-    """FlexAttention as its documentation has it: compiled once, the block mask made beforehand."""
+def _flex(
+    score: Any = None, mask: Any = None, backend: str = "AUTO", prepared: bool = True
+) -> Callable[..., Any]:
+    """FlexAttention as its documentation has it, compiled once.
+
+    ``prepared``: the block mask is made beforehand, as it can be where it depends on no data.
+    """
     masks: dict[Any, Any] = {}
+    mods: dict[Any, Any] = {}
 
     def call(q: Tensor, k: Tensor, v: Tensor, **extra: Tensor) -> Tensor:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -213,9 +220,13 @@ def _flex(score: Any = None, mask: Any = None, backend: str = "AUTO") -> Callabl
         global _compiled_flex
         _compiled_flex = _compiled_flex or torch.compile(flex_attention, dynamic=False)
         key = (q.shape, k.shape, id(extra.get("keep")))
-        if mask is not None and key not in masks:
+        if mask is not None and (key not in masks or not prepared):
             batch = q.shape[0] if "keep" in extra else None
-            masks[key] = create_block_mask(mask(extra), batch, None, q.shape[1], k.shape[1], device=q.device)
+            mods.setdefault(key, mask(extra))
+            masks[key] = create_block_mask(
+                mods[key], batch, None, q.shape[1], k.shape[1], device=q.device,
+                _compile=q.is_cuda and not prepared,
+            )  # fmt: skip
         out = _compiled_flex(
             *(t.transpose(1, 2) for t in (q, k, v)),
             score_mod=None if score is None else score(extra), block_mask=masks.get(key),
@@ -315,8 +326,9 @@ VARIANTS: dict[str, Variant] = {
         Variant("bias", "full+bias", "sdpa cudnn flex", bias, _all, {"hand sdpa": _sdpa_bias}, _table),
         Variant(
             "padding", "padding", "sdpa flex flex_flash", padding, _half,
-            {"hand sdpa": _sdpa_padding, "hand flex": _flex(mask=_kept),
-             "hand flex_flash": _flex(mask=_kept, backend="FLASH")},
+            {"hand sdpa": _sdpa_padding, "hand flex": _flex(mask=_kept, prepared=False),
+             "hand flex_flash": _flex(mask=_kept, backend="FLASH", prepared=False),
+             "prepared flex": _flex(mask=_kept), "prepared flex_flash": _flex(mask=_kept, backend="FLASH")},
             _keep,
         ),
         Variant(

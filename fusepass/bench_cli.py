@@ -14,7 +14,7 @@ from fusepass.targets import UsageError
 
 
 def command(arguments: argparse.Namespace) -> int:
-    """Measures or reads, and shows, plots or fits."""
+    """Measures or reads, and shows, plots or makes a profile."""
     console = Console(width=None if Console().is_terminal else 150)
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[bench.Row] = []
@@ -35,10 +35,13 @@ def command(arguments: argparse.Namespace) -> int:
         made = bench_report.profile_of(rows, about)
         place = arguments.profile_to or costs.place_of(about["device"])
         made.save(place)
-        console.print(bench_report.fits_table(made))
+        console.print(bench_report.curves_table(made))
         console.print(f"profile in {place}", highlight=False)
     else:
         bench_report.show(rows, console)
+    if arguments.markdown:
+        source = " ".join(map(str, arguments.read or [arguments.out]))
+        arguments.markdown.write_text(bench_report.markdown(rows, about, source))
     if arguments.plot:
         made_plots = bench_report.plot(rows, arguments.plot, about)
         console.print(f"{len(made_plots)} pictures in {arguments.plot}", highlight=False)
@@ -61,7 +64,7 @@ def _measure(arguments: argparse.Namespace, console: Console, about: dict[str, s
         def keep(row: bench.Row) -> None:
             rows.append(row)
             progress.advance(task)
-            if len(rows) % 25 == 0:
+            if len(rows) % 5 == 0:
                 bench.write_csv(rows, arguments.out, about)
 
         try:

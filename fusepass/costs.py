@@ -1,9 +1,11 @@
-"""A cost model of kernels, fitted to measurements, and the profiles that hold it.
+"""A cost model of kernels, made from measurements, and the profiles that hold it.
 
-A call costs ``fixed + traffic * a + work * b`` milliseconds: ``traffic`` is the elements of queries, keys,
-values and results, ``work`` the multiplications over visible pairs.  The three numbers are fitted, by least
-squares on relative errors and never negative, for each kernel, kind of attention, head size and pass that
-was measured; nothing is extrapolated to kinds that were not.
+The GPU's time grows with the number of queries, and with how many keys each of them sees in a way that is
+each kernel's own: tiles fill up, blocks are skipped.  So a curve has, for numbers of visible keys, the time
+per million elements of queries and results, and is read between its points on logarithmic axes.  What is
+measured is thereby given back as it was, for other batches in proportion.  No call takes less than launching
+it does.  There is one curve for each kernel, kind of attention, head size and pass that was measured;
+nothing is extrapolated to kinds that were not.
 """
 
 from __future__ import annotations
@@ -16,49 +18,72 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 SHIPPED = Path(__file__).parent / "profiles"
 TRAINING, FORWARD = "training", "forward"
+_MILLION = 1e6
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One measured call of a kernel."""
+    """One measured call of a kernel.
+
+    size: elements of its queries and results.
+    keys: how many keys a query sees, on average.
+    milliseconds: the GPU's time.
+    launch: the time of calls back to back, which is no less than that of launching one.
+    """
 
     kernel: str
     kind: str
     head_dim: int
     mode: str
-    traffic: float
-    work: float
+    size: float
+    keys: float
     milliseconds: float
+    launch: float
 
 
 @dataclass(frozen=True)
-class Fit:
-    """The fitted costs of one kernel for one kind of attention; ``error`` is the largest relative one."""
+class Curve:
+    """The costs of one kernel for one kind of attention.
+
+    launch: milliseconds that no call is faster than.
+    points: numbers of visible keys, ascending, and milliseconds per million elements there.
+    """
 
     kernel: str
     kind: str
     head_dim: int
     mode: str
-    fixed: float
-    traffic: float
-    work: float
-    samples: int
-    error: float
+    launch: float
+    points: tuple[tuple[float, float], ...]
 
-    def milliseconds(self, traffic: float, work: float) -> float:
+    def milliseconds(self, size: float, keys: float) -> float:
         """The predicted time of a call."""
-        return self.fixed + self.traffic * traffic + self.work * work
+        return max(self.launch, size / _MILLION * self.rate(keys))
+
+    def rate(self, keys: float) -> float:
+        """Milliseconds per million elements where a query sees that many keys.
+
+        Beyond the longest that was measured they grow with the keys, below the shortest they stay.
+        """
+        first, last = self.points[0], self.points[-1]
+        if keys <= first[0]:
+            return first[1]
+        if keys >= last[0]:
+            return last[1] * keys / last[0]
+        (x, a), (y, b) = next(p for p in itertools.pairwise(self.points) if p[1][0] > keys)
+        return math.exp(math.log(a) + math.log(b / a) * math.log(keys / x) / math.log(y / x))
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The fits of one kind of GPU.
+    """The curves of one kind of GPU.
 
     devices: names as ``torch.cuda.get_device_name`` gives them.
     machine: where the measurements were made.
@@ -66,17 +91,21 @@ class Profile:
 
     devices: tuple[str, ...]
     machine: dict[str, str]
-    fits: tuple[Fit, ...]
+    curves: tuple[Curve, ...]
 
-    def find(self, kernel: str, kind: str, head_dim: int, mode: str) -> Fit | None:
-        """The fit of the nearest head size that was measured."""
-        near = [f for f in self.fits if (f.kernel, f.kind, f.mode) == (kernel, kind, mode)]
-        return min(near, key=lambda f: abs(math.log(f.head_dim / head_dim)), default=None)
+    def find(self, kernel: str, kind: str, head_dim: int, mode: str) -> Curve | None:
+        """The curve of the nearest head size that was measured."""
+        near = [c for c in self.curves if (c.kernel, c.kind, c.mode) == (kernel, kind, mode)]
+        return min(near, key=lambda c: abs(math.log(c.head_dim / head_dim)), default=None)
 
     def save(self, place: Path) -> None:
         """Write the profile as JSON."""
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        table = asdict(self)
+        curves = table.pop("curves")
+        head = json.dumps(table, indent=1)[:-2]
+        lines = ",\n".join(f"  {json.dumps(curve)}" for curve in curves)
+        place.write_text(f'{head},\n "curves": [\n{lines}\n ]\n}}\n')
 
 
 def load(place: Path) -> Profile:
@@ -87,47 +116,41 @@ def load(place: Path) -> Profile:
     """
     try:
         table: dict[str, Any] = json.loads(place.read_text())
-        return Profile(tuple(table["devices"]), table["machine"], tuple(Fit(**f) for f in table["fits"]))
+        curves = tuple(Curve(**c | {"points": tuple(map(tuple, c["points"]))}) for c in table["curves"])
+        return Profile(tuple(table["devices"]), table["machine"], curves)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{place} is no profile of fusepass ({error}); make one with `python -m fusepass bench --profile`"
         ) from error
 
 
-def fit(samples: Iterable[Sample]) -> tuple[Fit, ...]:
-    """Fit every group of samples that share kernel, kind, head size and pass."""
+def curves(samples: Iterable[Sample]) -> tuple[Curve, ...]:
+    """A curve for every group of samples that share kernel, kind, head size and pass."""
 
     def group(s: Sample) -> tuple[str, str, int, str]:
         return s.kernel, s.kind, s.head_dim, s.mode
 
     ordered = sorted(samples, key=group)
-    return tuple(_fit(key, list(found)) for key, found in itertools.groupby(ordered, group))
+    return tuple(_curve(key, list(found)) for key, found in itertools.groupby(ordered, group))
 
 
-def _fit(key: tuple[str, str, int, str], samples: Sequence[Sample]) -> Fit:
-    """Least squares of ``predicted / measured - 1`` with coefficients that are not negative.
+def _curve(key: tuple[str, str, int, str], samples: Sequence[Sample]) -> Curve:
+    """Of samples of one number of keys the fastest counts: what disturbs a measurement only adds."""
+    at: dict[int, list[Sample]] = {}
+    for s in samples:
+        at.setdefault(round(16 * math.log2(s.keys)), []).append(s)
+    points = tuple(
+        (
+            _rounded(fmean(s.keys for s in found)),
+            _rounded(min(s.milliseconds / s.size * _MILLION for s in found)),
+        )
+        for _, found in sorted(at.items())
+    )
+    return Curve(*key, _rounded(min(s.launch for s in samples)), points)
 
-    There are three of them, so every subset is tried, and the best admissible one taken.
-    """
-    terms = torch.tensor([[1.0, s.traffic, s.work] for s in samples], dtype=torch.float64)
-    times = torch.tensor([s.milliseconds for s in samples], dtype=torch.float64)
-    size = terms.amax(0).clamp(min=1e-30)
-    scaled = terms / size / times[:, None]
-    best: tuple[float, torch.Tensor] | None = None
-    for count in range(1, min(3, len(samples)) + 1):
-        for chosen in itertools.combinations(range(3), count):
-            part = scaled[:, chosen]
-            solved = torch.linalg.lstsq(part, torch.ones(len(samples), 1, dtype=torch.float64)).solution[:, 0]
-            loss = float((part @ solved - 1).square().sum())
-            if bool((solved >= 0).all()) and (best is None or loss < best[0] * 0.999):
-                values = torch.zeros(3, dtype=torch.float64)
-                values[list(chosen)] = solved
-                best = (loss, values)
-    assert best is not None, "a single positive term always fits"
-    values = best[1]
-    error = float((scaled @ values - 1).abs().max())
-    fixed, traffic, work = (values / size).tolist()
-    return Fit(*key, fixed, traffic, work, len(samples), round(error, 4))
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.5g}")
 
 
 # ---------------------------------------------------------------------------------------- which profile
@@ -177,6 +200,6 @@ def _profile(device: str, cache: str) -> Profile | None:
 
 
 __all__ = [
-    "FORWARD", "TRAINING", "Fit", "Profile", "Sample", "cache_folder", "device_name", "fit", "load",
+    "FORWARD", "TRAINING", "Curve", "Profile", "Sample", "cache_folder", "curves", "device_name", "load",
     "place_of", "profile", "sees_all",
 ]  # fmt: skip

@@ -40,10 +40,11 @@ class Work:
     kind: str
     head_dim: int
     mode: str
-    traffic: float
-    work: float
-    whole: float
-    """``work`` if nothing were hidden."""
+    size: float
+    """Elements of queries and results."""
+    keys: float
+    """How many keys a query sees, on average."""
+    all_keys: float
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,10 @@ def rank(
 
 def predicted(profile: costs.Profile, kernel: str, work: Work) -> float | None:
     """The predicted milliseconds of a kernel, or None where its kind was not measured."""
-    fit = profile.find(kernel, work.kind, work.head_dim, work.mode)
-    if fit is None:
+    curve = profile.find(kernel, work.kind, work.head_dim, work.mode)
+    if curve is None:
         return None
-    return fit.milliseconds(work.traffic, work.whole if costs.sees_all(kernel, work.kind) else work.work)
+    return curve.milliseconds(work.size, work.all_keys if costs.sees_all(kernel, work.kind) else work.keys)
 
 
 def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel]) -> list[Kernel]:
@@ -187,14 +188,10 @@ def work_of(site: Site, training: bool) -> Work:
     """A site as the cost model sees it."""
     spec, sizes = site.spec, sizes_of(site)
     mode = costs.TRAINING if training else costs.FORWARD
-    traffic = sizes["b"] * (
-        sizes["h"] * sizes["i"] * (sizes["d"] + sizes["e"])
-        + sizes["g"] * sizes["j"] * (sizes["d"] + sizes["e"])
-    )
-    each = sizes["b"] * sizes["h"] * (sizes["d"] + sizes["e"])
-    pairs, whole = pairs_of(spec, sizes["i"], sizes["j"]), sizes["i"] * sizes["j"]
+    size = sizes["b"] * sizes["h"] * sizes["i"] * (sizes["d"] + sizes["e"])
+    keys = pairs_of(spec, sizes["i"], sizes["j"]) / max(sizes["i"], 1.0)
     kind = kind_of(spec, flex_blocks.thin_biases(site))
-    return Work(kind, int(sizes["d"]), mode, traffic, each * pairs, each * whole)
+    return Work(kind, int(sizes["d"]), mode, size, keys, sizes["j"])
 
 
 def pairs_of(spec: Attention, queries: float, keys: float) -> float:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from fusepass import bench, bench_report, costs
 from fusepass.__main__ import main
 from fusepass.bench_cases import VARIANTS
+from fusepass.bench_pool import Exclusive, spread
 from fusepass.config import Options
 from fusepass.kernels import flex_blocks
 from fusepass.rewrite import _Pass
@@ -79,7 +83,7 @@ def test_a_run_and_what_is_made_of_it(tmp_path: Path) -> None:
     again, about = bench.read_csv(place)
     assert sorted(map(str, again)) == sorted(map(str, rows)) and about["torch"] == torch.__version__
     profile = bench_report.profile_of(again, about)
-    assert {(f.kernel, f.kind) for f in profile.fits} == {("sdpa", "causal")}
+    assert {(f.kernel, f.kind) for f in profile.curves} == {("sdpa", "causal")}
     assert bench_report.summary(rows).row_count == 4
 
 
@@ -105,12 +109,11 @@ def test_samples_count_what_a_kernel_sees() -> None:
             None,
         )
 
-    work = {
-        s.kernel: s.work
+    keys = {
+        s.kernel: s.keys
         for s in bench_report.samples([row(c) for c in ("flex", "sdpa", "compile", "auto", "hand sdpa")])
     }
-    whole = 2 * 3 * 4096 * 4096 * 128
-    assert work == {"flex": 2 * 3 * 1000 * 128, "sdpa": whole, "unfused": whole}
+    assert keys == {"flex": 1000 / 4096, "sdpa": 4096, "unfused": 4096}
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +128,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["bench", "--read", str(out)]) == 0
     assert "full" in capsys.readouterr().out
     assert main(["bench", "--read", str(out), "--profile-to", str(profile)]) == 0
-    assert costs.load(profile).fits == ()
+    assert costs.load(profile).curves == ()
     assert main(["bench", "--variants", "fulll"]) == 2
     assert "unknown variant 'fulll'" in capsys.readouterr().err
     assert main(["bench", "--read", str(tmp_path / "no.csv")]) == 2
@@ -137,3 +140,45 @@ def test_flops_are_of_what_is_visible() -> None:
     assert row.tflops is not None and row.milliseconds is not None
     pairs = 16 * 17 / 2 * row.batch * row.heads
     assert math.isclose(row.tflops, 4 * pairs * 16 / row.milliseconds / 1e9)
+
+
+# ---------------------------------------------------------------------------------------- processes
+
+
+def measure(job: str, exclusive: Exclusive) -> tuple[str, bool]:
+    """What :func:`spread` calls elsewhere."""
+    if job == "dies":
+        os._exit(1)
+    if job == "sleeps":
+        time.sleep(60)
+    with exclusive():
+        time.sleep(0.01)
+    return f"{job} done", job == "breaks"
+
+
+def test_work_is_spread_and_no_failure_takes_others_along() -> None:
+    work = ["a", "dies", "b", "breaks", "c", "sleeps", "d"]
+    heard: list[str] = []
+    found = spread(work, measure, lambda job, why: f"{job}: {why}", 2, heard.append, patience=3.0)
+    want = [f"{job} done" for job in "abcd"] + ["breaks done", "dies: the measuring process died"]
+    assert sorted(found) == sorted([*want, "sleeps: took more than 3 s to compile or run"])
+    assert heard == found
+
+
+def test_nothing_begins_after_the_limit() -> None:
+    assert spread(["a", "b"], measure, lambda job, why: why, 1, limit=-1.0) == []
+
+
+def test_measuring_in_processes_gives_the_same_rows() -> None:
+    work = bench.jobs(["full"], [16, 32], [16], ["forward"], ["eager", "sdpa", "flash4"], **TINY)
+    alone, spread_out = bench.run(work), bench.run(work, workers=2)
+    key = [(r.length, r.contender, r.kernel, r.problem) for r in sorted(alone, key=str)]
+    assert sorted(key) == sorted((r.length, r.contender, r.kernel, r.problem) for r in spread_out)
+
+
+def test_a_page_of_the_results() -> None:
+    (row,) = bench.run(bench.jobs(["full"], [16], [16], ["forward"], ["eager"], **TINY))
+    auto = replace(row, contender="auto", kernel="sdpa", milliseconds=2.0, gpu_milliseconds=1.0)
+    hand = replace(row, contender="hand sdpa", milliseconds=1.0, gpu_milliseconds=0.9)
+    page = bench_report.markdown([row, auto, hand], {"torch": "2"}, "rows.csv")
+    assert "| 0.9 sdpa | 1 | sdpa |  | 0.90 | 0.50 |" in page and page.endswith("length: full.\n")

@@ -12,11 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusepass.config import Options
 from fusepass.kernels import BY_NAME, Target, flex, formula
 from fusepass.kernels.blocks import BLOCK, block_visibility, tables
+from fusepass.rewrite import rewrite_graph
 from fusepass.spec import Attention
 from tests.attention_cases import CASES, INF, heads, merge
 from tests.checking import assert_same_accuracy, call, compiled
+from tests.fake_cuda import fake_graph, hopper
 
 AT, J = ["index", 0, [[1, "i", 1, 0]]], ["index", 0, [[1, "j", 1, 0]]]
 AT_B, AT_I, AT_J = [0, [[1, "b", 1, 0]]], [0, [[1, "i", 1, 0]]], [0, [[1, "j", 1, 0]]]
@@ -114,13 +117,14 @@ def test_tables_list_partial_and_full_blocks() -> None:
 
 def test_the_operator_is_sound() -> None:
     written = formula.text(FORMULAS["causal and padding"])
-    arguments = ([torch.ones(2, 300, dtype=torch.bool)], written, 2, 1, 300, 300, torch.device("cpu"))
+    arguments = ([torch.ones(2, 300, dtype=torch.bool)], written, 2, 1, 300, 300, torch.device("cpu"), True)
     torch.library.opcheck(torch.ops.fusepass.block_tables.default, arguments)
 
 
 def test_fixed_tables_are_kept_and_copied() -> None:
     written, device = formula.text(FORMULAS["window"]), torch.device("cpu")
-    first, second = (torch.ops.fusepass.block_tables([], written, 1, 1, 700, 700, device) for _ in range(2))
+    call = torch.ops.fusepass.block_tables
+    first, second = (call([], written, 1, 1, 700, 700, device, True) for _ in range(2))
     sizes = {"b": 1, "h": 1, "i": 700, "j": 700}
     want = tables(*block_visibility(formula.read(written), sizes, [], device))
     for a, b, c in zip(first, second, want, strict=True):
@@ -222,3 +226,23 @@ def test_a_mask_under_a_softcap_stays_in_the_scores(everywhere: None) -> None:
 
     inputs = replace(CASES["full"], dtype=torch.float32).inputs("cpu")
     assert "block_attention" not in graph_of(program, inputs)
+
+
+# ---------------------------------------------------------------------------------------- 32 bits
+
+
+@pytest.mark.parametrize(("length", "fused"), [(8192, True), (16384, False)])
+def test_what_is_counted_in_32_bits_stays_below_that(
+    length: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernels compute the place of an element of a captured tensor in 32 bits."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return (q @ k.transpose(-1, -2) * 0.1 + bias).softmax(-1) @ v
+
+    hopper(monkeypatch)
+    graph = fake_graph(program, *[(1, 16, length, 128)] * 3, (1, 16, length, length))
+    with torch.no_grad():
+        site = rewrite_graph(graph, Options(kernel="flex")).sites[0]
+    assert site.fused is fused
+    assert fused or "it counts in 32 bits, and a tensor has 4294967296 elements" in str(site.reason)

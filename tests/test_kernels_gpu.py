@@ -5,10 +5,15 @@ Run with ``pytest -m gpu``; a kernel whose library is missing is skipped by name
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 import fusepass
+from fusepass import bench
+from fusepass.bench_cases import VARIANTS
 from fusepass.kernels.gates import GATES, machine_refuses
 from tests.attention_cases import CASES, Case, full
 from tests.checking import Run, assert_same_accuracy, call, compiled
@@ -92,3 +97,55 @@ def test_operators_are_sound(kernel: str) -> None:
     arguments = (q, k, v, None, 0.125, None, 0, 0.0, 0.0)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(getattr(torch.ops.fusepass, kernel).default, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("variant", ["full", "causal", "gqa", "cross", "alibi"])
+def test_what_the_benchmark_runs_copies_nothing(variant: str) -> None:
+    """Heads copied "once" (``repeat_interleave(1)``) and transposed are read where they lie."""
+    sizes = {"tokens": 4096, "width": 1024, "repeats": 3}
+    kernel = "flex" if variant == "alibi" else "auto"
+    (row,) = bench.run(bench.jobs([variant], [1024], [128], ["forward"], [kernel], **sizes))
+    assert not row.problem and row.gpu_milliseconds is not None and row.peak_bytes is not None
+    result = 2 * row.batch * row.heads * row.queries * row.head_dim
+    assert row.peak_bytes < 1.3 * result, row
+
+
+def test_autotune_measures_once_and_remembers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEPASS_CACHE", str(tmp_path))
+    case = CASES["causal"]
+    exact = call(case.program, case.inputs(), torch.float64)
+    eager = call(case.program, case.inputs())
+    first = call(compiled(case.program, "autotune", "inductor"), case.inputs())
+    assert_same_accuracy(first, eager, exact)
+    kept = json.loads((tmp_path / "autotune.json").read_text())
+    torch._dynamo.reset()
+    again = call(compiled(case.program, "autotune", "inductor"), case.inputs())
+    assert again.site.kernel == first.site.kernel and first.site.fused
+    assert json.loads((tmp_path / "autotune.json").read_text()) == kept and kept
+
+
+@pytest.mark.parametrize("inner", ["inductor"])
+@pytest.mark.parametrize("grads", [False, True])
+def test_tables_of_a_padding_follow_the_data(inner: str, grads: bool) -> None:
+    """The same compiled call with other lengths."""
+    variant = VARIANTS["padding"]
+    shape = variant.shape(512, 64, 2048, 256)
+    fused = compiled(variant.program, "flex", inner)
+    for seed in range(3):
+        given = variant.inputs(shape, torch.device("cuda"), torch.bfloat16)
+        lengths = torch.randint(1, 512, (shape.batch, 1), generator=torch.Generator().manual_seed(seed))
+        given["keep"] = torch.arange(512, device="cuda") < lengths.cuda()
+        exact = call(variant.program, given, torch.float64, grads)
+        assert_same_accuracy(
+            call(fused, given, torch.bfloat16, grads),
+            call(variant.program, given, torch.bfloat16, grads),
+            exact,
+        )
+
+
+def test_one_that_breaks_its_process_is_a_row_and_others_are_measured() -> None:
+    """A bias of more than 2**32 elements: refused with a reason, or measured; and the rest goes on."""
+    work = bench.jobs(["bias", "full"], [16384], [128], ["forward"], ["flex", "sdpa"], repeats=2)
+    rows = {(r.variant, r.contender): r for r in bench.run(work, workers=2)}
+    assert "counts in 32 bits" in rows["bias", "flex"].problem
+    assert all(rows[key].milliseconds for key in rows if key != ("bias", "flex"))

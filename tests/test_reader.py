@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from tests.capture import agrees, qkv
+from fusepass.config import Options
+from fusepass.rewrite import rewrite_graph
+from tests.capture import agrees, dynamo_graph, qkv
 
 INF = math.inf
 N = 6
@@ -425,3 +427,31 @@ def test_a_written_part_of_a_packed_projection(parts: Callable[[Tensor], Any], w
         return s.softmax(-1) @ found[2]
 
     agrees(program if which else whole, torch.randn(2, 2, N, 24))
+
+
+# -------------------------------------------------------------------------------------- operators as methods
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    n = torch.arange(N)
+    label = (n.diff(prepend=n[:1] - 1) != 1).cumsum(-1)
+    s = product(q, k)
+    s += torch.where((n <= n[:, None]) & (label[None] == label[:, None]), 0.0, -INF)
+    return s.softmax(-1) @ v
+
+
+def test_operators_written_as_methods() -> None:
+    """``x.__eq__(y)`` is ``x == y``, and ``x.__iadd__(y)`` writes: Dynamo of torch 2.11 writes such calls."""
+    plain, methods = (dynamo_graph(packed, *qkv(), dynamic=False) for _ in range(2))
+    changed = set()
+    for node in methods.graph.nodes:
+        module = getattr(node.target, "__module__", "")
+        name = getattr(node.target, "__name__", "")
+        if node.op == "call_function" and module == "_operator" and isinstance(node.args[0], fx.Node):
+            node.op, node.target = "call_method", f"__{name.rstrip('_')}__"
+            changed.add(node.target)
+    assert {"__eq__", "__ne__", "__le__", "__iadd__", "__and__"} <= changed
+    want, got = (rewrite_graph(g, Options(kernel="reference")).sites for g in (plain, methods))
+    assert got[0].fused and got[0].spec == want[0].spec and got[0].kind == "causal", got
+    given = qkv()
+    torch.testing.assert_close(methods(*given), plain(*given))

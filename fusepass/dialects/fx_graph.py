@@ -41,6 +41,12 @@ _INPLACE_OPERATORS = {
     "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ifloordiv": "floordiv", "ipow": "pow",
     "iand": "and", "ior": "or", "ixor": "xor", "imod": "mod",
 }  # fmt: skip
+_BINARY = "add sub mul truediv floordiv mod pow and or xor matmul eq ne lt le gt ge rsub getitem".split()
+#: Operators written as methods (`x.__eq__(y)`, as Dynamo of torch 2.11 does); `__bool__` is no `bool()`.
+_OPERATORS = {
+    **{f"__{name}__": name for name in (*_BINARY, "neg", "abs", "invert", *_INPLACE_OPERATORS)},
+    **{f"__r{name}__": name for name in ("add", "mul", "and", "or", "xor")},
+}
 _ATTRIBUTES = {"T": "t", "mT": "mT", "mH": "mH", "H": "t"}
 
 
@@ -80,6 +86,7 @@ def operation(node: fx.Node) -> tuple[str, bool]:
             return "", False
     else:
         return "", False
+    name = _OPERATORS.get(name, name)
     if name in _INPLACE_OPERATORS:
         return _INPLACE_OPERATORS[name], True
     if name.endswith("_") and not name.endswith("__") and name not in HANDLERS:

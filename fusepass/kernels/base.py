@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fusepass.contents import FILL
 from fusepass.dialects.fx_graph import size_of
@@ -53,6 +54,19 @@ class Operands:
     q: fx.Node
     k: fx.Node
     v: fx.Node
+
+
+def refuse_far_elements(build: Builder, nodes: Sequence[fx.Node]) -> None:
+    """For kernels that count elements in 32 bits.  Unknown sizes are guarded.
+
+    Raises:
+        Refused: an element of one of the tensors lies further from the first.
+    """
+    for node in nodes:
+        value = build.value(node)
+        last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+        if guard_or_false(last >= 2**31):
+            raise Refused(f"it counts in 32 bits, and a tensor has {value.numel()} elements")
 
 
 def operands(site: Site, build: Builder, gated: bool = True) -> Operands:

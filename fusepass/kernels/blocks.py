@@ -38,11 +38,17 @@ class Blocks:
         self.sizes, self.tensors, self.device, self.block = sizes, tensors, device, block
         # Numbers stay on the CPU: they mix with any device, and reading them does not wait for one.
         self.unknown = torch.tensor(-math.inf), torch.tensor(math.inf)
-        self.at = {letter: self._letter(letter) for letter in "bhij"}
+        self._at: dict[str, Interval] = {}
 
     def count(self, letter: str) -> int:
         """How many blocks (or single indices) a letter has."""
         return -(-self.sizes[letter] // self.block) if letter in "ij" else self.sizes[letter]
+
+    def at(self, letter: str) -> Interval:
+        """The lowest and highest index of each block."""
+        if letter not in self._at:
+            self._at[letter] = self._letter(letter)
+        return self._at[letter]
 
     def _letter(self, letter: str) -> Interval:
         shape = [1, 1, 1, 1]
@@ -55,7 +61,14 @@ class Blocks:
         return low.view(shape), high.view(shape)
 
     def value(self, formula: Formula) -> Interval:
-        """The interval of a formula in each block."""
+        """The interval of a formula in each block; parts that load nothing are computed once a process."""
+        if self.tensors and formula[0] != "const" and not _loads(formula):
+            sizes = tuple(self.sizes[letter] for letter in "bhij")
+            low, high = _still(formula, sizes, self.block, self.device.type == "cuda")
+            return _moved(low, self.device), _moved(high, self.device)
+        return self._walk(formula)
+
+    def _walk(self, formula: Formula) -> Interval:
         operation = formula[0]
         if operation == "const":
             number = torch.tensor(formula[1])
@@ -74,7 +87,7 @@ class Blocks:
     def index(self, constant: int, terms: Any) -> Interval:
         low = high = torch.tensor(constant)
         for factor, letter, stride, size in terms:
-            a, b = (x // stride for x in self.at[letter])
+            a, b = (x // stride for x in self.at(letter))
             if size:
                 whole = a // size == b // size
                 a, b = torch.where(whole, a % size, 0), torch.where(whole, b % size, size - 1)
@@ -242,6 +255,34 @@ def _known(x: Interval) -> Tensor | bool:
     return torch.isfinite(x[0]) & torch.isfinite(x[1])
 
 
+@functools.cache
+def _loads(formula: Formula) -> bool:
+    """Does a formula read a tensor?"""
+    return formula[0] == "load" or any(isinstance(f, tuple) and f and _loads(f) for f in formula[1:])
+
+
+@functools.lru_cache(maxsize=256)
+def _still(formula: Formula, sizes: tuple[int, ...], block: int, pinned: bool) -> Interval:
+    """The interval of a formula that reads no tensor, on the CPU."""
+    low, high = Blocks(dict(zip("bhij", sizes, strict=True)), [], torch.device("cpu"), block).value(formula)
+    return (_pinned(low), _pinned(high)) if pinned else (low, high)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().pin_memory() if tensor.dim() else tensor
+
+
+_captured: list[Tensor] = []
+"""Read by recorded CUDA graphs, which copy from where they lie at every replay."""
+
+
+def _moved(tensor: Tensor, device: torch.device, copy: bool = False) -> Tensor:
+    """A kept tensor on a device; a number stays, since it mixes with any."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(tensor)
+    return tensor.to(device, non_blocking=True, copy=copy) if tensor.dim() or copy else tensor
+
+
 # ---------------------------------------------------------------------------------------- tables
 
 
@@ -257,59 +298,76 @@ def block_visibility(
     blocks = Blocks(sizes, tensors, device)
     shape = [blocks.count(letter) for letter in "bhij"]
     every, some = _truth(blocks.value(visible))
-    here = torch.ones((), dtype=torch.bool, device=device)
-    whole = here
-    for letter in "ij":
-        low, high = blocks.at[letter]
-        whole = whole & (high - low == BLOCK - 1)
-    return (every & whole).expand(shape), (some & here).expand(shape)
+    every, some = every.to(device), some.to(device)
+    if sizes["i"] % BLOCK or sizes["j"] % BLOCK:
+        whole = _moved(_whole(sizes["i"], sizes["j"], device.type == "cuda"), device)
+        every = every & whole
+    return every.expand(shape), some.expand(shape)
 
 
-def tables(every: Tensor, some: Tensor) -> tuple[Tensor, ...]:
-    """``kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices`` and the same four by queries."""
+@functools.lru_cache(maxsize=256)
+def _whole(queries: int, keys: int, pinned: bool) -> Tensor:
+    """Which blocks do not reach beyond the last query or key, ``[1, 1, query blocks, key blocks]``."""
+    blocks = Blocks({"b": 1, "h": 1, "i": queries, "j": keys}, [], torch.device("cpu"))
+    (low_i, high_i), (low_j, high_j) = blocks.at("i"), blocks.at("j")
+    found = (high_i - low_i == BLOCK - 1) & (high_j - low_j == BLOCK - 1)
+    return _pinned(found) if pinned else found
+
+
+def tables(every: Tensor, some: Tensor, both: bool = True) -> list[Tensor]:
+    """``kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices``.
+
+    ``both``: and the same four by queries.
+    """
+    kinds = torch.empty((2, *some.shape), dtype=torch.bool, device=some.device)
+    torch.logical_and(some, ~every, out=kinds[0])
+    kinds[1].copy_(every)
     found: list[Tensor] = []
-    for flip in (False, True):
-        for blocks in (some & ~every, every):
-            rows = (blocks.transpose(-2, -1) if flip else blocks).to(torch.int8)
-            found.append(rows.sum(-1, dtype=torch.int32))
-            found.append(rows.argsort(dim=-1, descending=True, stable=True).to(torch.int32).contiguous())
-    return tuple(found)
+    for rows in (kinds, kinds.transpose(-2, -1))[: 1 + both]:
+        order = rows.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        for kind, indices in zip(rows, order, strict=True):
+            found += [kind.sum(-1, dtype=torch.int32), indices.to(torch.int32).contiguous()]
+    return found
 
 
 def _block_tables(
-    tensors: list[Tensor], visible: str, batch: int, heads: int, queries: int, keys: int, device: torch.device
-) -> tuple[Tensor, ...]:
+    tensors: list[Tensor], visible: str, batch: int, heads: int, queries: int, keys: int,
+    device: torch.device, both: bool,
+) -> list[Tensor]:  # fmt: skip
     if not tensors:
-        fixed = _fixed(visible, batch, heads, queries, keys, device.type == "cuda")
-        return tuple(t.to(device, non_blocking=True, copy=True) for t in fixed)
+        fixed = _fixed(visible, batch, heads, queries, keys, both, device.type == "cuda")
+        return [_moved(t, device, copy=True) for t in fixed]
     sizes = {"b": batch, "h": heads, "i": queries, "j": keys}
-    return tables(*block_visibility(read(visible), sizes, tensors, device))
+    return tables(*block_visibility(read(visible), sizes, tensors, device), both)
 
 
-@functools.lru_cache(maxsize=64)
-def _fixed(visible: str, batch: int, heads: int, queries: int, keys: int, pinned: bool) -> tuple[Tensor, ...]:
-    """The tables of a formula that reads no tensor, on the CPU: later calls are eight small copies."""
+@functools.lru_cache(maxsize=256)
+def _fixed(
+    visible: str, batch: int, heads: int, queries: int, keys: int, both: bool, pinned: bool
+) -> list[Tensor]:
+    """The tables of a formula that reads no tensor, on the CPU: later calls are small copies."""
     sizes = {"b": batch, "h": heads, "i": queries, "j": keys}
-    found = tables(*block_visibility(read(visible), sizes, [], torch.device("cpu")))
-    return tuple(t.pin_memory() for t in found) if pinned else found
+    found = tables(*block_visibility(read(visible), sizes, [], torch.device("cpu")), both)
+    return [_pinned(t) for t in found] if pinned else found
 
 
 def _shapes(
-    tensors: list[Tensor], visible: str, batch: int, heads: int, queries: int, keys: int, device: torch.device
-) -> tuple[Tensor, ...]:
+    tensors: list[Tensor], visible: str, batch: int, heads: int, queries: int, keys: int,
+    device: torch.device, both: bool,
+) -> list[Tensor]:  # fmt: skip
     rows, columns = ((n + BLOCK - 1) // BLOCK for n in (queries, keys))
     found: list[Tensor] = []
-    for a, b in ((rows, columns), (columns, rows)):
+    for a, b in ((rows, columns), (columns, rows))[: 1 + both]:
         for _ in range(2):
             found.append(torch.empty((batch, heads, a), dtype=torch.int32, device=device))
             found.append(torch.empty((batch, heads, a, b), dtype=torch.int32, device=device))
-    return tuple(found)
+    return found
 
 
 _definitions = torch.library.Library("fusepass", "FRAGMENT")
 _definitions.define(
     "block_tables(Tensor[] tensors, str visible, SymInt batch, SymInt heads, SymInt queries, SymInt keys, "
-    "Device device) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Device device, bool both) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _definitions.impl("block_tables", _block_tables, "CompositeExplicitAutograd")

@@ -31,6 +31,7 @@ from fusepass.kernels.base import (
     may_empty_rows,
     muted,
     operands,
+    refuse_far_elements,
     rows_of,
     tensor_operand,
 )
@@ -229,6 +230,8 @@ def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
     q, v = build.value(x.q), build.value(x.v)
     with build.mode():
         value = q.new_empty((*q.shape[:3], v.shape[3]))
+    if target.device == "cuda":
+        refuse_far_elements(build, [x.q, x.k, x.v, *tensors])
     tensors = [t if t.op == "placeholder" else build.call(stored_op, t) for t in tensors]
     out = build.call_with(value, flex_attention, x.q, x.k, x.v, tensors, encode(spec, bands=True))
     if target.device == "cpu":

@@ -23,6 +23,7 @@ from fusepass.kernels.base import (
     Target,
     mean_of_values,
     operands,
+    refuse_far_elements,
 )
 from fusepass.kernels.blocks import BLOCK, tables_op
 from fusepass.patterns.masks import additive_mask
@@ -50,7 +51,8 @@ def block_attention(
     Args:
         q: ``[B, H, Q, D]``; k: ``[B, G, K, D]``; v: ``[B, G, K, Dv]``.
         score_tensors, mask_tensors: what the formulas load.
-        tables: the eight tensors of ``fusepass::block_tables``, or none where everything is visible.
+        tables: the tensors of ``fusepass::block_tables``, or none where everything is visible; those by
+            queries, which only a backward reads, may be missing.
         code: ``[scale, [[kind, ...], ...], formula or null]``, the steps of the scores and the visibility.
         options: ``[[name, value], ...]``, kernel options of FlexAttention.
 
@@ -77,7 +79,8 @@ def block_attention(
     if tables:
         lengths, size = (q.shape[2], k.shape[2]), (BLOCK, BLOCK)
         made: Any = BlockMask
-        blocks = made(lengths, *tables, BLOCK_SIZE=size, mask_mod=mask_mod).as_tuple()
+        by_queries = tables[4:] or tables[:4]
+        blocks = made(lengths, *tables[:4], *by_queries, BLOCK_SIZE=size, mask_mod=mask_mod).as_tuple()
     else:
         blocks = _create_empty_block_mask(q, k).as_tuple()
     chosen = kernel_options(q) | dict(fm.read(options))
@@ -107,7 +110,8 @@ def representable(added: Tensor) -> Tensor:
     """The lowest finite values halved: they hide as much, and do not overflow in powers of two."""
     if added.dtype is torch.float16 or not added.is_floating_point():
         return added
-    return torch.where(added == -math.inf, added, torch.clamp(added, min=LOWEST))
+    too_low = torch.logical_and(added < LOWEST, added > -math.inf)
+    return torch.where(too_low, LOWEST, added)  # of comparisons alone: CuTe has no maximum in torch 2.11
 
 
 @dataclass
@@ -228,14 +232,18 @@ def _understood(writer: fm.Writer, mask: Mask, term: Term) -> Any:
 def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[str, Any]) -> fx.Node:
     """Write the tables (once a graph), the call, and the repair of rows that see no key."""
     x = operands(site, build)
-    scores = [_stored(build, build.as_tensor(t)) for t in made.of_scores.tensors]
-    masks = [_stored(build, build.as_tensor(t)) for t in made.of_masks.tensors]
+    scores, masks = (
+        [build.as_tensor(t) for t in writer.tensors] for writer in (made.of_scores, made.of_masks)
+    )
+    if target.device == "cuda":
+        refuse_far_elements(build, [x.q, x.k, x.v, *scores, *masks])
+    scores, masks = ([_stored(build, t) for t in tensors] for tensors in (scores, masks))
     if options and any(build.value(t).requires_grad for t in scores):
         raise Refused("its score modifiers read a tensor that needs a gradient")
     if options and not target.training and (scores or masks):
         # TorchInductor 2.11 frees what a CuTe kernel captures before it runs, unless a backward keeps it.
         raise Refused("without gradients it reads no tensors")
-    tables = _tables(site, build, made, masks)
+    tables = _tables(site, build, made, masks, target.training)
     q, v = build.value(x.q), build.value(x.v)
     with build.mode():
         value = (
@@ -258,8 +266,8 @@ def _stored(build: Builder, node: fx.Node) -> fx.Node:
     return made
 
 
-def _tables(site: Site, build: Builder, made: Plan, masks: list[fx.Node]) -> list[fx.Node]:
-    """The block tables; sites with one visibility share them."""
+def _tables(site: Site, build: Builder, made: Plan, masks: list[fx.Node], both: bool) -> list[fx.Node]:
+    """The block tables; sites with one visibility share them.  ``both``: those that a backward reads too."""
     if not made.visible:
         return []
     whole = made.conjunction
@@ -269,10 +277,10 @@ def _tables(site: Site, build: Builder, made: Plan, masks: list[fx.Node]) -> lis
 
     def make() -> list[fx.Node]:
         whole_text = fm.text(whole)
-        found = build.call(tables_op, masks, whole_text, *map(build.size, sizes), device)
-        return [build.call(operator.getitem, found, n) for n in range(8)]
+        found = build.call(tables_op, masks, whole_text, *map(build.size, sizes), device, both)
+        return [build.call(operator.getitem, found, n) for n in range(8 if both else 4)]
 
-    found: list[fx.Node] = build.once(("tables", fm.text(whole), tuple(masks), sizes), make)
+    found: list[fx.Node] = build.once(("tables", fm.text(whole), tuple(masks), sizes, both), make)
     return found
 
 

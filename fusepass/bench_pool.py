@@ -1,0 +1,240 @@
+"""Measurements spread over processes: compiling overlaps, and while one is timed all others stand still.
+
+A process that a measurement has broken (a CUDA error stays with its process) is replaced, and the
+measurement becomes a result that says so.  Nothing is lost: results are handed over as they come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from multiprocessing.connection import Connection, wait
+from typing import Any, Generic, TypeVar
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+Exclusive = Callable[[], AbstractContextManager[None]]
+"""Entered around a timed section."""
+
+Measure = Callable[[J, Exclusive], tuple[R, bool]]
+"""Measures a job; the second part of the answer says that the process can measure nothing more."""
+
+#: A process is replaced after so many jobs: what compilers keep grows.
+_JOBS = 40
+#: How long running GPU work of a process that was stopped may take to end.
+_SETTLE = 0.06
+#: Seconds that jobs may go on after the limit.
+_GRACE = 45.0
+#: How long one waits for others to be timed with it, since stopping costs time.
+_GATHER = 1.0
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """For a process that has the machine to itself."""
+    yield
+
+
+def spread(
+    work: Sequence[J],
+    measure: Measure[J, R],
+    failed: Callable[[J, str], R],
+    workers: int,
+    on_result: Callable[[R], None] = lambda result: None,
+    limit: float | None = None,
+    patience: float = 180.0,
+) -> list[R]:
+    """Measure all of ``work``, in any order.
+
+    Args:
+        measure: a function that other processes can import.
+        failed: the result of a job whose process died or took too long.
+        limit: seconds after the start from which no further job begins.
+        patience: seconds that a job may take, not counting those in which it stood still.
+    """
+    pool: Pool[J, R] = Pool(work, measure, failed, on_result, limit, patience)
+    try:
+        pool.run(workers)
+    finally:
+        pool.end()
+    return pool.results
+
+
+class _Worker(Generic[J]):
+    """A process, what it does, and since when."""
+
+    def __init__(self, measure: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # read when the process imports torch
+        self.pipe, there = context.Pipe()
+        self.process = context.Process(target=_serve, args=(there, measure), daemon=True)
+        self.process.start()
+        there.close()
+        self.job: J | None = None
+        self.state, self.since, self.jobs = "starts", time.monotonic(), 0
+
+    def send(self, number: int) -> None:
+        """A signal to the process and those that it started."""
+        with contextlib.suppress(OSError):
+            if self.state == "starts":
+                os.kill(self.process.pid or 0, number)
+            else:
+                os.killpg(self.process.pid or 0, number)
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        self.send(signal.SIGKILL)
+        self.process.kill()
+        self.process.join(5)
+        self.pipe.close()
+
+
+class Pool(Generic[J, R]):
+    """The state of :func:`spread`."""
+
+    def __init__(
+        self,
+        work: Sequence[J],
+        measure: Measure[J, R],
+        failed: Callable[[J, str], R],
+        on_result: Callable[[R], None],
+        limit: float | None,
+        patience: float,
+    ) -> None:
+        self.left, self.measure, self.failed, self.on_result = list(work), measure, failed, on_result
+        self.limit = None if limit is None else time.monotonic() + limit
+        self.patience, self.results, self.workers = patience, list[R](), list[_Worker[J]]()
+
+    def run(self, count: int) -> None:
+        """Until nothing is left."""
+        while self.left or any(w.job is not None for w in self.workers):
+            if self.limit is not None and time.monotonic() > self.limit:
+                self.left.clear()
+            self._staff(count)
+            self._assign()
+            for pipe in wait([w.pipe for w in self.workers], timeout=0.2):
+                worker = next((w for w in self.workers if w.pipe is pipe), None)
+                if worker is not None:
+                    self._hear(worker)
+            self._time(count)
+
+    def end(self) -> None:
+        """End all processes."""
+        for worker in self.workers:
+            worker.end()
+        self.workers.clear()
+
+    def _staff(self, count: int) -> None:
+        late = self.limit is not None and time.monotonic() > self.limit + _GRACE
+        for worker in list(self.workers):
+            if late and worker.job is not None:
+                self._bury(worker, "cut off by the limit")
+            elif worker.state == "works" and time.monotonic() - worker.since > self.patience:
+                self._bury(worker, f"took more than {self.patience:.0f} s to compile or run")
+            elif worker.state == "idle" and (not self.left or worker.jobs >= _JOBS):
+                self._bury(worker)
+        while len(self.workers) < min(count, len(self.left) + sum(w.job is not None for w in self.workers)):
+            self.workers.append(_Worker(self.measure))
+
+    def _assign(self) -> None:
+        for worker in self.workers:
+            if worker.state == "idle" and self.left:
+                worker.job, worker.state, worker.since = self.left.pop(0), "works", time.monotonic()
+                worker.jobs += 1
+                with contextlib.suppress(OSError):
+                    worker.pipe.send(worker.job)
+
+    def _hear(self, worker: _Worker[J]) -> None:
+        """One message."""
+        try:
+            kind, content = worker.pipe.recv()
+        except (EOFError, OSError):
+            self._bury(worker, "the measuring process died")
+            return
+        worker.since = time.monotonic()
+        worker.state = "waits" if kind == "wants" else "idle"
+        if kind == "result":
+            worker.job = None
+            result, broken = content
+            self._keep(result)
+            if broken:
+                self._bury(worker)
+
+    def _time(self, count: int) -> None:
+        """Let those that wait be timed, one by one, while the others stand still."""
+        waiting = [w for w in self.workers if w.state == "waits"]
+        others = [w for w in self.workers if w.state in ("works", "starts")]
+        began = time.monotonic()
+        longest = max((began - w.since for w in waiting), default=0.0)
+        if not waiting or (others and len(waiting) < count // 4 and longest < _GATHER):
+            return
+        for worker in others:
+            worker.send(signal.SIGSTOP)
+        time.sleep(_SETTLE)
+        for worker in waiting:
+            worker.state, worker.since = "times", time.monotonic()
+            with contextlib.suppress(OSError):
+                worker.pipe.send(True)
+            while worker.state == "times":
+                if not worker.pipe.poll(self.patience / 2):
+                    self._bury(worker, "took too long to time")
+                    break
+                self._hear(worker)
+                if worker.state == "waits":  # a second timed section of the same job
+                    worker.state = "times"
+                    worker.pipe.send(True)
+        for worker in others:
+            worker.send(signal.SIGCONT)
+            worker.since += time.monotonic() - began
+
+    def _bury(self, worker: _Worker[J], why: str = "") -> None:
+        """End a process; what it was doing has failed."""
+        job = worker.job
+        worker.job = None
+        self.workers.remove(worker)
+        worker.end()
+        worker.state = "ended"
+        if job is not None and why:
+            self._keep(self.failed(job, why))
+
+    def _keep(self, result: R) -> None:
+        self.results.append(result)
+        self.on_result(result)
+
+
+def _serve(pipe: Connection, measure: Any) -> None:
+    """A process: jobs come, results go, and timed sections wait for their turn."""
+    os.setsid()  # so that compilers which it starts stand still with it
+    _end_with_parent()
+
+    @contextlib.contextmanager
+    def exclusive() -> Iterator[None]:
+        pipe.send(("wants", None))
+        pipe.recv()
+        yield
+
+    pipe.send(("ready", None))
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        result, broken = measure(job, exclusive)
+        pipe.send(("result", (result, broken)))
+
+
+def _end_with_parent() -> None:
+    """Linux: a process whose parent dies gets a signal."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+__all__ = ["Exclusive", "Measure", "alone", "spread"]
