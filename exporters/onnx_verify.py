@@ -42,8 +42,9 @@ def session(path: str | os.PathLike[str], optimized: bool = True) -> Any:
     options.log_severity_level = 4
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    providers = [p for p in wanted if p in ort.get_available_providers()]
+    # float32 is float32 here: TF32 products would differ from PyTorch's by more than is allowed
+    wanted = {"CUDAExecutionProvider": {"use_tf32": "0"}, "CPUExecutionProvider": {}}
+    providers = [(p, o) for p, o in wanted.items() if p in ort.get_available_providers()]
     try:
         return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
