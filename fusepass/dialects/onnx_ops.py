@@ -172,7 +172,12 @@ def _identity(c: Call, x: Expr) -> Expr:
 @handles("Dropout")
 def _dropout(c: Call, x: Expr, ratio: Expr | None = None, training: Expr | None = None) -> Expr | None:
     trains = False if training is None else scalar_of(training)
-    return x if trains is False or trains == 0 else None
+    if trains is False or trains == 0:
+        return x
+    chance = 0.5 if ratio is None else scalar_of(ratio)
+    if trains is None or chance is None:
+        return None
+    return expr("dropout", (x,), (float(chance), c.node.outputs[0].name or ""), x.shape, x.dtype)
 
 
 def _unread(c: Call, x: Expr, *_: Expr | None) -> Expr:
