@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -312,18 +312,36 @@ class _Pass:
         return found
 
     def _left_over(self) -> list[SiteReport]:
-        """Softmaxes of products that no product with values was found for."""
+        """Softmaxes of products that no product with values was found for, and why where that is known."""
         reports = []
         for node in list(self.graph):
-            meaning = self.reader.meaning.get(node.outputs[0]) if node.outputs else None
-            if meaning is None or meaning.op != "softmax" or meaning in self.settled or node not in self.live:
+            if node.op_type not in _SOFTMAXES or node not in self.live:
                 continue
-            self.settled.add(meaning)
-            if of_activations(meaning):
-                reports.append(
-                    self._report(node, None, reason="no product with values that could be read uses it")
-                )
+            meaning = self.reader.meaning.get(node.outputs[0])
+            if meaning is not None and meaning in self.settled:
+                continue
+            reason = "no product with values that could be read uses it"
+            if meaning is None or meaning.op != "softmax" or not of_activations(meaning):
+                unread = self._unread_between(node)
+                if unread is None:
+                    continue
+                reason = f"'{unread.op_type}' ({unread.name}) between its two products could not be read"
+            if meaning is not None:
+                self.settled.add(meaning)
+            reports.append(self._report(node, None, reason=reason))
         return reports
+
+    def _unread_between(self, softmax: ir.Node) -> ir.Node | None:
+        """The first node that was not read between two products of activations around a softmax."""
+        behind = _reached(softmax, lambda n: [v.producer() for v in n.inputs if v is not None])
+        before = _reached(softmax, lambda n: [u for v in n.outputs for u in v.consumers()])
+        if not any(map(_multiplies, behind)) or not any(map(_multiplies, before)):
+            return None
+        for node in (softmax, *behind, *before):
+            meaning = self.reader.meaning.get(node.outputs[0])
+            if meaning is None or meaning.op == "input":
+                return node
+        return None
 
     # -- reporting ---------------------------------------------------------------------------
 
@@ -363,6 +381,33 @@ def source_of(node: ir.Node) -> str | None:
     return node.name or None
 
 
+_SOFTMAXES = ("Softmax", "LogSoftmax")
+_PRODUCTS = ("MatMul", "Einsum", "FusedMatMul")
+_BETWEEN = frozenset(
+    "Add Sub Mul Div Where Cast Reshape Transpose Unsqueeze Squeeze Expand Slice Concat Tanh Max Min Clip "
+    "Neg Identity Dropout Softplus Pow Sqrt IsNaN Pad ScatterND Trilu".split()
+)
+
+
+def _reached(start: ir.Node, near: Callable[[ir.Node], list[ir.Node | None]]) -> list[ir.Node]:
+    """What lies beside a node in one direction, up to and with the first products."""
+    found: dict[ir.Node, None] = {}
+    todo = [start]
+    while todo and len(found) < 100:
+        for node in near(todo.pop()):
+            if node is not None and node not in found and node.op_type in (*_PRODUCTS, *_BETWEEN):
+                found[node] = None
+                if node.op_type in _BETWEEN:
+                    todo.append(node)
+    return list(found)
+
+
+def _multiplies(node: ir.Node) -> bool:
+    """Is it a product of two values that are computed, and no projection by weights?"""
+    computed = [v for v in node.inputs if v is not None and v.const_value is None]
+    return node.op_type in _PRODUCTS and len(computed) >= 2
+
+
 def _live(graph: ir.Graph) -> set[ir.Node]:
     """The nodes that an output depends on."""
     live: set[ir.Node] = set()
@@ -399,7 +444,7 @@ def erase_dead(graph: ir.Graph, start: ir.Node) -> None:
 
 def softmaxes(graph: ir.Graph) -> int:
     """How many softmaxes a graph still has."""
-    return sum(n.op_type in ("Softmax", "LogSoftmax") for n in graph.all_nodes())
+    return sum(n.op_type in _SOFTMAXES for n in graph.all_nodes())
 
 
 __all__ = ["erase_dead", "fuse_model", "softmaxes", "source_of"]

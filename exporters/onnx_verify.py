@@ -180,13 +180,13 @@ def random_feeds(model: ir.Model, sizes: Mapping[sympy.Symbol, int], seed: int) 
         kind = value.dtype.numpy()
         if np.issubdtype(kind, np.integer):
             entries = _entries(value)
-            feeds[value.name] = generator.integers(0, entries, shape).astype(kind)
+            feeds[value.name] = np.asarray(generator.integers(0, entries, shape)).astype(kind)
             if half and entries == 2 and shape and shape[-1]:
                 feeds[value.name][..., 0] = 1
         elif kind == np.bool_:
-            feeds[value.name] = generator.random(shape) < 0.8
+            feeds[value.name] = np.asarray(generator.random(shape) < 0.8)
         else:
-            feeds[value.name] = generator.standard_normal(shape).astype(kind)
+            feeds[value.name] = np.asarray(generator.standard_normal(shape)).astype(kind)
     return feeds
 
 

@@ -252,6 +252,33 @@ def test_names_and_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
     assert run(path, x=drawn())[0].shape == (2, 6, 32)
 
 
+def test_large_models_keep_their_weights_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of protocol buffers end at two gigabytes; here the bound is two kilobytes."""
+    monkeypatch.setattr("fusepass.exporters.onnx_files._INLINE_BYTES", 2000)
+    monkeypatch.setattr("fusepass.exporters.onnx_files._SMALL", 256)
+    steps: list[str] = []
+    path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    model = sharpened(Attention(causal=True, kv=2))
+    exported(model, path, drawn(), progress=steps.append)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert steps[0] == "PyTorch exports the model" and steps[-1] == "running it and comparing with PyTorch"
+    assert any(step.startswith("writing weights: 1 of ") for step in steps)
+    fusepass.optimize_onnx(path, out)
+    assert (tmp_path / "out.onnx.data").is_file()
+    for file in (path, out):
+        assert np.abs(run(file, x=drawn())[0] - model(drawn()).detach().numpy()).max() < 1e-5
+
+
+def test_a_model_in_training_mode_that_drops(tmp_path: Path) -> None:
+    class Dropping(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(x, 0.5, self.training)
+
+    with pytest.raises(ModelError, match=r"training mode.*model\.eval\(\)"):
+        fusepass.export_onnx(Dropping(), (drawn(),), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_exported_program_is_taken_as_well(tmp_path: Path) -> None:
     program = torch.export.export(sharpened(Attention(causal=True)), (drawn(),))
     assert exported(program, tmp_path / "model.onnx", drawn()).fused == 1  # type: ignore[arg-type]

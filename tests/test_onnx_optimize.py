@@ -270,6 +270,44 @@ def test_unknown_operators_are_left_alone(tmp_path: Path) -> None:
     assert not report.checks and "not verified" in report.notes[0], "nobody can run it"
 
 
+def test_what_could_not_be_read_is_named(tmp_path: Path) -> None:
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    model = attention_proto()
+    model.graph.node[2].input[0] = "other"
+    model.graph.node.insert(2, helper.make_node("Pad", ["s", "pads"], ["other"], name="odd"))
+    model.graph.input.append(helper.make_tensor_value_info("pads", TensorProto.INT64, [8]))
+    onnx.save(model, before)
+    report = fusepass.optimize_onnx(before, after)
+    assert report.softmaxes == 1 and "'Pad' (odd)" in str(report.graph.sites[0].reason)
+
+
+def test_inner_graphs_read_what_is_computed_before_them(tmp_path: Path) -> None:
+    """One attention in both branches of an If, and again after it: each has a node of its own."""
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 2, "S", 8]) for n in "qkv"]
+
+    def steps(end: str) -> list[Any]:
+        return [
+            helper.make_node("Transpose", ["k"], [f"t{end}"], perm=[0, 1, 3, 2]),
+            helper.make_node("MatMul", ["q", f"t{end}"], [f"s{end}"]),
+            helper.make_node("Softmax", [f"s{end}"], [f"w{end}"], axis=-1),
+            helper.make_node("MatMul", [f"w{end}", "v"], [f"y{end}"]),
+        ]
+
+    branches = [
+        helper.make_graph(steps(n), n, [], [helper.make_tensor_value_info(f"y{n}", TensorProto.FLOAT, None)])
+        for n in ("a", "b")
+    ]
+    flag = helper.make_tensor_value_info("flag", TensorProto.BOOL, [])
+    choose = helper.make_node("If", ["flag"], ["chosen"], then_branch=branches[0], else_branch=branches[1])
+    outs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 2, "S", 8]) for n in ("chosen", "yz")]
+    graph = helper.make_graph([choose, *steps("z")], "g", [*values, flag], outs)
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), before)
+    report = fusepass.optimize_onnx(before, after)
+    assert (report.sites, report.fused, report.softmaxes) == (3, 3, 0)
+    assert len(nodes(after, "Attention")) == 3 and report.checks and report.max_error <= 1e-5
+
+
 @pytest.mark.parametrize("opset", [9, 27])
 def test_unsupported_opsets(opset: int, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"

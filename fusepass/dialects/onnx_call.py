@@ -11,7 +11,7 @@ import sympy
 import torch
 
 from fusepass.dialects.onnx_sizes import DimFacts, Known, elements
-from fusepass.dialects.torch_ops import Result
+from fusepass.dialects.torch_ops import Result, slice_dim
 from fusepass.index import Size
 from fusepass.ir import Expr, Shape, scalar_of
 
@@ -114,12 +114,24 @@ def _joined(c: Call, a: Size, b: Size) -> Size | None:
         return b
     if b == 1:
         return a
-    # A table of n > 1 entries cut to min(s, n) meets a dimension s: the model runs only where s <= n.
+    # A table of n entries cut to min(s, n) meets a dimension s: the model runs only where s <= n, or n = 1.
     for narrow, wide in ((a, b), (b, a)):
         if (
             isinstance(narrow, sympy.Min)
             and wide in narrow.args
-            and all(x == wide or (x.is_Integer and int(str(x)) > 1) for x in narrow.args)
+            and all(x == wide or (x.is_Integer and x.is_positive) for x in narrow.args)
         ):
             return wide
     return None
+
+
+def thinned(x: Expr, shape: Shape) -> Expr:
+    """An operand of a broadcast to ``shape``: a dimension of ``min(1, s)`` beside ``s`` has one element.
+
+    (Where ``s`` is zero nothing has elements, and nothing is said of any.)
+    """
+    for dim, size in enumerate(x.shape):
+        wide = shape[len(shape) - x.rank + dim]
+        if isinstance(size, sympy.Min) and wide in size.args and sympy.Integer(1) in size.args:
+            x = slice_dim(x, dim, 0, 1)
+    return x

@@ -6,6 +6,7 @@ import sympy
 
 from fusepass.dialects import torch_ops
 from fusepass.dialects.onnx_call import Call, Meaning, broadcast, handles
+from fusepass.dialects.onnx_sizes import difference
 from fusepass.dialects.torch_ops import dim_of, permute, reshape, slice_dim, view
 from fusepass.index import Size, prod, simplify_size
 from fusepass.ir import Expr, Shape, expr, leaf
@@ -114,7 +115,7 @@ def _cut(c: Call, x: Expr, start: Size, end: Size, axis: Size, step: Size) -> Ex
     first, last = _bound(c, start, size), _bound(c, end, size)
     if step < 1 or first is None or last is None:
         return None
-    length = simplify_size(sympy.expand(sympy.sympify(last) - first))
+    length = difference(last, first)
     recorded = c.recorded[0]
     open_ended = isinstance(length, sympy.Expr) and length.has(sympy.Min)
     if open_ended and recorded and len(recorded) == x.rank and c.names(recorded[dim]):
