@@ -94,6 +94,13 @@ def softcap_of(spec: Attention) -> float:
 # ---------------------------------------------------------------------------------------- operands
 
 
+def laid_out_query(site: Site, build: OnnxBuilder) -> ir.Value:
+    """The queries alone, ``[B, Q, H*D]``."""
+    r = site.roles
+    groups = (r.batch, r.query, [*r.heads, *r.head_dim])
+    return build.layout(build.choose(site.query, groups), groups, full=True)
+
+
 def laid_out(site: Site, build: OnnxBuilder, packed: bool = False) -> Operands:
     """Lay out queries, keys and values; grouped heads are not copied.
 

@@ -150,33 +150,113 @@ def test_a_cache_becomes_past_and_present(tmp_path: Path) -> None:
             assert np.abs(mine - theirs.numpy()).max() < 1e-5
 
 
+class Windowed(nn.Module):
+    """Causal attention of grouped heads within a window, after a cache."""
+
+    def __init__(self, window: int = 3, cap: float = 0.0, sink: bool = False) -> None:
+        super().__init__()
+        self.window, self.cap = window, cap
+        self.sink = nn.Parameter(torch.tensor([0.5, -1.0, 2.0, 0.0])) if sink else None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, ...]:
+        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        s = q @ k.repeat_interleave(2, 1).transpose(-2, -1) * 0.3
+        if self.cap:
+            s = torch.tanh(s / self.cap) * self.cap
+        n, past = q.shape[2], past_k.shape[2]
+        gap = torch.arange(past + n)[None, :] - (torch.arange(n)[:, None] + past)
+        s = s.masked_fill((gap > 0) | (gap <= -self.window), -math.inf)
+        if self.sink is not None:
+            s = torch.cat([s, self.sink.to(s.dtype)[None, :, None, None].expand(s.shape[0], 4, n, 1)], -1)
+        w = s.softmax(-1)[..., : past + n]
+        return w @ v.repeat_interleave(2, 1), k, v
+
+
+@pytest.mark.parametrize("kind", ["one token", "one sequence"])
+@pytest.mark.parametrize("settings", [{}, {"cap": 2.0}, {"sink": True}])
+def test_windows_after_a_cache_are_grouped_query_attention(
+    settings: dict[str, Any], kind: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.onnx"
+    batch, length = (2, 1) if kind == "one token" else (1, 4)
+    model = Windowed(**settings).eval()
+    half = torch.float32 if settings.get("sink") else torch.float16
+    drawn_ = [
+        torch.randn(batch, h, n, 8).to(half) for h, n in ((4, length), *[(2, length)] * 2, *[(2, 5)] * 2)
+    ]
+    before, varying = torch.export.Dim("past"), {0: BATCH} if kind == "one token" else {2: LENGTH}
+    shapes = (varying,) * 3 + ({2: before, **(varying if 0 in varying else {})},) * 2
+    report = exported(model, path, *drawn_, target="ort", dynamic_shapes=shapes)
+    assert report.operators == {"com.microsoft.GroupQueryAttention": 1} and report.softmaxes == 0
+    (node,) = nodes(path, "GroupQueryAttention")
+    assert attributes(path, "GroupQueryAttention")["local_window_size"] == 3
+    assert used(path, "GroupQueryAttention")[3:5] == [True, True]
+    joined = {v.name for n in nodes(path, "Concat") for v in n.inputs if v is not None}
+    assert all(v.is_graph_output() for v in node.outputs[1:]) and not joined & {"past_k", "past_v"}
+    names = ("q", "k", "v", "past_k", "past_v")
+    given = [*drawn_[:3], *(t[:, :, :0] for t in drawn_[3:])]
+    got = run(path, **dict(zip(names, given, strict=True)))
+    with torch.no_grad():
+        for mine, theirs in zip(got, model(*given), strict=True):
+            assert np.abs(mine - theirs.numpy()).max() < 1e-2, "an empty cache"
+
+
+def test_a_window_after_a_cache_of_constant_size(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    new, past = [torch.randn(2, h, 1, 8).half() for h in (4, 2, 2)], torch.randn(2, 2, 2, 5, 8).half()
+    report = exported(Windowed().eval(), path, *new, *past, target="ort")
+    assert report.operators == {"com.microsoft.GroupQueryAttention": 1}
+    assert attributes(path, "GroupQueryAttention")["local_window_size"] == 3
+
+
+def test_a_window_after_a_cache_of_any_size_is_a_mask(tmp_path: Path) -> None:
+    """On the CPU GroupQueryAttention takes several queries after a cache for one sequence alone."""
+    path = tmp_path / "model.onnx"
+    new = [torch.randn(2, h, 4, 8).half() for h in (4, 2, 2)]
+    past = [torch.randn(2, 2, 5, 8).half() for _ in range(2)]
+    shapes = ({0: BATCH, 2: LENGTH},) * 3 + ({0: BATCH, 2: torch.export.Dim("past")},) * 2
+    report = exported(Windowed().eval(), path, *new, *past, target="ort", dynamic_shapes=shapes)
+    assert report.operators == {"Attention": 1} and used(path)[3:6] == [True] * 3
+
+
 class Rotated(nn.Module):
-    """A rotary embedding of halves; ``even``: do both halves of the tables hold the same angles?"""
+    """A rotary embedding of halves, or of neighbours; ``even``: do the tables hold every angle twice?"""
 
     frequencies: Tensor
 
-    def __init__(self, even: bool) -> None:
+    def __init__(self, even: bool, neighbours: bool = False, heads_last: bool = False) -> None:
         super().__init__()
-        self.even = even
+        self.even, self.neighbours, self.heads_last = even, neighbours, heads_last
         self.register_buffer("frequencies", torch.rand(8 if not even else 4))
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         angles = positions[:, :, None].to(x.dtype) * self.frequencies
-        angles = torch.cat([angles, angles], -1) if self.even else angles
-        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-        low, high = x.chunk(2, -1)
-        return x * cos + torch.cat([-high, low], -1) * sin
+        if self.even and self.neighbours:
+            angles = angles.repeat_interleave(2, -1)
+        elif self.even:
+            angles = torch.cat([angles, angles], -1)
+        cos, sin = (t[:, :, None] if self.heads_last else t[:, None] for t in (angles.cos(), angles.sin()))
+        if self.neighbours:
+            turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+        else:
+            low, high = x.chunk(2, -1)
+            turned = torch.cat([-high, low], -1)
+        return x * cos + turned * sin
 
 
+@pytest.mark.parametrize("heads_last", [False, True])
+@pytest.mark.parametrize("neighbours", [False, True])
 @pytest.mark.parametrize("even", [True, False])
-def test_a_rotary_embedding(even: bool, tmp_path: Path) -> None:
+def test_a_rotary_embedding(even: bool, neighbours: bool, heads_last: bool, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
+    model = Rotated(even, neighbours, heads_last).eval()
     x, positions = torch.randn(2, 3, 5, 8), torch.tensor([[0, 1, 2, 3, 4], [7, 5, 3, 1, 0]])
-    shapes = ({0: BATCH, 2: LENGTH}, {0: BATCH, 1: LENGTH})
-    report = exported(Rotated(even), path, x, positions, dynamic_shapes=shapes)
+    x = x.transpose(1, 2).contiguous() if heads_last else x
+    shapes = ({0: BATCH, 1 if heads_last else 2: LENGTH}, {0: BATCH, 1: LENGTH})
+    report = exported(model, path, x, positions, dynamic_shapes=shapes)
     assert len(nodes(path, "RotaryEmbedding")) == int(even) and report.max_error <= 1e-5
     shared = torch.arange(5)[None]
-    exported(Rotated(even), path, x, shared)
+    exported(model, path, x, shared)
     assert len(nodes(path, "RotaryEmbedding")) == int(even), "one row of positions for the whole batch"
 
 
@@ -199,9 +279,20 @@ def test_a_sink_is_grouped_query_attention(window: int, tmp_path: Path) -> None:
     model = sharpened(Attention(kv=2, causal=True, window=window, sink=True))
     report = exported(model, path, drawn(), target="ort")
     assert report.operators == {"com.microsoft.GroupQueryAttention": 1} and report.softmaxes == 0
-    plain = exported(model, tmp_path / "plain.onnx", drawn())
-    assert plain.fused == 0 and plain.softmaxes == 1
-    assert plain.graph.sites[0].reason == "Attention: it has no sink"
+
+
+@pytest.mark.parametrize("target", ["onnx", "tensorrt"])
+@pytest.mark.parametrize("settings", [{"causal": True, "window": 3}, {}, {"bias": True}])
+def test_a_sink_elsewhere_is_one_more_key(settings: dict[str, Any], target: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    model = sharpened(Attention(kv=2, sink=True, **settings))
+    shapes = ({0: BATCH, 1: LENGTH}, {0: BATCH, 1: LENGTH})
+    report = exported(model, path, drawn(), MASK, target=target, dynamic_shapes=shapes)
+    assert report.operators == {"Attention": 1} and report.softmaxes == 0
+    empty = torch.tensor([[0] * 6, [0, 0, 1, 1, 1, 1]])
+    (got,) = run(path, x=drawn(seed=3), mask=empty)
+    with torch.no_grad():
+        assert np.abs(got - model(drawn(seed=3), empty).numpy()).max() < 1e-5, "rows that see the sink alone"
 
 
 class Gated(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import onnx_ir as ir
@@ -13,7 +13,7 @@ import torch
 from fusepass.dialects.onnx_sizes import DimFacts, Known, elements
 from fusepass.dialects.torch_ops import Result, slice_dim
 from fusepass.index import Size
-from fusepass.ir import Expr, Shape, scalar_of
+from fusepass.ir import Expr, Shape, expr, scalar_of
 
 DTYPES: dict[ir.DataType, torch.dtype] = {
     ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.DOUBLE: torch.float64,
@@ -40,6 +40,7 @@ class Call:
     known: tuple[Known | None, ...]
     recorded: tuple[Shape | None, ...]
     symbols: Container[sympy.Basic] = ()
+    home: dict[Expr, ir.Value] = field(default_factory=dict)
 
     def names(self, size: Size) -> bool:
         """Is a size made of dimensions that occur before this node?"""
@@ -125,13 +126,27 @@ def _joined(c: Call, a: Size, b: Size) -> Size | None:
     return None
 
 
-def thinned(x: Expr, shape: Shape) -> Expr:
-    """An operand of a broadcast to ``shape``: a dimension of ``min(1, s)`` beside ``s`` has one element.
+def fitted(c: Call, x: Expr, shape: Shape) -> Expr:
+    """An operand of a broadcast to ``shape``, where a dimension of ``min(n, s)`` meets ``s``.
 
-    (Where ``s`` is zero nothing has elements, and nothing is said of any.)
+    With ``n`` of one it has one element (where ``s`` is zero nothing has any, and nothing is said of them);
+    else the model runs only where ``s`` is at most ``n``, and the dimension is ``s``.
     """
-    for dim, size in enumerate(x.shape):
-        wide = shape[len(shape) - x.rank + dim]
-        if isinstance(size, sympy.Min) and wide in size.args and sympy.Integer(1) in size.args:
+    met = [
+        (dim, wide)
+        for dim, (size, wide) in enumerate(zip(x.shape, shape[len(shape) - x.rank :], strict=True))
+        if isinstance(size, sympy.Min) and size != wide and wide in size.args
+    ]
+    whole = list(x.shape)
+    for dim, wide in met:
+        if sympy.Integer(1) not in x.shape[dim].args:  # type: ignore[union-attr]
+            whole[dim] = wide
+    if tuple(whole) != x.shape and x.op in ("slice", "input"):
+        held = c.home.get(x)
+        x = expr(x.op, x.args, x.attrs, tuple(whole), x.dtype)
+        if held is not None:
+            c.home.setdefault(x, held)
+    for dim, _ in met:
+        if whole[dim] == x.shape[dim] and isinstance(x.shape[dim], sympy.Min):
             x = slice_dim(x, dim, 0, 1)
     return x

@@ -219,6 +219,7 @@ class OnnxReader:
             known,
             tuple(self.recorded(v) for v in node.outputs),
             self.sources,
+            self.home,
         )
         self._know(call)
         made = self._meaning(call)

@@ -15,7 +15,7 @@ import sympy
 import torch
 
 from fusepass.dialects import onnx_views, torch_ops
-from fusepass.dialects.onnx_call import DTYPES, HANDLERS, Call, Handler, Meaning, broadcast, handles, thinned
+from fusepass.dialects.onnx_call import DTYPES, HANDLERS, Call, Handler, Meaning, broadcast, fitted, handles
 from fusepass.dialects.torch_ops import cast, dim_of, filled, permute, reshape, view
 from fusepass.index import Size, simplify_size
 from fusepass.ir import Expr, Shape, const, expr, leaf, pointwise, scalar_of
@@ -27,7 +27,7 @@ def _pointwise(c: Call, op: str, *args: Expr, dtype: torch.dtype | None = None) 
     shape = broadcast(c, *(a.shape for a in args))
     if shape is None:
         return None
-    args = tuple(thinned(a, shape) for a in args)
+    args = tuple(fitted(c, a, shape) for a in args)
     made = pointwise(op, *args, dtype=dtype)
     made = made if made.shape == shape else expr(op, args, (), shape, made.dtype)
     return _folded(op, made) or made

@@ -138,7 +138,7 @@ def _bound(c: Call, at: Size, size: Size) -> Size | None:
         if at >= _FAR - 1 or c.facts.at_most(size, at):
             return size
     if not c.facts.at_most(0, at):
-        return None
+        return 0 if c.facts.equal(at, -size) else None  # counted from the end, it is the beginning
     return at if c.facts.at_most(at, size) else simplify_size(sympy.Min(at, size))
 
 
