@@ -17,6 +17,7 @@ import torch
 
 from fusepass.exporters.onnx_builder import ONNX_DTYPES, OnnxBuilder
 from fusepass.exporters.onnx_cache import Cache, find_cache
+from fusepass.exporters.onnx_lengths import find_lengths, of_lengths
 from fusepass.exporters.onnx_operands import (
     Added,
     Operands,
@@ -58,14 +59,24 @@ def emit(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
     dtype = build.dtype_of(x.q)
     offset = 0 if cache is None else cache.length
     causal = spec.is_causal(offset) and not sunk
-    extra = Added(None) if causal else added_mask(site, build, dtype, boolean=not sunk)
+    lengths = find_lengths(site) if _takes_lengths(target) and cache is None and not sunk else None
+    counts: ir.Value | None = None
+    if lengths is not None:
+        counts, x, extra = of_lengths(site, build, lengths, x)
+    else:
+        extra = Added(None) if causal else added_mask(site, build, dtype, boolean=not sunk)
     if sunk:
         x, extra = _sunk(site, build, x, extra)
     x = replace(x, q=muted(build, extra, x.q))
-    out = _call(site, build, x, extra.mask, _attributes(spec, factor, causal, dtype), cache)
+    out = _call(site, build, x, extra.mask, _attributes(spec, factor, causal, dtype), cache, counts)
     out = after_weights(site, build, mend_rows(site, build, out, extra))
     r = site.roles
     return build.restore(build.cast(out, spec.out_dtype), (r.batch, r.heads, r.query, r.value_dim), site.out)
+
+
+def _takes_lengths(target: Target) -> bool:
+    """Are there lengths of the keys among the inputs?"""
+    return target.opset >= 24 and target.name != "tensorrt"
 
 
 def _sunk(site: Site, build: OnnxBuilder, x: Operands, extra: Added) -> tuple[Operands, Added]:
@@ -106,11 +117,14 @@ def _call(
     mask: ir.Value | None,
     attributes: dict[str, Any],
     cache: Cache | None,
+    counts: ir.Value | None,
 ) -> ir.Value:
     spec, dtype = site.spec, build.dtype_of(x.q)
     result = ((spec.batch, spec.heads, spec.queries, spec.value_dim), dtype)
     if cache is None:
-        inputs = [x.q, x.k, x.v] + ([] if mask is None else [mask])
+        inputs = [x.q, x.k, x.v, mask, None, None, counts]
+        while inputs[-1] is None:
+            inputs.pop()
         return build.node("Attention", inputs, [result], attributes, stem="Attention")[0]
     types = [result, *((build.shape_of(v), dtype) for v in (x.k, x.v))]
     given = [x.q, cache.new_key, cache.new_value, mask, cache.past_key, cache.past_value]

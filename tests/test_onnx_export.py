@@ -116,6 +116,53 @@ def test_rows_of_minus_infinity(clean: bool, tmp_path: Path) -> None:
     assert not clean or not got[1].any()
 
 
+class Counted(nn.Module):
+    """Every sequence has as many keys as its length says."""
+
+    def __init__(self, fill: float, clean: bool = False, mirrored: bool = False) -> None:
+        super().__init__()
+        self.fill, self.clean, self.mirrored = fill, clean, mirrored
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        n = torch.arange(k.shape[2])
+        hidden = n[None, :] >= lengths[:, None] if self.mirrored else ~(lengths[:, None] > n[None, :])
+        s = (q @ k.transpose(-2, -1) * 0.3).masked_fill(hidden[:, None, None, :], self.fill)
+        w = s.softmax(-1)
+        return (torch.nan_to_num(w) if self.clean else w) @ v
+
+
+@pytest.mark.parametrize("opset", [23, 24])
+@pytest.mark.parametrize(
+    "model",
+    [Counted(-1e30), Counted(-math.inf), Counted(-math.inf, clean=True), Counted(-1e30, mirrored=True)],
+    ids=["mean", "nan", "zero", "mirrored"],
+)
+def test_lengths_of_keys(model: Counted, opset: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    q, k, v = torch.randn(3, 3, 2, 6, 8)
+    shapes = ({0: BATCH, 2: LENGTH},) * 3 + ({0: BATCH},)
+    report = exported(
+        model.eval(), path, q, k, v, torch.tensor([6, 2, 4]), dynamic_shapes=shapes, opset=opset
+    )
+    assert report.fused == 1
+    assert used(path) == ([True] * 3 + [False] * 3 + [True] if opset == 24 else [True] * 4)
+    lengths = torch.tensor([9, 0, -1])
+    (got,) = run(path, q=q, k=k, v=v, lengths=lengths)
+    want = model(q, k, v, lengths).numpy()
+    assert np.array_equal(np.isnan(got), np.isnan(want)) and np.nanmax(np.abs(got - want)) < 1e-5
+
+
+def test_lengths_of_other_axes_are_no_lengths_of_keys(tmp_path: Path) -> None:
+    class Swapped(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, firsts: Tensor) -> Tensor:
+            seen = torch.arange(q.shape[0])[:, None] < firsts[None, :]  # the first sequences see a key
+            return (q @ k.transpose(-2, -1)).masked_fill(~seen[:, None, None, :], -1e30).softmax(-1) @ v
+
+    path = tmp_path / "model.onnx"
+    exported(Swapped().eval(), path, *torch.randn(3, 6, 2, 6, 8), torch.tensor([6, 1, 2, 3, 4, 5]))
+    assert used(path) == [True] * 4
+
+
 class Cached(nn.Module):
     """Causal attention after a cache, which it returns joined."""
 

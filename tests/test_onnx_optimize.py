@@ -76,6 +76,34 @@ def test_after_passes_of_onnxruntime(level: str, tmp_path: Path) -> None:
     assert report.max_error <= 1e-5
 
 
+class Pair(nn.Module):
+    """Two layers, the second with a softcap, which onnxscript's patterns do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Attention(), Attention(cap=5.0)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        out: Tensor = self.second(self.first(x, mask), mask)
+        return out
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+def test_what_onnxscript_has_left(target: str, tmp_path: Path) -> None:
+    from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
+    before, middle, after = (tmp_path / f"{n}.onnx" for n in ("before", "middle", "after"))
+    plain(sharpened(Pair()), before, drawn(), MASK)
+    made: Any = optimize_for_ort(ir.load(before))
+    ir.save(made[0] if isinstance(made, tuple) else made, middle)
+    theirs = [n for n in ir.load(middle).graph if n.domain == "com.microsoft" and "Attention" in n.op_type]
+    assert len(theirs) == 1, "one is fused by onnxscript"
+    report = fusepass.optimize_onnx(middle, after, target=target)
+    assert (report.sites, report.fused, report.softmaxes) == (1, 1, 0), report.graph.sites
+    assert report.operators == {f"com.microsoft.{theirs[0].op_type}": 1, "Attention": 1}
+    assert report.checks and report.max_error <= 1e-5
+
+
 def test_names_metadata_and_weights_stay(tmp_path: Path) -> None:
     before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
     plain(sharpened(Attention()), before, drawn(), input_names=["tokens"], output_names=["result"])
