@@ -7,8 +7,8 @@ value.  The kernel is what ONNX Runtime itself reports of the run.
 
 Needs a CUDA device and onnxruntime-gpu; `--provider cpu --quick` runs the same steps anywhere.
 
-python -m benchmarks.onnx_cuda --csv benchmarks/results/onnx-cuda.csv --markdown docs/onnx_cuda.md
-python -m benchmarks.onnx_cuda --from benchmarks/results/onnx-cuda.csv --markdown docs/onnx_cuda.md
+python -m benchmarks.onnx_cuda --csv benchmarks/results/onnx-nvidia-h200.csv --markdown docs/onnx_cuda.md
+python -m benchmarks.onnx_cuda --from benchmarks/results/onnx-nvidia-h200.csv --markdown docs/onnx_cuda.md
 """
 
 from __future__ import annotations

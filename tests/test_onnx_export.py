@@ -66,6 +66,24 @@ def test_a_feature_becomes_the_operators(feature: str, tmp_path: Path) -> None:
     assert len({c.inputs for c in report.checks}) == 2, "checked at two shapes"
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_the_reference_evaluator_agrees(feature: str, padded: bool, tmp_path: Path) -> None:
+    """onnx's own evaluator is a second oracle; masks have all queries, which it needs to be right."""
+    from onnx.reference import ReferenceEvaluator
+
+    path = tmp_path / "model.onnx"
+    model = sharpened(Attention(**FEATURES[feature][0]))
+    given = (drawn(), MASK) if padded else (drawn(),)
+    exported(model, path, *given)
+    feeds = dict(zip(("x", "mask"), (drawn(seed=9).numpy(), MASK.flip(0).numpy()), strict=True))
+    loaded = ReferenceEvaluator(str(path))
+    (got,) = loaded.run(None, {n: feeds[n] for n in loaded.input_names})
+    with torch.no_grad():
+        want = model(*map(torch.from_numpy, (feeds[n] for n in ("x", "mask")[: len(given)]))).numpy()
+    assert np.abs(got - want).max() < 1e-5
+
+
 def test_a_mask_of_rank_4_with_all_queries_and_keys(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     model = sharpened(Attention())
