@@ -4,6 +4,7 @@
     python benchmarks/census.py bert llama t5          these only, and writes no file
     python benchmarks/census.py --limit 20 --inner aot_eager --no-inductor        a quick look
     python benchmarks/census.py --rows rows.jsonl      goes on where it was interrupted
+    python benchmarks/census.py --jobs 14              so many families at a time
 
 A site is a softmax between two batched matrix products, counted in the ATen graph; a fused site is one that
 the count no longer finds. Models have eager attention and random weights, and each runs in a process of its
@@ -26,9 +27,11 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -509,6 +512,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--inner", default="inductor", help="the inner backend (%(default)s)")
     parser.add_argument("--no-inductor", action="store_true", help="do not count what TorchInductor fuses")
     parser.add_argument("--timeout", type=float, default=300, help="seconds a family (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="families at a time (%(default)s)")
     parser.add_argument("--out", type=Path, help="the file to write (of a whole run: benchmarks/census.md)")
     parser.add_argument("--rows", type=Path, help="a file of JSON lines to continue and to add to")
     options = parser.parse_args(argv)
@@ -525,25 +529,29 @@ def run(options: argparse.Namespace) -> list[Row]:
     """Measure every chosen family, with a progress bar; rows of an earlier run are kept."""
     past = options.rows.read_text().splitlines() if options.rows and options.rows.exists() else []
     done = {row["family"]: row for row in map(json.loads, past)}
-    rows = []
+    writing = Lock()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(options.names))
-        for name in options.names:
+
+        def measured(name: str) -> Row:
             progress.update(task, description=name)
             row = done.get(name) or in_process(name, options)
             if options.rows and name not in done:
-                with options.rows.open("a") as file:
+                with writing, options.rows.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-            rows.append(row)
             progress.advance(task)
-    return rows
+            return row
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            return list(pool.map(measured, options.names))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 1 if a family is wrong or failed."""
     options = arguments(argv)
     os.environ |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // options.jobs, 1)))
     rows = run(options)
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(rich_table(rows))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -41,9 +42,10 @@ def compile_fused(
 
     With `assume`, the elements of buffers may be relied on, under a guard.
     """
+    began = time.perf_counter()
     original = Original(gm)
     static = static_inputs(gm, example_inputs) if assume else {}
-    report = run_pass(gm, example_inputs, options, static)
+    report = run_pass(gm, example_inputs, options, static, time.perf_counter() - began)
     compiled: Callable[..., Any]
     try:
         compiled = compiler(gm, example_inputs)
@@ -85,10 +87,12 @@ def run_pass(
     example_inputs: Sequence[Any],
     options: Options,
     static: Mapping[str, torch.Tensor] | None = None,
+    preparation: float = 0.0,
 ) -> GraphReport:
     """Rewrites `gm` in place and publishes the report; a fault of the pass leaves the graph as it was.
 
-    `static` are buffers whose elements may be relied on, if those in the report's `assumed` are guarded.
+    `static` are buffers whose elements may be relied on, if those in the report's `assumed` are guarded;
+    `preparation` are seconds already spent on this graph, which the report adds to its own.
 
     With FUSEPASS_STRICT=1 in the environment such a fault is raised: for tests.
     """
@@ -103,6 +107,7 @@ def run_pass(
         fault = f"the pass failed on a graph, which stays as it was: {type(error).__name__}: {error}"
         log.warning("fusepass: %s", fault, exc_info=True)
         report = GraphReport(nodes=len(gm.graph.nodes), notes=[fault])
+    report.seconds += preparation
     publish(report)
     return report
 

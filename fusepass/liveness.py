@@ -38,7 +38,7 @@ def outside_reader(reader: Reader, live: set[fx.Node], product: Expr, anchor: fx
         {n for n in anchor.all_input_nodes if _is_product(reader, n)} if _is_late(reader, anchor) else set()
     )
     for node in _computing(reader, product, anchor, inner):
-        found = _reader_of(reader, live, node, anchor, inner)
+        found = _reader_of(reader, live, node, anchor, inner, product)
         if found is not None:
             return found
     return None
@@ -68,9 +68,16 @@ def _computing(
             meaning = reader.defined.get(source)
             if meaning is product:
                 found.append(source)
-            elif source in inner or _is_light(source, meaning):
+            if _passes_on(reader, source, product) or source in inner or _is_light(source, meaning):
                 todo.append(source)
     return found
+
+
+def _passes_on(reader: Reader, node: fx.Node, product: Expr) -> bool:
+    """Is it ``product`` only because it returns an operand that is (``s[:]``, ``s.view(s.shape)``)?"""
+    return reader.defined.get(node) is product and any(
+        reader.defined.get(source) is product for source in node.all_input_nodes
+    )
 
 
 def _is_light(node: fx.Node, meaning: object) -> bool:
@@ -86,6 +93,7 @@ def _reader_of(
     start: fx.Node,
     anchor: fx.Node,
     inner: set[fx.Node],
+    product: Expr,
     limit: int = 400,
 ) -> fx.Node | None:
     seen, todo = {start}, [start]
@@ -94,7 +102,11 @@ def _reader_of(
         for user in node.users:
             if user is anchor or user in seen or user not in live or _reads_type(user):
                 continue
-            light = user in inner or _is_light(user, reader.defined.get(user))
+            light = (
+                user in inner
+                or _passes_on(reader, user, product)
+                or _is_light(user, reader.defined.get(user))
+            )
             if not light or len(seen) > limit:
                 return user
             seen.add(user)

@@ -16,7 +16,7 @@ import torch
 from fusepass.contents import Contents
 from fusepass.index import Affine, AxisSpace, Facts, Size, prod
 from fusepass.ir import Expr, const, expr, pointwise, scalar_of
-from fusepass.patterns import heads, masks
+from fusepass.patterns import formulas, heads, masks
 from fusepass.patterns.layout import LAYOUT
 from fusepass.patterns.products import PRODUCTS, factors, normalised_late
 from fusepass.patterns.scores import SCORES, holds_product
@@ -169,7 +169,7 @@ class _Reading:
     ) -> None:
         self.scope, self.rules, self.out = scope, rules, out
         self.weights, self.values, self.summed = weights, values, summed
-        self.formulas = masks.Formulas(scope)
+        self.formulas = formulas.Formulas(scope)
         self.steps = 0
 
     def run(self) -> Site | Miss | None:
@@ -478,7 +478,7 @@ class _Reading:
             return self._visible(mod.slot, mod.attends)
         term = self.scope.operands[mod.slot]
         hidden = masks.additive_mask(self.formulas, self.formulas.lift(term), term.expr.dtype)
-        return hidden.attends if hidden is not None else masks.TRUE
+        return hidden.attends if hidden is not None else formulas.TRUE
 
     def _rows_seen(
         self,

@@ -9,6 +9,9 @@ import torch
 from fusepass.index import Affine
 from fusepass.ir import Expr, const, expr, pointwise, scalar_of, under_casts
 from fusepass.patterns import examples as eg
+from fusepass.patterns.formulas import Formulas
+from fusepass.patterns.masks import visibility_factor
+from fusepass.patterns.scores import holds_product
 from fusepass.rule import Core, Refuse, Rule, Scope, Term, rule
 
 
@@ -56,30 +59,66 @@ def quotient(term: Term, scope: Scope) -> Core | None:
     if pair is None:
         return None
     numerator, denominator = pair
-    scores = _logits(under_casts(numerator))
+    scores = _logits(under_casts(numerator), scope)
     if scores is None:
         return None
-    dim = _row_sum_of(denominator, numerator)
-    return _with_sink(term, scores, denominator, numerator) if dim is None else _core(term, scores, dim)
+    if (dim := _row_sum_of(_unclamped(denominator, scores), numerator)) is not None:
+        return _core(term, scores, dim)
+    sunk = _with_sink(term, scores, denominator, numerator)
+    if sunk is None and holds_product(scores):
+        op = under_casts(denominator).op
+        raise Refuse(f"exponentials are divided by {op!r}, which is not provably their row sum", term.expr)
+    return sunk
 
 
-def _logits(node: Expr) -> Expr | None:
+def _logits(node: Expr, scope: Scope) -> Expr | None:
     """The ``x`` of ``exp(x)``; of ``exp(x) * m`` and ``where(m, exp(x), 0)`` it is ``where(m, x, -inf)``."""
     found = _exponential(node)
     if found is not None:
         return found
     if node.op == "where":
         condition, yes, no = node.args
-        if scalar_of(no) == 0 and (x := _logits(under_casts(yes))) is not None:
+        if scalar_of(no) == 0 and (x := _logits(under_casts(yes), scope)) is not None:
             return pointwise("where", condition, x, const(-math.inf, x.dtype), dtype=x.dtype)
-        if scalar_of(yes) == 0 and (x := _logits(under_casts(no))) is not None:
+        if scalar_of(yes) == 0 and (x := _logits(under_casts(no), scope)) is not None:
             return pointwise("where", condition, const(-math.inf, x.dtype), x, dtype=x.dtype)
     if node.op == "mul":
         for e, m in (node.args, node.args[::-1]):
-            bits = m.args[0] if m.op == "cast" else m
-            if bits.dtype is torch.bool and (x := _logits(under_casts(e))) is not None:
+            x = _logits(under_casts(e), scope)
+            bits = None if x is None else _zero_or_one(m, scope)
+            if x is not None and bits is not None:
                 return pointwise("where", bits, x, const(-math.inf, x.dtype), dtype=x.dtype)
     return None
+
+
+def _zero_or_one(factor: Expr, scope: Scope) -> Expr | None:
+    """A factor that is provably 0 or 1 everywhere, as booleans."""
+    if factor.op == "cast" and factor.args[0].dtype is torch.bool:
+        return factor.args[0]
+    if factor.dtype is torch.bool:
+        return factor
+    formulas = Formulas(scope)
+    element = Term(factor, tuple(scope.space.fresh("m", n) for n in factor.shape))
+    if visibility_factor(formulas, formulas.lift(element)) is None:
+        return None
+    return expr("cast", (factor,), (torch.bool,), factor.shape, torch.bool)
+
+
+def _unclamped(denominator: Expr, scores: Expr) -> Expr:
+    """``max(sum(exp(x - amax(x))), c)`` with ``c <= 1`` is the sum: its largest summand is 1."""
+    node = under_casts(denominator)
+    if node.op != "max" or not _is_shifted(scores):
+        return denominator
+    for total, bound in (node.args, node.args[::-1]):
+        known = scalar_of(bound)
+        if known is not None and known <= 1:
+            return total
+    return denominator
+
+
+def _is_shifted(scores: Expr) -> bool:
+    """Is its own maximum over one dimension subtracted?"""
+    return any(_unshifted(scores, dim) is not under_casts(scores) for dim in range(scores.rank))
 
 
 def _with_sink(term: Term, scores: Expr, denominator: Expr, numerator: Expr) -> Core | None:
@@ -90,6 +129,12 @@ def _with_sink(term: Term, scores: Expr, denominator: Expr, numerator: Expr) -> 
         dim = _row_sum_of(total, numerator)
         if dim is None:
             continue
+        if scalar_of(extra) is not None and _is_shifted(scores):
+            raise Refuse(
+                f"{scalar_of(extra)} is added to the sum of exponentials that are shifted by their maximum: "
+                "that is no softmax, and needless, as the sum is at least 1",
+                term.expr,
+            )
         found = _extra_logit(scores, extra)
         if found is None:
             raise Refuse("the denominator adds a tensor to the row sum: not a softmax", term.expr)

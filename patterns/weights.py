@@ -37,6 +37,16 @@ def holds_softmax(node: Expr) -> bool:
     return False
 
 
+def holders(node: Expr) -> list[int]:
+    """Which arguments may be the weights: of several with exponentials, those as large as the node.
+
+    A factor may be made of exponentials too, as the differential transformer's is (arXiv 2410.05258), and is
+    smaller.
+    """
+    found = [n for n, a in enumerate(node.args) if holds_softmax(a)]
+    return [n for n in found if node.args[n].shape == node.shape] or found
+
+
 @rule(
     "cast(w) changes the precision alone",
     lambda: eg.cast(eg.softmax(eg.scores())),
@@ -85,8 +95,9 @@ def keep(term: Term, scope: Scope) -> Peel | None:
     if term.expr.op != "where":
         return None
     condition = term.argument(0)
+    weights = holders(term.expr)
     for attends, kept, other in ((True, 1, 2), (False, 2, 1)):
-        if holds_softmax(term.expr.args[kept]):
+        if kept in weights:
             if number(term.expr.args[other], scope) != 0.0:
                 raise Refuse("where() after the softmax puts in weights other than zero", term.expr)
             return Peel(term.argument(kept), Keep(scope.slot(condition), attends))
@@ -104,9 +115,7 @@ def weight_scale(term: Term, scope: Scope) -> Peel | None:
         return Peel(term.argument(0), WeightScale(1.0 / divisor))
     if node.op != "mul":
         return None
-    for position in (0, 1):
-        if not holds_softmax(node.args[position]):
-            continue
+    for position in holders(node):
         factor, other = number(node.args[1 - position], scope), term.argument(1 - position)
         if factor is not None:
             return Peel(term.argument(position), WeightScale(factor))
@@ -123,13 +132,14 @@ def parts(weights: Expr) -> list[tuple[int, Expr]]:
     Raises:
         Refuse: one dropout drops from a sum of softmaxes, which two kernels cannot do alike.
     """
-    if weights.op in ("add", "sub") and all(holds_softmax(a) for a in weights.args):
+    carriers = holders(weights)
+    if weights.op in ("add", "sub") and len(carriers) == 2:
         sign = -1 if weights.op == "sub" else 1
         left, right = ([(s, _as_wide(w, weights)) for s, w in parts(a)] for a in weights.args)
         return [*left, *((s * sign, w) for s, w in right)]
-    if weights.op in LINEAR and any(len(parts(a)) > 1 for a in weights.args if holds_softmax(a)):
-        position = next(i for i, a in enumerate(weights.args) if holds_softmax(a))
-        inner = parts(weights.args[position])
+    linear = weights.op in LINEAR and carriers and not (weights.op == "div" and carriers != [0])
+    position = carriers[0] if linear else None
+    if position is not None and len(inner := parts(weights.args[position])) > 1:
         if weights.op == "dropout":
             raise Refuse("the weights that are dropped are a sum of several softmaxes", weights)
         rest = [list(weights.args) for _ in inner]

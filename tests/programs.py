@@ -144,6 +144,7 @@ _SOFTMAXES = {
     "exp": "e = torch.exp(s); w = e / e.sum({dim}, keepdim=True)",
     "safe": "e = torch.exp(s - s.max({dim}, keepdim=True).values); w = e / e.sum(dim={dim}, keepdim=True)",
     "amax": "e = (s - s.amax({dim}, keepdim=True)).exp(); w = e * e.sum({dim}, keepdim=True).reciprocal()",
+    "clamped": "e = (s - s.amax({dim}, keepdim=True)).exp(); w = e / e.sum({dim}, keepdim=True).clamp(1e-6)",
     "logsumexp": "w = torch.exp(s - torch.logsumexp(s, {dim}, keepdim=True))",
 }
 _FILLS = {"-inf": 'float("-inf")', "min": "torch.finfo(s.dtype).min", "-1e9": "-1e9", "-1e4": "-1e4"}
@@ -162,7 +163,7 @@ _APPLIED = {
 }
 #: these layouts write their products themselves
 _OWN_PRODUCT = frozenset({"einsum", "einsum out", TRANSPOSED, "vpt"})
-_WRITTEN_OUT = frozenset({"exp", "log", "logsumexp", "safe", "amax"})
+_WRITTEN_OUT = frozenset({"exp", "log", "logsumexp", "safe", "amax", "clamped"})
 _ADDITIVE = frozenset({"additive", "additive where", "iadd", "inverted", "subtracted", "multiplied"})
 _FINITE_ONLY = frozenset({"inverted", "subtracted", "multiplied"})
 _AFTER = {"none": "", "masked": "w = w.masked_fill(~{m}, 0.0)", "times": "w = w * {m}"}

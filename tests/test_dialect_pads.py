@@ -328,6 +328,30 @@ def test_a_cache_written_before_it_is_read() -> None:
         assert [site.fused for site in seen.sites] == [True], seen.sites
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_relative_position_written_over_every_key_of_a_grid(first: int) -> None:
+    """From `first` on; from 0 the slice is the whole, and is the product itself."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        s = q @ k.mT
+        part = s[:, :, first:, first:].view(2, 2, 6, 2, 3)
+        s[:, :, first:, first:] = (part + b[..., None]).view(2, 2, 6, 6)
+        return s.softmax(-1) @ v
+
+    seen = agrees(program, *qkv(Q=6 + first), torch.randn(2, 2, 6, 2), kernel="auto")
+    assert [site.fused and site.spec.count("bias[") for site in seen.sites] == [1], seen.sites
+
+
+@pytest.mark.parametrize("alias", [lambda s: s[:], lambda s: s.view(s.shape)[:]], ids=["slice", "view"])
+def test_scores_that_are_returned_stay_whatever_alias_is_used(alias: Callable[[Tensor], Tensor]) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        s = q @ k.mT
+        return alias(s).softmax(-1) @ v, s
+
+    seen = agrees(program, *qkv())
+    assert [(site.fused, "returned" in str(site.reason)) for site in seen.sites] == [(False, True)]
+
+
 def test_gradients_through_a_written_part() -> None:
     def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
         s = q @ k.mT * 0.25

@@ -390,7 +390,59 @@ class OneKeyHead(Base):
         return out
 
 
+# ------------------------------------------------------------------------------- sums of softmaxes
+
+
+class Differential(Base):
+    """The difference of the two halves of a softmax, a factor of exponentials between (arXiv 2410.05258)."""
+
+    sites = 2
+
+    def prepare(self) -> None:
+        self.lambdas = noise(4, D)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q1, k1, q2, k2 = self.lambdas.mul(0.3).unbind()
+        factor = (q1 * k1).sum(-1).float().exp() - (q2 * k2).sum(-1).float().exp() + 0.8
+        s = (q * SCALE) @ k.transpose(-1, -2) + torch.zeros(N, N).masked_fill(future(N), -INF)
+        w = F.softmax(s, -1, dtype=torch.float32).type_as(q).view(B, H // 2, 2, N, N)
+        w = w[:, :, 0] - factor.type_as(q) * w[:, :, 1]
+        v = v.transpose(1, 2).reshape(B, N, H // 2, 2 * D).transpose(1, 2)
+        out: Tensor = w @ v
+        return out
+
+
+class GatedSum(Base):
+    """Two patterns of attention, each head between them by a gate that is a softmax itself."""
+
+    sites = 2
+
+    def prepare(self) -> None:
+        self.gate, self.second = noise(H, 2), linear(D, D)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first, second = self.gate.softmax(-1)[:, :, None, None].unbind(1)
+        near = (q @ k.mT * SCALE).masked_fill(offsets(N).abs() > 3, -INF).softmax(-1)
+        far = (self.second(q) @ k.mT * SCALE).softmax(-1)
+        out: Tensor = (first * near + far * second) @ v
+        return out
+
+
+class GateOfExponentials(Base):
+    """One pattern whose heads are scaled by exponentials."""
+
+    def prepare(self) -> None:
+        self.gate = noise(H, 1, 1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = (self.gate.mul(0.5).exp() * (q @ k.mT * SCALE).softmax(-1)) @ v
+        return out
+
+
 MODELS: list[Any] = [
+    Differential,
+    GatedSum,
+    GateOfExponentials,
     Temperature,
     ClampedTemperature,
     DividedByTemperature,

@@ -17,7 +17,8 @@ from torch import Tensor
 from fusepass.index import AxisSpace, Facts
 from fusepass.ir import Expr, walk
 from fusepass.patterns import masks
-from fusepass.patterns.masks import Formulas, Positions, classify, conjuncts, every_row_sees
+from fusepass.patterns.formulas import Formulas
+from fusepass.patterns.masks import Positions, classify, conjuncts, every_row_sees
 from fusepass.recognize import RULES
 from fusepass.rule import Scope, Term
 from fusepass.spec import Atom, Band, Dense, KeyPadding

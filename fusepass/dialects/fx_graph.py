@@ -18,8 +18,10 @@ import torch
 from torch import fx
 
 from fusepass.contents import Contents
-from fusepass.dialects import joins, torch_ops
-from fusepass.dialects.torch_ops import HANDLERS, Result, Value
+from fusepass.dialects import joins
+from fusepass.dialects.handlers import Result, Value, as_expr, cast, reshape, view
+from fusepass.dialects.torch_ops import HANDLERS
+from fusepass.dialects.torch_views import getitem, parts_of
 from fusepass.index import Facts, simplify_size
 from fusepass.ir import Expr, Shape, const, is_constant, leaf, pointwise
 
@@ -357,7 +359,7 @@ class Reader:
             return base[key] if -len(base) <= key < len(base) else None
         if not isinstance(base, Expr) or not isinstance(value, torch.Tensor):
             return None
-        return torch_ops.getitem(self._result(node, value), base, key)
+        return getitem(self._result(node, value), base, key)
 
     def _many(self, node: fx.Node, name: str, value: Any) -> Value:
         """Operations with several results."""
@@ -375,7 +377,7 @@ class Reader:
             "split_with_sizes_copy",
         ):
             dim: Any = kwargs.get("dim", args[2] if len(args) > 2 else 0)
-            return torch_ops.parts_of(x, [shape_of(v) for v in value], dim)
+            return parts_of(x, [shape_of(v) for v in value], dim)
         if name == "unbind":
             return HANDLERS["unbind"](self._result(node, value[0]), x, *args[1:], **kwargs)
         if name == "native_dropout":
@@ -424,10 +426,8 @@ class Reader:
         value = value_of(target)
         if not isinstance(source, Expr) or not isinstance(value, torch.Tensor):
             return None
-        source = torch_ops.cast(source, value.dtype)
-        return (
-            source if source.shape == shape_of(value) else torch_ops.view("expand", source, shape_of(value))
-        )
+        source = cast(source, value.dtype)
+        return source if source.shape == shape_of(value) else view("expand", source, shape_of(value))
 
     def _rewrite(self, target: fx.Node, node: fx.Node | None, out: Value, position: int) -> None:
         """``target``'s memory now holds ``out``; everything that shares it is forgotten."""
@@ -435,7 +435,7 @@ class Reader:
         if not isinstance(out, Expr) or not isinstance(before, Expr) or out.shape != before.shape:
             self._forget(target, position)
             return
-        out = torch_ops.cast(out, before.dtype)
+        out = cast(out, before.dtype)
         wholes = self._wholes(target, out)
         self._forget(target, position)
         for holder, meaning in wholes:
@@ -467,7 +467,7 @@ class Reader:
         if isinstance(x, Expr):
             selected = self._selection(x, key)
             window = joins.window_of_key(x, key)
-            value = torch_ops.as_expr(new, x.dtype)
+            value = as_expr(new, x.dtype)
             if selected is not None and value is not None and value.rank == 0:
                 out = pointwise("where", selected, value, x, dtype=x.dtype)
             elif window is not None and value is not None:
@@ -492,7 +492,7 @@ class Reader:
                 else:
                     return None
             shape += [1] * (x.rank - len(shape))
-            return torch_ops.reshape(masks[0], tuple(shape))
+            return reshape(masks[0], tuple(shape))
         return None
 
 

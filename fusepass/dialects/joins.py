@@ -9,19 +9,9 @@ from typing import Any
 import sympy
 import torch
 
-from fusepass.dialects.torch_ops import (
-    Result,
-    Value,
-    cast,
-    dim_of,
-    handles,
-    permute,
-    reshape,
-    slice_dim,
-    slice_start,
-    view,
-    within,
-)
+from fusepass.dialects.handlers import Result, Value, cast, dim_of, handles, permute, reshape, view
+from fusepass.dialects.torch_creation import within
+from fusepass.dialects.torch_views import slice_dim, slice_start
 from fusepass.index import Facts, Size, simplify_size
 from fusepass.ir import Expr, Shape, const, expr, pointwise, scalar_of
 

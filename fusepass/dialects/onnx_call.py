@@ -10,8 +10,9 @@ import onnx_ir as ir
 import sympy
 import torch
 
+from fusepass.dialects.handlers import Result
 from fusepass.dialects.onnx_sizes import DimFacts, Known, elements
-from fusepass.dialects.torch_ops import Result, slice_dim
+from fusepass.dialects.torch_views import slice_dim
 from fusepass.index import Size
 from fusepass.ir import Expr, Shape, expr, scalar_of
 

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fusepass.dialects.torch_ops import Result as _Result
-from fusepass.dialects.torch_ops import cast, filled, reshape, view
+from fusepass.dialects.handlers import Result as _Result
+from fusepass.dialects.handlers import cast, reshape, view
+from fusepass.dialects.torch_creation import filled
 from fusepass.index import Facts
 from fusepass.ir import Expr, const, expr, pointwise
 

@@ -17,10 +17,11 @@ import torch
 
 from fusepass.contents import Contents
 from fusepass.dialects import onnx_sizes
+from fusepass.dialects.handlers import as_expr, reshape, view
 from fusepass.dialects.onnx_constants import closed_form
 from fusepass.dialects.onnx_ops import DTYPES, HANDLERS, Call, Meaning
 from fusepass.dialects.onnx_sizes import BINARY, DimFacts, Known
-from fusepass.dialects.torch_ops import as_expr, reshape, slice_dim, view
+from fusepass.dialects.torch_views import slice_dim
 from fusepass.index import Size
 from fusepass.ir import Expr, Shape, leaf
 

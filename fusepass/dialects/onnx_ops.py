@@ -14,9 +14,10 @@ import onnx_ir as ir
 import sympy
 import torch
 
-from fusepass.dialects import onnx_views, torch_ops
+from fusepass.dialects import onnx_views, torch_creation, torch_ops, torch_products
+from fusepass.dialects.handlers import cast, dim_of, permute, reshape, view
 from fusepass.dialects.onnx_call import DTYPES, HANDLERS, Call, Handler, Meaning, broadcast, fitted, handles
-from fusepass.dialects.torch_ops import cast, dim_of, filled, permute, reshape, view
+from fusepass.dialects.torch_creation import filled
 from fusepass.index import Size, simplify_size
 from fusepass.ir import Expr, Shape, const, expr, leaf, pointwise, scalar_of
 
@@ -243,7 +244,7 @@ def _trilu(c: Call, x: Expr, *_: Expr) -> Expr | None:
     k = c.numbers(1) if not c.missing(1) else (0,)
     if k is None:
         return None
-    return torch_ops.triangle(c.result(x.shape, x.dtype), x, k[0], "ge" if c.attr("upper", 1) else "le")
+    return torch_creation.triangle(c.result(x.shape, x.dtype), x, k[0], "ge" if c.attr("upper", 1) else "le")
 
 
 # ---------------------------------------------------------------------------------------- products
@@ -297,21 +298,20 @@ def _gemm(c: Call, a: Expr, b: Expr, bias: Expr | None = None) -> Expr | None:
 
 @handles("Einsum")
 def _einsum(c: Call, *tensors: Expr) -> Expr | None:
-    if len(tensors) != 2:
-        return None
-    labels = torch_ops._einsum_labels(c.attr("equation"), [t.rank for t in tensors])
+    labels = torch_products.einsum_labels(c.attr("equation"), [t.rank for t in tensors])
     if labels is None:
         return None
+    *given, out = labels
     sizes: dict[str, Size] = {}
-    for letters, tensor in zip(labels[:2], tensors, strict=True):
+    for letters, tensor in zip(given, tensors, strict=True):
         for letter, size in zip(letters, tensor.shape, strict=True):
             known = sizes.get(letter, 1)
             if 1 not in (known, size) and not c.facts.equal(known, size):
                 return None
             sizes[letter] = size if known == 1 else known
-    if any(letter not in sizes for letter in labels[2]):
+    if any(letter not in sizes for letter in out):
         return None
-    shape = tuple(sizes[letter] for letter in labels[2])
+    shape = tuple(sizes[letter] for letter in out)
     made = torch_ops.HANDLERS["einsum"](c.result(shape, tensors[0].dtype), c.attr("equation"), *tensors)
     return made if isinstance(made, Expr) else None
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sympy
 
-from fusepass.dialects import torch_ops
+from fusepass.dialects import torch_ops, torch_views
+from fusepass.dialects.handlers import dim_of, permute, reshape, view
 from fusepass.dialects.onnx_call import Call, Meaning, broadcast, handles
 from fusepass.dialects.onnx_sizes import difference
-from fusepass.dialects.torch_ops import dim_of, permute, reshape, slice_dim, view
+from fusepass.dialects.torch_views import slice_dim
 from fusepass.index import Size, prod, simplify_size
 from fusepass.ir import Expr, Shape, expr, leaf
 
@@ -154,7 +155,7 @@ def _split(c: Call, x: Expr, *_: Expr) -> Meaning:
         each = -(-size // count)
         sizes = tuple(min(each, size - each * n) for n in range(count))
     shapes = [(*x.shape[:dim], n, *x.shape[dim + 1 :]) for n in sizes]
-    return torch_ops.parts_of(x, shapes, dim)
+    return torch_views.parts_of(x, shapes, dim)
 
 
 @handles("Concat")

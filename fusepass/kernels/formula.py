@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fusepass.index import Affine, Size, prod
 from fusepass.ir import DTYPE_NAMES, DTYPES, Expr
-from fusepass.patterns.masks import Formulas
+from fusepass.patterns.formulas import Formulas
 from fusepass.recognize import Site
 from fusepass.rule import Term
 
