@@ -2,7 +2,8 @@
 
 GroupQueryAttention has sliding windows and sinks, in kernels that take no mask; on CUDA it computes in half
 precision.  ``local_window_size`` counts the current key (ONNX Runtime 1.24 and later).  MultiHeadAttention
-serves models below opset 23, which have no Attention operator.
+serves models below opset 23, which have no Attention operator, and masks in half precision, which it gives to
+cuDNN on CUDA.
 Source: ONNX Runtime, docs/ContribOperators.md.
 """
 
@@ -170,6 +171,22 @@ def refuse_mha(spec: Attention, target: Target) -> str | None:
     return refuse_modifiers(spec, softcap=False)
 
 
+def refuse_masked(spec: Attention, target: Target) -> str | None:
+    """Why MultiHeadAttention is no better than Attention: on CUDA it runs cuDNN's kernels, which take masks."""
+    if spec.dtype not in _HALVES:
+        return "it is faster in half precision only"
+    if spec.is_causal() and target.opset >= 23:
+        return "a causal mask alone is faster as Attention"
+    return refuse_mha(spec, target)
+
+
+def emit_masked(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
+    """Write MultiHeadAttention where no cache is joined to the keys."""
+    if find_cache(site, build) is not None:
+        raise Refused("Attention takes the cache as it is")
+    return emit_mha(site, build, target)
+
+
 def emit_mha(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
     """Write MultiHeadAttention; grouped heads are repeated, for it has none."""
     spec = site.spec
@@ -217,4 +234,5 @@ def _finished(site: Site, build: OnnxBuilder, out: ir.Value, extra: Added) -> ir
 
 
 GROUP_QUERY = Operator("GroupQueryAttention", refuse_gqa, emit_gqa)
+MASKED_HALF = Operator("MultiHeadAttention", refuse_masked, emit_masked)
 MULTI_HEAD = Operator("MultiHeadAttention", refuse_mha, emit_mha)

@@ -338,6 +338,20 @@ def test_a_window_in_half_precision_is_grouped_query_attention(tmp_path: Path) -
     assert not nodes(path, "Where"), "no mask is left"
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_mask_in_half_precision_is_multi_head_attention(causal: bool, tmp_path: Path) -> None:
+    """Also in rows that see no key, which runtimes do not agree on."""
+    path = tmp_path / "model.onnx"
+    model = sharpened(Attention(kv=2, causal=causal)).half()
+    shapes = ({0: BATCH, 1: LENGTH}, {0: BATCH, 1: LENGTH})
+    report = exported(model, path, drawn().half(), MASK, target="ort", dynamic_shapes=shapes)
+    assert report.operators == {"com.microsoft.MultiHeadAttention": 1}
+    empty = torch.tensor([[0] * 6, [0, 0, 1, 1, 1, 1]])
+    (got,) = run(path, x=drawn(seed=3).half(), mask=empty)
+    with torch.no_grad():
+        assert np.abs(got - model(drawn(seed=3).half(), empty).numpy()).max() < 1e-2
+
+
 @pytest.mark.parametrize("window", [0, 3])
 def test_a_sink_is_grouped_query_attention(window: int, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
@@ -433,6 +447,13 @@ def test_a_model_in_training_mode_that_drops(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"training mode.*model\.eval\(\)"):
         fusepass.export_onnx(Dropping(), (drawn(),), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_bfloat16_is_written_unverified_where_nothing_runs_it(tmp_path: Path) -> None:
+    model = sharpened(Attention(causal=True)).bfloat16()
+    report = fusepass.export_onnx(model, (drawn().bfloat16(),), tmp_path / "model.onnx")
+    assert report.fused == 1 and nodes(tmp_path / "model.onnx", "Attention")
+    assert report.checks or report.notes[0].startswith("not verified: onnxruntime")
 
 
 def test_an_exported_program_is_taken_as_well(tmp_path: Path) -> None:
