@@ -172,7 +172,7 @@ def refuse_mha(spec: Attention, target: Target) -> str | None:
 
 
 def refuse_masked(spec: Attention, target: Target) -> str | None:
-    """Why MultiHeadAttention is no better than Attention: on CUDA it runs cuDNN's kernels, which take masks."""
+    """Why MultiHeadAttention is no better than Attention; on CUDA it runs cuDNN, which takes masks."""
     if spec.dtype not in _HALVES:
         return "it is faster in half precision only"
     if spec.is_causal() and target.opset >= 23:
