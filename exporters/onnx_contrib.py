@@ -19,6 +19,7 @@ import torch
 
 from fusepass.exporters.onnx_builder import OnnxBuilder
 from fusepass.exporters.onnx_cache import find_cache
+from fusepass.exporters.onnx_lengths import find_lengths
 from fusepass.exporters.onnx_operands import (
     Added,
     Operands,
@@ -181,9 +182,11 @@ def refuse_masked(spec: Attention, target: Target) -> str | None:
 
 
 def emit_masked(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
-    """Write MultiHeadAttention where no cache is joined to the keys."""
+    """Write MultiHeadAttention where Attention could not do without a mask."""
     if find_cache(site, build) is not None:
         raise Refused("Attention takes the cache as it is")
+    if target.opset >= 24 and find_lengths(site) is not None:
+        raise Refused("Attention takes the lengths as they are")
     return emit_mha(site, build, target)
 
 

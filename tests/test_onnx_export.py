@@ -170,6 +170,13 @@ def test_lengths_of_keys(model: Counted, opset: int, tmp_path: Path) -> None:
     assert np.array_equal(np.isnan(got), np.isnan(want)) and np.nanmax(np.abs(got - want)) < 1e-5
 
 
+def test_lengths_of_keys_in_half_precision(tmp_path: Path) -> None:
+    q, k, v = torch.randn(3, 3, 2, 6, 8).half()
+    model, lengths = Counted(-math.inf, clean=True).eval(), torch.tensor([6, 2, 4])
+    report = exported(model, tmp_path / "model.onnx", q, k, v, lengths, target="ort")
+    assert report.operators == {"Attention": 1} and used(tmp_path / "model.onnx")[6]
+
+
 def test_lengths_of_other_axes_are_no_lengths_of_keys(tmp_path: Path) -> None:
     class Swapped(nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor, firsts: Tensor) -> Tensor:
