@@ -70,7 +70,7 @@ for _name, _op in {
     HANDLERS["", _name] = _simple(_op)
 for _name, _op in {
     "Not": "not", "Or": "or", "Xor": "xor", "Equal": "eq", "Less": "lt", "LessOrEqual": "le",
-    "Greater": "gt", "GreaterOrEqual": "ge", "IsNaN": "isnan",
+    "Greater": "gt", "GreaterOrEqual": "ge",
 }.items():  # fmt: skip
     HANDLERS["", _name] = _simple(_op, boolean=True)
 
@@ -94,8 +94,23 @@ def _mod(c: Call, a: Expr, b: Expr) -> Expr | None:
     return None if c.attr("fmod", 0) else _pointwise(c, "mod", a, b, dtype=a.dtype)
 
 
+def _unwidened(x: Expr) -> Expr:
+    """Below a cast to a wider floating type, which keeps NaN and infinities what they are."""
+    while (
+        x.op == "cast" and x.args[0].is_float and x.is_float and x.dtype.itemsize > x.args[0].dtype.itemsize
+    ):
+        x = x.args[0]
+    return x
+
+
+@handles("IsNaN")
+def _isnan(c: Call, x: Expr) -> Expr | None:
+    return _pointwise(c, "isnan", _unwidened(x), dtype=torch.bool)
+
+
 @handles("IsInf")
 def _isinf(c: Call, x: Expr) -> Expr | None:
+    x = _unwidened(x)
     both = c.attr("detect_negative", 1) and c.attr("detect_positive", 1)
     if x.op == "softmax":
         return view("expand", const(False, torch.bool), x.shape)  # weights are at most one, or NaN
