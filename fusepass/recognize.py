@@ -29,6 +29,7 @@ from fusepass.spec import (
     Attention,
     Band,
     Bias,
+    Finite,
     Floor,
     Keep,
     KeyGate,
@@ -286,7 +287,7 @@ class _Reading:
         )
         self._settle(roles)
         scores = merge_scales([Scale(f) for f in (*query_scales, *key_scales)] + found.modifiers)
-        scores = self._floored(self._filled([self._understood(m, roles) for m in scores]))
+        scores = self._floored(self._finite(self._filled([self._understood(m, roles) for m in scores])))
         atoms = [a for m in scores if isinstance(m, Mask) for a in m.atoms]
         sizes = {
             name: self._size(getattr(roles, name))
@@ -410,6 +411,17 @@ class _Reading:
         before = [self._refilled(m, floor.bound) if isinstance(m, Mask) else m for m in scores[:at]]
         kept = [floor] if any(isinstance(m, Bias) for m in before) else []
         return (*before, *kept, *self._floored(scores[at + 1 :]))
+
+    def _finite(self, scores: list[ScoreModifier]) -> list[ScoreModifier]:
+        """``nan_to_num(where(m, s, -inf)) = where(m, nan_to_num(s), low)``: under the masks before it."""
+        for at, mod in enumerate(scores):
+            if isinstance(mod, Finite):
+                first = at
+                while first > 0 and isinstance(scores[first - 1], Mask):
+                    first -= 1
+                under = [self._refilled(m, mod.low) for m in scores[first:at] if isinstance(m, Mask)]
+                scores = [*scores[:first], mod, *under, *scores[at + 1 :]]
+        return scores
 
     def _refilled(self, mod: Mask, fill: float) -> Mask:
         """A mask of ``-inf`` with another fill."""

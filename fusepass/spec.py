@@ -162,6 +162,18 @@ class Floor:
 
 
 @dataclass(frozen=True)
+class Finite:
+    """``nan_to_num(s)``: NaN becomes ``nan``, minus infinity ``low`` and infinity ``high``."""
+
+    nan: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"nan to {self.nan:.6g}"
+
+
+@dataclass(frozen=True)
 class Dropout:
     """Weights dropped with probability ``p`` and the rest scaled by ``1 / (1 - p)``."""
 
@@ -230,7 +242,7 @@ class Sink:
         return f"sink[{self.axes}]"
 
 
-ScoreModifier = Scale | ScaleBy | SoftCap | Bias | Mask | Floor
+ScoreModifier = Scale | ScaleBy | SoftCap | Bias | Mask | Floor | Finite
 WeightModifier = Dropout | Keep | WeightScale | KeyGate | ZeroEmptyRows
 
 
@@ -349,7 +361,7 @@ def _merged(mods: Sequence[ScoreModifier]) -> tuple[ScoreModifier, ...]:
             out.append(mod)
             continue
         at = len(out)
-        while at > 0 and not isinstance(out[at - 1], (SoftCap, Scale, Floor)):
+        while at > 0 and not isinstance(out[at - 1], (SoftCap, Scale, Floor, Finite)):
             if isinstance(out[at - 1], Mask) and mod.factor <= 0:
                 break  # a hidden score would change sides
             at -= 1
@@ -413,6 +425,14 @@ def empty_rows(spec: Attention) -> str:
 # ---------------------------------------------------------------------------------------- reference
 
 
+def finite(s: Tensor, nan: float, low: float, high: float) -> Tensor:
+    """``nan_to_num(s, nan, high, low)``, its numbers within the range of the dtype of ``s``."""
+    most = torch.finfo(s.dtype).max
+    s = torch.where(s == math.inf, min(high, most) if high < math.inf else high, s)
+    s = torch.where(s == -math.inf, max(low, -most) if low > -math.inf else low, s)
+    return torch.where(s != s, nan, s)
+
+
 def apply_score(mod: ScoreModifier, s: Tensor, operands: Sequence[Tensor]) -> Tensor:
     """``s`` (``[B, H, Q, K]``) after one score modifier."""
     match mod:
@@ -427,6 +447,8 @@ def apply_score(mod: ScoreModifier, s: Tensor, operands: Sequence[Tensor]) -> Te
             return s + (bias if factor == 1 else bias * factor)
         case Floor(bound):
             return s.clamp(min=max(bound, torch.finfo(s.dtype).min))
+        case Finite(nan, low, high):
+            return finite(s, nan, low, high)
         case Mask(slot, fill, additive, attends):
             if additive:
                 return s + operands[slot]

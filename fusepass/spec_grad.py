@@ -14,6 +14,7 @@ from torch import Tensor
 from fusepass.spec import (
     Attention,
     Bias,
+    Finite,
     Floor,
     Keep,
     KeyGate,
@@ -97,6 +98,8 @@ def _through_score(
             return ds.to(before.dtype)
         case Floor(bound):
             return torch.where(before >= bound, ds, torch.zeros_like(ds))
+        case Finite():
+            return torch.where(before.isfinite(), ds, 0.0)
         case Mask(slot, _, additive, attends):
             if additive:
                 _add(found, slot, ds)

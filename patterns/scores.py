@@ -7,10 +7,10 @@ import math
 import torch
 
 from fusepass.contents import Uniform
-from fusepass.ir import POINTWISE, VIEWS, Expr, const, pointwise, scalar_of, under_casts
+from fusepass.ir import POINTWISE, VIEWS, Expr, const, expr, pointwise, scalar_of, under_casts
 from fusepass.patterns import examples as eg
 from fusepass.rule import Peel, Refuse, Rule, Scope, Term, rule
-from fusepass.spec import Bias, Floor, Mask, Scale, ScaleBy, SoftCap, negligible
+from fusepass.spec import Bias, Finite, Floor, Mask, Scale, ScaleBy, SoftCap, negligible
 
 
 def holds_product(node: Expr) -> bool:
@@ -197,4 +197,17 @@ def floor(term: Term, scope: Scope) -> Peel | None:
     return None
 
 
-SCORES: tuple[Rule, ...] = (cast, softcap, scale, mask, shift, bias, scale_by, floor)
+def _cleaned() -> Expr:
+    x = eg.scores()
+    return expr("nan_to_num", (x,), (0.0, -1e300, 1e300), x.shape, x.dtype)
+
+
+@rule("finite: nan_to_num(x)", _cleaned)
+def finite(term: Term, scope: Scope) -> Peel | None:
+    """NaN and infinities replaced, as in the differential transformer's code (arXiv 2410.05258)."""
+    if term.expr.op != "nan_to_num" or not holds_product(term.expr.args[0]):
+        return None
+    return Peel(term.argument(0), Finite(*map(float, term.expr.attrs)))
+
+
+SCORES: tuple[Rule, ...] = (cast, softcap, scale, mask, shift, bias, scale_by, floor, finite)

@@ -73,7 +73,7 @@ def dropout(term: Term, scope: Scope) -> Peel | None:
 
 def _cleaned() -> Expr:
     w = eg.softmax(eg.scores())
-    return expr("nan_to_num", (w,), (0.0,), w.shape, w.dtype)
+    return expr("nan_to_num", (w,), (0.0, -1e300, 1e300), w.shape, w.dtype)
 
 
 @rule("nan_to_num(w): rows that see no key become zero", _cleaned)

@@ -110,7 +110,7 @@ class Evaluator:
             case "cast":
                 return args[0].to(wide(a[0]))
             case "nan_to_num":
-                return torch.nan_to_num(args[0], nan=a[0])
+                return torch.nan_to_num(args[0], nan=a[0], neginf=a[1], posinf=a[2])
         return self._contract(node, args)
 
     def _view(self, node: Expr, x: Tensor) -> Tensor:

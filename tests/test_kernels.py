@@ -23,6 +23,7 @@ from fusepass.spec import (
     Band,
     Bias,
     Dropout,
+    Finite,
     Keep,
     KeyGate,
     KeyPadding,
@@ -69,6 +70,7 @@ SDPA_REFUSES: dict[str, tuple[Attention, str]] = {
         "set to -60000, which is within reach",
     ),
     "kept weights": (spec(weights=(Keep(0, axes="bj"),)), "after the softmax without renormalising"),
+    "made finite": (spec(Finite(0.0, -1e38, 1e38)), "it has no 'nan to 0'"),
     "unknown": (spec(Novelty()), "Novelty"),
     "unknown weight": (spec(weights=(Novelty(),)), "Novelty"),
 }
@@ -97,6 +99,7 @@ FLEX_REFUSES: dict[str, tuple[Attention, Target, str]] = {
 FLEX_TAKES: dict[str, tuple[Attention, Target]] = {
     "softcap": (spec(Scale(0.5), SoftCap(5.0), CAUSAL), CPU),
     "any order": (spec(Bias(0), Scale(2.0), ScaleBy(1, "bj"), CAUSAL, SoftCap(1.0)), CPU),
+    "made finite": (spec(Scale(0.5), Finite(0.0, -1e38, 1e38), CAUSAL), CPU),
     "any fill": (spec(replace(CAUSAL, fill=-1e4)), CPU),
     "training on cuda": (spec(SoftCap(5.0)), replace(CUDA, training=True)),
     "half": (spec(dtype=torch.bfloat16), CPU),
@@ -372,6 +375,7 @@ def test_no_modifier_is_forgotten() -> None:
         "Bias",
         "Mask",
         "Floor",
+        "Finite",
         "Dropout",
         "Keep",
         "WeightScale",

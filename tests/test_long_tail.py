@@ -404,7 +404,8 @@ class Differential(Base):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q1, k1, q2, k2 = self.lambdas.mul(0.3).unbind()
         factor = (q1 * k1).sum(-1).float().exp() - (q2 * k2).sum(-1).float().exp() + 0.8
-        s = (q * SCALE) @ k.transpose(-1, -2) + torch.zeros(N, N).masked_fill(future(N), -INF)
+        s = torch.nan_to_num((q * SCALE) @ k.transpose(-1, -2))
+        s += torch.zeros(N, N).masked_fill(future(N), -INF)
         w = F.softmax(s, -1, dtype=torch.float32).type_as(q).view(B, H // 2, 2, N, N)
         w = w[:, :, 0] - factor.type_as(q) * w[:, :, 1]
         v = v.transpose(1, 2).reshape(B, N, H // 2, 2 * D).transpose(1, 2)

@@ -20,6 +20,7 @@ from fusepass.spec import (
     Bias,
     Dense,
     Dropout,
+    Finite,
     Floor,
     Keep,
     KeyGate,
@@ -49,6 +50,7 @@ scores = st.lists(
         st.builds(Bias, slot, axes, floats),
         st.builds(Mask, slot, fills, st.booleans(), st.booleans(), st.lists(atoms, max_size=2).map(tuple)),
         st.builds(Floor, fills.filter(math.isfinite)),
+        st.builds(Finite, floats, fills, fills),
     ),
     max_size=5,
 ).map(tuple)

@@ -18,6 +18,7 @@ from fusepass.program import decode, encode, slots
 from fusepass.spec import (
     Attention,
     Bias,
+    Finite,
     Floor,
     Keep,
     KeyGate,
@@ -50,6 +51,7 @@ SCORES: dict[str, ScoreModifier] = {
     "mask within reach": Mask(3, -3.0),
     "added mask": Mask(4, -1e9, additive=True),
     "floor": Floor(-1e30),
+    "finite": Finite(0.5, -2.0, 2.0),
 }
 WEIGHTS: dict[str, WeightModifier] = {
     "keep": Keep(3, True, "bij"),

@@ -160,7 +160,7 @@ def _where(c: Call, condition: Expr, yes: Expr, no: Expr) -> Expr | None:
         return no
     value = scalar_of(yes)
     if condition.op == "isnan" and condition.args[0] is no and value is not None and no.shape == shape:
-        return expr("nan_to_num", (no,), (float(value),), no.shape, no.dtype)
+        return expr("nan_to_num", (no,), (float(value), -math.inf, math.inf), no.shape, no.dtype)
     return _pointwise(c, "where", condition, yes, no, dtype=yes.dtype)
 
 

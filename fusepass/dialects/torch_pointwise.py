@@ -118,7 +118,14 @@ HANDLERS["clamp_max"] = lambda r, x, max: _clamp(r, x, None, max)
 def _nan_to_num(
     r: Result, x: Expr, nan: float | None = None, posinf: Value = None, neginf: Value = None
 ) -> Expr | None:
-    return expr("nan_to_num", (x,), (float(nan or 0.0),), x.shape, x.dtype)
+    """The attributes: what NaN, minus infinity and infinity become."""
+    if not x.is_float:
+        return x
+    known = torch.finfo(x.dtype)
+    low, high = known.min if neginf is None else neginf, known.max if posinf is None else posinf
+    if not all(isinstance(n, (int, float)) for n in (nan or 0.0, low, high)):
+        return None
+    return expr("nan_to_num", (x,), (float(nan or 0.0), float(low), float(high)), x.shape, x.dtype)
 
 
 @handles(

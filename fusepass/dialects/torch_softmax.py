@@ -13,6 +13,9 @@ from fusepass.dialects.torch_views import repeat_interleave
 from fusepass.index import Size
 from fusepass.ir import Expr, const, expr, pointwise
 
+#: The attributes of ``nan_to_num`` where infinities stay.
+NAN_TO_ZERO = (0.0, -math.inf, math.inf)
+
 
 @handles("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "special_softmax")
 def _softmax(
@@ -36,7 +39,7 @@ HANDLERS["_log_softmax"] = HANDLERS["log_softmax"]
 @handles("_safe_softmax")
 def _safe_softmax(r: Result, x: Expr, dim: int, *_: Value, **__: Value) -> Expr | None:
     out = _softmax(r, x, dim)
-    return None if out is None else expr("nan_to_num", (out,), (0.0,), out.shape, out.dtype)
+    return None if out is None else expr("nan_to_num", (out,), NAN_TO_ZERO, out.shape, out.dtype)
 
 
 @handles("dropout", "feature_dropout", "alpha_dropout")
@@ -98,7 +101,7 @@ def sdpa(
         return None
     p = expr("softmax", (scores,), (len(weights.shape) - 1,), weights.shape, r.dtype)
     if is_causal or attn_mask is not None:
-        p = expr("nan_to_num", (p,), (0.0,), weights.shape, r.dtype)
+        p = expr("nan_to_num", (p,), NAN_TO_ZERO, weights.shape, r.dtype)
     if dropout_p > 0:
         p = expr("dropout", (p,), (float(dropout_p), r.unique), weights.shape, r.dtype)
     return dot(p, v, batch + "mn", v_batch + "nd", batch + "md", r)

@@ -42,6 +42,7 @@ from fusepass.spec import (
     Attention,
     Bias,
     Dropout,
+    Finite,
     Floor,
     Keep,
     KeyGate,
@@ -52,11 +53,9 @@ from fusepass.spec import (
     SoftCap,
     WeightScale,
     ZeroEmptyRows,
+    finite,
     negligible,
 )
-
-#: Stands for every lower fill: the kernels work in powers of two, where float32's lowest number overflows.
-_LOWEST = -1e30
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> Tensor:
@@ -137,6 +136,8 @@ def _apply(mod: Any, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, 
             return s + representable(_element(captured[slot], at) * factor)
         case Floor(bound):
             return torch.maximum(s, torch.full_like(s, max(bound, torch.finfo(torch.float32).min)))
+        case Finite(nan, low, high):
+            return finite(s, nan, max(low, flex_blocks.EXTREME), min(high, -flex_blocks.EXTREME))
         case Mask():
             return _masked(mod, s, at, captured, exact)
     raise ValueError(f"FlexAttention program: unknown modifier {mod!r}")
@@ -146,7 +147,7 @@ def _masked(
     mod: Mask, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, ...], exact: bool
 ) -> Tensor:
     """Hidden scores.  ``exact``: a bias may hide whole rows, in which fills are compared with each other."""
-    fill = max(mod.fill, _LOWEST)
+    fill = max(mod.fill, flex_blocks.EXTREME)
     if exact:
         fill = mod.fill if mod.fill == -math.inf else max(mod.fill, flex_blocks.LOWEST)
     if mod.slot >= 0:
@@ -181,7 +182,7 @@ def refuse(spec: Attention, target: Target) -> str | None:
     if any(isinstance(w, Dropout) for w in spec.weights):
         return "FlexAttention has no dropout"
     for mod in spec.scores:
-        if not isinstance(mod, (Scale, ScaleBy, SoftCap, Bias, Mask, Floor)):
+        if not isinstance(mod, (Scale, ScaleBy, SoftCap, Bias, Mask, Floor, Finite)):
             return f"FlexAttention has no '{mod}'"
     reason = spec.refuse_weights(Keep, WeightScale, KeyGate, ZeroEmptyRows)
     if reason is not None:
@@ -261,6 +262,9 @@ def _with_levels(site: Site, build: Builder, rows: Rows) -> tuple[Attention, lis
 def refuse_flash(spec: Attention, target: Target) -> str | None:
     """Why FlexAttention's kernels of flash-attn 4 cannot compute ``spec``."""
     reason = gate_refuses("flex_flash", spec, target.device, target.training) or refuse(spec, target)
+    cleaned = next((m for m in spec.scores if isinstance(m, Finite)), None)
+    if reason is None and cleaned is not None:
+        return f"it has no '{cleaned}'"
     if reason is None and target.training and torch.are_deterministic_algorithms_enabled():
         return "its backward pass is not deterministic on this GPU"
     return reason

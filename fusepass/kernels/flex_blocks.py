@@ -28,9 +28,11 @@ from fusepass.kernels.blocks import BLOCK, tables_op
 from fusepass.patterns.masks import additive_mask
 from fusepass.recognize import Site
 from fusepass.rule import Term
-from fusepass.spec import Bias, Mask, Scale, ScaleBy, SoftCap, empty_rows, negligible
+from fusepass.spec import Bias, Finite, Mask, Scale, ScaleBy, SoftCap, empty_rows, finite, negligible
 
 LOWEST = torch.finfo(torch.float32).min / 2
+EXTREME = -1e30
+"""Stands for every lower score: the kernels work in powers of two, where float32's lowest overflows."""
 
 
 def block_attention(
@@ -93,6 +95,9 @@ def _scored(mod: Any, s: Tensor, at: dict[str, Tensor], captured: tuple[Tensor, 
         s = s + representable(fm.evaluate(given, at, captured) * more[0])
     elif kind == "times":
         s = s * fm.evaluate(given, at, captured)
+    elif kind == "finite":
+        low, high = (max(min(end, -EXTREME), EXTREME) for end in more)
+        s = finite(s, given, low, high)
     else:
         raise ValueError(f"FlexAttention program: unknown step {mod!r}")
     return s
@@ -155,6 +160,8 @@ def plan(site: Site, build: Builder) -> Plan | None:
                 made.scale = mod.factor
             elif isinstance(mod, (Scale, SoftCap)):
                 made.scores.append(["scale", mod.factor] if isinstance(mod, Scale) else ["softcap", mod.cap])
+            elif isinstance(mod, Finite):
+                made.scores.append(["finite", mod.nan, mod.low, mod.high])
             elif isinstance(mod, Bias):
                 made.scores.append(["add", _value(made.of_scores, mod.slot, build), mod.factor])
             elif isinstance(mod, ScaleBy):
