@@ -1,19 +1,32 @@
 """Exported attention on ONNX Runtime's CUDA provider: numbers against PyTorch, time against other exports.
 
-Each variant is one attention layer, exported unfused, by fusepass, and by onnxscript's `optimize_for_ort`.
+Each variant is the attention of one layer, from projected queries, keys and values to mixed values, with
+sizes that vary.  It is exported by PyTorch alone (unfused), by fusepass for its targets, and by onnxscript's
+`optimize_for_ort` from the unfused file.  Errors are against PyTorch in float64, in units of the largest
+value.  The kernel is what ONNX Runtime itself reports of the run.
+
 Needs a CUDA device and onnxruntime-gpu; `--provider cpu --quick` runs the same steps anywhere.
 
-python -m benchmarks.onnx_cuda --csv onnx_cuda.csv
+python -m benchmarks.onnx_cuda --csv benchmarks/results/onnx-nvidia-h200.csv --markdown docs/onnx_cuda.md
+python -m benchmarks.onnx_cuda --from benchmarks/results/onnx-nvidia-h200.csv --markdown docs/onnx_cuda.md
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import functools
+import gc
 import json
+import os
 import platform
+import re
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,148 +36,461 @@ import onnx_ir as ir
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 import fusepass
 from benchmarks.onnx_peers import quiet
+from fusepass.exporters.onnx_targets import fused_operators
 from fusepass.exporters.onnx_verify import difference
-from tests.onnx_models import Attention, sharpened
 
-#: name -> (settings of the layer, is there a padding mask, target)
-VARIANTS: dict[str, tuple[dict[str, Any], bool, str]] = {
-    "full": ({}, False, "onnx"),
-    "causal": ({"causal": True}, False, "onnx"),
-    "causal, grouped heads": ({"causal": True, "kv": 2}, False, "onnx"),
-    "causal, softcap": ({"causal": True, "cap": 30.0}, False, "onnx"),
-    "causal, padding": ({"causal": True}, True, "onnx"),
-    "window": ({"causal": True, "window": 256, "kv": 2}, False, "ort"),
+WIDTH = 128
+FIELDS = ("variant", "export", "operators", "kernel", "provider", "error", "milliseconds", "times", "note")
+Args = tuple[Tensor, ...]
+
+
+class Core(nn.Module):
+    """Attention by hand, as transformers writes it, over packed heads ``[B, S, heads * 128]``."""
+
+    def __init__(self, heads: int, kv: int, causal: bool = True, window: int = 0, cap: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.kv, self.causal, self.window, self.cap = heads, kv, causal, window, cap
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q: ``[B, H, Q, D]``; k, v: ``[B, G, K, D]``; mask: ``[B, K]``, one where there is a token."""
+        if self.kv != self.heads:
+            k, v = (t.repeat_interleave(self.heads // self.kv, dim=1) for t in (k, v))
+        s = q @ k.transpose(-2, -1) * WIDTH**-0.5
+        if self.cap:
+            s = torch.tanh(s / self.cap) * self.cap
+        if visible := self.visible(q, k, mask):
+            hidden = ~functools.reduce(torch.logical_and, visible)
+            added = torch.zeros((), dtype=s.dtype, device=s.device).expand(hidden.shape)
+            s = s + added.masked_fill(hidden, torch.finfo(s.dtype).min)
+        wide = torch.promote_types(s.dtype, torch.float32)
+        mixed = torch.softmax(s, -1, dtype=wide).to(s.dtype) @ v
+        return mixed.transpose(1, 2).reshape(q.shape[0], q.shape[2], self.heads * WIDTH)
+
+    def visible(self, q: Tensor, k: Tensor, mask: Tensor | None) -> list[Tensor]:
+        """What a query may see, ``[B | 1, 1, Q | 1, K]`` each."""
+        rows = torch.arange(q.shape[2], device=q.device)[:, None] + (k.shape[2] - q.shape[2])
+        gap = torch.arange(k.shape[2], device=q.device)[None, :] - rows
+        found = []
+        if self.causal:
+            found.append((gap <= 0)[None, None])
+        if self.window:
+            found.append((gap > -self.window)[None, None])
+        if mask is not None:
+            found.append(mask[:, None, None, :] != 0)
+        return found
+
+    def split(self, t: Tensor) -> Tensor:
+        """One dimension for the heads."""
+        return t.view(t.shape[0], t.shape[1], -1, WIDTH).transpose(1, 2)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Without a cache."""
+        return self.attend(self.split(q), self.split(k), self.split(v), mask)
+
+
+class Cached(Core):
+    """With a cache ``[B, G, past, D]``, which it returns joined."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Any:  # type: ignore[override]
+        """Attention over what is cached and what is new."""
+        keys = torch.cat([past_k, self.split(k)], 2)
+        values = torch.cat([past_v, self.split(v)], 2)
+        return self.attend(self.split(q), keys, values, None), keys, values
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kind of attention.
+
+    Attributes:
+        settings: of the module.
+        grouped: do several query heads share a key/value head?
+        padded: is there a mask of tokens?
+        cached: how many of the keys come from a cache, given the length.
+    """
+
+    settings: dict[str, Any]
+    grouped: bool = True
+    padded: bool = False
+    cached: Callable[[int], int] | None = None
+
+
+VARIANTS: dict[str, Variant] = {
+    "full": Variant({"causal": False}, grouped=False),
+    "causal": Variant({}, grouped=False),
+    "causal, grouped heads": Variant({}),
+    "causal, softcap 30": Variant({"cap": 30.0}),
+    "causal, window 1/4": Variant({"window": 4}),
+    "causal, window 1/4, softcap 30": Variant({"window": 4, "cap": 30.0}),
+    "causal, padding": Variant({}, padded=True),
+    "cache, prefill of 1/8": Variant({}, cached=lambda n: n - n // 8),
+    "cache, one token": Variant({}, cached=lambda n: n - 1),
 }
-FIELDS = ("variant", "export", "operators", "error", "milliseconds", "note")
 
 
-def exports(
-    model: torch.nn.Module, args: tuple[Any, ...], target: str, folder: Path
-) -> dict[str, Path | str]:
+@dataclass(frozen=True)
+class Sizes:
+    """Of the run."""
+
+    batch: int
+    length: int
+    heads: int
+    kv: int
+
+
+def case(variant: Variant, sizes: Sizes, dtype: torch.dtype, device: str) -> tuple[nn.Module, Args, Any]:
+    """The module, its inputs and which of their sizes vary."""
+    kv = sizes.kv if variant.grouped else sizes.heads
+    settings = dict(variant.settings)
+    if settings.get("window"):
+        settings["window"] = sizes.length // settings["window"]
+    past = variant.cached(sizes.length) if variant.cached else 0
+    new = sizes.length - past
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=1)
+    args: list[Tensor] = [drawn(sizes.batch, new, n * WIDTH) for n in (sizes.heads, kv, kv)]
+    shapes: list[Any] = [{0: batch, 1: length}] * 3
+    if variant.padded:
+        mask = torch.ones(sizes.batch, new, dtype=torch.long, device=device)
+        mask[-1, new * 3 // 4 :] = 0
+        args.append(mask)
+        shapes.append({0: batch, 1: length})
+    if variant.cached:
+        args += [drawn(sizes.batch, kv, past, WIDTH) for _ in range(2)]
+        shapes += [{0: batch, 2: torch.export.Dim("past")}] * 2
+    kind = Cached if variant.cached else Core
+    return kind(sizes.heads, kv, **settings).eval(), tuple(args), tuple(shapes)
+
+
+def example(args: Args, shapes: Any) -> Args:
+    """Small inputs of the same kind to export with: batch 2, 6 new tokens, 10 cached."""
+    wanted = {"batch": 2, "length": 6, "past": 10}
+    out = []
+    for tensor, varying in zip(args, shapes, strict=True):
+        sizes = [wanted[varying[d].__name__] if d in varying else n for d, n in enumerate(tensor.shape)]
+        out.append(torch.ones(sizes, dtype=tensor.dtype))
+    return tuple(out)
+
+
+def exports(model: nn.Module, args: Args, shapes: Any, folder: Path) -> Iterator[tuple[str, Path | str]]:
     """Files by the name of the export; a text says why one is missing."""
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-    found: dict[str, Path | str] = {}
+    small = example(args, shapes)
+    plain = folder / "unfused.onnx"
     with quiet(), torch.no_grad():
-        program = torch.onnx.export(model, args, dynamo=True, opset_version=20, verbose=False)
+        program = torch.onnx.export(
+            model, small, dynamo=True, opset_version=20, dynamic_shapes=shapes, verbose=False
+        )
         assert program is not None
-        plain = folder / "unfused.onnx"
-        ir.save(program.model, plain)
-        found["unfused"] = plain
-        fused = folder / "fusepass.onnx"
-        fusepass.optimize_onnx(plain, fused, target=target, verify=False)
-        found["fusepass"] = fused
+        program.save(plain)
+    yield "unfused", plain
+    written: set[str] = set()
+    for target in ("onnx", "ort"):
+        path = folder / f"{target}.onnx"
         try:
+            with quiet():
+                report = fusepass.export_onnx(
+                    model, small, path, dynamic_shapes=shapes, target=target, verify=False
+                )
+        except Exception as error:
+            yield f"fusepass, {target}", f"{type(error).__name__}: {error}"
+            continue
+        if str(report.operators) not in written:  # the same operators are the same file
+            written.add(str(report.operators))
+            yield f"fusepass, {target}", path
+    try:
+        with quiet():
             made = optimize_for_ort(ir.load(plain))
             ir.save(made[0] if isinstance(made, tuple) else made, folder / "onnxscript.onnx")
-            found["onnxscript"] = folder / "onnxscript.onnx"
-        except Exception as error:
-            found["onnxscript"] = f"{type(error).__name__}: {error}"
-    return found
+        yield "onnxscript", folder / "onnxscript.onnx"
+    except Exception as error:
+        yield "onnxscript", f"{type(error).__name__}: {error}"
 
 
-def timed(path: Path, feeds: dict[str, Any], provider: str, repeats: int) -> tuple[Any, float]:
-    """The first output and the median time of a run, inputs and outputs kept on the device."""
+# ---------------------------------------------------------------------------------------- running
+
+
+def session(path: Path, provider: str, profile: Path | None = None) -> Any:
+    """A session on the one provider (and the CPU for what it does not have)."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     name = "CUDAExecutionProvider" if provider == "cuda" else "CPUExecutionProvider"
-    session = ort.InferenceSession(str(path), options, providers=[name, "CPUExecutionProvider"])
-    if name not in session.get_providers():
+    providers = list(dict.fromkeys([name, "CPUExecutionProvider"]))
+    made = ort.InferenceSession(str(path), options, providers=providers)
+    if name not in made.get_providers():
         raise RuntimeError(
             f"onnxruntime did not take {name}; is onnxruntime-gpu installed with its libraries?"
         )
-    binding = session.io_binding()
-    for value in session.get_inputs():
-        held = ort.OrtValue.ortvalue_from_numpy(feeds[value.name], provider, 0)
-        binding.bind_ortvalue_input(value.name, held)
-    for value in session.get_outputs():
+    return made
+
+
+def bound(made: Any, feeds: dict[str, Any], provider: str) -> Any:
+    """Inputs and outputs on the device."""
+    import onnxruntime as ort
+
+    binding = made.io_binding()
+    for value in made.get_inputs():
+        binding.bind_ortvalue_input(
+            value.name, ort.OrtValue.ortvalue_from_numpy(feeds[value.name], provider, 0)
+        )
+    for value in made.get_outputs():
         binding.bind_output(value.name, provider)
+    return binding
+
+
+@contextlib.contextmanager
+def captured(text: list[str]) -> Iterator[None]:
+    """What native code prints in the block."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+            file.seek(0)
+            text.append(file.read().decode(errors="replace"))
+
+
+def inspected(path: Path, feeds: dict[str, Any], provider: str, folder: Path) -> dict[str, str]:
+    """The attention kernel that ONNX Runtime reports, and where its attention (or softmaxes) ran."""
+    text: list[str] = []
+    os.environ["ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO"] = "1"
+    try:
+        with captured(text):
+            made = session(path, provider, folder / "profile")
+            made.run_with_iobinding(bound(made, feeds, provider))
+            events = json.loads(Path(made.end_profiling()).read_text(encoding="utf-8"))
+    finally:
+        del os.environ["ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO"]
+    kernels = dict.fromkeys(re.findall(r"SdpaKernel=(\w+)", text[0]))
+    ran = [e.get("args", {}) for e in events if e.get("cat") == "Node"]
+    named = [a for a in ran if "Attention" in a.get("op_name", "")]
+    named = named or [a for a in ran if a.get("op_name") in ("Softmax", "BiasSoftmax")]
+    providers = dict.fromkeys(str(a.get("provider", "")).removesuffix("ExecutionProvider") for a in named)
+    operators = dict.fromkeys(str(a["op_name"]) for a in named)
+    return {
+        "kernel": " ".join(kernels),
+        "provider": " ".join(providers),
+        "operators": " ".join(operators),
+    }
+
+
+def timed(path: Path, feeds: dict[str, Any], provider: str, repeats: int) -> tuple[list[Any], list[float]]:
+    """The outputs and the seconds of every run, inputs and outputs kept on the device."""
+    made = session(path, provider)
+    binding = bound(made, feeds, provider)
     times = []
     for _ in range(repeats + 3):
         binding.synchronize_inputs()
         start = time.perf_counter()
-        session.run_with_iobinding(binding)
+        made.run_with_iobinding(binding)
         binding.synchronize_outputs()
         times.append(time.perf_counter() - start)
-    return binding.copy_outputs_to_cpu()[0], float(np.median(times[3:])) * 1e3
+    return binding.copy_outputs_to_cpu(), times[3:]
 
 
-def rows_of(name: str, length: int, batch: int, provider: str, repeats: int) -> list[dict[str, Any]]:
-    """One variant, all exports."""
-    settings, padded, target = VARIANTS[name]
-    half = torch.float16
-    model = sharpened(Attention(heads=4, **{"kv": 4, **settings})).to(half)
-    x = torch.randn(batch, length, 32, generator=torch.Generator().manual_seed(0)).to(half)
-    mask = torch.ones(batch, length, dtype=torch.long)
-    mask[-1, length * 3 // 4 :] = 0
-    args = (x, mask) if padded else (x,)
+def eager(model: nn.Module, args: Args, repeats: int) -> tuple[list[Any], list[float]]:
+    """PyTorch's own outputs and seconds."""
+
+    def wait() -> None:
+        if args[0].is_cuda:
+            torch.cuda.synchronize()
+
+    times, out = [], None
     with torch.no_grad():
-        want = model.double()(*(a.double() if a.is_floating_point() else a for a in args)).numpy()
-    model.to(half)
-    feeds = {"x": x.numpy(), "mask": mask.numpy()}
-    rows = []
+        for _ in range(repeats + 3):
+            out = None
+            wait()
+            start = time.perf_counter()
+            out = model(*args)
+            wait()
+            times.append(time.perf_counter() - start)
+    return arrays(out), times[3:]
+
+
+def arrays(out: Any) -> list[Any]:
+    """Tensors as arrays."""
+    found = [t.cpu() for t in (out if isinstance(out, tuple) else (out,))]
+    return [(t.float() if t.dtype is torch.bfloat16 else t).numpy() for t in found]
+
+
+def exact(model: nn.Module, args: Args) -> list[Any]:
+    """The outputs in float64."""
+    with torch.no_grad():
+        return arrays(model(*(a.double() if a.is_floating_point() else a for a in args)))
+
+
+def finished(row: dict[str, Any], got: list[Any], times: list[float], want: list[Any]) -> dict[str, Any]:
+    """A row with its error and times."""
+    errors = [difference(np.asarray(a), b) for a, b in zip(got, want, strict=True)]
+    return row | {
+        "error": max(errors),
+        "milliseconds": float(np.median(times)) * 1e3,
+        "times": " ".join(f"{t * 1e3:.4g}" for t in times),
+    }
+
+
+def rows_of(name: str, sizes: Sizes, provider: str, repeats: int, dtype: str) -> list[dict[str, Any]]:
+    """One variant, all exports."""
+    device = "cuda" if provider == "cuda" else "cpu"
+    model, args, shapes = case(VARIANTS[name], sizes, getattr(torch, dtype), device)
+    want = exact(model, args)
+    blank: dict[str, Any] = dict.fromkeys(FIELDS, "") | {"variant": name}
+    rows = [finished(blank | {"export": "PyTorch eager"}, *eager(model, args, repeats), want)]
+    feeds_by_position = [a.cpu().numpy() for a in args]
     with tempfile.TemporaryDirectory() as folder:
-        for export, path in exports(model, args, target, Path(folder)).items():
-            row: dict[str, Any] = dict.fromkeys(FIELDS, "") | {"variant": name, "export": export}
+        for export, path in exports(model, args, shapes, Path(folder)):
+            row = blank | {"export": export}
             if isinstance(path, str):
-                rows.append(row | {"note": path[:200]})
+                rows.append(row | {"note": path[:300]})
                 continue
-            kinds = {n.op_type for n in ir.load(path).graph.all_nodes()}
-            row["operators"] = " ".join(sorted(k for k in kinds if "Attention" in k)) or "Softmax"
+            inputs = [v.name for v in ir.load(path).graph.inputs]
+            feeds = dict(zip(inputs, feeds_by_position, strict=True))
+            row["operators"] = " ".join(fused_operators(ir.load(path))) or "Softmax"
             try:
-                got, row["milliseconds"] = timed(path, feeds, provider, repeats)
-                row["error"] = difference(np.asarray(got), want)
+                row |= {k: v for k, v in inspected(path, feeds, provider, Path(folder)).items() if v}
+                row = finished(row, *timed(path, feeds, provider, repeats), want)
             except Exception as error:
-                row["note"] = str(error).strip().splitlines()[0][:200]
+                row["note"] = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             rows.append(row)
+            gc.collect()
     return rows
 
 
-def machine() -> dict[str, Any]:
+# ---------------------------------------------------------------------------------------- showing
+
+
+def machine(sizes: Sizes, dtype: str) -> dict[str, Any]:
     """What the numbers were measured on."""
-    found: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform()}
-    for name in ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript"):
-        try:
+    import onnxruntime as ort
+
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "onnxruntime": ort.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "cuda": torch.version.cuda or "",
+        "sizes": f"{dtype}, batch {sizes.batch}, {sizes.length} keys, {sizes.heads} query heads, "
+        f"{sizes.kv} key/value heads where grouped, head size {WIDTH}",
+    }
+    for name in ("torch", "onnx", "onnxruntime-gpu", "onnxscript"):
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    if torch.cuda.is_available():
-        found["device"] = torch.cuda.get_device_name()
     return found
+
+
+def write(rows: list[dict[str, Any]], on: dict[str, Any], path: Path) -> None:
+    """The rows, and the machine beside them."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    path.with_suffix(".json").write_text(json.dumps(on, indent=2) + "\n", encoding="utf-8")
+
+
+def load(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What :func:`write` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    for row in rows:
+        row |= {k: float(row[k]) for k in ("error", "milliseconds") if row[k]}
+    return rows, json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def _number(value: Any, form: str) -> str:
+    return format(value, form) if isinstance(value, float) else "–"
+
+
+def markdown(rows: list[dict[str, Any]], on: dict[str, Any]) -> str:
+    """The page of the documentation."""
+    named = ", ".join(f"{n} {on[n]}" for n in ("torch", "onnx", "onnxscript") if n in on)
+    lines = [
+        "# Exported attention on ONNX Runtime's CUDA provider",
+        "",
+        f"Made by `python -m benchmarks.onnx_cuda` on {on['device']} with onnxruntime {on['onnxruntime']}, "
+        f"{named}, CUDA {on['cuda']}, Python {on['python']}:",
+        f"{on['sizes']}. Sizes vary in every export.",
+        "The error is against PyTorch in float64, in units of an output's largest value; PyTorch's own is in",
+        "the row of eager attention. Times are medians, inputs and outputs on the device. *Kernel* is what",
+        "ONNX Runtime reports of the run.",
+        "",
+        "| variant | export | operator | kernel | error | ms | × unfused |",
+        "|---|---|---|---|---:|---:|---:|",
+    ]
+    unfused = {r["variant"]: r["milliseconds"] for r in rows if r["export"] == "unfused"}
+    for r in rows:
+        base = unfused.get(r["variant"])
+        both = isinstance(base, float) and isinstance(r["milliseconds"], float)
+        faster = base / r["milliseconds"] if both else None
+        elsewhere = f" (on {r['provider']})" if r["provider"] not in ("", "CUDA") else ""
+        said = r["kernel"] or ("" if not r["note"] else r["note"].replace("|", "\\|")[:120])
+        lines.append(
+            f"| {r['variant']} | {r['export']} | {r['operators']}{elsewhere} | {said} "
+            f"| {_number(r['error'], '.1e')} | {_number(r['milliseconds'], '.3g')} "
+            f"| {_number(faster, '.2g')} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """For the console."""
+    shown = [f for f in FIELDS if f != "times"]
+    out = Table(*shown)
+    for row in rows:
+        out.add_row(*(_number(row[f], ".3g") if isinstance(row[f], float) else str(row[f]) for f in shown))
+    return out
 
 
 def main() -> int:
     """Measure, show, write."""
     parser = argparse.ArgumentParser(description="Exported attention on ONNX Runtime's CUDA provider.")
     parser.add_argument("--provider", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--length", type=int, default=4096, help="tokens (%(default)s)")
+    parser.add_argument("--variants", default=";".join(VARIANTS), help="which, between semicolons")
+    parser.add_argument("--length", type=int, default=4096, help="keys (%(default)s)")
     parser.add_argument("--batch", type=int, default=2, help="sequences (%(default)s)")
+    parser.add_argument("--heads", type=int, default=32, help="query heads (%(default)s)")
+    parser.add_argument("--kv", type=int, default=8, help="key/value heads where grouped (%(default)s)")
+    parser.add_argument("--dtype", choices=["float16", "float32"], default="float16")
     parser.add_argument("--repeats", type=int, default=20, help="timed runs (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="short sequences, few runs")
+    parser.add_argument("--quick", action="store_true", help="short sequences, few heads, few runs")
     parser.add_argument("--csv", type=Path, help="write the rows, and the machine beside them as .json")
+    parser.add_argument("--markdown", type=Path, help="write the table as a page")
+    parser.add_argument("--from", dest="given", type=Path, help="show the rows of this file; measure nothing")
     arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.length, arguments.repeats = 64, 3
-    rows = [
-        row
-        for name in VARIANTS
-        for row in rows_of(name, arguments.length, arguments.batch, arguments.provider, arguments.repeats)
-    ]
-    table = Table(*FIELDS)
-    for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console().print(table)
-    if arguments.csv:
-        with arguments.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
-        arguments.csv.with_suffix(".json").write_text(json.dumps(machine(), indent=2), encoding="utf-8")
+    console = Console(width=200)
+    if arguments.given:
+        rows, on = load(arguments.given)
+    else:
+        if arguments.quick:
+            arguments.length, arguments.heads, arguments.kv, arguments.repeats = 64, 4, 2, 3
+        sizes = Sizes(arguments.batch, arguments.length, arguments.heads, arguments.kv)
+        rows, on = [], machine(sizes, arguments.dtype)
+        for name in arguments.variants.split(";"):
+            start = time.perf_counter()
+            rows += rows_of(name, sizes, arguments.provider, arguments.repeats, arguments.dtype)
+            console.print(f"{name}: {time.perf_counter() - start:.1f} s")
+            if arguments.csv:  # after every variant: what was measured is kept
+                write(rows, on, arguments.csv)
+    console.print(table(rows))
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(rows, on), encoding="utf-8")
     return 0
 
 

@@ -17,6 +17,7 @@ import torch
 
 from fusepass.exporters.onnx_builder import ONNX_DTYPES, OnnxBuilder
 from fusepass.exporters.onnx_cache import Cache, find_cache
+from fusepass.exporters.onnx_lengths import find_lengths, of_lengths
 from fusepass.exporters.onnx_operands import (
     Added,
     Operands,
@@ -27,6 +28,7 @@ from fusepass.exporters.onnx_operands import (
     muted,
     refuse_modifiers,
     scaled,
+    score_operand,
     softcap_of,
 )
 from fusepass.exporters.onnx_operators import Operator, Target
@@ -40,11 +42,9 @@ def refuse(spec: Attention, target: Target) -> str | None:
     """Why Attention cannot compute ``spec``."""
     if target.opset < 23:
         return f"Attention needs opset 23, and the model has {target.opset}"
-    if spec.sink is not None:
-        return "it has no sink"
     if spec.dtype not in _FLOATS:
         return f"it does not compute in {str(spec.dtype).removeprefix('torch.')}"
-    reason = refuse_modifiers(spec, softcap=target.name != "tensorrt")
+    reason = refuse_modifiers(replace(spec, sink=None), softcap=target.name != "tensorrt")
     if reason is not None and target.name == "tensorrt" and softcap_of(spec):
         return "TensorRT's importer reads no softcap"
     return reason
@@ -53,17 +53,50 @@ def refuse(spec: Attention, target: Target) -> str | None:
 def emit(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
     """Write the operator."""
     spec = site.spec
-    cache = find_cache(site, build) if target.name != "tensorrt" else None
+    sunk = spec.sink is not None
+    cache = find_cache(site, build) if target.name != "tensorrt" and not sunk else None
     factor, x = scaled(site, build, laid_out(site, build))
     dtype = build.dtype_of(x.q)
     offset = 0 if cache is None else cache.length
-    causal = spec.is_causal(offset)
-    extra = Added(None) if causal else added_mask(site, build, dtype)
+    causal = spec.is_causal(offset) and not sunk
+    lengths = find_lengths(site) if _takes_lengths(target) and cache is None and not sunk else None
+    counts: ir.Value | None = None
+    if lengths is not None:
+        counts, x, extra = of_lengths(site, build, lengths, x)
+    else:
+        extra = Added(None) if causal else added_mask(site, build, dtype, boolean=not sunk)
+    if sunk:
+        x, extra = _sunk(site, build, x, extra)
     x = replace(x, q=muted(build, extra, x.q))
-    out = _call(site, build, x, extra.mask, _attributes(spec, factor, causal, dtype), cache)
+    out = _call(site, build, x, extra.mask, _attributes(spec, factor, causal, dtype), cache, counts)
     out = after_weights(site, build, mend_rows(site, build, out, extra))
     r = site.roles
     return build.restore(build.cast(out, spec.out_dtype), (r.batch, r.heads, r.query, r.value_dim), site.out)
+
+
+def _takes_lengths(target: Target) -> bool:
+    """Are there lengths of the keys among the inputs?"""
+    return target.opset >= 24 and target.name != "tensorrt"
+
+
+def _sunk(site: Site, build: OnnxBuilder, x: Operands, extra: Added) -> tuple[Operands, Added]:
+    """The sink as one more key of zeros, whose score is zero and whose bias is the sink's logit."""
+    assert site.spec.sink is not None
+    spec, dtype = site.spec, build.dtype_of(x.q)
+    logit = build.cast(score_operand(site, build, site.spec.sink.slot), dtype)
+    if build.shape_of(logit)[3] != 1:
+        logit = build.cut(logit, 3, 0, 1)
+    mask = extra.mask if extra.mask is not None else build.constant([[[[0.0]]]], dtype)
+    wide = [
+        a if a != 1 else b for a, b in zip(build.shape_of(mask)[:2], build.shape_of(logit)[:2], strict=True)
+    ]
+    mask = build.expand(mask, (*wide, spec.queries, spec.keys))
+    logit = build.expand(logit, (*wide, spec.queries, 1))
+    sides = []
+    for value, width in ((x.k, spec.head_dim), (x.v, spec.value_dim)):
+        zeros = build.expand(build.constant([[[[0.0]]]], dtype), (spec.batch, spec.kv_heads, 1, width))
+        sides.append(build.join([value, zeros], 2))
+    return Operands(x.q, *sides), Added(build.join([mask, logit], 3))
 
 
 def _attributes(spec: Attention, factor: float, causal: bool, dtype: torch.dtype) -> dict[str, Any]:
@@ -84,11 +117,14 @@ def _call(
     mask: ir.Value | None,
     attributes: dict[str, Any],
     cache: Cache | None,
+    counts: ir.Value | None,
 ) -> ir.Value:
     spec, dtype = site.spec, build.dtype_of(x.q)
     result = ((spec.batch, spec.heads, spec.queries, spec.value_dim), dtype)
     if cache is None:
-        inputs = [x.q, x.k, x.v] + ([] if mask is None else [mask])
+        inputs = [x.q, x.k, x.v, mask, None, None, counts]
+        while inputs[-1] is None:
+            inputs.pop()
         return build.node("Attention", inputs, [result], attributes, stem="Attention")[0]
     types = [result, *((build.shape_of(v), dtype) for v in (x.k, x.v))]
     given = [x.q, cache.new_key, cache.new_value, mask, cache.past_key, cache.past_value]

@@ -16,7 +16,7 @@ import torch
 
 from fusepass.dialects.onnx_graph import OnnxReader
 from fusepass.dialects.onnx_ops import DTYPES
-from fusepass.index import AxisSpace, Size
+from fusepass.index import AxisSpace, Size, simplify_size
 from fusepass.ir import Expr, Shape, scalar_of
 from fusepass.layouts import CannotEmit, Layouts
 
@@ -318,6 +318,13 @@ class OnnxBuilder(Layouts[ir.Value]):
         if self.shape_of(value) == tuple(sizes):
             return value
         return self.call("Expand", [value, self.vector(sizes)], tuple(sizes), self.dtype_of(value))
+
+    def join(self, values: Sequence[ir.Value], axis: int) -> ir.Value:
+        """Several tensors behind one another."""
+        shapes = [self.shape_of(v) for v in values]
+        shape = list(shapes[0])
+        shape[axis] = simplify_size(sum((s[axis] for s in shapes[1:]), shapes[0][axis]))
+        return self.call("Concat", values, tuple(shape), self.dtype_of(values[0]), axis=axis)
 
     def reduce(self, name: str, value: ir.Value, axis: int) -> ir.Value:
         """``ReduceMax``, ``ReduceMin`` over one axis, which is kept."""

@@ -2,7 +2,8 @@
 
 GroupQueryAttention has sliding windows and sinks, in kernels that take no mask; on CUDA it computes in half
 precision.  ``local_window_size`` counts the current key (ONNX Runtime 1.24 and later).  MultiHeadAttention
-serves models below opset 23, which have no Attention operator.
+serves models below opset 23, which have no Attention operator, and masks in half precision, which it gives to
+cuDNN on CUDA.
 Source: ONNX Runtime, docs/ContribOperators.md.
 """
 
@@ -13,16 +14,21 @@ from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
+import sympy
 import torch
 
 from fusepass.exporters.onnx_builder import OnnxBuilder
+from fusepass.exporters.onnx_cache import find_cache
+from fusepass.exporters.onnx_lengths import find_lengths
 from fusepass.exporters.onnx_operands import (
     Added,
     Operands,
+    Refused,
     added_mask,
     after_weights,
     full_mask,
     laid_out,
+    laid_out_query,
     mend_rows,
     muted,
     refuse_modifiers,
@@ -45,17 +51,17 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 def refuse_gqa(spec: Attention, target: Target) -> str | None:
     """Why GroupQueryAttention cannot compute ``spec``, or is no better than Attention."""
-    band = _band(spec)
-    if band is None or band.right != 0:
-        return "the attention is not causal"
-    if spec.queries != spec.keys:
-        return "queries and keys differ in number, and it has no cross attention"
+    reach = _reach(spec)
+    if isinstance(reach, str):
+        return reach
+    if spec.queries != spec.keys and 1 not in (spec.batch, spec.queries):
+        return (
+            "queries and keys differ in number: it has no cross attention, and caches for one query or batch"
+        )
     if spec.head_dim != spec.value_dim or not isinstance(spec.head_dim, int) or spec.head_dim % 8:
         return f"head sizes {spec.head_dim} and {spec.value_dim}; it takes equal ones, multiples of 8"
     if not all(isinstance(n, int) for n in (spec.heads, spec.kv_heads)):
         return "the number of heads is not known"
-    if band.left is not None and not isinstance(band.left, int):
-        return f"the window {band.left} is not a constant"
     reason = refuse_modifiers(replace(spec, sink=None), softcap=True)
     if reason is not None:
         return reason
@@ -65,13 +71,25 @@ def refuse_gqa(spec: Attention, target: Target) -> str | None:
         return "its CUDA kernels compute in half precision only"
     if not _only_bands(spec):
         return "a mask or bias besides the window would keep it from its fast kernels"
-    return "a causal mask alone is faster as Attention" if band.left is None and target.opset >= 23 else None
+    return "a causal mask alone is faster as Attention" if reach is None and target.opset >= 23 else None
 
 
-def _band(spec: Attention) -> Band | None:
-    """The conjunction of all bands."""
+def _reach(spec: Attention) -> int | str | None:
+    """How many keys a query sees, itself included; None for all before it; a text where it is not causal.
+
+    Queries are the last ones: causal attention is aligned to the end of the keys.
+    """
     bands = [a for a in spec.atoms if isinstance(a, Band)]
-    return intersect(bands, Facts()) if bands else None
+    band = intersect(bands, Facts()) if bands else None
+    past = sympy.expand(sympy.sympify(spec.keys) - spec.queries)
+    right = None if band is None else band.right
+    ends = right is None if spec.queries == 1 else right is not None and sympy.expand(right - past) == 0
+    if not ends:
+        return "the attention is not causal"
+    if band is None or band.left is None:
+        return None
+    reach = sympy.expand(sympy.sympify(band.left) + past + 1)
+    return int(reach) if reach.is_Integer else f"the window {reach} is not a constant"
 
 
 def _only_bands(spec: Attention) -> bool:
@@ -82,34 +100,46 @@ def _only_bands(spec: Attention) -> bool:
 def emit_gqa(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
     """Write GroupQueryAttention; its sequences are all as long as the keys."""
     spec = site.spec
-    band = _band(spec)
-    assert band is not None
-    factor, x = scaled(site, build, laid_out(site, build, packed=True), packed=True)
+    cache = None if spec.queries == spec.keys else find_cache(site, build)
+    if cache is None and spec.queries != spec.keys:
+        raise Refused("queries and keys differ in number, and no cache is joined to the keys")
+    if cache is None:
+        x = laid_out(site, build, packed=True)
+    else:
+        new = [_packed(build, t) for t in (cache.new_key, cache.new_value)]
+        x = Operands(laid_out_query(site, build), *new)
+        if len({build.dtype_of(t) for t in (x.q, x.k, x.v)}) > 1:
+            raise Refused("queries and the cache differ in dtype")
+    factor, x = scaled(site, build, x, packed=True)
     dtype = build.dtype_of(x.q)
     attributes: dict[str, Any] = {
         "num_heads": spec.heads,
         "kv_num_heads": spec.kv_heads,
         "scale": factor,
     }
-    if band.left is not None:
-        attributes["local_window_size"] = int(band.left) + 1
+    reach = _reach(spec)
+    if isinstance(reach, int):
+        attributes["local_window_size"] = reach
     if cap := softcap_of(spec):
         attributes["softcap"] = cap
     bias = None if _only_bands(spec) else added_mask(site, build, dtype, boolean=False).mask
     total = build.cast(build.length(spec.keys), torch.int32)
     last = build.pointwise("Sub", total, build.constant([1], torch.int32))
     lengths = build.expand(last, (spec.batch,))
-    inputs = [x.q, x.k, x.v, None, None, lengths, build.reshape(total, []), None, None, None, bias]
+    past = (None, None) if cache is None else (cache.past_key, cache.past_value)
+    inputs = [x.q, x.k, x.v, *past, lengths, build.reshape(total, []), None, None, None, bias]
     inputs.append(None if spec.sink is None else _sink(site, build, dtype))
     while inputs[-1] is None:
         inputs.pop()
-    cache = (spec.batch, spec.kv_heads, spec.keys, spec.head_dim)
+    joined = (spec.batch, spec.kv_heads, spec.keys, spec.head_dim)
     types = [
         ((spec.batch, spec.queries, _times(spec.heads, spec.value_dim)), dtype),
-        (cache, dtype),
-        (cache, dtype),
+        (joined, dtype),
+        (joined, dtype),
     ]
-    out = build.node("GroupQueryAttention", inputs, types, attributes, _DOMAIN)[0]
+    out, *present = build.node("GroupQueryAttention", inputs, types, attributes, _DOMAIN)
+    if cache is not None:
+        cache.take(build, present)
     return _finished(site, build, out, Added(None))
 
 
@@ -140,6 +170,24 @@ def refuse_mha(spec: Attention, target: Target) -> str | None:
     if not isinstance(spec.heads, int):
         return "the number of heads is not known"
     return refuse_modifiers(spec, softcap=False)
+
+
+def refuse_masked(spec: Attention, target: Target) -> str | None:
+    """Why MultiHeadAttention is no better than Attention; on CUDA it runs cuDNN, which takes masks."""
+    if spec.dtype not in _HALVES:
+        return "it is faster in half precision only"
+    if spec.is_causal() and target.opset >= 23:
+        return "a causal mask alone is faster as Attention"
+    return refuse_mha(spec, target)
+
+
+def emit_masked(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
+    """Write MultiHeadAttention where Attention could not do without a mask."""
+    if find_cache(site, build) is not None:
+        raise Refused("Attention takes the cache as it is")
+    if target.opset >= 24 and find_lengths(site) is not None:
+        raise Refused("Attention takes the lengths as they are")
+    return emit_mha(site, build, target)
 
 
 def emit_mha(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
@@ -189,4 +237,5 @@ def _finished(site: Site, build: OnnxBuilder, out: ir.Value, extra: Added) -> ir
 
 
 GROUP_QUERY = Operator("GroupQueryAttention", refuse_gqa, emit_gqa)
+MASKED_HALF = Operator("MultiHeadAttention", refuse_masked, emit_masked)
 MULTI_HEAD = Operator("MultiHeadAttention", refuse_mha, emit_mha)

@@ -114,7 +114,10 @@ def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise ModelError(f"cannot write {str(path)!r}: there is no folder {str(target.parent)!r}")
     if target.is_dir():
         raise ModelError(f"cannot write {str(path)!r}: it is a folder")
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ModelError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
     try:
         yield folder / target.name
         files = sorted(folder.iterdir(), key=lambda f: f.name == target.name)
@@ -128,7 +131,7 @@ def write(
     model: ir.Model,
     path: Path,
     external_data: bool | None = None,
-    progress: Callable[[Any, Any], None] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> None:
     """Write a model; weights go into ``<name>.data`` where they are asked to or have to.
 
@@ -136,7 +139,7 @@ def write(
         model: the model.
         path: the file.
         external_data: True, False, or None for "where the model is large".
-        progress: called with every tensor that is written to a file of its own.
+        progress: called with a few words for every tensor that is written to a file of its own.
     """
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     apart = size > _INLINE_BYTES if external_data is None else external_data
@@ -144,7 +147,12 @@ def write(
         _load_weights(model)
         ir.save(model, path)
         return
-    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=_SMALL, callback=progress)
+
+    def told(_: Any, about: Any) -> None:
+        if progress is not None:
+            progress(f"writing weights: {about.index + 1} of {about.total}")
+
+    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=_SMALL, callback=told)
 
 
 def _load_weights(model: ir.Model) -> None:

@@ -29,10 +29,6 @@ from fusepass.spec import (
     negligible,
 )
 
-#: Stands for every lower fill: it absorbs any score, and no runtime takes it for "masked out".
-ABSORBING = -1e30
-#: In half precision sums with anything lower absorb scores of ordinary size.
-_FAINT = -32768.0
 _CAUSAL = Band(None, 0)
 
 
@@ -92,6 +88,13 @@ def softcap_of(spec: Attention) -> float:
 
 
 # ---------------------------------------------------------------------------------------- operands
+
+
+def laid_out_query(site: Site, build: OnnxBuilder) -> ir.Value:
+    """The queries alone, ``[B, Q, H*D]``."""
+    r = site.roles
+    groups = (r.batch, r.query, [*r.heads, *r.head_dim])
+    return build.layout(build.choose(site.query, groups), groups, full=True)
 
 
 def laid_out(site: Site, build: OnnxBuilder, packed: bool = False) -> Operands:
@@ -225,6 +228,8 @@ def added_mask(site: Site, build: OnnxBuilder, dtype: torch.dtype, boolean: bool
     extra = spec.added
     if not extra:
         return Added(None)
+    if spec.sink is not None:  # every row sees it
+        return Added(full_mask(site, build, _total(site, build, extra, dtype, -math.inf)))
     rows_differ = not spec.rows_seen and bool(spec.masks)
     if rows_differ and len({m.fill == -math.inf for m in spec.masks}) > 1:
         raise Refused(
@@ -240,15 +245,18 @@ def added_mask(site: Site, build: OnnxBuilder, dtype: torch.dtype, boolean: bool
         total = _total(site, build, extra, dtype, -math.inf)
         seen = _seen(site, build) if policy in ("nan", "zero") else None
         return Added(full_mask(site, build, total), seen)
-    if dtype is torch.float16:
-        return _muted(site, build, extra)
-    return Added(full_mask(site, build, _total(site, build, extra, dtype, ABSORBING)))
+    return _muted(site, build, extra, dtype)
 
 
 def _above(site: Site, build: OnnxBuilder, mod: Bias, dtype: torch.dtype) -> bool:
     """Is a bias known never to be so low that it hides a key?"""
     bound = lower_bound(site.operands[mod.slot].expr, build.reader)
-    return mod.factor > 0 and bound * mod.factor > (_FAINT if dtype is torch.float16 else ABSORBING)
+    return mod.factor > 0 and bound * mod.factor > _faint(dtype)
+
+
+def _faint(dtype: torch.dtype) -> float:
+    """Sums with anything lower absorb scores of ordinary size."""
+    return -32768.0 if dtype is torch.float16 else -5e7
 
 
 def _is_sum(mod: Bias | Mask) -> bool:
@@ -290,14 +298,14 @@ def _joint(build: OnnxBuilder, a: ir.Value, b: ir.Value) -> Shape:
     return tuple(next((s[d] for s in shapes if len(s) == 4 and s[d] != 1), 1) for d in range(4))
 
 
-def _muted(site: Site, build: OnnxBuilder, extra: Sequence[Bias | Mask]) -> Added:
-    """Half precision has no fill that absorbs every score: rows that see no key get zero queries, and their
-    highest level becomes zero, so that their weights are uniform over it.
+def _muted(site: Site, build: OnnxBuilder, extra: Sequence[Bias | Mask], dtype: torch.dtype) -> Added:
+    """Runtimes do not agree on rows of nothing but fills, and half precision has no fill that absorbs scores:
+    rows that see no key get zero queries, and their highest level becomes zero, so that their weights are
+    uniform over it.
     """
-    dtype = torch.float16
     level = _total(site, build, extra, dtype, torch.finfo(dtype).min)
     top = build.reduce("ReduceMax", level, 3)
-    seen = build.pointwise("Greater", top, build.constant(_FAINT, dtype))
+    seen = build.pointwise("Greater", top, build.constant(_faint(dtype), dtype))
     lifted = build.pointwise("Sub", level, top)
     level = build.call("Where", [seen, level, lifted], build.shape_of(level), dtype)
     return Added(full_mask(site, build, level), seen, mute=True)

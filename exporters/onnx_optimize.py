@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def optimize_onnx(
     verify: bool = True,
     inputs: Mapping[str, npt.NDArray[Any]] | None = None,
     external_data: bool | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Fuse the attention of an ONNX model.
 
@@ -54,6 +55,7 @@ def optimize_onnx(
         inputs: arrays by name to compare on, instead of random ones.
         external_data: weights in a file of their own; None: as in the model that was read, or where it is
             large.
+        progress: called with a few words whenever another step begins.
 
     Raises:
         ModelError: the model cannot be read, or its opset is not supported.
@@ -61,7 +63,8 @@ def optimize_onnx(
         ValueError: an unknown target or opset.
     """
     start = time.perf_counter()
-    aim = checked_target(target, opset)
+    aim, say = checked_target(target, opset), progress or (lambda _: None)
+    say("reading the model")
     model = read(path_in)
     apart = external_data
     if apart is None and any(
@@ -69,6 +72,7 @@ def optimize_onnx(
     ):
         apart = True
     have = check_opset(model)
+    say("fusing attention")
     model, notes = _raised(model, path_in, aim, have, opset)
     report = fuse(model, Target(aim.name, check_opset(model)))
     pin_ir_version(model)
@@ -82,9 +86,10 @@ def optimize_onnx(
         versions={**{str(k): int(v) for k, v in model.opset_imports.items()}, "IR": model.ir_version},
     )
     with staged(path_out) as place:
-        write(model, place, apart)
+        write(model, place, apart, say)
         check_model(place)
         if verify:
+            say("running both models and comparing them")
             found.checks, remarks = _compared(path_in, place, model, inputs)
             found.notes += remarks
             if not all(c.ok for c in found.checks):

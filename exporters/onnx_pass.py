@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -20,12 +21,16 @@ from fusepass.exporters.onnx_operators import Operator, Target
 from fusepass.index import AxisSpace
 from fusepass.ir import POINTWISE, VIEWS, Expr
 from fusepass.layouts import CannotEmit
-from fusepass.recognize import Miss, Site, recognise
+from fusepass.recognize import Miss, Site, normalised_late, recognise_sum
 from fusepass.report import GraphReport, SiteReport
 from fusepass.resemblance import of_activations, softmaxes_behind
 
 #: What lies between the two products of a site.
-_LIGHT = POINTWISE | VIEWS | {"softmax", "log_softmax", "sum", "amax", "logsumexp", "index", "cat", "cumsum"}
+_LIGHT = (
+    POINTWISE
+    | VIEWS
+    | {"softmax", "log_softmax", "sum", "amax", "logsumexp", "index", "cat", "cumsum", "dropout"}
+)
 
 
 def fuse_model(
@@ -45,27 +50,34 @@ def fuse_model(
     start = time.perf_counter()
     report = GraphReport(nodes=0)
     names = _names(model.graph)
-    _fuse_graph(model.graph, model.opset_imports, target, operators, shapes or {}, None, names, report)
+    setting = _Setting(model.opset_imports, target, operators, shapes or {}, names, report)
+    _fuse_graph(model.graph, setting, None, None)
     report.seconds = time.perf_counter() - start
     return report
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """What all graphs of a model share; ``names`` are those that are taken."""
+
+    opsets: dict[str, int]
+    target: Target
+    operators: Sequence[Operator]
+    shapes: Mapping[str, Sequence[Any]]
+    names: set[str | None]
+    report: GraphReport
+
+
 def _fuse_graph(
-    graph: ir.Graph,
-    opsets: dict[str, int],
-    target: Target,
-    operators: Sequence[Operator],
-    shapes: Mapping[str, Sequence[Any]],
-    parent: OnnxReader | None,
-    names: set[str | None],
-    report: GraphReport,
+    graph: ir.Graph, setting: _Setting, parent: OnnxReader | None, holder: ir.Node | None
 ) -> None:
-    reader = OnnxReader(graph, opsets, shapes, parent)
-    report.nodes += len(reader.order)
-    report.sites.extend(_Pass(reader, opsets, target, operators, names).run())
+    """One graph, and those within it; ``holder`` is the node of the parent's graph that holds it."""
+    reader = OnnxReader(graph, setting.opsets, setting.shapes, parent, holder)
+    setting.report.nodes += len(reader.order)
+    setting.report.sites.extend(_Pass(reader, setting).run())
     for node in list(graph):
         for inner in _inner_graphs(node):
-            _fuse_graph(inner, opsets, target, operators, shapes, reader, names, report)
+            _fuse_graph(inner, setting, reader, node)
 
 
 def _names(graph: ir.Graph) -> set[str | None]:
@@ -89,18 +101,13 @@ def _inner_graphs(node: ir.Node) -> Iterator[ir.Graph]:
 class _Pass:
     """One graph."""
 
-    def __init__(
-        self,
-        reader: OnnxReader,
-        opsets: dict[str, int],
-        target: Target,
-        operators: Sequence[Operator],
-        names: set[str | None],
-    ) -> None:
-        self.reader, self.opsets, self.target, self.operators = reader, opsets, target, operators
+    def __init__(self, reader: OnnxReader, setting: _Setting) -> None:
+        self.reader, self.opsets = reader, setting.opsets
+        self.target, self.operators = setting.target, setting.operators
         self.graph = reader.graph
-        self.written = Written(reader, opsets.get("", 1), names)
+        self.written = Written(reader, setting.opsets.get("", 1), setting.names)
         self.settled: set[Expr] = set()
+        self.fused: dict[Expr, tuple[ir.Value, Site, str]] = {}
         self.live = _live(self.graph)
 
     def run(self) -> list[SiteReport]:
@@ -109,15 +116,34 @@ class _Pass:
             self._rotate()
         reports: list[SiteReport] = []
         for node in list(self.reader.order):
-            if node not in self.live or not node.outputs:
+            meaning = self.reader.meaning.get(node.outputs[0]) if node.outputs else None
+            if meaning is None or node not in self.live or node.graph is not self.graph:
                 continue
-            meaning = self.reader.meaning.get(node.outputs[0])
-            if meaning is None or meaning.op != "dot" or self.reader.home[meaning] is not node.outputs[0]:
+            late = normalised_late(meaning)
+            if meaning.op != "dot" and late is None:
                 continue
-            found = recognise(meaning, self.reader.facts_of(meaning))
-            if found is not None:
-                reports.append(self._settle(node, found))
+            if self.reader.home[meaning] is not node.outputs[0]:
+                reports.extend(self._again(node, meaning))
+                continue
+            found = recognise_sum(
+                late or meaning, self.reader.facts_of(meaning), contents=self.reader.contents
+            )
+            if found is None or (late is not None and not isinstance(found, list)):
+                continue
+            if late is not None:
+                inside = {v.name for v in node.inputs if v is not None}
+                reports = [r for r in reports if r.fused or r.node not in inside]
+            reports.extend(self._settle(node, meaning, found))
         return [*reports, *self._left_over()]
+
+    def _again(self, node: ir.Node, meaning: Expr) -> list[SiteReport]:
+        """A node that says what an earlier one says: the same result serves where that one was fused."""
+        if meaning not in self.fused:
+            return []
+        out, site, name = self.fused[meaning]
+        report = self._report(node, site, name)
+        self._replace(node, out)
+        return [report]
 
     def _rotate(self) -> None:
         """Rotary embeddings become one operator each."""
@@ -138,41 +164,76 @@ class _Pass:
 
     # -- one site ----------------------------------------------------------------------------
 
-    def _settle(self, node: ir.Node, found: Site | Miss) -> SiteReport:
-        meaning = self.reader.meaning[node.outputs[0]]
-        assert meaning is not None
+    def _settle(self, node: ir.Node, meaning: Expr, found: list[tuple[int, Site]] | Miss) -> list[SiteReport]:
         self.settled.update(softmaxes_behind(meaning))
         if isinstance(found, Miss):
-            return self._report(node, None, reason=found.reason)
-        other = self._outside_reader(found, node)
-        if other is not None:
-            return self._report(
-                node, found, reason=f"its scores or weights are also used by '{other.op_type}' ({other.name})"
-            )
-        rejected: list[tuple[str, str]] = []
-        for operator in self.operators:
-            reason = operator.refuse(found.spec, self.target) or self._emitted(operator, node, found)
-            if reason is None:
-                return self._report(node, found, operator.name, rejected=rejected)
-            rejected.append((operator.name, reason))
-        reasons = "; ".join(dict.fromkeys(f"{name}: {reason}" for name, reason in rejected))
-        return self._report(node, found, reason=reasons, rejected=rejected)
+            return [self._report(node, None, reason=found.reason)]
+        for _, site in found:
+            other = self._outside_reader(site, node)
+            if other is not None:
+                reason = f"its scores or weights are also used by '{other.op_type}' ({other.name})"
+                return [self._report(node, s, reason=reason) for _, s in found]
+        return self._fuse(node, meaning, found)
 
-    def _emitted(self, operator: Operator, node: ir.Node, site: Site) -> str | None:
-        """Write a site with one operator; why that is not possible, or None."""
-        build = OnnxBuilder(self.written, node, site.space)
-        try:
-            out = operator.emit(site, build, self.target)
-        except (Refused, CannotEmit) as refusal:
-            build.discard()
-            return str(refusal)
-        self._replace(node, out)
-        for old, new in build.presents:
-            self._take_present(node, old, new)
-        for made in build.made:
-            if made.domain:
-                self.opsets.setdefault(made.domain, 1)
+    def _fuse(self, node: ir.Node, meaning: Expr, parts: list[tuple[int, Site]]) -> list[SiteReport]:
+        """Write the first operator that serves, for every summand; all of them or none."""
+        rejected: list[list[tuple[str, str]]] = [[] for _ in parts]
+        made: list[tuple[ir.Value, OnnxBuilder, str]] = []
+        for (_, site), so_far in zip(parts, rejected, strict=True):
+            written = self._written(node, site, so_far)
+            if written is None:
+                break
+            made.append(written)
+        if len(made) < len(parts):
+            for _, build, _ in reversed(made):
+                build.discard()
+            return [
+                self._report(node, site, reason=_why(r) or "another of the summands stays", rejected=r)
+                for (_, site), r in zip(parts, rejected, strict=True)
+            ]
+        reports = [
+            self._report(node, site, name, rejected=r)
+            for (_, site), (_, _, name), r in zip(parts, made, rejected, strict=True)
+        ]
+        self._take(node, self._summed([sign for sign, _ in parts], made), made)
+        self.fused[meaning] = (self.written.replaced[node.outputs[0]], parts[0][1], made[0][2])
+        return reports
+
+    def _written(
+        self, node: ir.Node, site: Site, rejected: list[tuple[str, str]]
+    ) -> tuple[ir.Value, OnnxBuilder, str] | None:
+        """The result, builder and name of the first operator that serves; reasons go to ``rejected``."""
+        for operator in self.operators:
+            reason = operator.refuse(site.spec, self.target)
+            if reason is None:
+                build = OnnxBuilder(self.written, node, site.space)
+                try:
+                    return operator.emit(site, build, self.target), build, operator.name
+                except (Refused, CannotEmit) as refusal:
+                    build.discard()
+                    reason = str(refusal)
+            rejected.append((operator.name, reason))
         return None
+
+    def _summed(self, signs: Sequence[int], made: Sequence[tuple[ir.Value, OnnxBuilder, str]]) -> ir.Value:
+        """The signed sum of several results; its nodes belong to the last builder."""
+        build, total = made[-1][1], made[0][0]
+        if signs[0] < 0:
+            total = build.call("Neg", [total], build.shape_of(total), build.dtype_of(total))
+        for sign, (out, _, _) in zip(signs[1:], made[1:], strict=True):
+            kind = "Add" if sign > 0 else "Sub"
+            total = build.call(kind, [total, out], build.shape_of(total), build.dtype_of(total))
+        return total
+
+    def _take(self, node: ir.Node, out: ir.Value, made: Sequence[tuple[ir.Value, OnnxBuilder, str]]) -> None:
+        """Let what was written stand for a node."""
+        self._replace(node, out)
+        for _, build, _ in made:
+            for old, new in build.presents:
+                self._take_present(node, old, new)
+            for one in build.made:
+                if one.domain:
+                    self.opsets.setdefault(one.domain, 1)
 
     def _replace(self, node: ir.Node, out: ir.Value) -> None:
         """Let ``out`` stand for a node's result, under its name; erase what only the node needed."""
@@ -215,6 +276,8 @@ class _Pass:
         """A live node, not on the way to the anchor, for which the scores or weights must be computed."""
         held = self.reader.home.get(site.product)
         todo = [] if held is None else [held]
+        result = self.reader.meaning[anchor.outputs[0]]
+        within = self._products_of(anchor)
         seen: set[ir.Node] = set()
         while todo:
             value = todo.pop()
@@ -225,24 +288,60 @@ class _Pass:
                     continue
                 seen.add(user)
                 meaning = self.reader.meaning.get(user.outputs[0])
-                if user.graph is not self.graph or meaning is None or meaning.op not in _LIGHT:
+                if meaning is result:
+                    continue  # it says the same, and is given the same result
+                light = meaning is not None and (meaning.op in _LIGHT or user in within)
+                if user.graph is not self.graph or not light:
                     return user
                 todo.extend(user.outputs)
         return None
 
+    def _products_of(self, anchor: ir.Node) -> set[ir.Node]:
+        """The products of weights that are not normalised yet, which an anchor that is none divides."""
+        meaning = self.reader.meaning[anchor.outputs[0]]
+        found: set[ir.Node] = set()
+        todo = [anchor] if meaning is not None and meaning.op != "dot" else []
+        while todo:
+            for value in todo.pop().inputs:
+                producer = None if value is None else value.producer()
+                inner = None if value is None else self.reader.meaning.get(value)
+                if producer is not None and inner is not None and inner.op == "dot":
+                    found.add(producer)
+                elif producer is not None and producer.op_type == "Cast":
+                    todo.append(producer)
+        return found
+
     def _left_over(self) -> list[SiteReport]:
-        """Softmaxes of products that no product with values was found for."""
+        """Softmaxes of products that no product with values was found for, and why where that is known."""
         reports = []
         for node in list(self.graph):
-            meaning = self.reader.meaning.get(node.outputs[0]) if node.outputs else None
-            if meaning is None or meaning.op != "softmax" or meaning in self.settled or node not in self.live:
+            if node.op_type not in _SOFTMAXES or node not in self.live:
                 continue
-            self.settled.add(meaning)
-            if of_activations(meaning):
-                reports.append(
-                    self._report(node, None, reason="no product with values that could be read uses it")
-                )
+            meaning = self.reader.meaning.get(node.outputs[0])
+            if meaning is not None and meaning in self.settled:
+                continue
+            reason = "no product with values that could be read uses it"
+            if meaning is None or meaning.op != "softmax" or not of_activations(meaning):
+                unread = self._unread_between(node)
+                if unread is None:
+                    continue
+                reason = f"'{unread.op_type}' ({unread.name}) between its two products could not be read"
+            if meaning is not None:
+                self.settled.add(meaning)
+            reports.append(self._report(node, None, reason=reason))
         return reports
+
+    def _unread_between(self, softmax: ir.Node) -> ir.Node | None:
+        """The first node that was not read between two products of activations around a softmax."""
+        behind = _reached(softmax, lambda n: [v.producer() for v in n.inputs if v is not None])
+        before = _reached(softmax, lambda n: [u for v in n.outputs for u in v.consumers()])
+        if not any(map(_multiplies, behind)) or not any(map(_multiplies, before)):
+            return None
+        for node in (softmax, *behind, *before):
+            meaning = self.reader.meaning.get(node.outputs[0])
+            if meaning is None or meaning.op == "input":
+                return node
+        return None
 
     # -- reporting ---------------------------------------------------------------------------
 
@@ -266,6 +365,10 @@ class _Pass:
         )
 
 
+def _why(rejected: Sequence[tuple[str, str]]) -> str:
+    return "; ".join(dict.fromkeys(f"{name}: {reason}" for name, reason in rejected))
+
+
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
 
@@ -276,6 +379,33 @@ def source_of(node: ir.Node) -> str | None:
         last = frames[-1]
         return f"{last['file'].rsplit('/', 1)[-1]}:{last['line']} {last['function']}"
     return node.name or None
+
+
+_SOFTMAXES = ("Softmax", "LogSoftmax")
+_PRODUCTS = ("MatMul", "Einsum", "FusedMatMul")
+_BETWEEN = frozenset(
+    "Add Sub Mul Div Where Cast Reshape Transpose Unsqueeze Squeeze Expand Slice Concat Tanh Max Min Clip "
+    "Neg Identity Dropout Softplus Pow Sqrt IsNaN Pad ScatterND Trilu".split()
+)
+
+
+def _reached(start: ir.Node, near: Callable[[ir.Node], list[ir.Node | None]]) -> list[ir.Node]:
+    """What lies beside a node in one direction, up to and with the first products."""
+    found: dict[ir.Node, None] = {}
+    todo = [start]
+    while todo and len(found) < 100:
+        for node in near(todo.pop()):
+            if node is not None and node not in found and node.op_type in (*_PRODUCTS, *_BETWEEN):
+                found[node] = None
+                if node.op_type in _BETWEEN:
+                    todo.append(node)
+    return list(found)
+
+
+def _multiplies(node: ir.Node) -> bool:
+    """Is it a product of two values that are computed, and no projection by weights?"""
+    computed = [v for v in node.inputs if v is not None and v.const_value is None]
+    return node.op_type in _PRODUCTS and len(computed) >= 2
 
 
 def _live(graph: ir.Graph) -> set[ir.Node]:
@@ -314,7 +444,7 @@ def erase_dead(graph: ir.Graph, start: ir.Node) -> None:
 
 def softmaxes(graph: ir.Graph) -> int:
     """How many softmaxes a graph still has."""
-    return sum(n.op_type in ("Softmax", "LogSoftmax") for n in graph.all_nodes())
+    return sum(n.op_type in _SOFTMAXES for n in graph.all_nodes())
 
 
 __all__ = ["erase_dead", "fuse_model", "softmaxes", "source_of"]

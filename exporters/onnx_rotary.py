@@ -1,78 +1,161 @@
 """Rotary embeddings as ``ai.onnx`` RotaryEmbedding (opset 23 and later).
 
-``x * cos + cat(-x2, x1) * sin`` for the halves ``x1, x2`` of ``x``, where the two halves of ``cos`` and of
-``sin`` are equal: what the operator computes of halves of the tables.
+``x * cos + turned(x) * sin``, where ``turned`` is ``cat(-x2, x1)`` of the halves of ``x``, or of every pair
+of its neighbours, and where ``cos`` and ``sin`` hold the same number for both of the elements that are turned
+together: what the operator computes of halves of the tables.
 Source: Su et al., "RoFormer" (arXiv 2104.09864); ONNX operator specification of RotaryEmbedding, version 23.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
 from fusepass.exporters.onnx_builder import OnnxBuilder
+from fusepass.index import Size
 from fusepass.ir import Expr, scalar_of
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def rotated(node: Expr) -> tuple[Expr, Expr, Expr] | None:
-    """``x``, ``cos`` and ``sin`` of a rotary embedding ``[B, H, S, D]``, or None."""
-    if node.op != "add" or node.rank != 4 or node.dtype not in _FLOATS:
+@dataclass(frozen=True)
+class Rotation:
+    """``x`` of rank 4 and the tables; ``neighbours``: are neighbours turned together, and not halves?"""
+
+    x: Expr
+    cos: Expr
+    sin: Expr
+    neighbours: bool
+
+
+def rotated(node: Expr) -> Rotation | None:
+    """The rotary embedding that an expression is, or None."""
+    width = node.shape[-1] if node.rank == 4 else None
+    if node.op != "add" or node.dtype not in _FLOATS or not isinstance(width, int) or width % 2:
         return None
-    if any(a.op != "mul" for a in node.args):
-        return None
-    for straight, turned in (node.args, node.args[::-1]):
-        for x, cos in (straight.args, straight.args[::-1]):
-            for swapped, sin in (turned.args, turned.args[::-1]):
-                if x.shape == node.shape and _is_turned(swapped, x):
-                    return x, cos, sin
+    factors = [list(_factors(a)) for a in node.args]
+    for straight, turned in (factors, factors[::-1]):
+        for x, cos in straight:
+            for swapped, sin in turned:
+                kind = _turned(swapped, x) if x.shape == node.shape else None
+                if kind is not None:
+                    return Rotation(x, cos, sin, kind)
     return None
 
 
-def _is_turned(node: Expr, x: Expr) -> bool:
-    """Is it ``cat(-x[D/2:], x[:D/2])``?"""
+def _factors(node: Expr) -> Iterator[tuple[Expr, Expr]]:
+    """The two factors of a product, in both orders; factors of one are left out."""
+    node = _bare(node)
+    if node.op == "mul":
+        first, second = map(_bare, node.args)
+        yield first, second
+        yield second, first
+
+
+def _bare(node: Expr) -> Expr:
+    """An expression without factors of one."""
+    while node.op == "mul":
+        kept = [a for a in node.args if scalar_of(a) != 1]
+        if len(kept) != 1 or kept[0].shape != node.shape:
+            break
+        node = kept[0]
+    return node
+
+
+def _turned(node: Expr, x: Expr) -> bool | None:
+    """Is it ``x`` with the elements of its last dimension turned by halves (False), by neighbours (True)?"""
     width = x.shape[-1]
-    if node.op != "cat" or node.attrs[0] != 3 or len(node.args) != 2 or not isinstance(width, int):
-        return False
-    high, low = node.args
-    if width % 2 or high.op != "neg":
-        return False
-    return _is_half(high.args[0], x, width // 2, width) and _is_half(low, x, 0, width)
-
-
-def _is_half(node: Expr, x: Expr, start: int, width: int) -> bool:
-    return (
-        node.op == "slice"
-        and node.args[0] is x
-        and node.attrs == (3, start, 1)
-        and node.shape[3] == width // 2
-    )
-
-
-def write(build: OnnxBuilder, found: tuple[Expr, Expr, Expr]) -> ir.Value | None:
-    """The operator in place of the embedding; None where the tables' halves are not known to be equal."""
-    x, *tables = found
-    if any(not _halves_equal(build, t) for t in tables):
+    assert isinstance(width, int)
+    joined = node
+    while joined.op == "reshape":
+        joined = joined.args[0]
+    if joined.op != "cat" or len(joined.args) != 2:
         return None
-    batch, _, length, width = x.shape
+    minus, plus = joined.args
+    if minus.op != "neg":
+        minus = _without_view(minus)
+    if minus.op != "neg":
+        return None
+    picked = [_picked(p, x) for p in (minus.args[0], plus)]
+    if joined is node and joined.attrs[0] == 3:
+        return False if picked == [(width // 2, 1), (0, 1)] else None
+    inner = joined.rank == 5 and joined.attrs[0] == 4 and joined.shape[-1] == 2
+    return True if inner and node.shape == x.shape and picked == [(1, 2), (0, 2)] else None
+
+
+def _without_view(node: Expr) -> Expr:
+    """Below a dimension of size one at the end."""
+    return node.args[0] if node.op == "reshape" and node.shape == (*node.args[0].shape, 1) else node
+
+
+def _picked(node: Expr, x: Expr) -> tuple[Size, Size] | None:
+    """Which half of the elements of the last dimension of ``x`` it holds: from where, in which steps."""
+    width = x.shape[-1]
+    assert isinstance(width, int)
+    half = (*x.shape[:-1], width // 2)
+    if node.shape not in (half, (*half, 1)):
+        return None
+    while node.op == "reshape" and node.shape in (half, (*half, 1)) and node.args[0] is not x:
+        node = node.args[0]
+    pairs = (*half, 2)
+    if node.op == "select" and node.args[0].shape == pairs and node.attrs[0] == 4:
+        return (node.attrs[1], 2) if _same_elements(node.args[0], x) else None
+    if node.op != "slice":
+        return None
+    dim, start, step = node.attrs
+    if node.args[0] is x and dim == 3 and node.shape[3] == width // 2:
+        return start, step
+    if node.args[0].shape == pairs and dim == 4 and node.shape[4] == 1 and _same_elements(node.args[0], x):
+        return start, 2
+    return None
+
+
+def _same_elements(node: Expr, x: Expr) -> bool:
+    """Is it ``x`` in another shape?"""
+    while node.op == "reshape" and node is not x:
+        node = node.args[0]
+    return node is x
+
+
+def write(build: OnnxBuilder, found: Rotation) -> ir.Value | None:
+    """The operator in place of the embedding; None where the tables are not known to be what it takes."""
+    x, tables = found.x, (found.cos, found.sin)
+    if any(t.rank > 4 or t.dtype is not x.dtype or not _repeats(build, t, found.neighbours) for t in tables):
+        return None
+    wide = [(1,) * (4 - t.rank) + t.shape for t in tables]
+    heads = next((d for d in (1, 2) if all(s[d] == 1 and s[3 - d] == x.shape[3 - d] for s in wide)), None)
+    if heads is None or any(s[3] != x.shape[3] or s[0] not in (1, x.shape[0]) for s in wide):
+        return None
+    batch, length, width = x.shape[0], x.shape[3 - heads], x.shape[3]
     assert isinstance(width, int)
     caches = []
-    for table in tables:
-        if table.rank != 4 or table.shape[1] != 1 or table.shape[2] != length or table.dtype is not x.dtype:
-            return None
-        half = build.cut(build.as_tensor(table), 3, 0, width // 2)
-        half = build.reshape(half, (table.shape[0], length, width // 2))
+    for table, shape in zip(tables, wide, strict=True):
+        value = build.reshape(build.as_tensor(table), shape)
+        half = build.cut(value, 3, 0, width, 2) if found.neighbours else build.cut(value, 3, 0, width // 2)
+        half = build.reshape(half, (shape[0], length, width // 2))
         caches.append(build.expand(half, (batch, length, width // 2)))
-    inputs = [build.as_tensor(x), *caches]
-    return build.node("RotaryEmbedding", inputs, [(x.shape, x.dtype)], {})[0]
+    attributes = {"interleaved": 1} if found.neighbours else {}
+    value, shape = build.as_tensor(x), x.shape
+    if heads == 2:  # the operator wants heads before positions, or packed
+        if not isinstance(x.shape[2], int):
+            return None
+        attributes["num_heads"] = x.shape[2]
+        shape = (batch, length, x.shape[2] * width)
+        value = build.reshape(value, shape)
+    out = build.node("RotaryEmbedding", [value, *caches], [(shape, x.dtype)], attributes)[0]
+    return build.reshape(out, x.shape)
 
 
-def _halves_equal(build: OnnxBuilder, table: Expr) -> bool:
-    """Are the two halves of a table's last dimension equal?"""
+def _repeats(build: OnnxBuilder, table: Expr, neighbours: bool) -> bool:
+    """Does a table's last dimension hold every number twice: in its halves, or beside one another?"""
     node = table
     for _ in range(16):
+        if node.op == "expand" and node.args[0].shape[-1:] in ((), (1,)):
+            return True
         keeps = node.op in ("reshape", "expand") and node.args[0].shape[-1:] == node.shape[-1:]
         if keeps or node.op == "cast" or (node.op == "mul" and scalar_of(node.args[1]) is not None):
             node = node.args[0]
@@ -80,7 +163,7 @@ def _halves_equal(build: OnnxBuilder, table: Expr) -> bool:
             node = node.args[1]
         else:
             break
-    return _twice(node) or _leaf_repeats(build, node)
+    return (_in_pairs(node) if neighbours else _twice(node)) or _leaf_repeats(build, node, neighbours)
 
 
 def _twice(node: Expr) -> bool:
@@ -89,17 +172,27 @@ def _twice(node: Expr) -> bool:
     return same and node.attrs[0] == node.rank - 1
 
 
-def _leaf_repeats(build: OnnxBuilder, node: Expr) -> bool:
-    """A constant with equal halves, or the cosine or sine of a tensor with equal halves."""
+def _in_pairs(node: Expr) -> bool:
+    """Is it every element of a tensor twice in a row?"""
+    if node.op != "reshape" or node.args[0].shape[-1:] != (2,):
+        return False
+    inner = node.args[0]
+    return _twice(inner) or (inner.op == "expand" and inner.args[0].shape[-1] == 1)
+
+
+def _leaf_repeats(build: OnnxBuilder, node: Expr, neighbours: bool) -> bool:
+    """A constant that holds everything twice, or the cosine or sine of a tensor that does."""
     held = build.reader.home.get(node)
     if held is None or node.op not in ("input", "slice"):
         return False
     producer = held.producer()
     if producer is not None and producer.op_type in ("Cos", "Sin"):
         angle = build.reader.expr_of(producer.inputs[0])
-        return angle is not None and _halves_equal(build, angle)
+        return angle is not None and _repeats(build, angle, neighbours)
     if held.const_value is None or held.is_graph_input():
         return False
     numbers = held.const_value.numpy()
+    if neighbours:
+        return bool(np.array_equal(numbers[..., ::2], numbers[..., 1::2]))
     first, second = np.split(numbers, 2, axis=-1)
     return bool(np.array_equal(first, second))

@@ -8,14 +8,14 @@ from difflib import get_close_matches
 import onnx_ir as ir
 
 from fusepass.exporters.onnx_attention import ATTENTION
-from fusepass.exporters.onnx_contrib import GROUP_QUERY, MULTI_HEAD
+from fusepass.exporters.onnx_contrib import GROUP_QUERY, MASKED_HALF, MULTI_HEAD
 from fusepass.exporters.onnx_files import NEWEST_OPSET
 from fusepass.exporters.onnx_operators import Operator, Target
 
 #: Operators in order of preference.
 OPERATORS: dict[str, tuple[Operator, ...]] = {
     "onnx": (ATTENTION,),
-    "ort": (GROUP_QUERY, ATTENTION, MULTI_HEAD),
+    "ort": (GROUP_QUERY, MASKED_HALF, ATTENTION, MULTI_HEAD),
     "tensorrt": (ATTENTION,),
 }
 #: The operator set of a model that names none.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -87,15 +86,32 @@ class ExportReport:
             yield site_table(Collector([self.graph]))
         if self.checks:
             yield _check_table(self.checks)
-        versions = ", ".join(f"{name or 'ai.onnx'} {version}" for name, version in self.versions.items())
-        written = ", ".join(f"{count} {name}" for name, count in Counter(self.operators).most_common())
+        written = ", ".join(f"{count} {name}" for name, count in self.operators.items())
         yield escape(
             f"{self.fused} of {self.sites} attention sites fused ({written or 'no fused operator'}), "
-            f"{self.softmaxes} softmaxes left; {versions + '; ' if versions else ''}{self.seconds:.1f} s"
+            f"{self.softmaxes} softmaxes left"
         )
         for note in self.notes:
             yield f"[dim]note: {escape(note)}[/dim]"
-        yield f"written to [bold]{escape(self.path)}[/bold]"
+        yield self._summary()
+
+    def _summary(self) -> Table:
+        """What was written, in one line."""
+        table = Table(title="Written", title_justify="left", header_style="bold", expand=False)
+        for name in ("file", "sites fused", "operators", "softmaxes left", "largest error", "versions", "s"):
+            table.add_column(name, overflow="fold")
+        versions = ", ".join(f"{name or 'ai.onnx'} {version}" for name, version in self.versions.items())
+        written = ", ".join(f"{count} {name}" for name, count in self.operators.items())
+        table.add_row(
+            escape(self.path),
+            f"{self.fused} of {self.sites}",
+            escape(written) or "none",
+            str(self.softmaxes),
+            f"{self.max_error:.2g}" if self.checks else "not checked",
+            versions or self.target,
+            f"{self.seconds:.1f}",
+        )
+        return table
 
 
 def _check_table(checks: list[Check]) -> Table:

@@ -231,9 +231,11 @@ def _export(arguments: argparse.Namespace) -> int:
         given["dynamic_shapes"] = _all_dynamic(target.args, target.kwargs)
     if suffix == ".pt2":
         write = fusepass.compile_aoti if arguments.aoti else fusepass.export_pt2
-        return _reported(lambda: write(model, target.args, arguments.to, **given), arguments)
+        return _reported(lambda _: write(model, target.args, arguments.to, **given), arguments)
     given |= {"target": arguments.target, "opset": arguments.opset, "verify": not arguments.no_verify}
-    return _reported(lambda: fusepass.export_onnx(model, target.args, arguments.to, **given), arguments)
+    return _reported(
+        lambda say: fusepass.export_onnx(model, target.args, arguments.to, progress=say, **given), arguments
+    )
 
 
 def _all_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -251,23 +253,28 @@ def _all_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _optimize(arguments: argparse.Namespace) -> int:
     return _reported(
-        lambda: fusepass.optimize_onnx(
+        lambda say: fusepass.optimize_onnx(
             arguments.source,
             arguments.destination or arguments.source,
             target=arguments.target,
             opset=arguments.opset,
             verify=not arguments.no_verify,
+            progress=say,
         ),
         arguments,
     )
 
 
-def _reported(write: Callable[[], Any], arguments: argparse.Namespace) -> int:
-    """Show what was written; 1 where the result does not agree with the original."""
+def _reported(write: Callable[[Callable[[str], None]], Any], arguments: argparse.Namespace) -> int:
+    """Write a file, telling of the steps to whoever watches; 1 where it differs from the original."""
+    from rich.console import Console
+    from rich.markup import escape
+
     from fusepass.targets import UsageError
 
     try:
-        report = write()
+        with Console(stderr=True).status("starting") as status:
+            report = write(lambda step: status.update(escape(step)))
     except ValueError as error:
         raise UsageError(str(error)) from error
     except (ImportError, RuntimeError) as error:

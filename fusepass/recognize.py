@@ -18,7 +18,7 @@ from fusepass.index import Affine, AxisSpace, Facts, Size, prod
 from fusepass.ir import Expr, const, expr, pointwise, scalar_of
 from fusepass.patterns import formulas, heads, masks
 from fusepass.patterns.layout import LAYOUT
-from fusepass.patterns.products import PRODUCTS, factors
+from fusepass.patterns.products import PRODUCTS, factors, normalised_late
 from fusepass.patterns.scores import SCORES, holds_product
 from fusepass.patterns.softmax import SOFTMAX
 from fusepass.patterns.weights import WEIGHTS, holds_softmax, parts
@@ -526,4 +526,7 @@ def _without_empty(scores: tuple[ScoreModifier, ...]) -> tuple[ScoreModifier, ..
     return tuple(m for m in scores if not (isinstance(m, Mask) and not m.atoms))
 
 
-__all__ = ["RULES", "Miss", "Rules", "Site", "ZeroEmptyRows", "negligible", "recognise"]
+__all__ = [
+    "RULES", "Miss", "Rules", "Site", "ZeroEmptyRows", "negligible", "normalised_late", "recognise",
+    "recognise_sum",
+]  # fmt: skip

@@ -95,10 +95,16 @@ def assign(
         )
     roles.group = [a for a in free if a not in roles.query]
     # The innermost axis that keys or values vary over is the head, where there are several such dimensions.
-    several = len(shared) > 1 or (bool(shared) and not roles.group and len(scores.index) >= 4)
+    alone = bool(shared) and len(scores.index) >= 4
+    several = len(shared) > 1 or (alone and (not roles.group or _behind_batch(scope, scores, shared[0])))
     roles.kv_heads = shared[-1:] if several else []
     roles.batch = [a for a in shared if a not in roles.kv_heads]
     return roles
+
+
+def _behind_batch(scope: Scope, scores: Term, axis: str) -> bool:
+    """Is an axis in a later dimension of the scores than the first, because there is one sequence alone?"""
+    return axis not in scope.space.resolve(scores.index[0]).axes
 
 
 def _query_axes(scope: Scope, scores: Term, dim: int, free: list[str]) -> list[str]:

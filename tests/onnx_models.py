@@ -134,6 +134,10 @@ def _pixels(size: int = 16) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))}
 
 
+def _features() -> Tensor:
+    return torch.randn(2, 16, 24, generator=torch.Generator().manual_seed(3))
+
+
 _ENCODER = {**TINY, "intermediate_size": 48}
 _VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
            "image_size": 16, "patch_size": 4}  # fmt: skip
@@ -160,7 +164,7 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, dict[str, Any]]], int]] = 
     "whisper": (
         functools.partial(
             _made, "WhisperModel", "WhisperConfig",
-            {"input_features": torch.randn(2, 16, 24), "decoder_input_ids": _text(2, 5)["input_ids"]},
+            {"input_features": _features(), "decoder_input_ids": _text(2, 5)["input_ids"]},
             d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
             decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=50, num_mel_bins=16,
             max_source_positions=12, max_target_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,

@@ -38,6 +38,7 @@ def test_export_and_optimize(factory: str, tmp_path: Path, capsys: pytest.Captur
     printed = capsys.readouterr().out
     assert "1 of 1 attention sites fused (1 Attention), 0 softmaxes left" in printed
     assert "Checked by running it" in printed
+    assert printed.rstrip().rpartition("Written")[2].count("m.onnx") == 1, "a table comes last"
     assert [str(n) for n in ir.load(path).graph.inputs[0].shape or ()][2] == "32", "a constant size stays one"
     assert main(["optimize", str(path), str(out), "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)

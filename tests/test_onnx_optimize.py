@@ -76,6 +76,34 @@ def test_after_passes_of_onnxruntime(level: str, tmp_path: Path) -> None:
     assert report.max_error <= 1e-5
 
 
+class Pair(nn.Module):
+    """Two layers, the second with a softcap, which onnxscript's patterns do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Attention(), Attention(cap=5.0)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        out: Tensor = self.second(self.first(x, mask), mask)
+        return out
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+def test_what_onnxscript_has_left(target: str, tmp_path: Path) -> None:
+    from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
+    before, middle, after = (tmp_path / f"{n}.onnx" for n in ("before", "middle", "after"))
+    plain(sharpened(Pair()), before, drawn(), MASK)
+    made: Any = optimize_for_ort(ir.load(before))
+    ir.save(made[0] if isinstance(made, tuple) else made, middle)
+    theirs = [n for n in ir.load(middle).graph if n.domain == "com.microsoft" and "Attention" in n.op_type]
+    assert len(theirs) == 1, "one is fused by onnxscript"
+    report = fusepass.optimize_onnx(middle, after, target=target)
+    assert (report.sites, report.fused, report.softmaxes) == (1, 1, 0), report.graph.sites
+    assert report.operators == {f"com.microsoft.{theirs[0].op_type}": 1, "Attention": 1}
+    assert report.checks and report.max_error <= 1e-5
+
+
 def test_names_metadata_and_weights_stay(tmp_path: Path) -> None:
     before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
     plain(sharpened(Attention()), before, drawn(), input_names=["tokens"], output_names=["result"])
@@ -113,6 +141,133 @@ def test_scores_that_are_read_elsewhere_stay(tmp_path: Path) -> None:
     assert "scores or weights are also used by" in str(report.graph.sites[0].reason)
 
 
+class Repeated(nn.Module):
+    """The same attention twice, the second time as the result of the model as well."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.shared = shared
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def weights() -> Tensor:
+            return (q @ k.transpose(-2, -1) * 0.3).softmax(-1)
+
+        w = weights()
+        again = w if self.shared else weights()
+        first, second = w @ v, again @ v
+        return first + 1, second, second * 2
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_same_attention_twice(shared: bool, tmp_path: Path) -> None:
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    plain(Repeated(shared).eval(), before, *torch.randn(3, 2, 2, 6, 8), optimize=False)
+    report = fusepass.optimize_onnx(before, after)
+    assert (report.sites, report.fused, report.softmaxes) == (2, 2, 0), report.graph.sites
+    assert report.max_error <= 1e-5 and len(nodes(after, "Attention")) == 1
+
+
+class Differential(nn.Module):
+    """The difference of two softmaxes with a factor (Ye et al., arXiv 2410.05258)."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, factor: Tensor) -> Tensor:
+        first, second = (
+            (a @ b.transpose(-2, -1) * 0.3).softmax(-1)
+            for a, b in zip(q.chunk(2, -1), k.chunk(2, -1), strict=True)
+        )
+        out: Tensor = (first - factor * second) @ v
+        return out
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort", "tensorrt"])
+def test_a_difference_of_attentions(target: str, tmp_path: Path) -> None:
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    plain(Differential().eval(), before, *torch.randn(3, 2, 2, 6, 16), torch.rand(2, 1, 1))
+    report = fusepass.optimize_onnx(before, after, target=target)
+    assert (report.sites, report.fused, report.softmaxes) == (2, 2, 0), report.graph.sites
+    assert report.max_error <= 1e-5 and len(nodes(after, "Attention")) == 2
+
+
+class Late(nn.Module):
+    """Weights that are divided by their sum after the product with the values."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.transpose(-2, -1) * 0.3
+        w = (s - s.amax(-1, keepdim=True)).exp()
+        return w @ v / w.sum(-1, keepdim=True)
+
+
+def test_weights_that_are_normalised_late(tmp_path: Path) -> None:
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    plain(Late().eval(), before, *torch.randn(3, 2, 2, 6, 8))
+    report = fusepass.optimize_onnx(before, after)
+    assert (report.sites, report.fused) == (1, 1), report.graph.sites
+    assert report.max_error <= 1e-5 and not nodes(after, "Exp")
+
+
+class Stored(nn.Module):
+    """A causal mask that the model stores, sliced to the length of its input."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("mask", mask)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s, n = q @ k.transpose(-2, -1) * 0.3, q.shape[2]
+        if self.how == "where":
+            s = torch.where(self.mask[:, :, :n, :n].bool(), s, torch.finfo(s.dtype).min)
+        elif self.how == "zero":
+            s = s.masked_fill(self.mask[:, :, :n, :n] == 0, -torch.inf)
+        elif self.how == "add":
+            s = s + self.mask[:n, :n]
+        else:  # rows first, then heads
+            s = s.masked_fill(self.mask[:n, 0, :n], -torch.inf)
+        return s.softmax(-1) @ v
+
+
+LOWER = torch.ones(16, 16).tril()
+STORED = {
+    "where": LOWER.to(torch.uint8)[None, None],
+    "zero": LOWER[None, None],
+    "add": torch.full((16, 16), -torch.inf).triu(1),
+    "hidden": (LOWER == 0)[:, None],
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("script", [True, False], ids=["torchscript", "dynamo"])
+@pytest.mark.parametrize("how", STORED)
+def test_stored_masks_are_proved_causal(how: str, script: bool, tmp_path: Path) -> None:
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    model = Stored(STORED[how], how).eval()
+    q, k, v = torch.randn(3, 2, 2, 6, 8)
+    length = torch.export.Dim("seq", max=16)
+    if script:
+        torch.onnx.export(
+            model, (q, k, v), str(before), dynamo=False, opset_version=14, input_names=["q", "k", "v"],
+            dynamic_axes={n: {2: "seq"} for n in "qkv"},
+        )  # fmt: skip
+    else:
+        plain(model, before, q, k, v, dynamic_shapes=({2: length},) * 3)
+    report = fusepass.optimize_onnx(before, after)
+    (node,) = nodes(after, "Attention")
+    assert report.max_error <= 1e-5 and len(node.inputs) == 3 and node.attributes.get_int("is_causal", 0)
+
+
+def test_dropout_in_training_stays(tmp_path: Path) -> None:
+    class Dropping(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return nn.functional.dropout((q @ k.transpose(-2, -1)).softmax(-1), 0.5) @ v
+
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    plain(Dropping().eval(), before, *torch.randn(3, 2, 2, 6, 8))
+    report = fusepass.optimize_onnx(before, after, verify=False)
+    assert "export the model in eval mode" in str(report.graph.sites[0].reason)
+
+
 # ---------------------------------------------------------------------------------------- files
 
 
@@ -141,6 +296,44 @@ def test_unknown_operators_are_left_alone(tmp_path: Path) -> None:
     report = fusepass.optimize_onnx(before, after)
     assert report.fused == 1 and [n.domain for n in nodes(after, "Secret")] == ["somebody"]
     assert not report.checks and "not verified" in report.notes[0], "nobody can run it"
+
+
+def test_what_could_not_be_read_is_named(tmp_path: Path) -> None:
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    model = attention_proto()
+    model.graph.node[2].input[0] = "other"
+    model.graph.node.insert(2, helper.make_node("Pad", ["s", "pads"], ["other"], name="odd"))
+    model.graph.input.append(helper.make_tensor_value_info("pads", TensorProto.INT64, [8]))
+    onnx.save(model, before)
+    report = fusepass.optimize_onnx(before, after)
+    assert report.softmaxes == 1 and "'Pad' (odd)" in str(report.graph.sites[0].reason)
+
+
+def test_inner_graphs_read_what_is_computed_before_them(tmp_path: Path) -> None:
+    """One attention in both branches of an If, and again after it: each has a node of its own."""
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 2, "S", 8]) for n in "qkv"]
+
+    def steps(end: str) -> list[Any]:
+        return [
+            helper.make_node("Transpose", ["k"], [f"t{end}"], perm=[0, 1, 3, 2]),
+            helper.make_node("MatMul", ["q", f"t{end}"], [f"s{end}"]),
+            helper.make_node("Softmax", [f"s{end}"], [f"w{end}"], axis=-1),
+            helper.make_node("MatMul", [f"w{end}", "v"], [f"y{end}"]),
+        ]
+
+    branches = [
+        helper.make_graph(steps(n), n, [], [helper.make_tensor_value_info(f"y{n}", TensorProto.FLOAT, None)])
+        for n in ("a", "b")
+    ]
+    flag = helper.make_tensor_value_info("flag", TensorProto.BOOL, [])
+    choose = helper.make_node("If", ["flag"], ["chosen"], then_branch=branches[0], else_branch=branches[1])
+    outs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 2, "S", 8]) for n in ("chosen", "yz")]
+    graph = helper.make_graph([choose, *steps("z")], "g", [*values, flag], outs)
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), before)
+    report = fusepass.optimize_onnx(before, after)
+    assert (report.sites, report.fused, report.softmaxes) == (3, 3, 0)
+    assert len(nodes(after, "Attention")) == 3 and report.checks and report.max_error <= 1e-5
 
 
 @pytest.mark.parametrize("opset", [9, 27])

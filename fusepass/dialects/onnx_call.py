@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import onnx_ir as ir
@@ -12,8 +12,9 @@ import torch
 
 from fusepass.dialects.handlers import Result
 from fusepass.dialects.onnx_sizes import DimFacts, Known, elements
+from fusepass.dialects.torch_views import slice_dim
 from fusepass.index import Size
-from fusepass.ir import Expr, Shape, scalar_of
+from fusepass.ir import Expr, Shape, expr, scalar_of
 
 DTYPES: dict[ir.DataType, torch.dtype] = {
     ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.DOUBLE: torch.float64,
@@ -40,6 +41,7 @@ class Call:
     known: tuple[Known | None, ...]
     recorded: tuple[Shape | None, ...]
     symbols: Container[sympy.Basic] = ()
+    home: dict[Expr, ir.Value] = field(default_factory=dict)
 
     def names(self, size: Size) -> bool:
         """Is a size made of dimensions that occur before this node?"""
@@ -114,12 +116,38 @@ def _joined(c: Call, a: Size, b: Size) -> Size | None:
         return b
     if b == 1:
         return a
-    # A table of n > 1 entries cut to min(s, n) meets a dimension s: the model runs only where s <= n.
+    # A table of n entries cut to min(s, n) meets a dimension s: the model runs only where s <= n, or n = 1.
     for narrow, wide in ((a, b), (b, a)):
         if (
             isinstance(narrow, sympy.Min)
             and wide in narrow.args
-            and all(x == wide or (x.is_Integer and int(str(x)) > 1) for x in narrow.args)
+            and all(x == wide or (x.is_Integer and x.is_positive) for x in narrow.args)
         ):
             return wide
     return None
+
+
+def fitted(c: Call, x: Expr, shape: Shape) -> Expr:
+    """An operand of a broadcast to ``shape``, where a dimension of ``min(n, s)`` meets ``s``.
+
+    With ``n`` of one it has one element (where ``s`` is zero nothing has any, and nothing is said of them);
+    else the model runs only where ``s`` is at most ``n``, and the dimension is ``s``.
+    """
+    met = [
+        (dim, wide)
+        for dim, (size, wide) in enumerate(zip(x.shape, shape[len(shape) - x.rank :], strict=True))
+        if isinstance(size, sympy.Min) and size != wide and wide in size.args
+    ]
+    whole = list(x.shape)
+    for dim, wide in met:
+        if sympy.Integer(1) not in x.shape[dim].args:  # type: ignore[union-attr]
+            whole[dim] = wide
+    if tuple(whole) != x.shape and x.op in ("slice", "input"):
+        held = c.home.get(x)
+        x = expr(x.op, x.args, x.attrs, tuple(whole), x.dtype)
+        if held is not None:
+            c.home.setdefault(x, held)
+    for dim, _ in met:
+        if whole[dim] == x.shape[dim] and isinstance(x.shape[dim], sympy.Min):
+            x = slice_dim(x, dim, 0, 1)
+    return x

@@ -8,13 +8,14 @@ describe gives a leaf of the shape that the model records for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 import sympy
 import torch
 
+from fusepass.contents import Contents
 from fusepass.dialects import onnx_sizes
 from fusepass.dialects.handlers import as_expr, reshape, view
 from fusepass.dialects.onnx_constants import closed_form
@@ -30,6 +31,34 @@ _MOST = 64
 _TABLE = 1 << 22
 
 
+class _Tables(Mapping[Expr, torch.Tensor]):
+    """Constants as tensors, made when they are asked for."""
+
+    def __init__(self) -> None:
+        self._values: dict[Expr, ir.Value] = {}
+
+    def add(self, meaning: Expr, value: ir.Value) -> None:
+        """A leaf and the constant that it stands for."""
+        self._values[meaning] = value
+
+    def update(self, other: _Tables) -> None:
+        """The constants of a graph around."""
+        self._values.update(other._values)
+
+    def __getitem__(self, meaning: Expr) -> torch.Tensor:
+        tensor = ir.convenience.get_const_tensor(self._values[meaning])
+        assert tensor is not None
+        array = tensor.numpy()
+        wide = array.astype("float32") if meaning.dtype is torch.bfloat16 else array
+        return torch.tensor(wide).to(meaning.dtype)
+
+    def __iter__(self) -> Iterator[Expr]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
 class OnnxReader:
     """The meanings of a graph's values.
 
@@ -38,12 +67,14 @@ class OnnxReader:
         opsets: the version of every operator set.
         shapes: what shape inference found out, by the name of the value.
         parent: the reader of the graph around this one.
+        holder: the node of that graph which holds this one.
 
     Attributes:
         meaning: the expression of every value that has one.
         known: the numbers of small integer tensors.
         home: for an expression, the first value that holds it.
         order: the position of every node.
+        contents: the elements of constants that have no closed form of their own.
     """
 
     def __init__(
@@ -52,23 +83,40 @@ class OnnxReader:
         opsets: Mapping[str, int],
         shapes: Mapping[str, Sequence[Any]] | None = None,
         parent: OnnxReader | None = None,
+        holder: ir.Node | None = None,
     ) -> None:
         self.graph, self.opsets, self.shapes = graph, opsets, shapes or {}
-        self.parent = parent
-        self.meaning: dict[ir.Value, Expr | None] = {} if parent is None else dict(parent.meaning)
-        self.known: dict[ir.Value, Known] = {} if parent is None else dict(parent.known)
-        self.home: dict[Expr, ir.Value] = {} if parent is None else dict(parent.home)
-        self.sources: dict[sympy.Symbol, tuple[ir.Value, int]] = (
-            {} if parent is None else dict(parent.sources)
-        )
+        self.meaning: dict[ir.Value, Expr | None] = {}
+        self.known: dict[ir.Value, Known] = {}
+        self.home: dict[Expr, ir.Value] = {}
+        self.sources: dict[sympy.Symbol, tuple[ir.Value, int]] = {}
         self.order: dict[ir.Node, int] = {}
+        self._tables = _Tables()
+        self.contents = Contents(self._tables)
         self._smallest: dict[ir.Value, float] = {}
+        if parent is not None:
+            self._inherit(parent, holder)
         self.facts = DimFacts()
         for value in graph.inputs:
             self._bind(value, self._opaque(value))
         for position, node in enumerate(graph):
             self.order[node] = position
             self._read(node)
+
+    def _inherit(self, parent: OnnxReader, holder: ir.Node | None) -> None:
+        """What the graph around knows, and those of its values that are computed before this one runs."""
+        last = parent.order.get(holder, -1) if holder is not None else -1
+
+        def early(value: ir.Value) -> bool:
+            producer = value.producer()
+            if producer is None or producer not in parent.order:
+                return producer is None or producer.graph is not None
+            return producer.graph is not None and parent.order[producer] < last
+
+        self.meaning, self.known = dict(parent.meaning), dict(parent.known)
+        self.home = {e: v for e, v in parent.home.items() if early(v)}
+        self.sources = {s: source for s, source in parent.sources.items() if early(source[0])}
+        self._tables.update(parent._tables)
 
     # -- public ------------------------------------------------------------------------------
 
@@ -146,6 +194,7 @@ class OnnxReader:
         """A constant without a closed form; where it does not vary over a dimension it is expanded there."""
         shape = tuple(int(n) for n in table.shape)
         whole = leaf(value.name or f"constant{id(value)}", shape, dtype)
+        self._tables.add(whole, value)
         if table.ndim < 3 or table.size > _TABLE:
             return whole
         same = [d for d, n in enumerate(shape) if n > 1 and bool((table == table.take([0], d)).all())]
@@ -171,6 +220,7 @@ class OnnxReader:
             known,
             tuple(self.recorded(v) for v in node.outputs),
             self.sources,
+            self.home,
         )
         self._know(call)
         made = self._meaning(call)

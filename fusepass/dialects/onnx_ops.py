@@ -16,7 +16,7 @@ import torch
 
 from fusepass.dialects import onnx_views, torch_creation, torch_ops, torch_products
 from fusepass.dialects.handlers import cast, dim_of, permute, reshape, view
-from fusepass.dialects.onnx_call import DTYPES, HANDLERS, Call, Handler, Meaning, broadcast, handles
+from fusepass.dialects.onnx_call import DTYPES, HANDLERS, Call, Handler, Meaning, broadcast, fitted, handles
 from fusepass.dialects.torch_creation import filled
 from fusepass.index import Size, simplify_size
 from fusepass.ir import Expr, Shape, const, expr, leaf, pointwise, scalar_of
@@ -28,6 +28,7 @@ def _pointwise(c: Call, op: str, *args: Expr, dtype: torch.dtype | None = None) 
     shape = broadcast(c, *(a.shape for a in args))
     if shape is None:
         return None
+    args = tuple(fitted(c, a, shape) for a in args)
     made = pointwise(op, *args, dtype=dtype)
     made = made if made.shape == shape else expr(op, args, (), shape, made.dtype)
     return _folded(op, made) or made
@@ -69,7 +70,7 @@ for _name, _op in {
     HANDLERS["", _name] = _simple(_op)
 for _name, _op in {
     "Not": "not", "Or": "or", "Xor": "xor", "Equal": "eq", "Less": "lt", "LessOrEqual": "le",
-    "Greater": "gt", "GreaterOrEqual": "ge", "IsNaN": "isnan",
+    "Greater": "gt", "GreaterOrEqual": "ge",
 }.items():  # fmt: skip
     HANDLERS["", _name] = _simple(_op, boolean=True)
 
@@ -93,8 +94,23 @@ def _mod(c: Call, a: Expr, b: Expr) -> Expr | None:
     return None if c.attr("fmod", 0) else _pointwise(c, "mod", a, b, dtype=a.dtype)
 
 
+def _unwidened(x: Expr) -> Expr:
+    """Below a cast to a wider floating type, which keeps NaN and infinities what they are."""
+    while (
+        x.op == "cast" and x.args[0].is_float and x.is_float and x.dtype.itemsize > x.args[0].dtype.itemsize
+    ):
+        x = x.args[0]
+    return x
+
+
+@handles("IsNaN")
+def _isnan(c: Call, x: Expr) -> Expr | None:
+    return _pointwise(c, "isnan", _unwidened(x), dtype=torch.bool)
+
+
 @handles("IsInf")
 def _isinf(c: Call, x: Expr) -> Expr | None:
+    x = _unwidened(x)
     both = c.attr("detect_negative", 1) and c.attr("detect_positive", 1)
     if x.op == "softmax":
         return view("expand", const(False, torch.bool), x.shape)  # weights are at most one, or NaN
@@ -173,7 +189,12 @@ def _identity(c: Call, x: Expr) -> Expr:
 @handles("Dropout")
 def _dropout(c: Call, x: Expr, ratio: Expr | None = None, training: Expr | None = None) -> Expr | None:
     trains = False if training is None else scalar_of(training)
-    return x if trains is False or trains == 0 else None
+    if trains is False or trains == 0:
+        return x
+    chance = 0.5 if ratio is None else scalar_of(ratio)
+    if trains is None or chance is None:
+        return None
+    return expr("dropout", (x,), (float(chance), c.node.outputs[0].name or ""), x.shape, x.dtype)
 
 
 def _unread(c: Call, x: Expr, *_: Expr | None) -> Expr:

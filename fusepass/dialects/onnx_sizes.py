@@ -56,7 +56,7 @@ def _binary(op: ast.operator, a: Any, b: Any) -> Any:
         case ast.Add():
             return a + b
         case ast.Sub():
-            return a - b
+            return sympy.sympify(difference(a, b))
         case ast.Mult():
             return a * b
         case ast.FloorDiv():
@@ -74,6 +74,14 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "max": sympy.Max,
     "min": sympy.Min,
 }
+
+
+def difference(a: Size, b: Any) -> Size:
+    """``a - b``, where ``a - Max(x, y)`` is ``Min(a - x, a - y)``."""
+    for kind, other in ((sympy.Max, sympy.Min), (sympy.Min, sympy.Max)):
+        if isinstance(b, kind):
+            return simplify_size(other(*(difference(a, x) for x in b.args)))
+    return simplify_size(sympy.expand(sympy.sympify(a) - b))
 
 
 # ---------------------------------------------------------------------------------------- facts
@@ -100,12 +108,22 @@ class DimFacts(Facts):
         """Is ``a <= b`` for all sizes?"""
         if isinstance(a, int) and isinstance(b, int):
             return a <= b
+        if isinstance(a, sympy.Max) or isinstance(b, sympy.Min):
+            return all(self.at_most(x, y) for x in _parts(a, sympy.Max) for y in _parts(b, sympy.Min))
+        lows, highs = _parts(a, sympy.Min), _parts(b, sympy.Max)
+        if len(lows) * len(highs) > 1 and any(self.at_most(x, y) for x in lows for y in highs):
+            return True
         gap = sympy.expand((sympy.sympify(b) - a).subs(self._shift, simultaneous=True))
         return bool(gap.is_nonnegative) or _least(gap) >= 0
 
     def positive(self, a: Size) -> bool:
         """Is ``a >= 1`` for all sizes?"""
         return self.at_most(1, a)
+
+
+def _parts(size: Any, kind: Any) -> list[Size]:
+    """The arguments of a ``Max`` or ``Min``; a size that is none is its only part."""
+    return [simplify_size(x) for x in size.args] if isinstance(size, kind) else [size]
 
 
 def _least(gap: Any) -> float:

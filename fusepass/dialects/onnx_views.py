@@ -7,6 +7,7 @@ import sympy
 from fusepass.dialects import torch_ops, torch_views
 from fusepass.dialects.handlers import dim_of, permute, reshape, view
 from fusepass.dialects.onnx_call import Call, Meaning, broadcast, handles
+from fusepass.dialects.onnx_sizes import difference
 from fusepass.dialects.torch_views import slice_dim
 from fusepass.index import Size, prod, simplify_size
 from fusepass.ir import Expr, Shape, expr, leaf
@@ -115,7 +116,7 @@ def _cut(c: Call, x: Expr, start: Size, end: Size, axis: Size, step: Size) -> Ex
     first, last = _bound(c, start, size), _bound(c, end, size)
     if step < 1 or first is None or last is None:
         return None
-    length = simplify_size(sympy.expand(sympy.sympify(last) - first))
+    length = difference(last, first)
     recorded = c.recorded[0]
     open_ended = isinstance(length, sympy.Expr) and length.has(sympy.Min)
     if open_ended and recorded and len(recorded) == x.rank and c.names(recorded[dim]):
@@ -138,7 +139,7 @@ def _bound(c: Call, at: Size, size: Size) -> Size | None:
         if at >= _FAR - 1 or c.facts.at_most(size, at):
             return size
     if not c.facts.at_most(0, at):
-        return None
+        return 0 if c.facts.equal(at, -size) else None  # counted from the end, it is the beginning
     return at if c.facts.at_most(at, size) else simplify_size(sympy.Min(at, size))
 
 
