@@ -62,7 +62,7 @@ def quotient(term: Term, scope: Scope) -> Core | None:
     scores = _logits(under_casts(numerator), scope)
     if scores is None:
         return None
-    if (dim := _row_sum_of(_unclamped(denominator, scores), numerator)) is not None:
+    if (dim := _row_sum_of(_unclamped(denominator, numerator, scores), numerator)) is not None:
         return _core(term, scores, dim)
     sunk = _with_sink(term, scores, denominator, numerator)
     if sunk is None and holds_product(scores):
@@ -104,21 +104,25 @@ def _zero_or_one(factor: Expr, scope: Scope) -> Expr | None:
     return expr("cast", (factor,), (torch.bool,), factor.shape, torch.bool)
 
 
-def _unclamped(denominator: Expr, scores: Expr) -> Expr:
+def _unclamped(denominator: Expr, numerator: Expr, scores: Expr) -> Expr:
     """``max(sum(exp(x - amax(x))), c)`` with ``c <= 1`` is the sum: its largest summand is 1."""
     node = under_casts(denominator)
-    if node.op != "max" or not _is_shifted(scores):
+    if node.op != "max":
         return denominator
     for total, bound in (node.args, node.args[::-1]):
-        known = scalar_of(bound)
-        if known is not None and known <= 1:
+        known, dim = scalar_of(bound), _row_sum_of(total, numerator)
+        if known is not None and known <= 1 and dim is not None and _is_shifted(scores, dim):
             return total
     return denominator
 
 
-def _is_shifted(scores: Expr) -> bool:
-    """Is its own maximum over one dimension subtracted?"""
-    return any(_unshifted(scores, dim) is not under_casts(scores) for dim in range(scores.rank))
+def _is_shifted(scores: Expr, dim: int) -> bool:
+    """Is its very maximum over a dimension subtracted, so that the largest exponential over it is 1?"""
+    node = under_casts(scores)
+    if node.op != "sub":
+        return False
+    shift = node.args[1]
+    return shift.op == "amax" and shift.attrs[0] == (dim,) and shift.args[0] is node.args[0]
 
 
 def _with_sink(term: Term, scores: Expr, denominator: Expr, numerator: Expr) -> Core | None:
@@ -129,7 +133,7 @@ def _with_sink(term: Term, scores: Expr, denominator: Expr, numerator: Expr) -> 
         dim = _row_sum_of(total, numerator)
         if dim is None:
             continue
-        if scalar_of(extra) is not None and _is_shifted(scores):
+        if scalar_of(extra) is not None and _is_shifted(scores, dim):
             raise Refuse(
                 f"{scalar_of(extra)} is added to the sum of exponentials that are shifted by their maximum: "
                 "that is no softmax, and needless, as the sum is at least 1",

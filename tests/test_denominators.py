@@ -97,6 +97,19 @@ def clamped_above_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (e / total(e).clamp(min=1.5)) @ v
 
 
+def clamped_and_shifted_by_another_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The maximum over the queries: a row's sum may be small."""
+    s = scores(q, k)
+    e = (s - s.amax(-2, keepdim=True)).exp()
+    return (e / total(e).clamp(min=0.9)) @ v
+
+
+def clamped_and_shifted_by_a_rounded_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k) * 50
+    e = (s - s.amax(-1, keepdim=True).bfloat16().float()).exp()
+    return (e / total(e).clamp(min=0.9)) @ v
+
+
 def clamped_masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The maximum may be among the hidden keys: the rest may sum to less than the bound."""
     e = shifted(q, k) * lower()
@@ -113,6 +126,8 @@ STAYS: dict[str, tuple[Program, str | None]] = {
     "with an epsilon": (with_epsilon, "needless, as the sum is at least 1"),
     "clamped, not shifted": (clamped_unshifted, UNPROVED),
     "clamped above one": (clamped_above_one, UNPROVED),
+    "clamped, shifted by another maximum": (clamped_and_shifted_by_another_maximum, UNPROVED),
+    "clamped, shifted by a rounded maximum": (clamped_and_shifted_by_a_rounded_maximum, UNPROVED),
     "clamped and masked": (clamped_masked, UNPROVED),
     "times halves": (times_halves, None),
 }
