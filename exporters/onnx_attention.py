@@ -4,7 +4,8 @@
 from the end of the cache (ONNX operator specification of Attention, versions 23 and 24).  Fused kernels of
 runtimes take no mask, so that a mask that is proved causal is never passed as a tensor; grouped heads are
 native.  Runtimes want a mask of rank 4 with all queries and keys, whatever the specification says of
-broadcasting.
+broadcasting.  Where a mask says more than causality, ``is_causal`` is set beside it: kernels then leave out
+the blocks of later keys.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
+import sympy
 import torch
 
 from fusepass.exporters.onnx_builder import ONNX_DTYPES, OnnxBuilder
@@ -32,8 +34,9 @@ from fusepass.exporters.onnx_operands import (
     softcap_of,
 )
 from fusepass.exporters.onnx_operators import Operator, Target
+from fusepass.index import Size
 from fusepass.recognize import Site
-from fusepass.spec import Attention
+from fusepass.spec import Attention, Band
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -67,11 +70,20 @@ def emit(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
         extra = Added(None) if causal else added_mask(site, build, dtype, boolean=not sunk)
     if sunk:
         x, extra = _sunk(site, build, x, extra)
+    else:
+        beside = lengths is None and target.name != "tensorrt" and not extra.mute
+        causal = causal or (beside and _hides_later(spec, offset))
     x = replace(x, q=muted(build, extra, x.q))
     out = _call(site, build, x, extra.mask, _attributes(spec, factor, causal, dtype), cache, counts)
     out = after_weights(site, build, mend_rows(site, build, out, extra))
     r = site.roles
     return build.restore(build.cast(out, spec.out_dtype), (r.batch, r.heads, r.query, r.value_dim), site.out)
+
+
+def _hides_later(spec: Attention, offset: Size) -> bool:
+    """Do the masks hide every key after ``i + offset``, for the query at ``i``?"""
+    rights = [a.right for a in spec.atoms if isinstance(a, Band) and a.right is not None]
+    return any(sympy.expand(sympy.sympify(right) - offset).is_nonpositive for right in rights)
 
 
 def _takes_lengths(target: Target) -> bool:

@@ -46,7 +46,7 @@ FEATURES: dict[str, tuple[dict[str, Any], list[bool], dict[str, Any]]] = {
     "causal": ({"causal": True}, PLAIN, {"scale": 8**-0.5, "is_causal": 1}),
     "grouped heads": ({"kv": 2, "causal": True}, PLAIN, {"scale": 8**-0.5, "is_causal": 1}),
     "softcap": ({"cap": 5.0, "causal": True}, PLAIN, {"scale": 8**-0.5, "is_causal": 1, "softcap": 5.0}),
-    "window": ({"causal": True, "window": 3}, [True] * 4, {"scale": 8**-0.5}),
+    "window": ({"causal": True, "window": 3}, [True] * 4, {"scale": 8**-0.5, "is_causal": 1}),
     "bias": ({"bias": True, "causal": True}, [True] * 4, {"scale": 8**-0.5}),
 }
 
