@@ -40,6 +40,7 @@ class Written:
         names: the names of the model, its inner graphs included.
         replaced: old results of sites, and the values that stand for them now.
         present: values that some operator writes as the present state of a cache.
+        rotations: tensors that are rotary embeddings of others.
     """
 
     def __init__(self, reader: OnnxReader, opset: int, names: set[str | None]) -> None:
@@ -48,6 +49,7 @@ class Written:
         self.types: dict[ir.Value, tuple[Shape, torch.dtype]] = {}
         self.replaced: dict[ir.Value, ir.Value] = {}
         self.present: set[ir.Value] = set()
+        self.rotations: dict[Expr, Any] = {}
 
     def name(self, stem: str) -> str:
         """A name that no value of the model has."""

@@ -21,6 +21,7 @@ class Cache:
     Attributes:
         length: how many keys are in the cache.
         joined: the values ``Concat(past, new)`` of keys and values, which the operator writes as present.
+        new: what the new keys and values mean.
     """
 
     past_key: ir.Value
@@ -29,6 +30,7 @@ class Cache:
     new_value: ir.Value
     length: Size
     joined: tuple[ir.Value, ir.Value]
+    new: tuple[Expr, Expr]
 
     def take(self, build: OnnxBuilder, present: Sequence[ir.Value]) -> None:
         """Remember that the operator's outputs are the joined tensors from here on."""
@@ -51,7 +53,8 @@ def find_cache(site: Site, build: OnnxBuilder) -> Cache | None:
     if any(p is None for p in parts) or any(v in build.written.present for v in joined):
         return None
     past_key, new_key, past_value, new_value = (p for p in parts if p is not None)
-    return Cache(past_key, new_key, past_value, new_value, length, (joined[0], joined[1]))
+    new = (key[1].args[1], value[1].args[1])
+    return Cache(past_key, new_key, past_value, new_value, length, (joined[0], joined[1]), new)
 
 
 def _joined(

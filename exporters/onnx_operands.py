@@ -11,8 +11,11 @@ import torch
 
 from fusepass.exporters.onnx_bounds import lower_bound
 from fusepass.exporters.onnx_builder import OnnxBuilder
+from fusepass.index import Size
 from fusepass.ir import Shape, scalar_of
+from fusepass.layouts import Groups
 from fusepass.recognize import Site
+from fusepass.rule import Term
 from fusepass.spec import (
     Attention,
     Band,
@@ -90,11 +93,17 @@ def softcap_of(spec: Attention) -> float:
 # ---------------------------------------------------------------------------------------- operands
 
 
-def laid_out_query(site: Site, build: OnnxBuilder) -> ir.Value:
-    """The queries alone, ``[B, Q, H*D]``."""
-    r = site.roles
-    groups = (r.batch, r.query, [*r.heads, *r.head_dim])
-    return build.layout(build.choose(site.query, groups), groups, full=True)
+def laid_out_over(
+    build: OnnxBuilder,
+    chain: Sequence[Term],
+    batch: Sequence[str],
+    length: Sequence[str],
+    width: Sequence[str],
+    merged: bool = False,
+) -> ir.Value:
+    """One operand as ``[B, n, width]``, or ``[1, n, B * width]`` where sequences are merged into one."""
+    groups: Groups = ([], length, [*batch, *width]) if merged else (batch, length, width)
+    return build.layout(build.choose(chain, groups), groups, full=True)
 
 
 def laid_out(site: Site, build: OnnxBuilder, packed: bool = False) -> Operands:
@@ -115,11 +124,30 @@ def laid_out(site: Site, build: OnnxBuilder, packed: bool = False) -> Operands:
     for chain, heads, length, width in sides:
         groups = (r.batch, length, [*heads, *width]) if packed else (r.batch, heads, length, width)
         values.append(build.layout(build.choose(chain, groups), groups, full=True))
-    dtypes = {build.dtype_of(v) for v in values}
+    return alike(build, Operands(*values))
+
+
+def alike(build: OnnxBuilder, x: Operands) -> Operands:
+    """The operands in one dtype that holds them all."""
+    dtypes = {build.dtype_of(v) for v in (x.q, x.k, x.v)}
     wide = max(dtypes, key=lambda d: (d.itemsize, d is torch.float32))
     if {torch.float16, torch.bfloat16} <= dtypes:
         wide = torch.float32
-    return Operands(*(build.cast(v, wide) for v in values))
+    return Operands(*(build.cast(v, wide) for v in (x.q, x.k, x.v)))
+
+
+def times(a: Size, b: Size) -> Size:
+    """A product of sizes."""
+    return a * b
+
+
+def packed(build: OnnxBuilder, value: ir.Value, merged: bool = False) -> ir.Value:
+    """``[B, H, n, D]`` as ``[B, n, H*D]``, or as ``[1, n, B*H*D]`` where sequences are merged into one."""
+    batch, heads, length, width = build.shape_of(value)
+    if merged:
+        wide = build.permute(value, (2, 0, 1, 3))
+        return build.reshape(wide, (1, length, times(batch, times(heads, width))))
+    return build.reshape(build.permute(value, (0, 2, 1, 3)), (batch, length, times(heads, width)))
 
 
 def repeated(site: Site, build: OnnxBuilder, x: Operands) -> Operands:

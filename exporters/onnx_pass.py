@@ -112,7 +112,7 @@ class _Pass:
 
     def run(self) -> list[SiteReport]:
         """Every site's report, in topological order."""
-        if self.target.opset >= 23 and self.target.name != "tensorrt":
+        if self.target.name != "tensorrt":
             self._rotate()
         reports: list[SiteReport] = []
         for node in list(self.reader.order):
@@ -146,15 +146,18 @@ class _Pass:
         return [report]
 
     def _rotate(self) -> None:
-        """Rotary embeddings become one operator each."""
+        """Rotary embeddings become one operator each, where the operator set has it."""
         for node in list(self.reader.order):
             meaning = self.reader.meaning.get(node.outputs[0]) if node in self.live else None
             found = None if meaning is None else onnx_rotary.rotated(meaning)
             if meaning is None or found is None or self.reader.home[meaning] is not node.outputs[0]:
                 continue
             build = OnnxBuilder(self.written, node, AxisSpace(self.reader.facts))
+            if not onnx_rotary.tabled(build, found):
+                continue
+            self.written.rotations[meaning] = found
             try:
-                out = onnx_rotary.write(build, found)
+                out = onnx_rotary.write(build, found) if self.target.opset >= 23 else None
             except CannotEmit:
                 out = None
             if out is None:

@@ -17,15 +17,16 @@ import torch
 
 from fusepass.exporters.onnx_builder import OnnxBuilder
 from fusepass.index import Size
-from fusepass.ir import Expr, scalar_of
+from fusepass.ir import Expr, Shape, scalar_of
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """``x`` of rank 4 and the tables; ``neighbours``: are neighbours turned together, and not halves?"""
+    """``x`` of rank 4, turned ``out``, and the tables; ``neighbours`` are turned together, or halves."""
 
+    out: Expr
     x: Expr
     cos: Expr
     sin: Expr
@@ -43,7 +44,7 @@ def rotated(node: Expr) -> Rotation | None:
             for swapped, sin in turned:
                 kind = _turned(swapped, x) if x.shape == node.shape else None
                 if kind is not None:
-                    return Rotation(x, cos, sin, kind)
+                    return Rotation(node, x, cos, sin, kind)
     return None
 
 
@@ -121,23 +122,45 @@ def _same_elements(node: Expr, x: Expr) -> bool:
     return node is x
 
 
+def heads_dim(found: Rotation) -> int | None:
+    """Which dimension of ``x``, 1 or 2, the tables do not vary over; the other one holds positions."""
+    x, wide = found.x, [_wide(t) for t in (found.cos, found.sin)]
+    if any(s[3] != x.shape[3] or s[0] not in (1, x.shape[0]) for s in wide):
+        return None
+    return next((d for d in (1, 2) if all(s[d] == 1 and s[3 - d] == x.shape[3 - d] for s in wide)), None)
+
+
+def _wide(table: Expr) -> Shape:
+    return (1,) * (4 - table.rank) + table.shape
+
+
+def tabled(build: OnnxBuilder, found: Rotation) -> bool:
+    """Are the tables known to be what the operators take: every number twice, of the dtype of ``x``?"""
+    tables = (found.cos, found.sin)
+    if any(t.rank > 4 or t.dtype is not found.x.dtype for t in tables) or heads_dim(found) is None:
+        return False
+    return all(_repeats(build, t, found.neighbours) for t in tables)
+
+
+def half_table(build: OnnxBuilder, table: Expr, found: Rotation) -> ir.Value:
+    """The numbers of a table once each, ``[B | 1, S, D / 2]``."""
+    shape, width = _wide(table), found.x.shape[3]
+    heads = heads_dim(found)
+    assert isinstance(width, int) and heads is not None
+    value = build.reshape(build.as_tensor(table), shape)
+    half = build.cut(value, 3, 0, width, 2) if found.neighbours else build.cut(value, 3, 0, width // 2)
+    return build.reshape(half, (shape[0], found.x.shape[3 - heads], width // 2))
+
+
 def write(build: OnnxBuilder, found: Rotation) -> ir.Value | None:
-    """The operator in place of the embedding; None where the tables are not known to be what it takes."""
-    x, tables = found.x, (found.cos, found.sin)
-    if any(t.rank > 4 or t.dtype is not x.dtype or not _repeats(build, t, found.neighbours) for t in tables):
-        return None
-    wide = [(1,) * (4 - t.rank) + t.shape for t in tables]
-    heads = next((d for d in (1, 2) if all(s[d] == 1 and s[3 - d] == x.shape[3 - d] for s in wide)), None)
-    if heads is None or any(s[3] != x.shape[3] or s[0] not in (1, x.shape[0]) for s in wide):
-        return None
+    """The operator in place of the embedding; None where no layout of ``x`` serves."""
+    x, heads = found.x, heads_dim(found)
+    assert heads is not None
     batch, length, width = x.shape[0], x.shape[3 - heads], x.shape[3]
     assert isinstance(width, int)
-    caches = []
-    for table, shape in zip(tables, wide, strict=True):
-        value = build.reshape(build.as_tensor(table), shape)
-        half = build.cut(value, 3, 0, width, 2) if found.neighbours else build.cut(value, 3, 0, width // 2)
-        half = build.reshape(half, (shape[0], length, width // 2))
-        caches.append(build.expand(half, (batch, length, width // 2)))
+    caches = [
+        build.expand(half_table(build, t, found), (batch, length, width // 2)) for t in (found.cos, found.sin)
+    ]
     attributes = {"interleaved": 1} if found.neighbours else {}
     value, shape = build.as_tensor(x), x.shape
     if heads == 2:  # the operator wants heads before positions, or packed

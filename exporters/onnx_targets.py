@@ -8,8 +8,9 @@ from difflib import get_close_matches
 import onnx_ir as ir
 
 from fusepass.exporters.onnx_attention import ATTENTION
-from fusepass.exporters.onnx_contrib import GROUP_QUERY, MASKED_HALF, MULTI_HEAD
+from fusepass.exporters.onnx_contrib import MASKED_HALF, MULTI_HEAD
 from fusepass.exporters.onnx_files import NEWEST_OPSET
+from fusepass.exporters.onnx_grouped import GROUP_QUERY
 from fusepass.exporters.onnx_operators import Operator, Target
 
 #: Operators in order of preference.
