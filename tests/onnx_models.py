@@ -13,6 +13,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+import fusepass
+from fusepass.exporters.reports import ExportReport
+
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -90,6 +93,25 @@ def run(path: Path, **feeds: Any) -> list[npt.NDArray[Any]]:
     names = {i.name for i in session.get_inputs()}
     given = {n: np.asarray(a) for n, a in feeds.items() if n in names}
     return session.run(None, given)  # type: ignore[no-any-return]
+
+
+def exported(model: nn.Module, path: Path, *args: Any, **options: Any) -> ExportReport:
+    """`export_onnx`, with every check passed."""
+    report = fusepass.export_onnx(model, args, path, **options)
+    assert all(check.ok for check in report.checks) and report.checks
+    return report
+
+
+def attributes(path: Path, name: str = "Attention") -> dict[str, Any]:
+    """The attributes of the one node of an operator."""
+    (node,) = nodes(path, name)
+    return {key: attribute.value for key, attribute in node.attributes.items()}
+
+
+def used(path: Path, name: str = "Attention") -> list[bool]:
+    """Which inputs of the one node of an operator are given."""
+    (node,) = nodes(path, name)
+    return [value is not None for value in node.inputs]
 
 
 # ---------------------------------------------------------------------------------------- tiny models

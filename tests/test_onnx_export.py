@@ -15,28 +15,21 @@ from torch import Tensor, nn
 import fusepass
 from fusepass import spec
 from fusepass.exporters.onnx_files import Disagreement, ModelError
-from fusepass.exporters.reports import ExportReport
-from tests.onnx_models import MODELS, Attention, drawn, dynamic, nodes, run, sharpened
+from tests.onnx_models import (
+    MODELS,
+    Attention,
+    attributes,
+    drawn,
+    dynamic,
+    exported,
+    nodes,
+    run,
+    sharpened,
+    used,
+)
 
 BATCH, LENGTH = torch.export.Dim("batch"), torch.export.Dim("length")
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-
-
-def exported(model: nn.Module, path: Path, *args: Any, **options: Any) -> ExportReport:
-    report = fusepass.export_onnx(model, args, path, **options)
-    assert all(check.ok for check in report.checks) and report.checks
-    return report
-
-
-def attributes(path: Path, name: str = "Attention") -> dict[str, Any]:
-    (node,) = nodes(path, name)
-    return {key: attribute.value for key, attribute in node.attributes.items()}
-
-
-def used(path: Path, name: str = "Attention") -> list[bool]:
-    """Which inputs of the one node of an operator are given."""
-    (node,) = nodes(path, name)
-    return [value is not None for value in node.inputs]
 
 
 PLAIN = [True] * 3
@@ -222,75 +215,6 @@ def test_a_cache_becomes_past_and_present(tmp_path: Path) -> None:
             assert np.abs(mine - theirs.numpy()).max() < 1e-5
 
 
-class Windowed(nn.Module):
-    """Causal attention of grouped heads within a window, after a cache."""
-
-    def __init__(self, window: int = 3, cap: float = 0.0, sink: bool = False) -> None:
-        super().__init__()
-        self.window, self.cap = window, cap
-        self.sink = nn.Parameter(torch.tensor([0.5, -1.0, 2.0, 0.0])) if sink else None
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, ...]:
-        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
-        s = q @ k.repeat_interleave(2, 1).transpose(-2, -1) * 0.3
-        if self.cap:
-            s = torch.tanh(s / self.cap) * self.cap
-        n, past = q.shape[2], past_k.shape[2]
-        gap = torch.arange(past + n)[None, :] - (torch.arange(n)[:, None] + past)
-        s = s.masked_fill((gap > 0) | (gap <= -self.window), -math.inf)
-        if self.sink is not None:
-            s = torch.cat([s, self.sink.to(s.dtype)[None, :, None, None].expand(s.shape[0], 4, n, 1)], -1)
-        w = s.softmax(-1)[..., : past + n]
-        return w @ v.repeat_interleave(2, 1), k, v
-
-
-@pytest.mark.parametrize("kind", ["one token", "one sequence"])
-@pytest.mark.parametrize("settings", [{}, {"cap": 2.0}, {"sink": True}])
-def test_windows_after_a_cache_are_grouped_query_attention(
-    settings: dict[str, Any], kind: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "model.onnx"
-    batch, length = (2, 1) if kind == "one token" else (1, 4)
-    model = Windowed(**settings).eval()
-    half = torch.float32 if settings.get("sink") else torch.float16
-    drawn_ = [
-        torch.randn(batch, h, n, 8).to(half) for h, n in ((4, length), *[(2, length)] * 2, *[(2, 5)] * 2)
-    ]
-    before, varying = torch.export.Dim("past"), {0: BATCH} if kind == "one token" else {2: LENGTH}
-    shapes = (varying,) * 3 + ({2: before, **(varying if 0 in varying else {})},) * 2
-    report = exported(model, path, *drawn_, target="ort", dynamic_shapes=shapes)
-    assert report.operators == {"com.microsoft.GroupQueryAttention": 1} and report.softmaxes == 0
-    (node,) = nodes(path, "GroupQueryAttention")
-    assert attributes(path, "GroupQueryAttention")["local_window_size"] == 3
-    assert used(path, "GroupQueryAttention")[3:5] == [True, True]
-    joined = {v.name for n in nodes(path, "Concat") for v in n.inputs if v is not None}
-    assert all(v.is_graph_output() for v in node.outputs[1:]) and not joined & {"past_k", "past_v"}
-    names = ("q", "k", "v", "past_k", "past_v")
-    given = [*drawn_[:3], *(t[:, :, :0] for t in drawn_[3:])]
-    got = run(path, **dict(zip(names, given, strict=True)))
-    with torch.no_grad():
-        for mine, theirs in zip(got, model(*given), strict=True):
-            assert np.abs(mine - theirs.numpy()).max() < 1e-2, "an empty cache"
-
-
-def test_a_window_after_a_cache_of_constant_size(tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    new, past = [torch.randn(2, h, 1, 8).half() for h in (4, 2, 2)], torch.randn(2, 2, 2, 5, 8).half()
-    report = exported(Windowed().eval(), path, *new, *past, target="ort")
-    assert report.operators == {"com.microsoft.GroupQueryAttention": 1}
-    assert attributes(path, "GroupQueryAttention")["local_window_size"] == 3
-
-
-def test_a_window_after_a_cache_of_any_size_is_a_mask(tmp_path: Path) -> None:
-    """On the CPU GroupQueryAttention takes several queries after a cache for one sequence alone."""
-    path = tmp_path / "model.onnx"
-    new = [torch.randn(2, h, 4, 8).half() for h in (4, 2, 2)]
-    past = [torch.randn(2, 2, 5, 8).half() for _ in range(2)]
-    shapes = ({0: BATCH, 2: LENGTH},) * 3 + ({0: BATCH, 2: torch.export.Dim("past")},) * 2
-    report = exported(Windowed().eval(), path, *new, *past, target="ort", dynamic_shapes=shapes)
-    assert report.operators == {"Attention": 1} and used(path)[3:6] == [True] * 3
-
-
 class Rotated(nn.Module):
     """A rotary embedding of halves, or of neighbours; ``even``: do the tables hold every angle twice?"""
 
@@ -335,16 +259,6 @@ def test_a_rotary_embedding(even: bool, neighbours: bool, heads_last: bool, tmp_
 # ---------------------------------------------------------------------------------------- targets
 
 
-def test_a_window_in_half_precision_is_grouped_query_attention(tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    model = sharpened(Attention(kv=2, causal=True, window=3, cap=5.0)).half()
-    report = exported(model, path, drawn().half(), target="ort", dynamic_shapes=({0: BATCH, 1: LENGTH},))
-    assert report.operators == {"com.microsoft.GroupQueryAttention": 1}
-    found = attributes(path, "GroupQueryAttention")
-    assert found["local_window_size"] == 3 and found["kv_num_heads"] == 2 and found["softcap"] == 5.0
-    assert not nodes(path, "Where"), "no mask is left"
-
-
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_mask_in_half_precision_is_multi_head_attention(causal: bool, tmp_path: Path) -> None:
     """Also in rows that see no key, which runtimes do not agree on."""
@@ -357,14 +271,6 @@ def test_a_mask_in_half_precision_is_multi_head_attention(causal: bool, tmp_path
     (got,) = run(path, x=drawn(seed=3).half(), mask=empty)
     with torch.no_grad():
         assert np.abs(got - model(drawn(seed=3).half(), empty).numpy()).max() < 1e-2
-
-
-@pytest.mark.parametrize("window", [0, 3])
-def test_a_sink_is_grouped_query_attention(window: int, tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    model = sharpened(Attention(kv=2, causal=True, window=window, sink=True))
-    report = exported(model, path, drawn(), target="ort")
-    assert report.operators == {"com.microsoft.GroupQueryAttention": 1} and report.softmaxes == 0
 
 
 @pytest.mark.parametrize("target", ["onnx", "tensorrt"])
