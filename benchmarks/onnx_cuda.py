@@ -51,9 +51,18 @@ Args = tuple[Tensor, ...]
 class Core(nn.Module):
     """Attention by hand, as transformers writes it, over packed heads ``[B, S, heads * 128]``."""
 
-    def __init__(self, heads: int, kv: int, causal: bool = True, window: int = 0, cap: float = 0.0) -> None:
+    def __init__(
+        self,
+        heads: int,
+        kv: int,
+        causal: bool = True,
+        window: int = 0,
+        cap: float = 0.0,
+        rotary: bool = False,
+    ) -> None:
         super().__init__()
         self.heads, self.kv, self.causal, self.window, self.cap = heads, kv, causal, window, cap
+        self.rotary = rotary
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q: ``[B, H, Q, D]``; k, v: ``[B, G, K, D]``; mask: ``[B, K]``, one where there is a token."""
@@ -87,9 +96,20 @@ class Core(nn.Module):
         """One dimension for the heads."""
         return t.view(t.shape[0], t.shape[1], -1, WIDTH).transpose(1, 2)
 
+    def turned(self, t: Tensor) -> Tensor:
+        """``[B, H, n, D]``, turned by the positions from zero on where the variant wants it."""
+        if not self.rotary:
+            return t
+        steps = torch.arange(0, WIDTH, 2, device=t.device) / WIDTH
+        positions = torch.arange(t.shape[2], device=t.device, dtype=torch.float32)
+        angles = positions[None, :, None] * 10000.0**-steps
+        angles = torch.cat([angles, angles], -1)[:, None]
+        low, high = t.chunk(2, -1)
+        return t * angles.cos().to(t.dtype) + torch.cat([-high, low], -1) * angles.sin().to(t.dtype)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Without a cache."""
-        return self.attend(self.split(q), self.split(k), self.split(v), mask)
+        return self.attend(self.turned(self.split(q)), self.turned(self.split(k)), self.split(v), mask)
 
 
 class Cached(Core):
@@ -127,6 +147,8 @@ VARIANTS: dict[str, Variant] = {
     "causal, window 1/4": Variant({"window": 4}),
     "causal, window 1/4, softcap 30": Variant({"window": 4, "cap": 30.0}),
     "causal, padding": Variant({}, padded=True),
+    "causal, rotary": Variant({"rotary": True}),
+    "causal, window 1/4, rotary": Variant({"window": 4, "rotary": True}),
     "cache, prefill of 1/8": Variant({}, cached=lambda n: n - n // 8),
     "cache, one token": Variant({}, cached=lambda n: n - 1),
 }
