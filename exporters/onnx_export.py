@@ -22,9 +22,9 @@ from torch.utils import _pytree as pytree
 from fusepass.dialects.onnx_sizes import parse_dim
 from fusepass.exporters import onnx_verify
 from fusepass.exporters.onnx_files import Disagreement, ModelError, pin_ir_version, staged, write
+from fusepass.exporters.onnx_leftover import softmaxes
 from fusepass.exporters.onnx_opsets import raise_opset
 from fusepass.exporters.onnx_optimize import check_model, fuse
-from fusepass.exporters.onnx_pass import softmaxes
 from fusepass.exporters.onnx_targets import checked_target, fused_operators
 from fusepass.exporters.reports import Check, ExportReport
 

@@ -23,9 +23,10 @@ from fusepass.exporters.onnx_files import (
     staged,
     write,
 )
+from fusepass.exporters.onnx_leftover import softmaxes
 from fusepass.exporters.onnx_operators import Target
 from fusepass.exporters.onnx_opsets import infer, raise_opset
-from fusepass.exporters.onnx_pass import fuse_model, softmaxes
+from fusepass.exporters.onnx_pass import fuse_model
 from fusepass.exporters.onnx_targets import OPERATORS, checked_target, fused_operators
 from fusepass.exporters.reports import Check, ExportReport
 from fusepass.report import GraphReport, publish

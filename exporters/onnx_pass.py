@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import onnx_ir as ir
 from fusepass.dialects.onnx_graph import OnnxReader
 from fusepass.exporters import onnx_rotary
 from fusepass.exporters.onnx_builder import OnnxBuilder, Written
+from fusepass.exporters.onnx_leftover import left_over
 from fusepass.exporters.onnx_operands import Refused
 from fusepass.exporters.onnx_operators import Operator, Target
 from fusepass.index import AxisSpace
@@ -107,6 +108,7 @@ class _Pass:
         self.graph = reader.graph
         self.written = Written(reader, setting.opsets.get("", 1), setting.names)
         self.settled: set[Expr] = set()
+        self.sharing: dict[ir.Node, Expr | None] = {}
         self.fused: dict[Expr, tuple[ir.Value, Site, str]] = {}
         self.live = _live(self.graph)
 
@@ -134,7 +136,8 @@ class _Pass:
                 inside = {v.name for v in node.inputs if v is not None}
                 reports = [r for r in reports if r.fused or r.node not in inside]
             reports.extend(self._settle(node, meaning, found))
-        return [*reports, *self._left_over()]
+        left = left_over(self.graph, self.reader, self.live, self.settled)
+        return [*reports, *(self._report(node, None, reason=reason) for node, reason in left)]
 
     def _again(self, node: ir.Node, meaning: Expr) -> list[SiteReport]:
         """A node that says what an earlier one says: the same result serves where that one was fused."""
@@ -168,8 +171,11 @@ class _Pass:
     # -- one site ----------------------------------------------------------------------------
 
     def _settle(self, node: ir.Node, meaning: Expr, found: list[tuple[int, Site]] | Miss) -> list[SiteReport]:
-        self.settled.update(softmaxes_behind(meaning))
+        behind = softmaxes_behind(meaning)
+        self.settled.update(behind)
         if isinstance(found, Miss):
+            if behind and all(e.op == "exp" and not of_activations(e) for e in behind):
+                return []  # an activation function that is made of an exponential
             return [self._report(node, None, reason=found.reason)]
         for _, site in found:
             other = self._outside_reader(site, node)
@@ -291,13 +297,29 @@ class _Pass:
                     continue
                 seen.add(user)
                 meaning = self.reader.meaning.get(user.outputs[0])
-                if meaning is result:
-                    continue  # it says the same, and is given the same result
+                if meaning is result or self._shares(user, site):
+                    continue  # it says the same, or is fused as well
                 light = meaning is not None and (meaning.op in _LIGHT or user in within)
                 if user.graph is not self.graph or not light:
                     return user
                 todo.extend(user.outputs)
         return None
+
+    def _shares(self, user: ir.Node, site: Site) -> bool:
+        """Is a node the product of a site's weights with other values, for which an operator serves too?
+
+        Exporters compute equal weights once, though the model computes them for every product.
+        """
+        meaning = self.reader.meaning.get(user.outputs[0])
+        if meaning is None or meaning.op != "dot" or user.graph is not self.graph:
+            return False
+        if user not in self.sharing:
+            found = recognise_sum(meaning, self.reader.facts_of(meaning), contents=self.reader.contents)
+            self.sharing[user] = None
+            if isinstance(found, list) and len(found) == 1:
+                refused = (o.refuse(found[0][1].spec, self.target) for o in self.operators)
+                self.sharing[user] = found[0][1].product if None in refused else None
+        return self.sharing[user] is site.product
 
     def _products_of(self, anchor: ir.Node) -> set[ir.Node]:
         """The products of weights that are not normalised yet, which an anchor that is none divides."""
@@ -313,38 +335,6 @@ class _Pass:
                 elif producer is not None and producer.op_type == "Cast":
                     todo.append(producer)
         return found
-
-    def _left_over(self) -> list[SiteReport]:
-        """Softmaxes of products that no product with values was found for, and why where that is known."""
-        reports = []
-        for node in list(self.graph):
-            if node.op_type not in _SOFTMAXES or node not in self.live:
-                continue
-            meaning = self.reader.meaning.get(node.outputs[0])
-            if meaning is not None and meaning in self.settled:
-                continue
-            reason = "no product with values that could be read uses it"
-            if meaning is None or meaning.op != "softmax" or not of_activations(meaning):
-                unread = self._unread_between(node)
-                if unread is None:
-                    continue
-                reason = f"'{unread.op_type}' ({unread.name}) between its two products could not be read"
-            if meaning is not None:
-                self.settled.add(meaning)
-            reports.append(self._report(node, None, reason=reason))
-        return reports
-
-    def _unread_between(self, softmax: ir.Node) -> ir.Node | None:
-        """The first node that was not read between two products of activations around a softmax."""
-        behind = _reached(softmax, lambda n: [v.producer() for v in n.inputs if v is not None])
-        before = _reached(softmax, lambda n: [u for v in n.outputs for u in v.consumers()])
-        if not any(map(_multiplies, behind)) or not any(map(_multiplies, before)):
-            return None
-        for node in (softmax, *behind, *before):
-            meaning = self.reader.meaning.get(node.outputs[0])
-            if meaning is None or meaning.op == "input":
-                return node
-        return None
 
     # -- reporting ---------------------------------------------------------------------------
 
@@ -384,33 +374,6 @@ def source_of(node: ir.Node) -> str | None:
     return node.name or None
 
 
-_SOFTMAXES = ("Softmax", "LogSoftmax")
-_PRODUCTS = ("MatMul", "Einsum", "FusedMatMul")
-_BETWEEN = frozenset(
-    "Add Sub Mul Div Where Cast Reshape Transpose Unsqueeze Squeeze Expand Slice Concat Tanh Max Min Clip "
-    "Neg Identity Dropout Softplus Pow Sqrt IsNaN Pad ScatterND Trilu".split()
-)
-
-
-def _reached(start: ir.Node, near: Callable[[ir.Node], list[ir.Node | None]]) -> list[ir.Node]:
-    """What lies beside a node in one direction, up to and with the first products."""
-    found: dict[ir.Node, None] = {}
-    todo = [start]
-    while todo and len(found) < 100:
-        for node in near(todo.pop()):
-            if node is not None and node not in found and node.op_type in (*_PRODUCTS, *_BETWEEN):
-                found[node] = None
-                if node.op_type in _BETWEEN:
-                    todo.append(node)
-    return list(found)
-
-
-def _multiplies(node: ir.Node) -> bool:
-    """Is it a product of two values that are computed, and no projection by weights?"""
-    computed = [v for v in node.inputs if v is not None and v.const_value is None]
-    return node.op_type in _PRODUCTS and len(computed) >= 2
-
-
 def _live(graph: ir.Graph) -> set[ir.Node]:
     """The nodes that an output depends on."""
     live: set[ir.Node] = set()
@@ -445,9 +408,4 @@ def erase_dead(graph: ir.Graph, start: ir.Node) -> None:
                     owner.initializers.pop(value.name or "", None)
 
 
-def softmaxes(graph: ir.Graph) -> int:
-    """How many softmaxes a graph still has."""
-    return sum(n.op_type in _SOFTMAXES for n in graph.all_nodes())
-
-
-__all__ = ["erase_dead", "fuse_model", "softmaxes", "source_of"]
+__all__ = ["erase_dead", "fuse_model", "source_of"]

@@ -49,12 +49,12 @@ def rotated(node: Expr) -> Rotation | None:
 
 
 def _factors(node: Expr) -> Iterator[tuple[Expr, Expr]]:
-    """The two factors of a product, in both orders; factors of one are left out."""
+    """The two factors of a product, in both orders, as they are and without factors of one."""
     node = _bare(node)
     if node.op == "mul":
-        first, second = map(_bare, node.args)
-        yield first, second
-        yield second, first
+        for first, second in dict.fromkeys([node.args, tuple(map(_bare, node.args))]):
+            yield first, second
+            yield second, first
 
 
 def _bare(node: Expr) -> Expr:

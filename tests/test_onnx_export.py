@@ -256,6 +256,24 @@ def test_a_rotary_embedding(even: bool, neighbours: bool, heads_last: bool, tmp_
     assert len(nodes(path, "RotaryEmbedding")) == int(even), "one row of positions for the whole batch"
 
 
+class Weighted(nn.Module):
+    """A rotary embedding of a tensor times weights that are ones as yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset, self.turn = nn.Parameter(torch.zeros(8)), Rotated(even=True)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        out: Tensor = self.turn(x * (1 + self.offset), positions)
+        return out
+
+
+def test_a_rotary_embedding_of_a_product_with_ones(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    exported(Weighted().eval(), path, torch.randn(2, 3, 5, 8), torch.arange(5)[None])
+    assert len(nodes(path, "RotaryEmbedding")) == 1
+
+
 # ---------------------------------------------------------------------------------------- targets
 
 

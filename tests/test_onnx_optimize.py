@@ -167,6 +167,41 @@ def test_the_same_attention_twice(shared: bool, tmp_path: Path) -> None:
     assert report.max_error <= 1e-5 and len(nodes(after, "Attention")) == 1
 
 
+class Twice(nn.Module):
+    """The same weights for two tensors of values; ``shown``: they are a result as well."""
+
+    def __init__(self, shown: bool) -> None:
+        super().__init__()
+        self.shown = shown
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        w = (q @ k.transpose(-2, -1) * 0.3).softmax(-1)
+        return (w @ v, w @ u, w) if self.shown else (w @ v, w @ u + 1)
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_weights_of_two_products(shown: bool, tmp_path: Path) -> None:
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    plain(Twice(shown).eval(), before, *torch.randn(4, 2, 2, 6, 8))
+    report = fusepass.optimize_onnx(before, after)
+    assert (report.sites, report.fused, report.softmaxes) == ((2, 0, 1) if shown else (2, 2, 0))
+    assert report.max_error <= 1e-5 and len(nodes(after, "Attention")) == report.fused
+
+
+class Activated(nn.Module):
+    """An activation function with an exponential in front of a linear layer is no attention."""
+
+    def forward(self, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        h = x @ first
+        return torch.where(h > 0, h, h.clamp(max=0).exp() - 1) @ second
+
+
+def test_activations_are_not_reported(tmp_path: Path) -> None:
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    plain(Activated().eval(), before, torch.randn(2, 6, 8), torch.randn(8, 8), torch.randn(8, 8))
+    assert fusepass.optimize_onnx(before, after).sites == 0
+
+
 class Differential(nn.Module):
     """The difference of two softmaxes with a factor (Ye et al., arXiv 2410.05258)."""
 
