@@ -2,7 +2,8 @@
 
 ``x * cos + turned(x) * sin``, where ``turned`` is ``cat(-x2, x1)`` of the halves of ``x``, or of every pair
 of its neighbours, and where ``cos`` and ``sin`` hold the same number for both of the elements that are turned
-together: what the operator computes of halves of the tables.
+together: what the operator computes of halves of the tables.  Or, with such halves to begin with,
+``cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin)``, and that of every pair.
 Source: Su et al., "RoFormer" (arXiv 2104.09864); ONNX operator specification of RotaryEmbedding, version 23.
 """
 
@@ -24,20 +25,38 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Rotation:
-    """``x`` of rank 4, turned ``out``, and the tables; ``neighbours`` are turned together, or halves."""
+    """``x`` of rank 4, turned ``out``, and the tables.
+
+    Attributes:
+        neighbours: are neighbours turned together, and not halves?
+        halved: have the tables every number once, and not twice?
+    """
 
     out: Expr
     x: Expr
     cos: Expr
     sin: Expr
     neighbours: bool
+    halved: bool = False
+
+    @property
+    def width(self) -> int:
+        """The size of the last dimension of the tables."""
+        full = self.x.shape[3]
+        assert isinstance(full, int)
+        return full // 2 if self.halved else full
 
 
 def rotated(node: Expr) -> Rotation | None:
     """The rotary embedding that an expression is, or None."""
     width = node.shape[-1] if node.rank == 4 else None
-    if node.op != "add" or node.dtype not in _FLOATS or not isinstance(width, int) or width % 2:
+    if node.dtype not in _FLOATS or not isinstance(width, int) or width % 2:
         return None
+    return _whole(node) if node.op == "add" else _joined(node)
+
+
+def _whole(node: Expr) -> Rotation | None:
+    """``x * cos + turned(x) * sin``."""
     factors = [list(_factors(a)) for a in node.args]
     for straight, turned in (factors, factors[::-1]):
         for x, cos in straight:
@@ -46,6 +65,55 @@ def rotated(node: Expr) -> Rotation | None:
                 if kind is not None:
                     return Rotation(node, x, cos, sin, kind)
     return None
+
+
+def _joined(node: Expr) -> Rotation | None:
+    """``x1 * cos - x2 * sin`` and ``x2 * cos + x1 * sin``, joined."""
+    parts = _parts(node)
+    if parts is None or parts[0].op != "sub" or parts[1].op != "add":
+        return None
+    minus, plus = parts
+    for first, cos in _factors(minus.args[0]):
+        for second, sin in _factors(minus.args[1]):
+            if not _adds(plus, (second, cos), (first, sin)):
+                continue
+            for x in _sources(first, node):
+                assert isinstance(x.shape[3], int)
+                picked = [_picked(p, x) for p in (first, second)]
+                for kind in (False, True):
+                    wanted = [(0, 2), (1, 2)] if kind else [(0, 1), (x.shape[3] // 2, 1)]
+                    if picked == wanted and kind == (node.op != "cat"):
+                        return Rotation(node, x, cos, sin, kind, halved=True)
+    return None
+
+
+def _parts(node: Expr) -> tuple[Expr, Expr] | None:
+    """The two tensors that are joined over the last dimension, or by turns."""
+    if node.op == "cat" and len(node.args) == 2 and node.attrs[0] == 3:
+        return node.args[0], node.args[1]
+    inner = node.args[0] if node.op == "reshape" else node
+    if inner.op != "cat" or len(inner.args) != 2 or inner.rank != 5 or inner.attrs[0] != 4:
+        return None
+    if inner.shape != (*node.shape[:3], inner.shape[3], 2):
+        return None
+    first, second = map(_without_view, inner.args)
+    return first, second
+
+
+def _adds(node: Expr, *pairs: tuple[Expr, Expr]) -> bool:
+    """Is it the sum of two products?"""
+    for sides in (node.args, node.args[::-1]):
+        if all(pair in _factors(side) for side, pair in zip(sides, pairs, strict=True)):
+            return True
+    return False
+
+
+def _sources(part: Expr, node: Expr) -> Iterator[Expr]:
+    """The tensors of a node's shape that a part of it was taken from."""
+    while part.op in ("slice", "select", "reshape"):
+        part = part.args[0]
+        if part.shape == node.shape:
+            yield part
 
 
 def _factors(node: Expr) -> Iterator[tuple[Expr, Expr]]:
@@ -125,7 +193,7 @@ def _same_elements(node: Expr, x: Expr) -> bool:
 def heads_dim(found: Rotation) -> int | None:
     """Which dimension of ``x``, 1 or 2, the tables do not vary over; the other one holds positions."""
     x, wide = found.x, [_wide(t) for t in (found.cos, found.sin)]
-    if any(s[3] != x.shape[3] or s[0] not in (1, x.shape[0]) for s in wide):
+    if any(s[3] != found.width or s[0] not in (1, x.shape[0]) for s in wide):
         return None
     return next((d for d in (1, 2) if all(s[d] == 1 and s[3 - d] == x.shape[3 - d] for s in wide)), None)
 
@@ -139,17 +207,20 @@ def tabled(build: OnnxBuilder, found: Rotation) -> bool:
     tables = (found.cos, found.sin)
     if any(t.rank > 4 or t.dtype is not found.x.dtype for t in tables) or heads_dim(found) is None:
         return False
-    return all(_repeats(build, t, found.neighbours) for t in tables)
+    return found.halved or all(_repeats(build, t, found.neighbours) for t in tables)
 
 
 def half_table(build: OnnxBuilder, table: Expr, found: Rotation) -> ir.Value:
     """The numbers of a table once each, ``[B | 1, S, D / 2]``."""
-    shape, width = _wide(table), found.x.shape[3]
+    shape, width = _wide(table), found.width
     heads = heads_dim(found)
-    assert isinstance(width, int) and heads is not None
+    assert heads is not None
     value = build.reshape(build.as_tensor(table), shape)
-    half = build.cut(value, 3, 0, width, 2) if found.neighbours else build.cut(value, 3, 0, width // 2)
-    return build.reshape(half, (shape[0], found.x.shape[3 - heads], width // 2))
+    if not found.halved:
+        step, width = (2, width) if found.neighbours else (1, width // 2)
+        value = build.cut(value, 3, 0, width, step)
+        width = width // step
+    return build.reshape(value, (shape[0], found.x.shape[3 - heads], width))
 
 
 def write(build: OnnxBuilder, found: Rotation) -> ir.Value | None:

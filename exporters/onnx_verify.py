@@ -148,7 +148,10 @@ def _dims(value: ir.Value) -> list[Size]:
 
 
 def size_choices(model: ir.Model) -> Iterator[dict[sympy.Symbol, int]]:
-    """Sizes to try, the more telling first: all different, then all equal."""
+    """Sizes to try, the more telling first: all different, then all equal.
+
+    At last the model's own small numbers: one that was traced may run at its example's sizes only.
+    """
     names = symbols(model)
     if not names:
         yield {}
@@ -162,6 +165,20 @@ def size_choices(model: ir.Model) -> Iterator[dict[sympy.Symbol, int]]:
         for first, second in itertools.combinations(others, 2):
             sizes = dict(zip(names, (2, 7, 5, 11, 3, 13) * len(names), strict=False))
             yield {**sizes, total: sizes[first] + sizes[second]}
+    if len(names) <= 3:
+        traced = itertools.product(_small_numbers(model), repeat=len(names))
+        yield from (dict(zip(names, sizes, strict=True)) for sizes in itertools.islice(traced, 150))
+
+
+def _small_numbers(model: ir.Model) -> list[int]:
+    """The integers of the model's shapes and indices, small ones first."""
+    found: set[int] = set()
+    for node in model.graph:
+        for value in node.inputs:
+            known = None if value is None else ir.convenience.get_const_tensor(value)
+            if known is not None and known.dtype is ir.DataType.INT64 and known.size <= 8:
+                found |= {int(n) for n in known.numpy().flatten() if 2 <= n <= 4096}
+    return sorted(found)[:12]
 
 
 def random_feeds(model: ir.Model, sizes: Mapping[sympy.Symbol, int], seed: int) -> Arrays:

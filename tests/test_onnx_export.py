@@ -256,6 +256,33 @@ def test_a_rotary_embedding(even: bool, neighbours: bool, heads_last: bool, tmp_
     assert len(nodes(path, "RotaryEmbedding")) == int(even), "one row of positions for the whole batch"
 
 
+class Parted(nn.Module):
+    """A rotary embedding of two parts of a tensor, by tables that have every number once."""
+
+    def __init__(self, neighbours: bool) -> None:
+        super().__init__()
+        self.neighbours = neighbours
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        angles = positions[:, None, :, None].to(x.dtype) * 0.5 ** torch.arange(4)
+        cos, sin = angles.cos(), angles.sin()
+        if self.neighbours:
+            low, high = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+            return torch.stack([low * cos - high * sin, low * sin + high * cos], -1).flatten(3)
+        low, high = x.chunk(2, -1)
+        return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_a_rotary_embedding_of_parts(neighbours: bool, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    x, positions = torch.randn(2, 3, 5, 8), torch.tensor([[0, 1, 2, 3, 4], [7, 5, 3, 1, 0]])
+    shapes = ({0: BATCH, 2: LENGTH}, {0: BATCH, 1: LENGTH})
+    report = exported(Parted(neighbours).eval(), path, x, positions, dynamic_shapes=shapes)
+    assert len(nodes(path, "RotaryEmbedding")) == 1 and report.max_error <= 1e-5
+    assert len(list(ir.load(path).graph)) < 20
+
+
 class Weighted(nn.Module):
     """A rotary embedding of a tensor times weights that are ones as yet."""
 

@@ -188,6 +188,18 @@ def test_weights_of_two_products(shown: bool, tmp_path: Path) -> None:
     assert report.max_error <= 1e-5 and len(nodes(after, "Attention")) == report.fused
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_model_that_runs_at_its_own_sizes_only_is_checked_there(tmp_path: Path) -> None:
+    class Itself(nn.MultiheadAttention):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x, x, x, need_weights=False)[0]
+
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    scripted(Itself(32, 4, batch_first=True).eval(), before, {"x": drawn()}, 14, True)
+    report = fusepass.optimize_onnx(before, after)
+    assert (report.fused, report.softmaxes) == (1, 0) and report.checks and report.max_error <= 1e-5
+
+
 class Activated(nn.Module):
     """An activation function with an exponential in front of a linear layer is no attention."""
 
