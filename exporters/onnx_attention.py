@@ -67,7 +67,8 @@ def emit(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
     if lengths is not None:
         counts, x, extra = of_lengths(site, build, lengths, x)
     else:
-        extra = Added(None) if causal else added_mask(site, build, dtype, boolean=not sunk)
+        mild = not sunk and target.name != "tensorrt"
+        extra = Added(None) if causal else added_mask(site, build, dtype, boolean=not sunk, mild=mild)
     if sunk:
         x, extra = _sunk(site, build, x, extra)
     else:

@@ -1,7 +1,7 @@
 """``com.microsoft`` MultiHeadAttention (an operator that ONNX Runtime contributes).
 
-It serves models below opset 23, which have no Attention operator, and masks in half precision, which it gives
-to cuDNN on CUDA.
+It serves models below opset 23, which have no Attention operator, and half precision, which it gives to cuDNN
+on CUDA, masks as well.
 Source: ONNX Runtime, docs/ContribOperators.md.
 """
 
@@ -56,8 +56,8 @@ def refuse_masked(spec: Attention, target: Target) -> str | None:
     """Why MultiHeadAttention is no better than Attention; on CUDA it runs cuDNN, which takes masks."""
     if spec.dtype not in HALVES:
         return "it is faster in half precision only"
-    if spec.is_causal() and target.opset >= 23:
-        return "a causal mask alone is faster as Attention"
+    if spec.is_causal() and (spec.heads != spec.kv_heads or spec.queries != spec.keys):
+        return "a causal mask alone is faster as GroupQueryAttention or Attention"
     return refuse_mha(spec, target)
 
 

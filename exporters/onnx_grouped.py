@@ -97,8 +97,9 @@ def emit(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
         raise Refused("queries and keys differ in number, and no cache is joined to the keys")
     reach = _reach(spec)
     turned = find_turned(site, build, cache)
-    if target.opset >= 23 and reach is None and spec.sink is None and turned is None:
-        raise Refused("a causal mask alone is faster as Attention")
+    plain = reach is None and cache is None and turned is None and not (spec.sink or softcap_of(spec))
+    if plain and spec.heads == spec.kv_heads:
+        raise Refused("a causal mask alone, without grouped heads, is faster as MultiHeadAttention")
     merged = int(spec.batch) if cache is not None and 1 not in (spec.batch, spec.queries) else 1
     x = _operands(site, build, cache, turned, merged > 1)
     factor, x = scaled(site, build, x, packed=True)

@@ -33,6 +33,8 @@ from fusepass.spec import (
 )
 
 _CAUSAL = Band(None, 0)
+#: A fill of half precision that vanishes (:func:`fusepass.spec.negligible`) and is not its lowest number.
+_MILD = -65024.0
 
 
 class Refused(Exception):
@@ -240,7 +242,9 @@ class Added:
     mute: bool = False
 
 
-def added_mask(site: Site, build: OnnxBuilder, dtype: torch.dtype, boolean: bool = True) -> Added:
+def added_mask(
+    site: Site, build: OnnxBuilder, dtype: torch.dtype, boolean: bool = True, mild: bool = False
+) -> Added:
     """All biases and masks as one tensor.
 
     Rows that see no key keep the meaning that the model gives them: the mean of the values under finite
@@ -251,11 +255,18 @@ def added_mask(site: Site, build: OnnxBuilder, dtype: torch.dtype, boolean: bool
         build: where to write.
         dtype: of the queries; a floating mask has it.
         boolean: may the mask be boolean?
+        mild: with fills just above those that runtimes take for "hidden"?  Their kernels look through every
+            row for a key that is not hidden, one after another.
     """
     spec = site.spec
     extra = spec.added
     if not extra:
         return Added(None)
+    if mild and dtype is torch.float16 and spec.rows_seen and all(isinstance(m, Mask) for m in extra):
+        visible = _conjunction(site, build, spec.masks)
+        levels = [build.constant(level, dtype) for level in (0.0, _MILD)]
+        mask = build.call("Where", [visible, *levels], build.shape_of(visible), dtype)
+        return Added(full_mask(site, build, mask))
     if spec.sink is not None:  # every row sees it
         return Added(full_mask(site, build, _total(site, build, extra, dtype, -math.inf)))
     rows_differ = not spec.rows_seen and bool(spec.masks)
