@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fusepass
 from fusepass import spec
+from fusepass.exporters import onnx_export, onnx_verify
 from fusepass.exporters.onnx_files import Disagreement, ModelError
 from tests.onnx_models import (
     MODELS,
@@ -359,6 +360,20 @@ def test_tensorrt_gets_what_its_importer_reads(tmp_path: Path) -> None:
     assert len(nodes(path, "Attention")[0].outputs) == 1
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_tensorrt_gets_nothing_else(feature: str, padded: bool, tmp_path: Path) -> None:
+    """One output, no cache, no lengths, no softcap, causality or a mask, no operators of ONNX Runtime."""
+    path = tmp_path / "model.onnx"
+    given = (drawn(), MASK) if padded else (drawn(),)
+    exported(sharpened(Attention(**FEATURES[feature][0])), path, *given, target="tensorrt")
+    for node in ir.load(path).graph.all_nodes():
+        assert node.domain == "" and node.op_type != "RotaryEmbedding"
+        if node.op_type == "Attention":
+            assert len(node.outputs) == 1 and len(node.inputs) <= 4 and "softcap" not in node.attributes
+            assert len(node.inputs) == 3 or not node.attributes.get_int("is_causal", 0)
+
+
 # ---------------------------------------------------------------------------------------- contract
 
 
@@ -369,6 +384,20 @@ def test_a_model_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(Disagreement, match=r"not written: '\w+': error .*, allowed 1e-05 \(x\[2, 6, 32\]"):
         fusepass.export_onnx(sharpened(Attention(causal=True)), (drawn(), MASK), path)
     assert path.read_bytes() == b"as it was" and [f.name for f in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_what_differs_as_much_without_fusion_is_written_with_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(onnx_verify.ALLOWED, "float32", 1e-9)
+    path = tmp_path / "model.onnx"
+    monkeypatch.setattr(onnx_export, "_unfused", lambda *_: [])
+    with pytest.raises(Disagreement, match="was not written"):
+        fusepass.export_onnx(sharpened(Attention()), (drawn(),), path)
+    monkeypatch.undo()
+    monkeypatch.setitem(onnx_verify.ALLOWED, "float32", 1e-8)
+    report = exported(sharpened(Attention()), path, drawn())
+    assert any("without fusion" in note for note in report.notes)
 
 
 def test_names_and_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
