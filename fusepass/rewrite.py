@@ -39,6 +39,7 @@ def rewrite_graph(
     rules: Rules = RULES,
     constants: Mapping[str, torch.Tensor] | None = None,
     static: Mapping[str, torch.Tensor] | None = None,
+    compiled: bool = False,
 ) -> GraphReport:
     """Fuse the attention sites of ``gm`` in place, those of its inner graphs included.
 
@@ -50,6 +51,7 @@ def rewrite_graph(
         constants: the values of placeholders that are constants of an exported program.
         static: the tensors behind placeholders (buffers) whose elements may be relied on, if the caller
             guards those that ``GraphReport.assumed`` names.
+        compiled: whether a compiler follows (kernels are measured with one).
     """
     start = time.perf_counter()
     report = GraphReport(nodes=0)
@@ -59,7 +61,8 @@ def rewrite_graph(
         outer = None if call is None else passes[call[0]].reader
         given = _given(graph_module, call[1], outer) if call is not None and outer is not None else {}
         contents = outer.contents if given and outer is not None else None
-        one = _Pass(graph_module, options, rules, Known(constants or {}, static or {}, given, contents))
+        known = Known(constants or {}, static or {}, given, contents)
+        one = _Pass(graph_module, options, rules, known, compiled)
         passes[graph_module] = one
         report.sites.extend(one.run())
         static = None  # those are inputs of the outermost graph
@@ -114,8 +117,11 @@ _PEELED = VIEWS | {"cast", "dropout", "nan_to_num", "where", "mul", "div"}
 class _Pass:
     """One graph."""
 
-    def __init__(self, gm: fx.GraphModule, options: Options, rules: Rules, known: Known) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, options: Options, rules: Rules, known: Known, compiled: bool = False
+    ) -> None:
         self.gm, self.options, self.rules, self.known = gm, options, rules, known
+        self.compiled = compiled
         self.graph = gm.graph
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.settled: set[Expr] = set()
@@ -272,7 +278,7 @@ class _Pass:
         training = torch.is_grad_enabled() and bool(getattr(value, "requires_grad", False))
         aten = isinstance(node.target, torch._ops.OpOverload)
         requested = self.options.kernel not in ("auto", "autotune")
-        return Target(value.device.type, training, aten, requested, self.options.precision)
+        return Target(value.device.type, training, aten, requested, self.options.precision, self.compiled)
 
     def _validated(self, site: Site, node: fx.Node, out: fx.Node) -> float | None:
         """The replacement's error relative to what is allowed, or None where validation is off."""
