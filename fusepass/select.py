@@ -4,7 +4,7 @@ Where a profile of the GPU exists (:mod:`fusepass.costs`), kernels are ranked by
 that is measured faster as it is stays.  A kernel that was not measured for a kind of attention follows
 those that were.  Without a profile the order is that of the list, except that a kernel that knows what is
 hidden goes before one that is given a dense mask, for sequences where that mask is large.  On a CPU the
-order is that of the list, but for short sequences in bfloat16 (:func:`reference.beats_sdpa`).
+order is that of the list, but for short sequences (:func:`reference.beats_sdpa`).
 """
 
 from __future__ import annotations

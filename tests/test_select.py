@@ -264,6 +264,18 @@ def test_short_sequences_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_cpu(16) == on_cpu(16, grads=True) == "sdpa"
 
 
+def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    hidden = torch.arange(k.shape[2]) % 3 == 1
+    return ((q @ k.transpose(-1, -2) * 0.1).masked_fill(hidden, -INF).softmax(-1) @ v).flatten(2)
+
+
+def test_short_sequences_with_a_mask_in_training() -> None:
+    single = torch.float32
+    assert [on_cpu(n, single, True, masked) for n in (16, 32, 33)] == ["reference", "reference", "sdpa"]
+    assert on_cpu(16, single, False, masked) == on_cpu(16, single, True) == "sdpa"
+    assert on_cpu(16, torch.float64, True, masked) == "sdpa"
+
+
 def test_a_length_that_may_grow_counts_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "multiplies_bfloat16", lambda: True)
     inputs = {name: torch.randn(1, 2, 16, 8) for name in "qkv"}

@@ -90,9 +90,9 @@ def let_inductor_inline() -> None:
         decomposition.fast_random_decomps.cache_clear()  # a copy of the table, made at first use
 
 
-#: Queries and keys up to which plain mathematics is no slower than SDPA on a CPU that multiplies bfloat16,
-#: in inference and in training: docs/cpu.md.
-SHORT, SHORT_IN_TRAINING = 128, 256
+#: Queries and keys up to which plain mathematics is no slower than SDPA on a CPU (docs/cpu.md): in bfloat16,
+#: where the processor multiplies it, in inference and in training; in float32, in training with a mask.
+SHORT, SHORT_IN_TRAINING, SHORT_WITH_MASK = 128, 256, 32
 
 
 def refuse(spec: Attention, target: Target) -> str | None:
@@ -106,16 +106,19 @@ def refuse(spec: Attention, target: Target) -> str | None:
 
 
 def beats_sdpa(spec: Attention, target: Target) -> bool:
-    """Is plain mathematics, compiled, measured no slower than SDPA?
+    """Is plain mathematics, compiled, measured no slower than SDPA?  A length that may grow counts as long.
 
-    So it is in bfloat16 on a CPU that multiplies it: matrix products there are faster than in float32, SDPA's
-    kernel is not, and its backward is slower still.  A length that may grow counts as long.
+    So it is for short sequences on a CPU: in bfloat16 matrix products are faster than in float32 where the
+    processor has them, SDPA's kernel is not, and its backward is slower still.
     """
-    if target.device != "cpu" or not target.compiled or spec.dtype is not torch.bfloat16:
+    if target.device != "cpu" or not target.compiled:
         return False
-    limit = SHORT_IN_TRAINING if target.training else SHORT
-    short = all(isinstance(n, int) and n <= limit for n in (spec.queries, spec.keys))
-    return short and multiplies_bfloat16()
+    limit = 0
+    if spec.dtype is torch.bfloat16 and multiplies_bfloat16():
+        limit = SHORT_IN_TRAINING if target.training else SHORT
+    elif spec.dtype is torch.float32 and target.training and spec.added and not spec.is_causal():
+        limit = SHORT_WITH_MASK
+    return all(isinstance(n, int) and n <= limit for n in (spec.queries, spec.keys))
 
 
 @cache
