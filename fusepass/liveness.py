@@ -32,11 +32,9 @@ def live_nodes(graph: fx.Graph, reader: Reader) -> set[fx.Node]:
 def outside_reader(reader: Reader, live: set[fx.Node], product: Expr, anchor: fx.Node) -> fx.Node | None:
     """A live node, not on the way to ``anchor``, for which the scores or weights must still be computed.
 
-    Where ``anchor`` only normalises a product with the values, that product is on the way.
+    Where ``anchor`` only normalises a product with the values, or adds up several, they are on the way.
     """
-    inner = (
-        {n for n in anchor.all_input_nodes if _is_product(reader, n)} if _is_late(reader, anchor) else set()
-    )
+    inner = inner_products(reader, anchor)
     for node in _computing(reader, product, anchor, inner):
         found = _reader_of(reader, live, node, anchor, inner, product)
         if found is not None:
@@ -44,9 +42,24 @@ def outside_reader(reader: Reader, live: set[fx.Node], product: Expr, anchor: fx
     return None
 
 
-def _is_late(reader: Reader, anchor: fx.Node) -> bool:
-    meaning = reader.defined.get(anchor)
-    return isinstance(meaning, Expr) and meaning.op in ("mul", "div")
+def inner_products(reader: Reader, anchor: fx.Node) -> set[fx.Node]:
+    """The products, and their sums, that ``anchor`` normalises or adds up."""
+    if _op(reader, anchor) in ("mul", "div"):
+        return {n for n in anchor.all_input_nodes if _is_product(reader, n)}
+    found: set[fx.Node] = set()
+    todo = [anchor]
+    while todo:
+        node = todo.pop()
+        if _op(reader, node) == "add":
+            fresh = [n for n in node.all_input_nodes if n not in found]
+            found.update(n for n in fresh if _op(reader, n) == "add" or _is_product(reader, n))
+            todo.extend(fresh)
+    return found
+
+
+def _op(reader: Reader, node: fx.Node) -> str:
+    meaning = reader.defined.get(node)
+    return meaning.op if isinstance(meaning, Expr) else ""
 
 
 def _is_product(reader: Reader, node: fx.Node) -> bool:

@@ -17,6 +17,7 @@ from fusepass.contents import Contents
 from fusepass.index import Affine, AxisSpace, Facts, Size, prod
 from fusepass.ir import Expr, const, expr, pointwise, scalar_of
 from fusepass.patterns import formulas, heads, masks
+from fusepass.patterns.joined import JOINED, joined
 from fusepass.patterns.layout import LAYOUT
 from fusepass.patterns.products import PRODUCTS, factors, normalised_late
 from fusepass.patterns.scores import SCORES, holds_product
@@ -52,7 +53,7 @@ class Rules:
 
     layout: tuple[Rule, ...] = LAYOUT
     products: tuple[Rule, ...] = PRODUCTS
-    scores: tuple[Rule, ...] = SCORES
+    scores: tuple[Rule, ...] = (*SCORES, *JOINED)
     softmax: tuple[Rule, ...] = SOFTMAX
     weights: tuple[Rule, ...] = WEIGHTS
 
@@ -126,6 +127,11 @@ def recognise(
             return found
         miss = miss or found
     return miss
+
+
+def as_product(node: Expr) -> Expr | None:
+    """The product with the values that a node is in other words, where it is none itself."""
+    return normalised_late(node) or joined(node)
 
 
 def recognise_sum(
@@ -527,6 +533,6 @@ def _without_empty(scores: tuple[ScoreModifier, ...]) -> tuple[ScoreModifier, ..
 
 
 __all__ = [
-    "RULES", "Miss", "Rules", "Site", "ZeroEmptyRows", "negligible", "normalised_late", "recognise",
-    "recognise_sum",
+    "RULES", "Miss", "Rules", "Site", "ZeroEmptyRows", "as_product", "negligible", "normalised_late",
+    "recognise", "recognise_sum",
 ]  # fmt: skip

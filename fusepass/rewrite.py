@@ -21,11 +21,11 @@ from fusepass.dialects.fx_graph import Known, Reader, operation, value_of
 from fusepass.emit import Builder, CannotEmit
 from fusepass.ir import VIEWS, Expr
 from fusepass.kernels import FP8, Kernel, Refused, Target
-from fusepass.liveness import erase_dead, live_nodes, outside_reader
-from fusepass.patterns.products import factors, normalised_late
-from fusepass.recognize import RULES, Miss, Rules, Site, recognise_sum
+from fusepass.liveness import erase_dead, inner_products, live_nodes, outside_reader
+from fusepass.patterns.products import factors
+from fusepass.recognize import RULES, Miss, Rules, Site, as_product, recognise_sum
 from fusepass.report import GraphReport, SiteReport, source_of
-from fusepass.resemblance import of_activations, softmaxes_behind
+from fusepass.resemblance import of_activations, products_behind, softmaxes_behind
 from fusepass.select import UNFUSED, candidates
 from fusepass.strides import laid_out_as
 
@@ -137,14 +137,16 @@ class _Pass:
             meaning = self.reader.defined.get(node)
             if node not in self.live or not isinstance(meaning, Expr):
                 continue
-            late = normalised_late(meaning)
+            late = as_product(meaning)
             if self.reader.definer[meaning] is not node or (late is None and not factors(meaning)):
                 continue
             found = recognise_sum(late or meaning, self.reader.facts, self.rules, self.reader.contents)
             if late is not None and not isinstance(found, list):
                 continue
             if found is not None:
-                reports = [r for r in reports if late is None or r.fused or not self._inside(r, node)]
+                if late is not None:
+                    inner = {n.name for n in inner_products(self.reader, node)}
+                    reports = [r for r in reports if r.node not in inner or (r.fused and meaning.op != "add")]
                 reports.extend(self._settle(node, found))
         reports.extend(self._left_over())
         self._close(expansions)
@@ -168,10 +170,6 @@ class _Pass:
             else:
                 expansion.revert()
 
-    def _inside(self, report: SiteReport, node: fx.Node) -> bool:
-        """Is the product of an earlier report one of the operands that ``node`` normalises?"""
-        return any(n.name == report.node for n in node.all_input_nodes)
-
     # -- one site ----------------------------------------------------------------------------
 
     def _settle(self, node: fx.Node, found: list[tuple[int, Site]] | Miss) -> list[SiteReport]:
@@ -182,13 +180,21 @@ class _Pass:
         if self.known.given and any(s.product not in self.reader.definer for s in sites):
             return [self._report(node, s, reason="its scores are computed in another graph") for s in sites]
         for site in sites:
-            reader = outside_reader(self.reader, self.live, site.product, node)
+            reader = self._outside_reader(node, site)
             if reader is not None:
                 return [self._report(node, s, reason=_also_read(reader)) for s in sites]
         native = self.options.precision == "native" and self.options.kernel != "reference"
         if len(sites) == 1 and native and as_good(node, sites[0]):
             return [self._report(node, sites[0], "sdpa", reason="a call to SDPA already; nothing to improve")]
         return self._fuse(node, found)
+
+    def _outside_reader(self, node: fx.Node, site: Site) -> fx.Node | None:
+        """Who else needs the scores or weights; those of joined keys are products in several nodes."""
+        products = [site.product]
+        if site.product not in self.reader.definer:
+            products = products_behind(self.reader.defined[node])
+        found = (outside_reader(self.reader, self.live, p, node) for p in products)
+        return next((reader for reader in found if reader is not None), None)
 
     def _fuse(self, node: fx.Node, parts: list[tuple[int, Site]]) -> list[SiteReport]:
         """Write the first kernel that serves, for every summand; all of them or none."""
