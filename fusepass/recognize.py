@@ -17,7 +17,7 @@ from fusepass.contents import Contents
 from fusepass.index import Affine, AxisSpace, Facts, Size, prod
 from fusepass.ir import Expr, const, expr, pointwise, scalar_of
 from fusepass.patterns import formulas, heads, masks
-from fusepass.patterns.joined import JOINED, joined
+from fusepass.patterns.joined import JOINED, joined, taken_apart
 from fusepass.patterns.layout import LAYOUT
 from fusepass.patterns.products import PRODUCTS, factors, normalised_late
 from fusepass.patterns.scores import SCORES, holds_product
@@ -158,6 +158,8 @@ def recognise_sum(
 def _pieces(anchor: Expr) -> list[tuple[int, Expr]]:
     """The products whose signed sum ``anchor`` is, because its weights are a sum."""
     if anchor.op == "dot":
+        if len(apart := taken_apart(anchor)) > 1:
+            return [(1, piece) for piece in apart]
         for position, operand in enumerate(anchor.args):
             if holds_softmax(operand) and len(summands := parts(operand)) > 1:
                 pair = [[w, anchor.args[1]] if position == 0 else [anchor.args[0], w] for _, w in summands]

@@ -100,6 +100,34 @@ def _slice_times_values(node: Expr) -> _Part | None:
     return None
 
 
+def taken_apart(product: Expr) -> list[Expr]:
+    """``cat(w1, w2) . v = w1 . v[:m] + w2 . v[m:]``: softmaxes of their own, such as a prompt's with a gate
+    (Zhang et al., LLaMA-Adapter, arXiv 2303.16199); the product itself where its weights are one tensor."""
+    for position in (0, 1):
+        weights, values = _sides(product, position)
+        whole = under_casts(weights.node)
+        if whole.op != "cat" or not all(holds_softmax(a) for a in whole.args):
+            continue
+        dim = int(whole.attrs[0])
+        if weights.labels[dim] != "d0" or "d1" in weights.labels or "d0" not in values.labels:
+            continue
+        axis, made = values.labels.index("d0"), []
+        start: Size = 0
+        for part in whole.args:
+            length = part.shape[dim]
+            shape = (*values.node.shape[:axis], length, *values.node.shape[axis + 1 :])
+            cut = expr("slice", (values.node,), (axis, start, 1), shape, values.node.dtype)
+            pair = (_as(part, weights.node.dtype), cut)
+            made.append(
+                expr(
+                    "dot", pair if position == 0 else pair[::-1], product.attrs, product.shape, product.dtype
+                )
+            )
+            start = simplify_size(start + length)
+        return made
+    return [product]
+
+
 # ---------------------------------------------------------------------------------------- the scores
 
 

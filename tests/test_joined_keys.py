@@ -92,6 +92,31 @@ def test_joined(name: str, dtype: torch.dtype, grads: bool) -> None:
         checking.assert_same_accuracy(got, eager, exact)
 
 
+def prompt_apart(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The prompt's softmax is its own, with a gate, and its keys are beside the others."""
+    w = q @ torch.cat([a, k], 2).mT * 0.3
+    near = w[..., M:] + q.new_full((N, N), -INF).triu(1)
+    gate = a.mean((2, 3), keepdim=True).tanh()
+    w = torch.cat([gate * w[..., :M].softmax(-1), near.softmax(-1)], -1)
+    return w @ torch.cat([b, v], 2)
+
+
+def value_first(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    w = torch.cat([(q @ k.mT).softmax(-1), (q @ a.mT).softmax(-1)], -1)
+    return torch.einsum("bhjd,bhij->bhid", torch.cat([v, b], 2), w)
+
+
+@pytest.mark.parametrize("grads", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("program", [prompt_apart, value_first], ids=lambda f: f.__name__)
+def test_softmaxes_beside_each_other(program: Program, grads: bool) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        torch._dynamo.reset()
+        got = checking.call(checking.compiled(program, inner="aot_eager"), inputs(), dtype, grads)
+        assert len(got.sites) == 2 and all(s.fused for s in got.sites), got.sites
+        eager = checking.call(program, inputs(), dtype, grads)
+        checking.assert_same_accuracy(got, eager, checking.call(program, inputs(), torch.float64, grads))
+
+
 def test_what_is_recognised() -> None:
     masked = checking.call(checking.compiled(one_part_masked), inputs()).site
     assert f"K={N + M}" in masked.spec and masked.kind == f"causal+{M}", "a memory before the sequence"
@@ -134,7 +159,19 @@ def normalised_apart(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> T
     return w[..., :M] @ b + w[..., M:] @ v
 
 
-LOOK_ALIKES: list[Program] = [a_gap, twice_the_same, other_queries, a_difference, normalised_apart]
+def one_softmax_beside_scores(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    w = torch.cat([(q @ a.mT).sigmoid(), (q @ k.mT).softmax(-1)], -1)
+    return w @ torch.cat([b, v], 2)
+
+
+LOOK_ALIKES: list[Program] = [
+    one_softmax_beside_scores,
+    a_gap,
+    twice_the_same,
+    other_queries,
+    a_difference,
+    normalised_apart,
+]
 
 
 @pytest.mark.parametrize("program", LOOK_ALIKES, ids=lambda f: f.__name__)
