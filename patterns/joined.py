@@ -28,6 +28,8 @@ from fusepass.rule import Peel, Rule, Scope, Term, rule
 Label = int | str
 """A position in the product's result, or the name of a contracted axis."""
 
+#: More parts than anybody concatenates.
+MOST_PARTS = 16
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -44,9 +46,8 @@ class _Side:
 
 def joined(node: Expr) -> Expr | None:
     """``w[:m] . v1 + w[m:] . v2 = w . cat(v1, v2)``: the product that a sum of products is, or None."""
-    parts = [_slice_times_values(p) for p in _summands(node)]
-    found = [p for p in parts if p is not None]
-    if len(found) < 2 or len(found) < len(parts):
+    found = _summands(node) if node.op == "add" else []
+    if len(found) < 2:
         return None
     whole, dim, first = found[0].whole, found[0].dim, found[0].weights
     if any(p.whole is not whole or p.dim != dim or p.weights != first for p in found):
@@ -77,10 +78,20 @@ class _Part:
     values: _Side
 
 
-def _summands(node: Expr) -> list[Expr]:
-    if node.op == "add" and all(a.shape == node.shape and a.dtype is node.dtype for a in node.args):
-        return [s for a in node.args for s in _summands(a)]
-    return [node]
+def _summands(node: Expr) -> list[_Part]:
+    """The products with slices of weights that ``node`` adds up; none where it adds anything else."""
+    found: list[_Part] = []
+    todo = [node]
+    while todo and len(found) < MOST_PARTS:
+        at = todo.pop()
+        sums = [a for a in at.args if a.op == "add"]
+        for summand in at.args:
+            part = _slice_times_values(summand)
+            if summand.shape != node.shape or (summand not in sums and part is None):
+                return []
+            found += [part] if part is not None else []
+        todo += sums
+    return [] if todo else found
 
 
 def _slice_times_values(node: Expr) -> _Part | None:

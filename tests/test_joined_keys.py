@@ -53,7 +53,7 @@ def one_part_biased(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Te
 def three(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
     mean, of_values = k.mean(2, keepdim=True), v.mean(2, keepdim=True)
     w = torch.cat([q @ mean.mT, q @ a.mT, q @ k.mT], -1).softmax(-1)
-    out = w[..., :1] * of_values + w[..., 1 : M + 1] @ b
+    out = w[..., :1] @ of_values + w[..., 1 : M + 1] @ b
     return out + w[..., M + 1 :] @ v
 
 
@@ -68,7 +68,7 @@ def blocks_beside_global(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) 
 
 FUSED: dict[str, Program] = {
     f.__name__: f
-    for f in (split, sliced, memory_of_heads, one_part_masked, one_part_biased, blocks_beside_global)
+    for f in (split, sliced, memory_of_heads, one_part_masked, one_part_biased, three, blocks_beside_global)
 }
 
 
