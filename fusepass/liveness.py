@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
@@ -29,14 +31,21 @@ def live_nodes(graph: fx.Graph, reader: Reader) -> set[fx.Node]:
     return live
 
 
-def outside_reader(reader: Reader, live: set[fx.Node], product: Expr, anchor: fx.Node) -> fx.Node | None:
+def outside_reader(
+    reader: Reader,
+    live: set[fx.Node],
+    product: Expr,
+    anchor: fx.Node,
+    shares: Callable[[fx.Node], bool] = lambda user: False,
+) -> fx.Node | None:
     """A live node, not on the way to ``anchor``, for which the scores or weights must still be computed.
 
     Where ``anchor`` only normalises a product with the values, or adds up several, they are on the way.
+    ``shares`` tells readers that will need them no more either.
     """
     inner = inner_products(reader, anchor)
     for node in _computing(reader, product, anchor, inner):
-        found = _reader_of(reader, live, node, anchor, inner, product)
+        found = _reader_of(reader, live, node, anchor, inner, product, shares)
         if found is not None:
             return found
     return None
@@ -107,6 +116,7 @@ def _reader_of(
     anchor: fx.Node,
     inner: set[fx.Node],
     product: Expr,
+    shares: Callable[[fx.Node], bool],
     limit: int = 400,
 ) -> fx.Node | None:
     seen, todo = {start}, [start]
@@ -120,6 +130,9 @@ def _reader_of(
                 or _passes_on(reader, user, product)
                 or _is_light(user, reader.defined.get(user))
             )
+            if not light and shares(user):
+                seen.add(user)
+                continue
             if not light or len(seen) > limit:
                 return user
             seen.add(user)

@@ -6,6 +6,7 @@ The graph outside a fused site is not touched.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from fusepass.dialects.composites import Expansion, expand_all
 from fusepass.dialects.fx_graph import Known, Reader, operation, value_of
 from fusepass.emit import Builder, CannotEmit
 from fusepass.ir import VIEWS, Expr
-from fusepass.kernels import FP8, Kernel, Refused, Target
+from fusepass.kernels import BY_NAME, FP8, KERNELS, Kernel, Refused, Target
 from fusepass.liveness import erase_dead, inner_products, live_nodes, outside_reader
 from fusepass.patterns.products import factors
 from fusepass.recognize import RULES, Miss, Rules, Site, as_product, recognise_sum
@@ -126,6 +127,7 @@ class _Pass:
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.settled: set[Expr] = set()
         self.shared: dict[Any, Any] = {}
+        self.sharing: dict[fx.Node, Expr | None] = {}
 
     def run(self) -> list[SiteReport]:
         """Every site's report, in program order."""
@@ -193,8 +195,31 @@ class _Pass:
         products = [site.product]
         if site.product not in self.reader.definer:
             products = products_behind(self.reader.defined[node])
-        found = (outside_reader(self.reader, self.live, p, node) for p in products)
-        return next((reader for reader in found if reader is not None), None)
+        for product in products:
+            shares = functools.partial(self._shares, product, site)
+            reader = outside_reader(self.reader, self.live, product, node, shares)
+            if reader is not None:
+                return reader
+        return None
+
+    def _shares(self, product: Expr, site: Site, user: fx.Node) -> bool:
+        """Is a node the product of a site's weights with other values, for which a kernel serves as well?
+
+        Not where weights are dropped: both products see the same ones dropped.
+        """
+        meaning = self.reader.defined.get(user)
+        if not isinstance(meaning, Expr) or not factors(meaning) or site.spec.dropout:
+            return False
+        if user not in self.sharing:
+            found = recognise_sum(meaning, self.reader.facts, self.rules, self.reader.contents)
+            self.sharing[user] = None
+            if isinstance(found, list) and len(found) == 1:
+                other, target = found[0][1], self._target(user, found[0][1])
+                named = BY_NAME.get(self.options.kernel)
+                kernels = KERNELS if named is None else (named,)
+                if any(k.refuse(other.spec, target) is None for k in kernels):
+                    self.sharing[user] = other.product
+        return self.sharing[user] is product
 
     def _fuse(self, node: fx.Node, parts: list[tuple[int, Site]]) -> list[SiteReport]:
         """Write the first kernel that serves, for every summand; all of them or none."""

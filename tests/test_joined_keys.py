@@ -117,6 +117,21 @@ def test_softmaxes_beside_each_other(program: Program, grads: bool) -> None:
         checking.assert_same_accuracy(got, eager, checking.call(program, inputs(), torch.float64, grads))
 
 
+def two_lists_of_values(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    w = torch.softmax(q @ k.mT * 0.4, -1)
+    return w @ v + torch.tanh(w @ (v * k))
+
+
+@pytest.mark.parametrize("grads", [False, True], ids=["forward", "training"])
+def test_weights_that_two_products_share(grads: bool) -> None:
+    torch._dynamo.reset()
+    got = checking.call(checking.compiled(two_lists_of_values, inner="aot_eager"), inputs(), grads=grads)
+    assert [s.fused for s in got.sites] == [True, True], got.sites
+    eager = checking.call(two_lists_of_values, inputs(), grads=grads)
+    exact = checking.call(two_lists_of_values, inputs(), torch.float64, grads)
+    checking.assert_same_accuracy(got, eager, exact)
+
+
 def test_what_is_recognised() -> None:
     masked = checking.call(checking.compiled(one_part_masked), inputs()).site
     assert f"K={N + M}" in masked.spec and masked.kind == f"causal+{M}", "a memory before the sequence"
