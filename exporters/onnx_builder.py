@@ -238,6 +238,8 @@ class OnnxBuilder(Layouts[ir.Value]):
         if node.op in _SAME or node.op in _BOOLEAN:
             name = _SAME.get(node.op) or _BOOLEAN[node.op]
             return self.call(name, [self.as_tensor(a) for a in node.args], node.shape, node.dtype)
+        if node.op == "cat":
+            return self.join([self.as_tensor(a) for a in node.args], node.attrs[0])
         if node.op == "cast":
             return self.cast(self.as_tensor(node.args[0]), node.dtype)
         if node.op in ("reshape", "expand"):

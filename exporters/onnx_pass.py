@@ -22,9 +22,9 @@ from fusepass.exporters.onnx_operators import Operator, Target
 from fusepass.index import AxisSpace
 from fusepass.ir import POINTWISE, VIEWS, Expr
 from fusepass.layouts import CannotEmit
-from fusepass.recognize import Miss, Site, normalised_late, recognise_sum
+from fusepass.recognize import Miss, Site, as_product, recognise_sum
 from fusepass.report import GraphReport, SiteReport
-from fusepass.resemblance import of_activations, softmaxes_behind
+from fusepass.resemblance import of_activations, products_behind, softmaxes_behind
 
 #: What lies between the two products of a site.
 _LIGHT = (
@@ -121,7 +121,7 @@ class _Pass:
             meaning = self.reader.meaning.get(node.outputs[0]) if node.outputs else None
             if meaning is None or node not in self.live or node.graph is not self.graph:
                 continue
-            late = normalised_late(meaning)
+            late = as_product(meaning)
             if meaning.op != "dot" and late is None:
                 continue
             if self.reader.home[meaning] is not node.outputs[0]:
@@ -133,7 +133,7 @@ class _Pass:
             if found is None or (late is not None and not isinstance(found, list)):
                 continue
             if late is not None:
-                inside = {v.name for v in node.inputs if v is not None}
+                inside = {p.outputs[0].name for p in self._products_of(node)}
                 reports = [r for r in reports if r.fused or r.node not in inside]
             reports.extend(self._settle(node, meaning, found))
         left = left_over(self.graph, self.reader, self.live, self.settled)
@@ -178,7 +178,8 @@ class _Pass:
                 return []  # an activation function that is made of an exponential
             return [self._report(node, None, reason=found.reason)]
         for _, site in found:
-            other = self._outside_reader(site, node)
+            readers = (self._outside_reader(site, p, node) for p in self._scores(site, meaning))
+            other = next(filter(None, readers), None)
             if other is not None:
                 reason = f"its scores or weights are also used by '{other.op_type}' ({other.name})"
                 return [self._report(node, s, reason=reason) for _, s in found]
@@ -281,9 +282,15 @@ class _Pass:
 
     # -- who else reads it -------------------------------------------------------------------
 
-    def _outside_reader(self, site: Site, anchor: ir.Node) -> ir.Node | None:
+    def _scores(self, site: Site, anchor: Expr) -> list[Expr]:
+        """The product of queries and keys; of keys in several tensors there are several."""
+        if site.product in self.reader.home:
+            return [site.product]
+        return products_behind(anchor)
+
+    def _outside_reader(self, site: Site, product: Expr, anchor: ir.Node) -> ir.Node | None:
         """A live node, not on the way to the anchor, for which the scores or weights must be computed."""
-        held = self.reader.home.get(site.product)
+        held = self.reader.home.get(product)
         todo = [] if held is None else [held]
         result = self.reader.meaning[anchor.outputs[0]]
         within = self._products_of(anchor)
@@ -322,17 +329,21 @@ class _Pass:
         return self.sharing[user] is site.product
 
     def _products_of(self, anchor: ir.Node) -> set[ir.Node]:
-        """The products of weights that are not normalised yet, which an anchor that is none divides."""
-        meaning = self.reader.meaning[anchor.outputs[0]]
+        """The products, and their sums, that an anchor which is none normalises or adds up."""
+        start = self.reader.meaning[anchor.outputs[0]]
         found: set[ir.Node] = set()
-        todo = [anchor] if meaning is not None and meaning.op != "dot" else []
+        todo = [] if start is None or start.op == "dot" else [anchor]
+        summed = start is not None and start.op == "add"
         while todo:
             for value in todo.pop().inputs:
                 producer = None if value is None else value.producer()
                 inner = None if value is None else self.reader.meaning.get(value)
-                if producer is not None and inner is not None and inner.op == "dot":
+                if producer is None or inner is None:
+                    continue
+                adds = summed and inner.op == "add"
+                if inner.op == "dot" or adds:
                     found.add(producer)
-                elif producer is not None and producer.op_type == "Cast":
+                if adds or (inner.op != "dot" and producer.op_type == "Cast"):
                     todo.append(producer)
         return found
 

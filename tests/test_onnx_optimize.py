@@ -200,6 +200,28 @@ def test_a_traced_model_that_runs_at_its_own_sizes_only_is_checked_there(tmp_pat
     assert (report.fused, report.softmaxes) == (1, 0) and report.checks and report.max_error <= 1e-5
 
 
+class Beside(nn.Module):
+    """Keys in two tensors, normalised together; ``shown``: the weights are a result as well."""
+
+    def __init__(self, shown: bool) -> None:
+        super().__init__()
+        self.shown = shown
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Any:
+        w = torch.cat([q @ a.mT, q @ k.mT], -1).mul(0.3).softmax(-1)
+        out = w[..., :4] @ b + w[..., 4:] @ v
+        return (out, w) if self.shown else out
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_keys_in_two_tensors(shown: bool, tmp_path: Path) -> None:
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    plain(Beside(shown).eval(), before, *torch.randn(3, 2, 2, 6, 8), *torch.randn(2, 2, 2, 4, 8))
+    report = fusepass.optimize_onnx(before, after)
+    assert (report.fused, report.softmaxes) == ((0, 1) if shown else (1, 0)), report.graph.sites
+    assert report.max_error <= 1e-5 and len(nodes(after, "Attention")) == report.fused
+
+
 class Activated(nn.Module):
     """An activation function with an exponential in front of a linear layer is no attention."""
 
