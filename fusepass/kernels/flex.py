@@ -45,15 +45,11 @@ from fusepass.spec import (
     Dropout,
     Finite,
     Floor,
-    Keep,
-    KeyGate,
     Mask,
     Scale,
     ScaleBy,
     ScoreModifier,
     SoftCap,
-    WeightScale,
-    ZeroEmptyRows,
     finite,
     negligible,
 )
@@ -185,7 +181,7 @@ def refuse(spec: Attention, target: Target) -> str | None:
     for mod in spec.scores:
         if not isinstance(mod, (Scale, ScaleBy, SoftCap, Bias, Mask, Floor, Finite)):
             return f"FlexAttention has no '{mod}'"
-    reason = spec.refuse_weights(Keep, WeightScale, KeyGate, ZeroEmptyRows)
+    reason = spec.refuse_weights(*flex_blocks.AFTER)
     if reason is not None:
         return reason
     if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):

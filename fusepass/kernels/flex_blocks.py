@@ -25,12 +25,28 @@ from fusepass.kernels.base import (
     operands,
     refuse_far_elements,
 )
-from fusepass.kernels.blocks import BLOCK, tables_op
+from fusepass.kernels.blocks import BLOCK, plain_tables, table_shapes, tables_op
 from fusepass.patterns.masks import additive_mask
 from fusepass.recognize import Site
 from fusepass.rule import Term
-from fusepass.spec import Bias, Finite, Mask, Scale, ScaleBy, SoftCap, empty_rows, finite, negligible
+from fusepass.spec import (
+    Bias,
+    Finite,
+    Keep,
+    KeyGate,
+    Mask,
+    Scale,
+    ScaleBy,
+    SoftCap,
+    WeightScale,
+    ZeroEmptyRows,
+    empty_rows,
+    finite,
+    negligible,
+)
 
+AFTER = (Keep, WeightScale, KeyGate, ZeroEmptyRows)
+"""What is done to weights or results after the kernel."""
 LOWEST = torch.finfo(torch.float32).min / 2
 EXTREME = -1e30
 """Stands for every lower score: the kernels work in powers of two, where float32's lowest overflows."""
@@ -243,7 +259,7 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
     if options and not target.training and (scores or masks):
         # TorchInductor 2.11 frees what a CuTe kernel captures before it runs, unless a backward keeps it.
         raise Refused("without gradients it reads no tensors")
-    tables = _tables(site, build, made, masks, target.training)
+    tables = tables_of(site, build, made, masks, target.training)
     q, v = build.value(x.q), build.value(x.v)
     with build.mode():
         value = (
@@ -254,7 +270,7 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
     found = build.call_with(value, block_attention, *arguments)
     out = build.call(operator.getitem, found, 0)
     if site.spec.masks and not site.spec.rows_seen:
-        out = _mended(site, build, target, x, out, build.call(operator.getitem, found, 1))
+        out = mended(site, build, target, x, out, build.call(operator.getitem, found, 1))
     return out
 
 
@@ -266,21 +282,36 @@ def _stored(build: Builder, node: fx.Node) -> fx.Node:
     return made
 
 
-def _tables(site: Site, build: Builder, made: Plan, masks: list[fx.Node], both: bool) -> list[fx.Node]:
-    """The block tables; sites with one visibility share them.  ``both``: those that a backward reads too."""
+def tables_of(
+    site: Site, build: Builder, made: Plan, masks: list[fx.Node], both: bool, plain: bool = False
+) -> list[fx.Node]:
+    """The block tables; sites with one visibility share them.
+
+    Args:
+        both: those that a backward reads too.
+        plain: by operations that the inner compiler fuses, for an operator that reads them from memory; only
+            where the sizes are known.
+    """
     if not made.visible:
         return []
     whole = made.conjunction
     used, spec = fm.letters(whole), site.spec
     sizes = (spec.batch if "b" in used else 1, spec.heads if "h" in used else 1, spec.queries, spec.keys)
     device = build.value(build.anchor).device
+    plain = plain and all(isinstance(n, int) for n in sizes)
 
     def make() -> list[fx.Node]:
         whole_text = fm.text(whole)
-        found = build.call(tables_op, masks, whole_text, *map(build.size, sizes), device, both)
+        arguments = (masks, whole_text, *map(build.size, sizes), device, both)
+        if plain:
+            with build.mode():
+                value = table_shapes([], "", *map(int, sizes), device=device, both=both)  # type: ignore[call-arg]
+            found = build.call_with(value, plain_tables, *arguments)
+        else:
+            found = build.call(tables_op, *arguments)
         return [build.call(operator.getitem, found, n) for n in range(8 if both else 4)]
 
-    found: list[fx.Node] = build.once(("tables", fm.text(whole), tuple(masks), sizes, both), make)
+    found: list[fx.Node] = build.once(("tables", fm.text(whole), tuple(masks), sizes, both, plain), make)
     return found
 
 
@@ -294,7 +325,7 @@ def mendable(site: Site) -> bool:
     )
 
 
-def _mended(site: Site, build: Builder, target: Target, x: Operands, out: fx.Node, lse: fx.Node) -> fx.Node:
+def mended(site: Site, build: Builder, target: Target, x: Operands, out: fx.Node, lse: fx.Node) -> fx.Node:
     """Rows that see no key have a log-sum-exp of minus infinity."""
     spec, like = site.spec, build.value(out)
     sizes = [build.size(s) for s in (spec.batch, spec.heads, spec.queries)]
@@ -309,4 +340,6 @@ def _mended(site: Site, build: Builder, target: Target, x: Operands, out: fx.Nod
     return build.op("where", seen, out, other)
 
 
-__all__ = ["Plan", "block_attention", "emit", "mendable", "plan", "thin_biases"]
+__all__ = [
+    "AFTER", "Plan", "block_attention", "emit", "mendable", "mended", "plan", "tables_of", "thin_biases",
+]  # fmt: skip

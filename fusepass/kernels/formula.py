@@ -17,6 +17,7 @@ instead of numbers, what a whole block of queries and keys sees (:mod:`fusepass.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ class Writer:
         """An index expression over axes as one over the letters."""
         index = self.site.space.resolve(index)
         terms = [[self._int(c), *self._digit(axis)] for axis, c in index.terms]
-        return [self._int(index.const), terms]
+        return [self._int(index.const), _joined(terms)]
 
     def _digit(self, axis: str) -> tuple[str, int, int]:
         for letter, axes in self.letters.items():
@@ -109,6 +110,19 @@ class Writer:
         if not isinstance(size, int):
             raise Unwritable(f"size {size}")
         return size
+
+
+def _joined(terms: list[list[Any]]) -> list[list[Any]]:
+    """Neighbouring digits of one letter as one: ``4 * (h // 4) + h % 4`` is ``h``."""
+    made = list(terms)
+    for high, low in itertools.permutations(terms, 2):
+        if high not in made or low not in made or high[1] != low[1] or not low[3]:
+            continue
+        if high[0] == low[0] * low[3] and high[2] == low[2] * low[3]:
+            made[made.index(low)] = [low[0], low[1], low[2], high[3] * low[3]]
+            made.remove(high)
+            return _joined(made)
+    return made
 
 
 def text(formula: Any) -> str:
