@@ -21,6 +21,9 @@ from fusepass.kernels import blocks, cute_mods, flash4_mods
 from fusepass.kernels import formula as fm
 from fusepass.report import SiteReport
 from fusepass.rewrite import rewrite_graph
+from tests.attention_cases import CASES
+from tests.checking import assert_same_accuracy, call
+from tests.checking import compiled as compiled_case
 from tests.fake_cuda import fake_graph, hopper, targets
 
 INF = math.inf
@@ -224,6 +227,31 @@ def test_compilers_take_the_operator(backend: str, on_cpu: None) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", ["alibi, multi-head", "padding", "padding on the left", "documents"])
+@pytest.mark.parametrize("grads", [False, True])
+def test_whole_sites(name: str, grads: bool, on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with the operator's mathematics: tables, windows and rows that see no key included."""
+    monkeypatch.setattr("fusepass.kernels.flash.gate_refuses", lambda *given: None)
+    case = CASES[name]
+    inputs = {n: t.bfloat16() if n in "qkv" else t for n, t in case.inputs("cpu").items()}
+    got = call(compiled_case(case.program, "flash4", "aot_eager"), inputs, grads=grads)
+    assert got.site.kernel == "flash4", got.site
+    exact = call(case.program, inputs, torch.float64, grads)
+    assert_same_accuracy(got, call(case.program, inputs, grads=grads), exact)
+
+
+def test_grouped_heads_train_without_scores_by_position(
+    on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's backward pass on Hopper reads other heads there."""
+    monkeypatch.setattr("fusepass.kernels.flash.gate_refuses", lambda *given: None)
+    case = CASES["alibi"]
+    inputs = {n: t.bfloat16() if n in "qkv" else t for n, t in case.inputs("cpu").items()}
+    got = call(compiled_case(case.program, "flash4", "aot_eager"), inputs, grads=True)
+    assert not got.site.fused and "with grouped heads its backward" in str(got.site.reason), got.site
+    assert call(compiled_case(case.program, "flash4", "aot_eager"), inputs).site.kernel == "flash4"
+
+
 # ---------------------------------------------------------------------------------------- formulas in CuTe
 
 
@@ -369,6 +397,11 @@ def test_neighbouring_digits_are_one() -> None:
     assert sorted(fm._joined(three)) == [[1, "b", 1, 0], [2, "h", 1, 12]]
     for terms in ([[5, "h", 4, 0], [1, "h", 1, 4]], [[4, "h", 4, 0], [1, "b", 1, 4]]):
         assert fm._joined(terms) == terms
+
+
+def test_biases_that_may_hide() -> None:
+    read = [fm.read(fm.text(f)) for f in (["mul", SLOPE, ["cast", GAP, "f32"]], SLOPE, ["const", -3e38], GAP)]
+    assert [cute_mods.may_hide(f) for f in read] == [False, True, True, False]
 
 
 def test_steps_of_a_score_and_their_derivatives(cute: None) -> None:

@@ -23,6 +23,9 @@ pytestmark = pytest.mark.gpu
 PAIRS = [(kernel, name) for name, case in CASES.items() for kernel in case.kernels.split()]
 
 
+INFERRED = ("causal", "padding", "padding on the left", "window", "alibi, multi-head")
+
+
 def need(kernel: str) -> None:
     reason = machine_refuses(GATES[kernel], "cuda") if kernel in GATES else None
     if reason:
@@ -42,14 +45,14 @@ def check(case: Case, kernel: str, inner: str, grads: bool) -> Run:
 @pytest.mark.parametrize(("kernel", "name"), PAIRS)
 def test_results_and_gradients(kernel: str, name: str) -> None:
     need(kernel)
-    check(CASES[name], kernel, "inductor" if kernel == "flex" else "aot_eager", grads=True)
+    check(CASES[name], kernel, "inductor" if kernel.startswith("flex") else "aot_eager", grads=True)
 
 
-@pytest.mark.parametrize(("kernel", "name"), [p for p in PAIRS if p[1] in ("causal", "padding", "window")])
+@pytest.mark.parametrize(("kernel", "name"), [p for p in PAIRS if p[1] in INFERRED])
 def test_inference_under_inductor(kernel: str, name: str) -> None:
     """Forward only, everything in one graph: where block tables were once fused away."""
     need(kernel)
-    if (kernel, name) == ("flex_flash", "padding"):
+    if kernel == "flex_flash":
         got = call(compiled(CASES[name].program, kernel, "inductor"), CASES[name].inputs())
         assert not got.site.fused and "without gradients it reads no tensors" in str(got.site.reason)
         return
@@ -89,7 +92,7 @@ def test_cuda_graphs(kernel: str, grads: bool) -> None:
     assert_same_accuracy(got, eager, exact)
 
 
-@pytest.mark.parametrize("name", ["alibi", "padding"])
+@pytest.mark.parametrize("name", ["alibi", "padding on the left"])
 def test_formulas_of_flash4_in_cuda_graphs(name: str) -> None:
     need("flash4")
     case = CASES[name]

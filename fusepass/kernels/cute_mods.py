@@ -63,6 +63,23 @@ def _is_count(x: Formula, y: Formula) -> bool:
     return bool(whole and x[0] == "index" and x[1] >= 0 and all(term[0] >= 0 for term in x[2]))
 
 
+def may_hide(formula: Formula) -> bool:
+    """May a bias hide scores: by a low constant, or a tensor that is not multiplied by a distance?"""
+    kind = formula[0]
+    if kind in ("index", "const"):
+        return bool(kind == "const" and formula[1] < LOWEST)
+    if kind == "load":
+        return True
+    parts = (formula[1],) if kind == "cast" else formula[1:]
+    if kind == "mul" and any(_without_casts(part)[0] == "index" for part in parts):
+        return False
+    return any(map(may_hide, parts))
+
+
+def _without_casts(formula: Formula) -> Formula:
+    return _without_casts(formula[1]) if formula[0] == "cast" else formula
+
+
 class Walk:
     """Evaluates formulas while a kernel is compiled.
 
@@ -251,7 +268,7 @@ class Walk:
                 curve = self.cute.math.tanh(s / given, fastmath=True)
                 s, slope = given * curve, 1.0 - curve * curve
             elif kind == "add":
-                s = s + self._added(self.value(given), more[0], s)
+                s = s + self._added(given, more[0], s)
             elif kind == "times":
                 slope = self._as(self._real(self.value(given)), self.cutlass.Float32, s)
                 s = s * slope
@@ -260,10 +277,12 @@ class Walk:
             slopes.append(slope)
         return s, slopes
 
-    def _added(self, value: Value, factor: float, like: Value) -> Value:
+    def _added(self, formula: Formula, factor: float, like: Value) -> Value:
         """A bias as float32; the lowest finite numbers hide as much from further up."""
-        wide = self._as(self._real(value), self.cutlass.Float32, like)
+        wide = self._as(self._real(self.value(formula)), self.cutlass.Float32, like)
         wide = wide if factor == 1 else wide * factor
+        if not may_hide(formula):
+            return wide
         low = self._and(operator.lt(*self._alike(wide, LOWEST)), operator.gt(*self._alike(wide, -math.inf)))
         return self._where(low, LOWEST, wide)
 
@@ -315,4 +334,4 @@ def mask_mod(visible: Formula, first: int) -> Callable[..., Any]:
     return _named(seen, visible, first)
 
 
-__all__ = ["WRITABLE", "Walk", "mask_mod", "score_mods", "unwritable"]
+__all__ = ["WRITABLE", "Walk", "mask_mod", "may_hide", "score_mods", "unwritable"]

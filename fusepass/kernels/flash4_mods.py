@@ -27,10 +27,8 @@ from fusepass.kernels import blocks, cute_mods, flash_ops, flex_blocks
 from fusepass.kernels import formula as fm
 from fusepass.kernels.base import Operands, Refused, Target, after_weights, operands
 from fusepass.recognize import Site
-from fusepass.spec import Attention, Bias, Mask, Scale, ScaleBy, SoftCap, negligible
+from fusepass.spec import Attention, Bias, Mask, Scale, ScaleBy, SoftCap, empty_rows, negligible
 
-#: Beyond this head size the kernels' tiles are no blocks of 128 keys.
-TABLE_HEAD_DIM = 128
 _LOADED = (torch.bool, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -180,6 +178,8 @@ def emit(
         [build.as_tensor(t) for t in writer.tensors] for writer in (made.of_scores, made.of_masks)
     )
     masks = [] if native else masks
+    if target.training and flex_blocks.scores_by_position(site, made):
+        raise Refused(flex_blocks.GROUPED)
     _check(build, target, x, made, visible, scores, masks)
     tables: list[fx.Node] = []
     if visible is not None:
@@ -190,9 +190,11 @@ def emit(
         torch.ops.fusepass.flash4_mods.default, q, k, v, scores, masks, tables, code,
         *(window if native else (None, None)),
     )  # fmt: skip
-    out = build.op("transpose", build.call(operator.getitem, found, 0), 1, 2)
-    if site.spec.masks and not site.spec.rows_seen:
-        out = flex_blocks.mended(site, build, target, x, out, build.call(operator.getitem, found, 1))
+    out = build.call(operator.getitem, found, 0)
+    if site.spec.masks and not site.spec.rows_seen and empty_rows(site.spec) != "zero":
+        lse = build.call(operator.getitem, found, 1)
+        out = flex_blocks.mended(site, build, target, x, out, lse, major="rows")
+    out = build.op("transpose", out, 1, 2)
     return build.cast(after_weights(site, build, out), site.spec.out_dtype)
 
 
@@ -213,8 +215,8 @@ def _check(
         if (unknown := cute_mods.unwritable(written)) is not None:
             raise Refused(f"its formulas have no {unknown}")
     if visible is not None:
-        if max(int(values[0].shape[3]), int(values[2].shape[3])) > TABLE_HEAD_DIM:
-            raise Refused(f"its kernels take block tables up to head size {TABLE_HEAD_DIM}")
+        if max(int(values[0].shape[3]), int(values[2].shape[3])) > flex_blocks.TILED_HEAD_DIM:
+            raise Refused(f"its kernels take block tables up to head size {flex_blocks.TILED_HEAD_DIM}")
         if target.training and torch.are_deterministic_algorithms_enabled():
             raise Refused("its backward pass with block tables is not deterministic")
     for node in (*scores, *masks):
@@ -225,4 +227,4 @@ def _check(
             raise Refused("its formulas read truth values, integers and floats on the same GPU")
 
 
-__all__ = ["TABLE_HEAD_DIM", "emit", "may"]
+__all__ = ["emit", "may"]

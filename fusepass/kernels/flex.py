@@ -266,6 +266,9 @@ def refuse_flash(spec: Attention, target: Target) -> str | None:
         return f"it has no '{cleaned}'"
     if reason is None and target.training and torch.are_deterministic_algorithms_enabled():
         return "its backward pass is not deterministic on this GPU"
+    sizes = [size for size in (spec.head_dim, spec.value_dim) if isinstance(size, int)]
+    if reason is None and spec.masks and max(sizes, default=0) > flex_blocks.TILED_HEAD_DIM:
+        return f"its kernels take block tables up to head size {flex_blocks.TILED_HEAD_DIM}"
     return reason
 
 

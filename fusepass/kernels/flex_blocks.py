@@ -47,6 +47,8 @@ from fusepass.spec import (
 
 AFTER = (Keep, WeightScale, KeyGate, ZeroEmptyRows)
 """What is done to weights or results after the kernel."""
+TILED_HEAD_DIM = 128
+"""Beyond this head size the tiles of flash-attn 4 are no blocks of 128 keys."""
 LOWEST = torch.finfo(torch.float32).min / 2
 EXTREME = -1e30
 """Stands for every lower score: the kernels work in powers of two, where float32's lowest overflows."""
@@ -256,6 +258,8 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
     scores, masks = ([_stored(build, t) for t in tensors] for tensors in (scores, masks))
     if options and any(build.value(t).requires_grad for t in scores):
         raise Refused("its score modifiers read a tensor that needs a gradient")
+    if options and target.training and scores_by_position(site, made):
+        raise Refused(GROUPED)
     if options and not target.training and (scores or masks):
         # TorchInductor 2.11 frees what a CuTe kernel captures before it runs, unless a backward keeps it.
         raise Refused("without gradients it reads no tensors")
@@ -272,6 +276,15 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
     if site.spec.masks and not site.spec.rows_seen:
         out = mended(site, build, target, x, out, build.call(operator.getitem, found, 1))
     return out
+
+
+GROUPED = "with grouped heads its backward pass has no scores that depend on the position"
+"""flash-attn 4 4.0.0b36 on Hopper takes the heads of a backward pass for packed ones, and reads elsewhere."""
+
+
+def scores_by_position(site: Site, made: Plan) -> bool:
+    """Do steps of the score of grouped heads read indices?"""
+    return bool(site.roles.group) and any(s[0] in ("add", "times") and fm.letters(s[1]) for s in made.scores)
 
 
 def _stored(build: Builder, node: fx.Node) -> fx.Node:
@@ -325,15 +338,24 @@ def mendable(site: Site) -> bool:
     )
 
 
-def mended(site: Site, build: Builder, target: Target, x: Operands, out: fx.Node, lse: fx.Node) -> fx.Node:
-    """Rows that see no key have a log-sum-exp of minus infinity."""
+def mended(
+    site: Site, build: Builder, target: Target, x: Operands, out: fx.Node, lse: fx.Node, major: str = "heads"
+) -> fx.Node:
+    """Rows that see no key have a log-sum-exp of minus infinity.
+
+    Args:
+        out: ``[B, H, Q, Dv]``, or ``[B, Q, H, Dv]`` with ``major="rows"``; so is the result.
+        lse: ``[B, H, Q]``.
+    """
     spec, like = site.spec, build.value(out)
     sizes = [build.size(s) for s in (spec.batch, spec.heads, spec.queries)]
     seen = build.op("reshape", build.op("isfinite", build.op("detach", lse)), [*sizes, 1])
+    seen = build.op("transpose", seen, 1, 2) if major == "rows" else seen
     policy = empty_rows(spec)
     if policy == "mean":
         scale = math.prod(m.factor for m in spec.scores if isinstance(m, Scale))
         other = build.cast(mean_of_values(site, build, x, scale, target.training), like.dtype)
+        other = build.op("transpose", other, 1, 2) if major == "rows" else other
     else:
         number = 0.0 if policy == "zero" else math.nan
         other = build.op("scalar_tensor", number, dtype=like.dtype, device=like.device)
@@ -341,5 +363,6 @@ def mended(site: Site, build: Builder, target: Target, x: Operands, out: fx.Node
 
 
 __all__ = [
-    "AFTER", "Plan", "block_attention", "emit", "mendable", "mended", "plan", "tables_of", "thin_biases",
+    "AFTER", "GROUPED", "Plan", "block_attention", "emit", "mendable", "mended", "plan",
+    "scores_by_position", "tables_of", "thin_biases",
 ]  # fmt: skip
