@@ -112,9 +112,7 @@ def main() -> int:
             results / f"profile-{name}.csv",
             arguments,
         )
-        calls = results / f"profile-{name}-calls.csv"
-        known = [*bench.read_csv(calls)[0], *rows] if arguments.add and calls.exists() else rows
-        made = bench_report.profile_of(known, bench.machine())
+        made = bench_report.profile_of(rows, bench.machine())
         made.save(ROOT / "fusepass" / "profiles" / f"{name}.json")
     if arguments.part in ("all", "auto"):
         work = auto_jobs(*grid, arguments.repeats, arguments.eager, arguments.variants)

@@ -401,7 +401,7 @@ def test_neighbouring_digits_are_one() -> None:
 
 def test_biases_that_may_hide() -> None:
     read = [fm.read(fm.text(f)) for f in (["mul", SLOPE, ["cast", GAP, "f32"]], SLOPE, ["const", -3e38], GAP)]
-    assert [cute_mods.may_hide(f) for f in read] == [False, True, True, False]
+    assert [fm.may_hide(f, cute_mods.LOWEST) for f in read] == [False, True, True, False]
 
 
 def test_steps_of_a_score_and_their_derivatives(cute: None) -> None:

@@ -230,9 +230,6 @@ def test_what_is_chosen_is_what_was_measured_fastest(place: Path) -> None:
     On average: single measurements were disturbed, and of several the profile believes the fastest.
     """
     rows, about = bench.read_csv(place)
-    rows = [r for r in rows if r.gpu_milliseconds is not None]
-    if not rows:
-        pytest.skip("calls back to back, not the GPU's own time")
     made = next(p for f in costs.SHIPPED.glob("*.json") if about["device"] in (p := costs.load(f)).devices)
     regrets = []
     for (variant, mode, head_dim, _), found in bench_report.by_case(rows).items():

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusepass.kernels.formula import Formula
+from fusepass.kernels.formula import Formula, may_hide
 
 Value = Any
 """A number of Python, or a value of CuTe (``TensorSSA``)."""
@@ -61,23 +61,6 @@ def _is_count(x: Formula, y: Formula) -> bool:
     """Is ``x`` an index that is nowhere negative, and ``y`` a positive number?  Else rounding differs."""
     whole = y[0] == "const" and type(y[1]) is int and y[1] > 0
     return bool(whole and x[0] == "index" and x[1] >= 0 and all(term[0] >= 0 for term in x[2]))
-
-
-def may_hide(formula: Formula) -> bool:
-    """May a bias hide scores: by a low constant, or a tensor that is not multiplied by a distance?"""
-    kind = formula[0]
-    if kind in ("index", "const"):
-        return bool(kind == "const" and formula[1] < LOWEST)
-    if kind == "load":
-        return True
-    parts = (formula[1],) if kind == "cast" else formula[1:]
-    if kind == "mul" and any(_without_casts(part)[0] == "index" for part in parts):
-        return False
-    return any(map(may_hide, parts))
-
-
-def _without_casts(formula: Formula) -> Formula:
-    return _without_casts(formula[1]) if formula[0] == "cast" else formula
 
 
 class Walk:
@@ -281,7 +264,7 @@ class Walk:
         """A bias as float32; the lowest finite numbers hide as much from further up."""
         wide = self._as(self._real(self.value(formula)), self.cutlass.Float32, like)
         wide = wide if factor == 1 else wide * factor
-        if not may_hide(formula):
+        if not may_hide(formula, LOWEST):
             return wide
         low = self._and(operator.lt(*self._alike(wide, LOWEST)), operator.gt(*self._alike(wide, -math.inf)))
         return self._where(low, LOWEST, wide)
@@ -334,4 +317,4 @@ def mask_mod(visible: Formula, first: int) -> Callable[..., Any]:
     return _named(seen, visible, first)
 
 
-__all__ = ["WRITABLE", "Walk", "mask_mod", "may_hide", "score_mods", "unwritable"]
+__all__ = ["WRITABLE", "Walk", "mask_mod", "score_mods", "unwritable"]

@@ -169,6 +169,23 @@ def is_dense(formula: Formula) -> bool:
     return any(is_dense(f) for f in formula)
 
 
+def may_hide(formula: Formula, lowest: float) -> bool:
+    """May a bias hide scores: by a low constant, or a tensor that is not multiplied by a distance?"""
+    kind = formula[0]
+    if kind in ("index", "const"):
+        return bool(kind == "const" and formula[1] < lowest)
+    if kind == "load":
+        return True
+    parts = (formula[1],) if kind == "cast" else formula[1:]
+    if kind == "mul" and any(_without_casts(part)[0] == "index" for part in parts):
+        return False
+    return any(may_hide(part, lowest) for part in parts)
+
+
+def _without_casts(formula: Formula) -> Formula:
+    return _without_casts(formula[1]) if formula[0] == "cast" else formula
+
+
 def evaluate(formula: Formula, at: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> Tensor:
     """A formula's value; ``at`` holds integer tensors ``b``, ``h``, ``i``, ``j`` of one broadcast shape."""
     operation = formula[0]
@@ -205,5 +222,6 @@ def _index(constant: int, terms: Any, at: Mapping[str, Tensor]) -> Tensor:
 
 
 __all__ = [
-    "Formula", "Unwritable", "Writer", "evaluate", "is_dense", "letters", "read", "slots_of", "text",
+    "Formula", "Unwritable", "Writer", "evaluate", "is_dense", "letters", "may_hide", "read", "slots_of",
+    "text",
 ]  # fmt: skip
