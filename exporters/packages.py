@@ -13,8 +13,8 @@ from torch.export import ExportedProgram
 
 from fusepass.exporters.onnx_files import ModelError, staged
 from fusepass.exporters.reports import ExportReport
+from fusepass.fusing import fuse
 from fusepass.report import collect
-from fusepass.rewrite import fuse
 
 
 def export_pt2(

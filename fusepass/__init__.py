@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fusepass.exporters.onnx_export import export_onnx
     from fusepass.exporters.onnx_optimize import optimize_onnx
     from fusepass.exporters.packages import compile_aoti, export_pt2
-    from fusepass.rewrite import fuse
+    from fusepass.fusing import fuse
     from fusepass.verification import verify
 
 __version__ = "0.1.0"
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "fuse": "fusepass.rewrite",
+    "fuse": "fusepass.fusing",
     "explain": "fusepass.explanation",
     "verify": "fusepass.verification",
     "enable": "fusepass.autoenable",

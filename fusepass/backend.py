@@ -99,7 +99,7 @@ def run_pass(
     from fusepass.rewrite import rewrite_graph
 
     try:
-        report: GraphReport = rewrite_graph(gm, options, example_inputs, static=static)
+        report: GraphReport = rewrite_graph(gm, options, example_inputs, static=static, compiled=True)
     except Exception as error:
         if _strict():
             raise

@@ -370,7 +370,11 @@ def machine(device: str = "cuda") -> dict[str, str]:
             "cudnn": str(torch.backends.cudnn.version()),
         }
     else:
+        from fusepass.kernels.reference import multiplies_bfloat16
+
         found["device"] = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        instructions = torch.backends.cpu.get_cpu_capability()
+        found["instructions"] = f"{instructions}{' with bfloat16 products' * multiplies_bfloat16()}"
     for name in ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cudnn-frontend"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)

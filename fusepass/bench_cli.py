@@ -28,7 +28,7 @@ def command(arguments: argparse.Namespace) -> int:
             more, about = bench.read_csv(place)
             rows += more
     else:
-        about = bench.machine(arguments.device)
+        about = bench.machine(arguments.device) | {"dtype": arguments.dtype}
         rows = _measure(arguments, console, about)
         console.print(f"{len(rows)} measurements in {arguments.out}", highlight=False)
     if arguments.profile or arguments.profile_to:

@@ -58,13 +58,34 @@ def lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     return made
 
 
+def by_name(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Where ``auto`` was not measured: a head, and a line a case with every contender's time.
+
+    Kernels also have how many times faster than ``compile`` they are.
+    """
+    named = list(dict.fromkeys(row.contender for row in rows))
+    made: list[tuple[str, ...]] = []
+    for (variant, mode, head_dim, length), found in sorted(by_case(rows).items()):
+        cells = [_time(found.get(name)) for name in named]
+        for place, name in enumerate(named):
+            if name not in ("eager", "compile") and (ratio := _ratio(found.get("compile"), found.get(name))):
+                cells[place] += f" ({ratio}×)"
+        made.append((variant, mode, str(head_dim), str(length), *cells))
+    return (*HEAD[:4], *named), made
+
+
+def _head_and_lines(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    return (HEAD, lines(rows)) if any(r.contender == "auto" for r in rows) else by_name(rows)
+
+
 def summary(rows: Iterable[Row]) -> Table:
     """The lines, for a terminal."""
     table = Table(title="Attention, median milliseconds", title_justify="left", header_style="bold")
-    for name in HEAD:
+    head, found = _head_and_lines(list(rows))
+    for name in head:
         left = name in ("variant", "pass", "best by hand", "kernel")
         table.add_column(name, justify="left" if left else "right")
-    for line in lines(rows):
+    for line in found:
         table.add_row(*line)
     return table
 
@@ -77,13 +98,22 @@ inputs, uncompiled but for FlexAttention. The × columns say how many times fast
 of calls back to back, where a compiled function of a short problem waits for its own launch."""
 
 
+ABOUT_NAMED = """\
+Median milliseconds on random data. `compile` is `torch.compile` of attention as it is written; a kernel's
+name is fusepass with that kernel, and how many times faster than `compile` it is."""
+
+
 def markdown(rows: Sequence[Row], machine: dict[str, str], source: str) -> str:
     """The lines as a page."""
+    head, made = _head_and_lines(rows)
+    about = ABOUT if head == HEAD else ABOUT_NAMED
     text = ["# Attention, measured", "", f"Made by `python -m fusepass bench --read {source} --markdown`: "
-            + "; ".join(f"{k}: {v}" for k, v in machine.items()) + ".", "", ABOUT, ""]  # fmt: skip
-    text += [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
-    text += [f"| {' | '.join(line)} |" for line in lines(rows)]
-    found = [(float(line[10]), line[0]) for line in lines(rows) if line[10]]
+            + "; ".join(f"{k}: {v}" for k, v in machine.items()) + ".", "", about, ""]  # fmt: skip
+    text += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    text += [f"| {' | '.join(line)} |" for line in made]
+    if head != HEAD:
+        return "\n".join([*text, ""])
+    found = [(float(line[10]), line[0]) for line in made if line[10]]
     behind = sorted({variant for ratio, variant in found if ratio < 0.97})
     text += ["", f"At 0.97 of the best call by hand or above: {sum(r >= 0.97 for r, _ in found)} of "
              f"{len(found)}. Below, in some pass or length: {', '.join(behind) or 'none'}.", ""]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
@@ -29,24 +31,44 @@ def live_nodes(graph: fx.Graph, reader: Reader) -> set[fx.Node]:
     return live
 
 
-def outside_reader(reader: Reader, live: set[fx.Node], product: Expr, anchor: fx.Node) -> fx.Node | None:
+def outside_reader(
+    reader: Reader,
+    live: set[fx.Node],
+    product: Expr,
+    anchor: fx.Node,
+    shares: Callable[[fx.Node], bool] = lambda user: False,
+) -> fx.Node | None:
     """A live node, not on the way to ``anchor``, for which the scores or weights must still be computed.
 
-    Where ``anchor`` only normalises a product with the values, that product is on the way.
+    Where ``anchor`` only normalises a product with the values, or adds up several, they are on the way.
+    ``shares`` tells readers that will need them no more either.
     """
-    inner = (
-        {n for n in anchor.all_input_nodes if _is_product(reader, n)} if _is_late(reader, anchor) else set()
-    )
+    inner = inner_products(reader, anchor)
     for node in _computing(reader, product, anchor, inner):
-        found = _reader_of(reader, live, node, anchor, inner, product)
+        found = _reader_of(reader, live, node, anchor, inner, product, shares)
         if found is not None:
             return found
     return None
 
 
-def _is_late(reader: Reader, anchor: fx.Node) -> bool:
-    meaning = reader.defined.get(anchor)
-    return isinstance(meaning, Expr) and meaning.op in ("mul", "div")
+def inner_products(reader: Reader, anchor: fx.Node) -> set[fx.Node]:
+    """The products, and their sums, that ``anchor`` normalises or adds up."""
+    if _op(reader, anchor) in ("mul", "div"):
+        return {n for n in anchor.all_input_nodes if _is_product(reader, n)}
+    found: set[fx.Node] = set()
+    todo = [anchor]
+    while todo:
+        node = todo.pop()
+        if _op(reader, node) == "add":
+            fresh = [n for n in node.all_input_nodes if n not in found]
+            found.update(n for n in fresh if _op(reader, n) == "add" or _is_product(reader, n))
+            todo.extend(fresh)
+    return found
+
+
+def _op(reader: Reader, node: fx.Node) -> str:
+    meaning = reader.defined.get(node)
+    return meaning.op if isinstance(meaning, Expr) else ""
 
 
 def _is_product(reader: Reader, node: fx.Node) -> bool:
@@ -94,6 +116,7 @@ def _reader_of(
     anchor: fx.Node,
     inner: set[fx.Node],
     product: Expr,
+    shares: Callable[[fx.Node], bool],
     limit: int = 400,
 ) -> fx.Node | None:
     seen, todo = {start}, [start]
@@ -107,6 +130,9 @@ def _reader_of(
                 or _passes_on(reader, user, product)
                 or _is_light(user, reader.defined.get(user))
             )
+            if not light and shares(user):
+                seen.add(user)
+                continue
             if not light or len(seen) > limit:
                 return user
             seen.add(user)

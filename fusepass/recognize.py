@@ -17,6 +17,7 @@ from fusepass.contents import Contents
 from fusepass.index import Affine, AxisSpace, Facts, Size, prod
 from fusepass.ir import Expr, const, expr, pointwise, scalar_of
 from fusepass.patterns import formulas, heads, masks
+from fusepass.patterns.joined import JOINED, joined, taken_apart
 from fusepass.patterns.layout import LAYOUT
 from fusepass.patterns.products import PRODUCTS, factors, normalised_late
 from fusepass.patterns.scores import SCORES, holds_product
@@ -52,7 +53,7 @@ class Rules:
 
     layout: tuple[Rule, ...] = LAYOUT
     products: tuple[Rule, ...] = PRODUCTS
-    scores: tuple[Rule, ...] = SCORES
+    scores: tuple[Rule, ...] = (*SCORES, *JOINED)
     softmax: tuple[Rule, ...] = SOFTMAX
     weights: tuple[Rule, ...] = WEIGHTS
 
@@ -128,6 +129,11 @@ def recognise(
     return miss
 
 
+def as_product(node: Expr) -> Expr | None:
+    """The product with the values that a node is in other words, where it is none itself."""
+    return normalised_late(node) or joined(node)
+
+
 def recognise_sum(
     anchor: Expr, facts: Facts, rules: Rules = RULES, contents: Contents | None = None
 ) -> list[tuple[int, Site]] | Miss | None:
@@ -152,6 +158,8 @@ def recognise_sum(
 def _pieces(anchor: Expr) -> list[tuple[int, Expr]]:
     """The products whose signed sum ``anchor`` is, because its weights are a sum."""
     if anchor.op == "dot":
+        if len(apart := taken_apart(anchor)) > 1:
+            return [(1, piece) for piece in apart]
         for position, operand in enumerate(anchor.args):
             if holds_softmax(operand) and len(summands := parts(operand)) > 1:
                 pair = [[w, anchor.args[1]] if position == 0 else [anchor.args[0], w] for _, w in summands]
@@ -527,6 +535,6 @@ def _without_empty(scores: tuple[ScoreModifier, ...]) -> tuple[ScoreModifier, ..
 
 
 __all__ = [
-    "RULES", "Miss", "Rules", "Site", "ZeroEmptyRows", "negligible", "normalised_late", "recognise",
-    "recognise_sum",
+    "RULES", "Miss", "Rules", "Site", "ZeroEmptyRows", "as_product", "negligible", "normalised_late",
+    "recognise", "recognise_sum",
 ]  # fmt: skip

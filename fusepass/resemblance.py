@@ -21,6 +21,22 @@ def softmaxes_behind(anchor: Expr) -> set[Expr]:
     return found
 
 
+def products_behind(anchor: Expr) -> list[Expr]:
+    """The score products behind the softmaxes that a sum of products is made of."""
+    found: dict[Expr, None] = {}
+    todo = [s.args[0] for part in anchor.args for s in softmaxes_behind(part)]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if node.op == "dot":
+            found[node] = None
+        elif node.op != "input":
+            fresh = [a for a in node.args if a not in seen]
+            seen.update(fresh)
+            todo.extend(fresh)
+    return list(found)
+
+
 def of_activations(softmax: Expr) -> bool:
     """Does the softmax come from a product of two tensors of rank 3 or more?"""
     if not holds_product(softmax.args[0]):

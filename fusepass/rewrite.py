@@ -5,27 +5,26 @@ The graph outside a fused site is not touched.
 
 from __future__ import annotations
 
-import copy
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import fx
-from torch.export import ExportedProgram
 
 from fusepass.config import Options
 from fusepass.dialects.composites import Expansion, expand_all
 from fusepass.dialects.fx_graph import Known, Reader, operation, value_of
 from fusepass.emit import Builder, CannotEmit
 from fusepass.ir import VIEWS, Expr
-from fusepass.kernels import FP8, Kernel, Refused, Target
-from fusepass.liveness import erase_dead, live_nodes, outside_reader
-from fusepass.patterns.products import factors, normalised_late
-from fusepass.recognize import RULES, Miss, Rules, Site, recognise_sum
+from fusepass.kernels import BY_NAME, FP8, KERNELS, Kernel, Refused, Target
+from fusepass.liveness import erase_dead, inner_products, live_nodes, outside_reader
+from fusepass.patterns.products import factors
+from fusepass.recognize import RULES, Miss, Rules, Site, as_product, recognise_sum
 from fusepass.report import GraphReport, SiteReport, source_of
-from fusepass.resemblance import of_activations, softmaxes_behind
+from fusepass.resemblance import of_activations, products_behind, softmaxes_behind
 from fusepass.select import UNFUSED, candidates
 from fusepass.strides import laid_out_as
 
@@ -39,6 +38,7 @@ def rewrite_graph(
     rules: Rules = RULES,
     constants: Mapping[str, torch.Tensor] | None = None,
     static: Mapping[str, torch.Tensor] | None = None,
+    compiled: bool = False,
 ) -> GraphReport:
     """Fuse the attention sites of ``gm`` in place, those of its inner graphs included.
 
@@ -50,6 +50,7 @@ def rewrite_graph(
         constants: the values of placeholders that are constants of an exported program.
         static: the tensors behind placeholders (buffers) whose elements may be relied on, if the caller
             guards those that ``GraphReport.assumed`` names.
+        compiled: whether a compiler follows (kernels are measured with one).
     """
     start = time.perf_counter()
     report = GraphReport(nodes=0)
@@ -59,7 +60,8 @@ def rewrite_graph(
         outer = None if call is None else passes[call[0]].reader
         given = _given(graph_module, call[1], outer) if call is not None and outer is not None else {}
         contents = outer.contents if given and outer is not None else None
-        one = _Pass(graph_module, options, rules, Known(constants or {}, static or {}, given, contents))
+        known = Known(constants or {}, static or {}, given, contents)
+        one = _Pass(graph_module, options, rules, known, compiled)
         passes[graph_module] = one
         report.sites.extend(one.run())
         static = None  # those are inputs of the outermost graph
@@ -114,12 +116,16 @@ _PEELED = VIEWS | {"cast", "dropout", "nan_to_num", "where", "mul", "div"}
 class _Pass:
     """One graph."""
 
-    def __init__(self, gm: fx.GraphModule, options: Options, rules: Rules, known: Known) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, options: Options, rules: Rules, known: Known, compiled: bool = False
+    ) -> None:
         self.gm, self.options, self.rules, self.known = gm, options, rules, known
+        self.compiled = compiled
         self.graph = gm.graph
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.settled: set[Expr] = set()
         self.shared: dict[Any, Any] = {}
+        self.sharing: dict[fx.Node, Expr | None] = {}
 
     def run(self) -> list[SiteReport]:
         """Every site's report, in program order."""
@@ -131,14 +137,16 @@ class _Pass:
             meaning = self.reader.defined.get(node)
             if node not in self.live or not isinstance(meaning, Expr):
                 continue
-            late = normalised_late(meaning)
+            late = as_product(meaning)
             if self.reader.definer[meaning] is not node or (late is None and not factors(meaning)):
                 continue
             found = recognise_sum(late or meaning, self.reader.facts, self.rules, self.reader.contents)
             if late is not None and not isinstance(found, list):
                 continue
             if found is not None:
-                reports = [r for r in reports if late is None or r.fused or not self._inside(r, node)]
+                if late is not None:
+                    inner = {n.name for n in inner_products(self.reader, node)}
+                    reports = [r for r in reports if r.node not in inner or (r.fused and meaning.op != "add")]
                 reports.extend(self._settle(node, found))
         reports.extend(self._left_over())
         self._close(expansions)
@@ -162,10 +170,6 @@ class _Pass:
             else:
                 expansion.revert()
 
-    def _inside(self, report: SiteReport, node: fx.Node) -> bool:
-        """Is the product of an earlier report one of the operands that ``node`` normalises?"""
-        return any(n.name == report.node for n in node.all_input_nodes)
-
     # -- one site ----------------------------------------------------------------------------
 
     def _settle(self, node: fx.Node, found: list[tuple[int, Site]] | Miss) -> list[SiteReport]:
@@ -176,13 +180,44 @@ class _Pass:
         if self.known.given and any(s.product not in self.reader.definer for s in sites):
             return [self._report(node, s, reason="its scores are computed in another graph") for s in sites]
         for site in sites:
-            reader = outside_reader(self.reader, self.live, site.product, node)
+            reader = self._outside_reader(node, site)
             if reader is not None:
                 return [self._report(node, s, reason=_also_read(reader)) for s in sites]
         native = self.options.precision == "native" and self.options.kernel != "reference"
         if len(sites) == 1 and native and as_good(node, sites[0]):
             return [self._report(node, sites[0], "sdpa", reason="a call to SDPA already; nothing to improve")]
         return self._fuse(node, found)
+
+    def _outside_reader(self, node: fx.Node, site: Site) -> fx.Node | None:
+        """Who else needs the scores or weights; those of joined keys are products in several nodes."""
+        products = [site.product]
+        if site.product not in self.reader.definer:
+            products = products_behind(self.reader.defined[node])
+        for product in products:
+            shares = functools.partial(self._shares, product, site)
+            reader = outside_reader(self.reader, self.live, product, node, shares)
+            if reader is not None:
+                return reader
+        return None
+
+    def _shares(self, product: Expr, site: Site, user: fx.Node) -> bool:
+        """Is a node the product of a site's weights with other values, for which a kernel serves as well?
+
+        Not where weights are dropped: both products see the same ones dropped.
+        """
+        meaning = self.reader.defined.get(user)
+        if not isinstance(meaning, Expr) or not factors(meaning) or site.spec.dropout:
+            return False
+        if user not in self.sharing:
+            found = recognise_sum(meaning, self.reader.facts, self.rules, self.reader.contents)
+            self.sharing[user] = None
+            if isinstance(found, list) and len(found) == 1:
+                other, target = found[0][1], self._target(user, found[0][1])
+                named = BY_NAME.get(self.options.kernel)
+                kernels = KERNELS if named is None else (named,)
+                if any(k.refuse(other.spec, target) is None for k in kernels):
+                    self.sharing[user] = other.product
+        return self.sharing[user] is product
 
     def _fuse(self, node: fx.Node, parts: list[tuple[int, Site]]) -> list[SiteReport]:
         """Write the first kernel that serves, for every summand; all of them or none."""
@@ -272,7 +307,7 @@ class _Pass:
         training = torch.is_grad_enabled() and bool(getattr(value, "requires_grad", False))
         aten = isinstance(node.target, torch._ops.OpOverload)
         requested = self.options.kernel not in ("auto", "autotune")
-        return Target(value.device.type, training, aten, requested, self.options.precision)
+        return Target(value.device.type, training, aten, requested, self.options.precision, self.compiled)
 
     def _validated(self, site: Site, node: fx.Node, out: fx.Node) -> float | None:
         """The replacement's error relative to what is allowed, or None where validation is off."""
@@ -393,117 +428,4 @@ def _result_groups(site: Site) -> tuple[list[str], ...]:
     return r.batch, r.heads, r.query, r.value_dim
 
 
-@overload
-def fuse(graph: fx.GraphModule, *example_inputs: Any, **options: Any) -> fx.GraphModule: ...
-@overload
-def fuse(graph: ExportedProgram, *example_inputs: Any, **options: Any) -> ExportedProgram: ...
-def fuse(graph: Any, *example_inputs: Any, **options: Any) -> Any:
-    """A copy of ``graph`` with its attention fused.
-
-    Args:
-        graph: a ``GraphModule`` (from ``torch.fx.symbolic_trace``, say) or an ``ExportedProgram``,
-            before or after ``run_decompositions()``.
-        example_inputs: tensors for a ``GraphModule`` whose nodes carry no shapes.  The result is then
-            for inputs of these shapes and dtypes, and says so when it is given others.
-        options: ``kernel=``, ``precision=``, ``validate=`` as for the backend.
-
-    Raises:
-        TypeError: ``graph`` is neither, or needs example inputs and has none.
-        ValueError: an unknown option or value.
-    """
-    checked = Options.from_user(**options)
-    if isinstance(graph, ExportedProgram):
-        return _fuse_exported(graph, checked)
-    if not isinstance(graph, fx.GraphModule):
-        raise TypeError(
-            f"fuse() takes a torch.fx.GraphModule or an ExportedProgram, got {type(graph).__name__}; "
-            "for a module use torch.compile(model, backend='fusepass')"
-        )
-    return _fuse_module(graph, example_inputs, checked)
-
-
-def _fuse_exported(program: ExportedProgram, options: Options) -> ExportedProgram:
-    from fusepass.report import publish
-
-    out = copy.copy(program)
-    graph_module = copy.deepcopy(program.graph_module)
-    with torch.no_grad():
-        lifted = program.graph_signature.inputs_to_lifted_tensor_constants
-        constants = {
-            n: c for n, key in lifted.items() if isinstance(c := program.constants.get(key), torch.Tensor)
-        }
-        publish(rewrite_graph(graph_module, options, constants=constants))
-    out._graph_module = graph_module
-    out._graph_signature = _renamed_outputs(program, graph_module)
-    return out
-
-
-def _renamed_outputs(program: ExportedProgram, graph_module: fx.GraphModule) -> Any:
-    """The signature, with the names that the outputs have now."""
-    signature = copy.deepcopy(program.graph_signature)
-    results = graph_module.graph.output_node().args[0]
-    assert isinstance(results, (tuple, list))
-    for spec, node in zip(signature.output_specs, results, strict=True):
-        if isinstance(node, fx.Node) and hasattr(spec.arg, "name"):
-            spec.arg.name = node.name
-    return signature
-
-
-def _fuse_module(gm: fx.GraphModule, example_inputs: tuple[Any, ...], options: Options) -> fx.GraphModule:
-    from fusepass.report import publish
-
-    out = copy.deepcopy(gm)
-    needs_shapes = any(
-        value_of(n) is None
-        for n in out.graph.nodes
-        if n.op in ("placeholder", "call_function", "call_method", "call_module")
-    )
-    if needs_shapes:
-        if not example_inputs:
-            raise TypeError("fuse() of a graph without shapes needs example inputs: fuse(graph, *inputs)")
-        _propagate(out, example_inputs)
-    publish(rewrite_graph(out, options, example_inputs))
-    return out
-
-
-def _propagate(gm: fx.GraphModule, example_inputs: tuple[Any, ...]) -> None:
-    """Record fake values on every node, and a check that later inputs have these shapes."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in example_inputs]
-
-    class Propagate(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            n.meta["example_value"] = result
-            return result
-
-    with mode:
-        Propagate(gm).run(*fakes)
-    _insert_check(gm, example_inputs)
-
-
-def _insert_check(gm: fx.GraphModule, example_inputs: tuple[Any, ...]) -> None:
-    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    expected = tuple(
-        (tuple(x.shape), str(x.dtype)) if isinstance(x, torch.Tensor) else None for x in example_inputs
-    )
-    with gm.graph.inserting_after(places[-1]):
-        gm.graph.call_function(expect_inputs, (tuple(places[: len(expected)]), expected))
-
-
-@fx.has_side_effect
-def expect_inputs(given: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
-    """Raise where inputs have other shapes or dtypes than the graph was fused for."""
-    for number, (value, wanted) in enumerate(zip(given, expected, strict=True)):
-        if wanted is None or not isinstance(value, torch.Tensor):
-            continue
-        if tuple(value.shape) != tuple(wanted[0]) or str(value.dtype) != wanted[1]:
-            raise ValueError(
-                f"input {number} is {tuple(value.shape)} {value.dtype}, but the graph was fused for "
-                f"{tuple(wanted[0])} {wanted[1]}; call fusepass.fuse() again with inputs of the new shape"
-            )
-
-
-__all__ = ["expect_inputs", "fuse", "rewrite_graph"]
+__all__ = ["rewrite_graph"]

@@ -4,7 +4,7 @@ Where a profile of the GPU exists (:mod:`fusepass.costs`), kernels are ranked by
 that is measured faster as it is stays.  A kernel that was not measured for a kind of attention follows
 those that were.  Without a profile the order is that of the list, except that a kernel that knows what is
 hidden goes before one that is given a dense mask, for sequences where that mask is large.  On a CPU the
-order is that of the list.
+order is that of the list, but for short sequences (:func:`reference.beats_sdpa`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import fx
 
 from fusepass import costs
 from fusepass.config import Options
+from fusepass.dialects.fx_graph import operation
 from fusepass.index import Size
-from fusepass.kernels import BY_NAME, FP8, KERNELS, Kernel, Target, flash, flex_blocks, sdpa
+from fusepass.kernels import BY_NAME, FP8, KERNELS, Kernel, Target, flash, flex_blocks, reference, sdpa
 from fusepass.kernels.gates import runs_here
 from fusepass.recognize import Site
 from fusepass.spec import Attention, Band, Bias, Document, Keep, KeyPadding, SoftCap
@@ -29,6 +30,7 @@ LARGE = 1024 * 1024
 #: A site stays unfused only where that is predicted faster by more than the model's error.
 MARGIN = 1.1
 UNFUSED = "unfused"
+SDPA_CALL = "scaled_dot_product_attention"
 
 Write = Callable[[Kernel], tuple[fx.Node, Callable[[], None]] | None]
 
@@ -68,6 +70,12 @@ def candidates(
     if options.kernel not in ("auto", "autotune"):
         return [*first, BY_NAME[options.kernel]]
     here = [k for k in KERNELS if runs_here(k.name, target.device)]
+    if (
+        options.kernel == "auto"
+        and operation(node)[0] != SDPA_CALL
+        and reference.beats_sdpa(site.spec, target)
+    ):
+        here.sort(key=lambda k: k is not reference.REFERENCE)
     if options.kernel == "auto":
         profile = costs.profile(costs.device_name()) if target.device == "cuda" else None
         return [*first, *(r.kernel for r in rank(site, target, here, profile))]

@@ -14,7 +14,10 @@ from fusepass.spec import Bias, Finite, Floor, Mask, Scale, ScaleBy, SoftCap, ne
 
 
 def holds_product(node: Expr) -> bool:
-    """Is there a matrix product below, through views, casts and element-wise operations only?"""
+    """Is there a matrix product below, through views, casts and element-wise operations only?
+
+    In a concatenation every part has to hold one.
+    """
     todo, seen = [node], {node}
     while todo:
         at = todo.pop()
@@ -24,6 +27,8 @@ def holds_product(node: Expr) -> bool:
             fresh = [a for a in at.args if a not in seen]
             seen.update(fresh)
             todo.extend(fresh)
+        elif at.op == "cat" and all(holds_product(a) for a in at.args):
+            return True
     return False
 
 

@@ -182,3 +182,12 @@ def test_a_page_of_the_results() -> None:
     hand = replace(row, contender="hand sdpa", milliseconds=1.0, gpu_milliseconds=0.9)
     page = bench_report.markdown([row, auto, hand], {"torch": "2"}, "rows.csv")
     assert "| 0.9 sdpa | 1 | sdpa |  | 0.90 | 0.50 |" in page and page.endswith("length: full.\n")
+
+
+def test_a_page_of_kernels_by_name() -> None:
+    (row,) = bench.run(bench.jobs(["full"], [16], [16], ["forward"], ["eager"], **TINY))
+    plain = replace(row, contender="compile", milliseconds=3.0)
+    rows = [plain, replace(row, contender="sdpa", milliseconds=2.0)]
+    page = bench_report.markdown(rows, {"torch": "2"}, "rows.csv")
+    assert "| variant | pass | D | S | compile | sdpa |" in page
+    assert page.endswith("| full | forward | 16 | 16 | 3 | 2 (1.50×) |\n")

@@ -70,7 +70,13 @@ def allowed_in_exporters(name: str) -> bool:
     Libraries of the target format are theirs to choose; spellings and kernels are none of their business.
     """
     data = ("fusepass.ir", "fusepass.index", "fusepass.spec", "fusepass.rule", "fusepass.dialects")
-    engine = ("fusepass.recognize", "fusepass.resemblance", "fusepass.rewrite.fuse", "fusepass.layouts")
+    engine = (
+        "fusepass.recognize",
+        "fusepass.resemblance",
+        "fusepass.rewrite.",
+        "fusepass.fusing",
+        "fusepass.layouts",
+    )
     reports = ("fusepass.report", "fusepass.tables")
     return within(name, *data, *engine, *reports, "fusepass.exporters") or not within(name, *FOLDERS)
 

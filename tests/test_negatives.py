@@ -160,9 +160,16 @@ def weights_averaged_and_returned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @stays(_USED)
-def two_products_share_the_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    w = torch.softmax(scores(q, k), -1)
+def dropped_weights_are_shared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    w = torch.dropout(torch.softmax(scores(q, k), -1), 1e-9, True)
     return torch.cat([w @ v, w @ k], -1)
+
+
+@stays(_USED)
+def weights_are_shared_with_values_of_every_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    w = torch.softmax(scores(q, k), -1)
+    relative = torch.linspace(-1, 1, w.shape[-2] * w.shape[-1] * v.shape[-1]).view(*w.shape[-2:], -1)
+    return w @ v + torch.einsum("bhij,ijd->bhid", w, relative)
 
 
 @stays(_USED)

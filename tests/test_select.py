@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.nn import functional as F
 
-from fusepass import bench, bench_report, costs, select
+import fusepass
+from fusepass import bench, bench_report, costs, report, select
 from fusepass.config import Options
 from fusepass.costs import Curve, Profile, Sample
-from fusepass.kernels import FLASH4, FLEX, KERNELS, SDPA, Target
+from fusepass.kernels import FLASH4, FLEX, KERNELS, SDPA, Target, reference
 from fusepass.rewrite import rewrite_graph
 from fusepass.spec import Attention, Band, Bias, Document, Dropout, KeyPadding, Mask, Sink, SoftCap
+from tests.checking import call, compiled
 from tests.fake_cuda import fake_graph, hopper
 
 INF = float("inf")
@@ -245,3 +248,62 @@ def test_what_is_chosen_is_what_was_measured_fastest(place: Path) -> None:
             regrets.append(spent[min(predicted, key=lambda k: predicted[k])] / min(spent.values()))
     assert len(regrets) > 50
     assert sum(regrets) / len(regrets) < 1.03 and sorted(regrets)[int(0.9 * len(regrets))] < 1.05
+
+
+# ---------------------------------------------------------------------------------------- on a CPU
+
+
+def on_cpu(length: int, dtype: torch.dtype = torch.bfloat16, grads: bool = False, fn: Any = None) -> str:
+    """The kernel that the backend chooses."""
+    torch._dynamo.reset()
+    inputs = {name: torch.randn(1, 2, length, 8) for name in "qkv"}
+    got = call(compiled(fn or plain, dynamic=False), inputs, dtype, grads)
+    return str(got.site.kernel)
+
+
+def by_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=hidden).flatten(2)
+
+
+def test_short_sequences_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "multiplies_bfloat16", lambda: True)
+    assert [on_cpu(n) for n in (16, 128, 129)] == ["reference", "reference", "sdpa"]
+    assert [on_cpu(n, grads=True) for n in (129, 256, 257)] == ["reference", "reference", "sdpa"]
+    assert on_cpu(16, torch.float32) == on_cpu(16, torch.float16) == "sdpa"
+    assert on_cpu(16, fn=by_sdpa) == "sdpa", "what was SDPA stays SDPA"
+    monkeypatch.setattr(reference, "multiplies_bfloat16", lambda: False)
+    assert on_cpu(16) == on_cpu(16, grads=True) == "sdpa"
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    hidden = torch.arange(k.shape[2]) % 3 == 1
+    return ((q @ k.transpose(-1, -2) * 0.1).masked_fill(hidden, -INF).softmax(-1) @ v).flatten(2)
+
+
+def test_short_sequences_with_a_mask_in_training() -> None:
+    single = torch.float32
+    assert [on_cpu(n, single, True, masked) for n in (16, 32, 33)] == ["reference", "reference", "sdpa"]
+    assert on_cpu(16, single, False, masked) == on_cpu(16, single, True) == "sdpa"
+    assert on_cpu(16, torch.float64, True, masked) == "sdpa"
+
+
+def test_a_length_that_may_grow_counts_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "multiplies_bfloat16", lambda: True)
+    inputs = {name: torch.randn(1, 2, 16, 8) for name in "qkv"}
+    got = call(compiled(plain, dynamic=True), inputs, torch.bfloat16)
+    assert got.site.kernel == "sdpa"
+
+
+def test_a_graph_to_be_kept_has_no_operator_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "multiplies_bfloat16", lambda: True)
+    inputs = [torch.randn(1, 2, 16, 8, dtype=torch.bfloat16) for _ in range(3)]
+    for graph in (fx.symbolic_trace(plain), torch.export.export(_Plain(), tuple(inputs))):
+        with report.collect() as seen, torch.no_grad():
+            fusepass.fuse(graph, *inputs)
+        assert seen.sites[0].kernel == "sdpa"
+
+
+class _Plain(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return plain(q, k, v)

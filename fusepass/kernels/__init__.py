@@ -2,7 +2,7 @@
 
 The list is in order of preference where nothing has been measured; :mod:`fusepass.select` ranks them where
 something has.  ``reference``, plain mathematics, closes the list: unasked it serves
-training only.
+training, and short sequences on a CPU.
 """
 
 from __future__ import annotations

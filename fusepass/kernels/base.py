@@ -28,6 +28,7 @@ class Target:
     aten: bool
     requested: bool = False  # the user asked for this kernel by name
     precision: str = "native"
+    compiled: bool = False  # a compiler follows, which writes plain mathematics out
 
 
 class Refused(Exception):

@@ -6,6 +6,7 @@ It shows recognition apart from kernels: any device, any dtype, forward and back
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor, fx
@@ -89,14 +90,42 @@ def let_inductor_inline() -> None:
         decomposition.fast_random_decomps.cache_clear()  # a copy of the table, made at first use
 
 
+#: Queries and keys up to which plain mathematics is no slower than SDPA on a CPU (docs/cpu.md): in bfloat16,
+#: where the processor multiplies it, in inference and in training; in float32, in training with a mask.
+SHORT, SHORT_IN_TRAINING, SHORT_WITH_MASK = 128, 256, 32
+
+
 def refuse(spec: Attention, target: Target) -> str | None:
-    """It computes every specification; where nobody asked for it, it serves training only.
+    """It computes every specification; where nobody asked for it, it serves training, and short sequences.
 
     Plain mathematics is not faster than the graph as it was, but in training it keeps no weights.
     """
-    if target.requested or target.training:
+    if target.requested or target.training or beats_sdpa(spec, target):
         return None
     return "plain mathematics is what the graph has already"
+
+
+def beats_sdpa(spec: Attention, target: Target) -> bool:
+    """Is plain mathematics, compiled, measured no slower than SDPA?  A length that may grow counts as long.
+
+    So it is for short sequences on a CPU: in bfloat16 matrix products are faster than in float32 where the
+    processor has them, SDPA's kernel is not, and its backward is slower still.
+    """
+    if target.device != "cpu" or not target.compiled:
+        return False
+    limit = 0
+    if spec.dtype is torch.bfloat16 and multiplies_bfloat16():
+        limit = SHORT_IN_TRAINING if target.training else SHORT
+    elif spec.dtype is torch.float32 and target.training and spec.added and not spec.is_causal():
+        limit = SHORT_WITH_MASK
+    return all(isinstance(n, int) and n <= limit for n in (spec.queries, spec.keys))
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Has this CPU instructions for products of bfloat16 (AVX512-BF16 or AMX)?"""
+    asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(ask is not None and ask() for ask in asked)
 
 
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
