@@ -179,7 +179,7 @@ class Mathematics:
     def backward(cls, grad, q, k, v, scores, masks, tables, code, left, right, out, lse):  # type: ignore[no-untyped-def]
         with torch.enable_grad():
             q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-            again = cls.forward(q, k, v, scores, masks, tables, code, left, right)[0]
+            again = cls.forward(q, k, v, scores, masks, tables, code, left, right)[0]  # type: ignore[no-untyped-call]
             return tuple(g.contiguous() for g in torch.autograd.grad(again, (q, k, v), grad))
 
 
@@ -442,9 +442,8 @@ def test_the_library_is_called_as_its_interface_has_it(monkeypatch: pytest.Monke
         return q, q.new_zeros(q.shape[0], q.shape[2], q.shape[1]), q, q, q
 
     interface = types.SimpleNamespace(_flash_attn_fwd=forward)
-    monkeypatch.setattr(
-        flash4_mods.flash_ops, "library", lambda name: types.SimpleNamespace(interface=interface)
-    )
+    library = types.SimpleNamespace(interface=interface)
+    monkeypatch.setattr("fusepass.kernels.flash_ops.library", lambda name: library)
     q, code = torch.randn(1, 4, 2, 8), fm.text([-0.5, [["add", ["mul", SLOPE, GAP], 1.0]], None])
     flash4_mods._run(q, q, q, [torch.tensor(1.0)], [], [], code, None, 0)
     assert seen["softmax_scale"] == 1.0 and seen["causal"] and seen["window_size_right"] is None

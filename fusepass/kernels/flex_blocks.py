@@ -319,7 +319,8 @@ def tables_of(
         arguments = (masks, whole_text, *map(build.size, sizes), device, both)
         if plain:
             with build.mode():
-                value = table_shapes([], "", *map(int, sizes), device=device, both=both)  # type: ignore[call-arg]
+                b, h, i, j = map(int, sizes)
+                value = table_shapes([], "", b, h, i, j, device, both)
             found = build.call_with(value, plain_tables, *arguments)
         else:
             found = build.call(tables_op, *arguments)
