@@ -34,34 +34,42 @@ UNFUSED_UP_TO = 4096
 
 
 def profile_jobs(
-    lengths: Sequence[int], head_dims: Sequence[int], repeats: int, kernels: Sequence[str]
+    lengths: Sequence[int],
+    head_dims: Sequence[int],
+    repeats: int,
+    kernels: Sequence[str],
+    wanted: Sequence[str],
+    unfused: bool,
 ) -> list[bench.Job]:
     """Kernels by name, and what they are to beat."""
-    variants = [name for name in VARIANTS if name not in ("causal", "mqa", "cross")]
+    variants = [name for name in wanted if name not in ("causal", "mqa", "cross")]
     work = []
     for length in lengths:
         for head_dim in head_dims:
-            plain = ["compile"] if length <= UNFUSED_UP_TO else []
+            plain = ["compile"] if unfused and length <= UNFUSED_UP_TO else []
             contenders = [*plain, *kernels]
             work += bench.jobs(variants, [length], [head_dim], bench.MODES, contenders, repeats=repeats)
     return work
 
 
-def auto_jobs(lengths: Sequence[int], head_dims: Sequence[int], repeats: int, eager: bool) -> list[bench.Job]:
+def auto_jobs(
+    lengths: Sequence[int], head_dims: Sequence[int], repeats: int, eager: bool, wanted: Sequence[str]
+) -> list[bench.Job]:
     """`auto` beside calls by hand."""
     contenders = ["auto", "hand", "compile", *(["eager"] if eager else [])]
     work = []
     for length in lengths:
         for head_dim in head_dims:
-            work += bench.jobs(VARIANTS, [length], [head_dim], bench.MODES, contenders, repeats=repeats)
+            work += bench.jobs(wanted, [length], [head_dim], bench.MODES, contenders, repeats=repeats)
     return work
 
 
 def measure(work: list[bench.Job], place: Path, arguments: argparse.Namespace) -> list[bench.Row]:
-    rows: list[bench.Row] = []
+    rows: list[bench.Row] = bench.read_csv(place)[0] if arguments.add and place.exists() else []
     about = bench.machine()
 
     def keep(row: bench.Row) -> None:
+        rows[:] = [r for r in rows if bench.key_of(r) != bench.key_of(row)]
         rows.append(row)
         bench.write_csv(rows, place, about)
 
@@ -86,6 +94,8 @@ def main() -> int:
     option("--repeats", type=int, default=20)
     option("--limit", type=float, help="seconds a part after which no measurement begins")
     option("--kernels", help="for the profile (all that run here)")
+    option("--variants", type=lambda text: text.split(","), default=list(VARIANTS))
+    option("--add", action="store_true", help="keep what the CSV files hold, but for what is measured anew")
     option("--eager", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -98,12 +108,14 @@ def main() -> int:
         here = [k for k in bench.NAMED if runs_here(k, "cuda")]
         kernels = arguments.kernels.split(",") if arguments.kernels else here
         rows = measure(
-            profile_jobs(*grid, arguments.repeats, kernels), results / f"profile-{name}.csv", arguments
+            profile_jobs(*grid, arguments.repeats, kernels, arguments.variants, not arguments.kernels),
+            results / f"profile-{name}.csv",
+            arguments,
         )
         made = bench_report.profile_of(rows, bench.machine())
         made.save(ROOT / "fusepass" / "profiles" / f"{name}.json")
     if arguments.part in ("all", "auto"):
-        work = auto_jobs(*grid, arguments.repeats, arguments.eager)
+        work = auto_jobs(*grid, arguments.repeats, arguments.eager, arguments.variants)
         rows = measure(work, results / f"auto-{name}.csv", arguments)
         bench_report.show(rows, console)
         try:

@@ -329,6 +329,7 @@ def main() -> int:
     option("--repeats", type=int, default=20)
     option("--workers", type=int, default=1)
     option("--limit", type=float, help="seconds after which no measurement begins")
+    option("--add", action="store_true", help="keep what the file holds, but for what is measured anew")
     option("--out", type=Path, default=Path("models.csv"))
     option("--read", type=Path, help="show these results instead of measuring")
     option("--markdown", type=Path)
@@ -337,6 +338,8 @@ def main() -> int:
         rows, about = read(arguments.read)
     else:
         about, rows = bench.machine(arguments.device), []
+        if arguments.add and arguments.out.exists():
+            rows = read(arguments.out)[0]
         about["transformers"] = __import__("transformers").__version__
         names = arguments.models.split(";") if arguments.models else list(CASES)
         jobs = [
@@ -346,6 +349,8 @@ def main() -> int:
         ]  # fmt: skip
 
         def keep(row: Row) -> None:
+            same = (row.model, row.mode, row.contender)
+            rows[:] = [r for r in rows if (r.model, r.mode, r.contender) != same]
             rows.append(row)
             write(rows, arguments.out, about)
 

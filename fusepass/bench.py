@@ -381,6 +381,13 @@ def machine(device: str = "cuda") -> dict[str, str]:
     return found
 
 
+def key_of(row: Row) -> tuple[object, ...]:
+    """What a row is a measurement of."""
+    return (
+        row.variant, row.mode, row.length, row.head_dim, row.batch, row.heads, row.kv_heads, row.contender
+    )  # fmt: skip
+
+
 def write_csv(rows: Sequence[Row], place: Path, about: dict[str, str]) -> None:
     """Rows with the machine's description above them, in lines that begin with ``#``."""
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -418,6 +425,7 @@ __all__ = [
     "Job",
     "Row",
     "jobs",
+    "key_of",
     "machine",
     "apart",
     "measured",

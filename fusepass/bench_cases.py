@@ -318,14 +318,14 @@ VARIANTS: dict[str, Variant] = {
              "hand flash2": _flash2(causal=True, softcap=50.0), "hand flex": _flex(_capped, _below)},
         ),
         Variant(
-            "alibi", "causal+thin bias", "sdpa flash2 flex flex_flash", alibi, _half,
+            "alibi", "causal+thin bias", "sdpa flash2 flash4 flex flex_flash", alibi, _half,
             {"hand flash2": _flash2(causal=True), "hand flex": _flex(_sloped, _below),
              "hand flex_flash": _flex(_sloped, _below, "FLASH")},
             _slopes,
         ),
         Variant("bias", "full+bias", "sdpa cudnn flex", bias, _all, {"hand sdpa": _sdpa_bias}, _table),
         Variant(
-            "padding", "padding", "sdpa flex flex_flash", padding, _half,
+            "padding", "padding", "sdpa flash4 flex flex_flash", padding, _half,
             {"hand sdpa": _sdpa_padding, "hand flex": _flex(mask=_kept, prepared=False),
              "hand flex_flash": _flex(mask=_kept, backend="FLASH", prepared=False),
              "prepared flex": _flex(mask=_kept), "prepared flex_flash": _flex(mask=_kept, backend="FLASH")},

@@ -4,8 +4,8 @@ The GPU's time grows with the number of queries, and with how many keys each of 
 each kernel's own: tiles fill up, blocks are skipped.  So a curve has, for numbers of visible keys, the time
 per million elements of queries and results, and is read between its points on logarithmic axes.  What is
 measured is thereby given back as it was, for other batches in proportion.  No call takes less than launching
-it does.  There is one curve for each kernel, kind of attention, head size and pass that was measured;
-nothing is extrapolated to kinds that were not.
+it does, beyond what calling any compiled function takes.  There is one curve for each kernel, kind of
+attention, head size and pass that was measured; nothing is extrapolated to kinds that were not.
 """
 
 from __future__ import annotations
@@ -63,9 +63,12 @@ class Curve:
     launch: float
     points: tuple[tuple[float, float], ...]
 
-    def milliseconds(self, size: float, keys: float) -> float:
-        """The predicted time of a call."""
-        return max(self.launch, size / _MILLION * self.rate(keys))
+    def milliseconds(self, size: float, keys: float, overhead: float = 0.0) -> float:
+        """The predicted time of a call.
+
+        ``overhead`` is the part of its launch that is not the kernel's (:meth:`Profile.overhead`).
+        """
+        return max(self.launch - overhead, size / _MILLION * self.rate(keys))
 
     def rate(self, keys: float) -> float:
         """Milliseconds per million elements where a query sees that many keys.
@@ -97,6 +100,13 @@ class Profile:
         """The curve of the nearest head size that was measured."""
         near = [c for c in self.curves if (c.kernel, c.kind, c.mode) == (kernel, kind, mode)]
         return min(near, key=lambda c: abs(math.log(c.head_dim / head_dim)), default=None)
+
+    def overhead(self, mode: str) -> float:
+        """What calling a compiled function takes, whatever it calls: the launch of the quickest in a pass.
+
+        A model pays it once, and not for each of its sites.
+        """
+        return min((c.launch for c in self.curves if c.mode == mode), default=0.0)
 
     def save(self, place: Path) -> None:
         """Write the profile as JSON."""

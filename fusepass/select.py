@@ -118,7 +118,8 @@ def predicted(profile: costs.Profile, kernel: str, work: Work) -> float | None:
     curve = profile.find(kernel, work.kind, work.head_dim, work.mode)
     if curve is None:
         return None
-    return curve.milliseconds(work.size, work.all_keys if costs.sees_all(kernel, work.kind) else work.keys)
+    keys = work.all_keys if costs.sees_all(kernel, work.kind) else work.keys
+    return curve.milliseconds(work.size, keys, profile.overhead(work.mode))
 
 
 def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel]) -> list[Kernel]:

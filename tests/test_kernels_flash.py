@@ -77,11 +77,15 @@ REFUSED: dict[str, tuple[Attention, Target, str]] = {
 }
 
 
+#: What flash-attn 4 may compute by formulas, as the graph will show.
+BY_FORMULA = ("bias", "padding", "scale over keys", "scale after a softcap", "unseen rows", "off the end")
+
+
 @pytest.mark.parametrize("kernel", FLASHES, ids=lambda k: k.name)
 @pytest.mark.parametrize("name", REFUSED)
 def test_refuses(kernel: Kernel, name: str, everything: None) -> None:
     given, target, words = REFUSED[name]
-    assert words in str(kernel.refuse(given, target))
+    assert words in str(kernel.refuse(given, target)) or (kernel is FLASH4 and name in BY_FORMULA)
 
 
 def test_what_one_library_has_alone(everything: None) -> None:
@@ -243,7 +247,7 @@ def test_alibi_becomes_slopes(everything: None) -> None:
     extra = arguments(graph, "fusepass.flash2").args[3]
     assert extra.meta["example_value"].shape == (4,) and extra.meta["example_value"].dtype is torch.float32
     assert extra.args[1] == 2.0, "minus slope times minus twice the distance"
-    assert not rewritten(program, "flash4", *shapes)[1].fused
+    assert rewritten(program, "flash4", *shapes)[1].kernel == "flash4"
 
 
 def test_a_bias_that_is_no_alibi(everything: None) -> None:

@@ -23,6 +23,9 @@ pytestmark = pytest.mark.gpu
 PAIRS = [(kernel, name) for name, case in CASES.items() for kernel in case.kernels.split()]
 
 
+INFERRED = ("causal", "padding", "padding on the left", "window", "alibi, multi-head")
+
+
 def need(kernel: str) -> None:
     reason = machine_refuses(GATES[kernel], "cuda") if kernel in GATES else None
     if reason:
@@ -42,14 +45,14 @@ def check(case: Case, kernel: str, inner: str, grads: bool) -> Run:
 @pytest.mark.parametrize(("kernel", "name"), PAIRS)
 def test_results_and_gradients(kernel: str, name: str) -> None:
     need(kernel)
-    check(CASES[name], kernel, "inductor" if kernel == "flex" else "aot_eager", grads=True)
+    check(CASES[name], kernel, "inductor" if kernel.startswith("flex") else "aot_eager", grads=True)
 
 
-@pytest.mark.parametrize(("kernel", "name"), [p for p in PAIRS if p[1] in ("causal", "padding", "window")])
+@pytest.mark.parametrize(("kernel", "name"), [p for p in PAIRS if p[1] in INFERRED])
 def test_inference_under_inductor(kernel: str, name: str) -> None:
     """Forward only, everything in one graph: where block tables were once fused away."""
     need(kernel)
-    if (kernel, name) == ("flex_flash", "padding"):
+    if kernel == "flex_flash":
         got = call(compiled(CASES[name].program, kernel, "inductor"), CASES[name].inputs())
         assert not got.site.fused and "without gradients it reads no tensors" in str(got.site.reason)
         return
@@ -89,6 +92,19 @@ def test_cuda_graphs(kernel: str, grads: bool) -> None:
     assert_same_accuracy(got, eager, exact)
 
 
+@pytest.mark.parametrize("name", ["alibi", "padding on the left"])
+def test_formulas_of_flash4_in_cuda_graphs(name: str) -> None:
+    need("flash4")
+    case = CASES[name]
+    exact = call(case.program, case.inputs(), torch.float64)
+    eager = call(case.program, case.inputs())
+    with fusepass.enabled(kernel="flash4"):
+        fused = torch.compile(case.program, mode="reduce-overhead", fullgraph=True)
+        for _ in range(3):
+            got = call(fused, case.inputs())
+    assert_same_accuracy(got, eager, exact)
+
+
 @pytest.mark.parametrize("kernel", ["flash2", "flash3", "flash4"])
 def test_operators_are_sound(kernel: str) -> None:
     """Schema, fake kernel and autograd registration agree with what the library does."""
@@ -124,13 +140,14 @@ def test_autotune_measures_once_and_remembers(tmp_path: Path, monkeypatch: pytes
     assert json.loads((tmp_path / "autotune.json").read_text()) == kept and kept
 
 
-@pytest.mark.parametrize("inner", ["inductor"])
+@pytest.mark.parametrize("kernel", ["flex", "flash4"])
 @pytest.mark.parametrize("grads", [False, True])
-def test_tables_of_a_padding_follow_the_data(inner: str, grads: bool) -> None:
+def test_tables_of_a_padding_follow_the_data(kernel: str, grads: bool) -> None:
     """The same compiled call with other lengths."""
+    need(kernel)
     variant = VARIANTS["padding"]
     shape = variant.shape(512, 64, 2048, 256)
-    fused = compiled(variant.program, "flex", inner)
+    fused = compiled(variant.program, kernel, "inductor")
     for seed in range(3):
         given = variant.inputs(shape, torch.device("cuda"), torch.bfloat16)
         lengths = torch.randint(1, 512, (shape.batch, 1), generator=torch.Generator().manual_seed(seed))

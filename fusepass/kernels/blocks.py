@@ -33,9 +33,15 @@ class Blocks:
     """Evaluates formulas on the blocks of one size of attention."""
 
     def __init__(
-        self, sizes: Mapping[str, int], tensors: Sequence[Tensor], device: torch.device, block: int = BLOCK
+        self,
+        sizes: Mapping[str, int],
+        tensors: Sequence[Tensor],
+        device: torch.device,
+        block: int = BLOCK,
+        traced: bool = False,
     ) -> None:
         self.sizes, self.tensors, self.device, self.block = sizes, tensors, device, block
+        self.traced = traced
         # Numbers stay on the CPU: they mix with any device, and reading them does not wait for one.
         self.unknown = torch.tensor(-math.inf), torch.tensor(math.inf)
         self._at: dict[str, Interval] = {}
@@ -61,8 +67,11 @@ class Blocks:
         return low.view(shape), high.view(shape)
 
     def value(self, formula: Formula) -> Interval:
-        """The interval of a formula in each block; parts that load nothing are computed once a process."""
-        if self.tensors and formula[0] != "const" and not _loads(formula):
+        """The interval of a formula in each block; parts that load nothing are computed once a process.
+
+        Where a compiler traces this, it fuses them with the rest.
+        """
+        if self.tensors and not self.traced and formula[0] != "const" and not _loads(formula):
             sizes = tuple(self.sizes[letter] for letter in "bhij")
             low, high = _still(formula, sizes, self.block, self.device.type == "cuda")
             return _moved(low, self.device), _moved(high, self.device)
@@ -71,12 +80,14 @@ class Blocks:
     def _walk(self, formula: Formula) -> Interval:
         operation = formula[0]
         if operation == "const":
-            number = torch.tensor(formula[1])
+            number = self._number(formula[1])
             return number, number
         if operation == "index":
             return self.index(formula[1], formula[2])
         if operation == "load":
             return self.load(self.tensors[formula[1]], formula[2])
+        if operation in ("floordiv", "mod"):
+            return self._divided(operation, self.value(formula[1]), formula[2])
         handler = getattr(self, f"_{operation}", None)
         if handler is None:
             return self.unknown
@@ -85,7 +96,7 @@ class Blocks:
         return found
 
     def index(self, constant: int, terms: Any) -> Interval:
-        low = high = torch.tensor(constant)
+        low = high = self._number(constant)
         for factor, letter, stride, size in terms:
             a, b = (x // stride for x in self.at(letter))
             if size:
@@ -94,6 +105,12 @@ class Blocks:
             a, b = (a * factor, b * factor) if factor > 0 else (b * factor, a * factor)
             low, high = low + a, high + b
         return low, high
+
+    def _number(self, number: bool | int | float) -> Tensor:
+        if not self.traced:
+            return torch.tensor(number)
+        kind = {bool: torch.bool, int: torch.int64}.get(type(number), torch.float32)
+        return torch.full((), number, dtype=kind, device=self.device)
 
     def load(self, tensor: Tensor, indices: Any) -> Interval:
         """Reduce a tensor over blocks; its dimensions are constants or whole letters, or it is unknown."""
@@ -196,18 +213,16 @@ class Blocks:
         odd = torch.isnan(low) | torch.isnan(high)  # infinity times zero
         return torch.where(odd, -math.inf, low), torch.where(odd, math.inf, high)
 
-    def _floordiv(self, x: Interval, y: Interval) -> Interval:
-        number = y[0] is y[1] and y[0].dim() == 0 and y[0].device.type == "cpu"
-        if not number or y[0].is_floating_point() or y[0] <= 0:
+    def _divided(self, operation: str, x: Interval, divisor: Formula) -> Interval:
+        """Quotient or rest of a division by a positive number."""
+        if divisor[0] != "const" or type(divisor[1]) is not int or divisor[1] <= 0:
             return self.unknown
-        return x[0] // y[0], x[1] // y[0]
-
-    def _mod(self, x: Interval, y: Interval) -> Interval:
-        quotient = self._floordiv(x, y)
-        if quotient is self.unknown:
-            return self.unknown
-        whole = quotient[0] == quotient[1]
-        return torch.where(whole, x[0] % y[0], 0), torch.where(whole, x[1] % y[0], y[0] - 1)
+        number = divisor[1]
+        low, high = x[0] // number, x[1] // number
+        if operation == "floordiv":
+            return low, high
+        whole = low == high
+        return torch.where(whole, x[0] % number, 0), torch.where(whole, x[1] % number, number - 1)
 
     def _abs(self, x: Interval) -> Interval:
         low = torch.where(
@@ -287,7 +302,11 @@ def _moved(tensor: Tensor, device: torch.device, copy: bool = False) -> Tensor:
 
 
 def block_visibility(
-    visible: Formula, sizes: Mapping[str, int], tensors: Sequence[Tensor], device: torch.device
+    visible: Formula,
+    sizes: Mapping[str, int],
+    tensors: Sequence[Tensor],
+    device: torch.device,
+    traced: bool = False,
 ) -> Interval:
     """For each block whether all, and whether any, of its queries and keys see each other.
 
@@ -295,12 +314,15 @@ def block_visibility(
         Two boolean tensors ``[B, H, query blocks, key blocks]``.  A block that reaches beyond the last
         query or key is never "all".
     """
-    blocks = Blocks(sizes, tensors, device)
+    blocks = Blocks(sizes, tensors, device, traced=traced)
     shape = [blocks.count(letter) for letter in "bhij"]
     every, some = _truth(blocks.value(visible))
     every, some = every.to(device), some.to(device)
     if sizes["i"] % BLOCK or sizes["j"] % BLOCK:
-        whole = _moved(_whole(sizes["i"], sizes["j"], device.type == "cuda"), device)
+        if traced:
+            whole = _inside(blocks)
+        else:
+            whole = _moved(_whole(sizes["i"], sizes["j"], device.type == "cuda"), device)
         every = every & whole
     return every.expand(shape), some.expand(shape)
 
@@ -308,10 +330,13 @@ def block_visibility(
 @functools.lru_cache(maxsize=256)
 def _whole(queries: int, keys: int, pinned: bool) -> Tensor:
     """Which blocks do not reach beyond the last query or key, ``[1, 1, query blocks, key blocks]``."""
-    blocks = Blocks({"b": 1, "h": 1, "i": queries, "j": keys}, [], torch.device("cpu"))
-    (low_i, high_i), (low_j, high_j) = blocks.at("i"), blocks.at("j")
-    found = (high_i - low_i == BLOCK - 1) & (high_j - low_j == BLOCK - 1)
+    found = _inside(Blocks({"b": 1, "h": 1, "i": queries, "j": keys}, [], torch.device("cpu")))
     return _pinned(found) if pinned else found
+
+
+def _inside(blocks: Blocks) -> Tensor:
+    (low_i, high_i), (low_j, high_j) = blocks.at("i"), blocks.at("j")
+    return (high_i - low_i == BLOCK - 1) & (high_j - low_j == BLOCK - 1)
 
 
 def tables(every: Tensor, some: Tensor, both: bool = True) -> list[Tensor]:
@@ -319,9 +344,7 @@ def tables(every: Tensor, some: Tensor, both: bool = True) -> list[Tensor]:
 
     ``both``: and the same four by queries.
     """
-    kinds = torch.empty((2, *some.shape), dtype=torch.bool, device=some.device)
-    torch.logical_and(some, ~every, out=kinds[0])
-    kinds[1].copy_(every)
+    kinds = torch.stack((some & ~every, every))
     found: list[Tensor] = []
     for rows in (kinds, kinds.transpose(-2, -1))[: 1 + both]:
         order = rows.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
@@ -341,6 +364,15 @@ def _block_tables(
     return tables(*block_visibility(read(visible), sizes, tensors, device), both)
 
 
+def plain_tables(
+    tensors: list[Tensor], visible: str, batch: int, heads: int, queries: int, keys: int,
+    device: torch.device, both: bool,
+) -> list[Tensor]:  # fmt: skip
+    """As ``fusepass::block_tables``, in operations that a compiler traces and fuses."""
+    sizes = {"b": batch, "h": heads, "i": queries, "j": keys}
+    return tables(*block_visibility(read(visible), sizes, tensors, device, traced=True), both)
+
+
 @functools.lru_cache(maxsize=256)
 def _fixed(
     visible: str, batch: int, heads: int, queries: int, keys: int, both: bool, pinned: bool
@@ -351,10 +383,11 @@ def _fixed(
     return [_pinned(t) for t in found] if pinned else found
 
 
-def _shapes(
+def table_shapes(
     tensors: list[Tensor], visible: str, batch: int, heads: int, queries: int, keys: int,
     device: torch.device, both: bool,
 ) -> list[Tensor]:  # fmt: skip
+    """Empty tables, of the shapes that they have."""
     rows, columns = ((n + BLOCK - 1) // BLOCK for n in (queries, keys))
     found: list[Tensor] = []
     for a, b in ((rows, columns), (columns, rows))[: 1 + both]:
@@ -371,8 +404,8 @@ _definitions.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _definitions.impl("block_tables", _block_tables, "CompositeExplicitAutograd")
-torch.library.register_fake("fusepass::block_tables", _shapes, lib=_definitions)
+torch.library.register_fake("fusepass::block_tables", table_shapes, lib=_definitions)
 
 tables_op = torch.ops.fusepass.block_tables.default
 
-__all__ = ["BLOCK", "Blocks", "block_visibility", "tables", "tables_op"]
+__all__ = ["BLOCK", "Blocks", "block_visibility", "plain_tables", "table_shapes", "tables", "tables_op"]

@@ -1,8 +1,9 @@
 """flash-attn 2, 3 and 4: causal and windowed attention with softcap, grouped heads, and what each has alone.
 
-flash 2 has dropout and ALiBi, flash 4 a sink.  Their masks are bands aligned at the bottom right: query
-``i`` sees the keys ``i + K - Q - left .. i + K - Q + right`` (README of flash-attention, changes of version
-2.1), so a band of the graph, which counts from the top left, moves by ``K - Q``.
+flash 2 has dropout and ALiBi, flash 4 a sink, and formulas (:mod:`fusepass.kernels.flash4_mods`).  Their
+masks are bands aligned at the bottom right: query ``i`` sees the keys ``i + K - Q - left .. i + K - Q +
+right`` (README of flash-attention, changes of version 2.1), so a band of the graph, which counts from the top
+left, moves by ``K - Q``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import fx
 
 from fusepass.emit import Builder
 from fusepass.index import simplify_size
-from fusepass.kernels import flash_ops
+from fusepass.kernels import flash4_mods, flash_ops
 from fusepass.kernels import formula as fm
 from fusepass.kernels.base import (
     Kernel,
@@ -145,9 +146,13 @@ def kernel(name: str) -> Kernel:
         if reason is not None:
             return reason
         call = describe(spec, name)
+        if isinstance(call, str) and name == "flash4" and flash4_mods.may(spec):
+            return None
         return call if isinstance(call, str) else None
 
     def emit(site: Site, build: Builder, target: Target) -> fx.Node:
+        if name == "flash4" and isinstance(describe(site.spec, name), str):
+            return flash4_mods.emit(site, build, target, bottom_right)
         return _emit(name, site, build)
 
     return Kernel(name, refuse, emit)

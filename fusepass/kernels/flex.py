@@ -45,15 +45,11 @@ from fusepass.spec import (
     Dropout,
     Finite,
     Floor,
-    Keep,
-    KeyGate,
     Mask,
     Scale,
     ScaleBy,
     ScoreModifier,
     SoftCap,
-    WeightScale,
-    ZeroEmptyRows,
     finite,
     negligible,
 )
@@ -185,7 +181,7 @@ def refuse(spec: Attention, target: Target) -> str | None:
     for mod in spec.scores:
         if not isinstance(mod, (Scale, ScaleBy, SoftCap, Bias, Mask, Floor, Finite)):
             return f"FlexAttention has no '{mod}'"
-    reason = spec.refuse_weights(Keep, WeightScale, KeyGate, ZeroEmptyRows)
+    reason = spec.refuse_weights(*flex_blocks.AFTER)
     if reason is not None:
         return reason
     if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -270,6 +266,9 @@ def refuse_flash(spec: Attention, target: Target) -> str | None:
         return f"it has no '{cleaned}'"
     if reason is None and target.training and torch.are_deterministic_algorithms_enabled():
         return "its backward pass is not deterministic on this GPU"
+    sizes = [size for size in (spec.head_dim, spec.value_dim) if isinstance(size, int)]
+    if reason is None and spec.masks and max(sizes, default=0) > flex_blocks.TILED_HEAD_DIM:
+        return f"its kernels take block tables up to head size {flex_blocks.TILED_HEAD_DIM}"
     return reason
 
 

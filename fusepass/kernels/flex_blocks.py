@@ -25,12 +25,30 @@ from fusepass.kernels.base import (
     operands,
     refuse_far_elements,
 )
-from fusepass.kernels.blocks import BLOCK, tables_op
+from fusepass.kernels.blocks import BLOCK, plain_tables, table_shapes, tables_op
 from fusepass.patterns.masks import additive_mask
 from fusepass.recognize import Site
 from fusepass.rule import Term
-from fusepass.spec import Bias, Finite, Mask, Scale, ScaleBy, SoftCap, empty_rows, finite, negligible
+from fusepass.spec import (
+    Bias,
+    Finite,
+    Keep,
+    KeyGate,
+    Mask,
+    Scale,
+    ScaleBy,
+    SoftCap,
+    WeightScale,
+    ZeroEmptyRows,
+    empty_rows,
+    finite,
+    negligible,
+)
 
+AFTER = (Keep, WeightScale, KeyGate, ZeroEmptyRows)
+"""What is done to weights or results after the kernel."""
+TILED_HEAD_DIM = 128
+"""Beyond this head size the tiles of flash-attn 4 are no blocks of 128 keys."""
 LOWEST = torch.finfo(torch.float32).min / 2
 EXTREME = -1e30
 """Stands for every lower score: the kernels work in powers of two, where float32's lowest overflows."""
@@ -95,7 +113,8 @@ def _scored(mod: Any, s: Tensor, at: dict[str, Tensor], captured: tuple[Tensor, 
     elif kind == "softcap":
         s = given * torch.tanh(s / given)
     elif kind == "add":
-        s = s + representable(fm.evaluate(given, at, captured) * more[0])
+        added = fm.evaluate(given, at, captured) * more[0]
+        s = s + (representable(added) if fm.may_hide(given, LOWEST) else added)
     elif kind == "times":
         s = s * fm.evaluate(given, at, captured)
     elif kind == "finite":
@@ -240,10 +259,12 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
     scores, masks = ([_stored(build, t) for t in tensors] for tensors in (scores, masks))
     if options and any(build.value(t).requires_grad for t in scores):
         raise Refused("its score modifiers read a tensor that needs a gradient")
+    if options and target.training and scores_by_position(site, made):
+        raise Refused(GROUPED)
     if options and not target.training and (scores or masks):
         # TorchInductor 2.11 frees what a CuTe kernel captures before it runs, unless a backward keeps it.
         raise Refused("without gradients it reads no tensors")
-    tables = _tables(site, build, made, masks, target.training)
+    tables = tables_of(site, build, made, masks, target.training)
     q, v = build.value(x.q), build.value(x.v)
     with build.mode():
         value = (
@@ -254,8 +275,17 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
     found = build.call_with(value, block_attention, *arguments)
     out = build.call(operator.getitem, found, 0)
     if site.spec.masks and not site.spec.rows_seen:
-        out = _mended(site, build, target, x, out, build.call(operator.getitem, found, 1))
+        out = mended(site, build, target, x, out, build.call(operator.getitem, found, 1))
     return out
+
+
+GROUPED = "with grouped heads its backward pass has no scores that depend on the position"
+"""flash-attn 4 4.0.0b36 on Hopper takes the heads of a backward pass for packed ones, and reads elsewhere."""
+
+
+def scores_by_position(site: Site, made: Plan) -> bool:
+    """Do steps of the score of grouped heads read indices?"""
+    return bool(site.roles.group) and any(s[0] in ("add", "times") and fm.letters(s[1]) for s in made.scores)
 
 
 def _stored(build: Builder, node: fx.Node) -> fx.Node:
@@ -266,21 +296,37 @@ def _stored(build: Builder, node: fx.Node) -> fx.Node:
     return made
 
 
-def _tables(site: Site, build: Builder, made: Plan, masks: list[fx.Node], both: bool) -> list[fx.Node]:
-    """The block tables; sites with one visibility share them.  ``both``: those that a backward reads too."""
+def tables_of(
+    site: Site, build: Builder, made: Plan, masks: list[fx.Node], both: bool, plain: bool = False
+) -> list[fx.Node]:
+    """The block tables; sites with one visibility share them.
+
+    Args:
+        both: those that a backward reads too.
+        plain: by operations that the inner compiler fuses, for an operator that reads them from memory; only
+            where the sizes are known.
+    """
     if not made.visible:
         return []
     whole = made.conjunction
     used, spec = fm.letters(whole), site.spec
     sizes = (spec.batch if "b" in used else 1, spec.heads if "h" in used else 1, spec.queries, spec.keys)
     device = build.value(build.anchor).device
+    plain = plain and all(isinstance(n, int) for n in sizes)
 
     def make() -> list[fx.Node]:
         whole_text = fm.text(whole)
-        found = build.call(tables_op, masks, whole_text, *map(build.size, sizes), device, both)
+        arguments = (masks, whole_text, *map(build.size, sizes), device, both)
+        if plain:
+            with build.mode():
+                b, h, i, j = map(int, sizes)
+                value = table_shapes([], "", b, h, i, j, device, both)
+            found = build.call_with(value, plain_tables, *arguments)
+        else:
+            found = build.call(tables_op, *arguments)
         return [build.call(operator.getitem, found, n) for n in range(8 if both else 4)]
 
-    found: list[fx.Node] = build.once(("tables", fm.text(whole), tuple(masks), sizes, both), make)
+    found: list[fx.Node] = build.once(("tables", fm.text(whole), tuple(masks), sizes, both, plain), make)
     return found
 
 
@@ -294,19 +340,31 @@ def mendable(site: Site) -> bool:
     )
 
 
-def _mended(site: Site, build: Builder, target: Target, x: Operands, out: fx.Node, lse: fx.Node) -> fx.Node:
-    """Rows that see no key have a log-sum-exp of minus infinity."""
+def mended(
+    site: Site, build: Builder, target: Target, x: Operands, out: fx.Node, lse: fx.Node, major: str = "heads"
+) -> fx.Node:
+    """Rows that see no key have a log-sum-exp of minus infinity.
+
+    Args:
+        out: ``[B, H, Q, Dv]``, or ``[B, Q, H, Dv]`` with ``major="rows"``; so is the result.
+        lse: ``[B, H, Q]``.
+    """
     spec, like = site.spec, build.value(out)
     sizes = [build.size(s) for s in (spec.batch, spec.heads, spec.queries)]
     seen = build.op("reshape", build.op("isfinite", build.op("detach", lse)), [*sizes, 1])
+    seen = build.op("transpose", seen, 1, 2) if major == "rows" else seen
     policy = empty_rows(spec)
     if policy == "mean":
         scale = math.prod(m.factor for m in spec.scores if isinstance(m, Scale))
         other = build.cast(mean_of_values(site, build, x, scale, target.training), like.dtype)
+        other = build.op("transpose", other, 1, 2) if major == "rows" else other
     else:
         number = 0.0 if policy == "zero" else math.nan
         other = build.op("scalar_tensor", number, dtype=like.dtype, device=like.device)
     return build.op("where", seen, out, other)
 
 
-__all__ = ["Plan", "block_attention", "emit", "mendable", "plan", "thin_biases"]
+__all__ = [
+    "AFTER", "GROUPED", "Plan", "block_attention", "emit", "mendable", "mended", "plan",
+    "scores_by_position", "tables_of", "thin_biases",
+]  # fmt: skip

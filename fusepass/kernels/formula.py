@@ -17,6 +17,7 @@ instead of numbers, what a whole block of queries and keys sees (:mod:`fusepass.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ class Writer:
         """An index expression over axes as one over the letters."""
         index = self.site.space.resolve(index)
         terms = [[self._int(c), *self._digit(axis)] for axis, c in index.terms]
-        return [self._int(index.const), terms]
+        return [self._int(index.const), _joined(terms)]
 
     def _digit(self, axis: str) -> tuple[str, int, int]:
         for letter, axes in self.letters.items():
@@ -109,6 +110,19 @@ class Writer:
         if not isinstance(size, int):
             raise Unwritable(f"size {size}")
         return size
+
+
+def _joined(terms: list[list[Any]]) -> list[list[Any]]:
+    """Neighbouring digits of one letter as one: ``4 * (h // 4) + h % 4`` is ``h``."""
+    made = list(terms)
+    for high, low in itertools.permutations(terms, 2):
+        if high not in made or low not in made or high[1] != low[1] or not low[3]:
+            continue
+        if high[0] == low[0] * low[3] and high[2] == low[2] * low[3]:
+            made[made.index(low)] = [low[0], low[1], low[2], high[3] * low[3]]
+            made.remove(high)
+            return _joined(made)
+    return made
 
 
 def text(formula: Any) -> str:
@@ -155,6 +169,23 @@ def is_dense(formula: Formula) -> bool:
     return any(is_dense(f) for f in formula)
 
 
+def may_hide(formula: Formula, lowest: float) -> bool:
+    """May a bias hide scores: by a low constant, or a tensor that is not multiplied by a distance?"""
+    kind = formula[0]
+    if kind in ("index", "const"):
+        return bool(kind == "const" and formula[1] < lowest)
+    if kind == "load":
+        return True
+    parts = (formula[1],) if kind == "cast" else formula[1:]
+    if kind == "mul" and any(_without_casts(part)[0] == "index" for part in parts):
+        return False
+    return any(may_hide(part, lowest) for part in parts)
+
+
+def _without_casts(formula: Formula) -> Formula:
+    return _without_casts(formula[1]) if formula[0] == "cast" else formula
+
+
 def evaluate(formula: Formula, at: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> Tensor:
     """A formula's value; ``at`` holds integer tensors ``b``, ``h``, ``i``, ``j`` of one broadcast shape."""
     operation = formula[0]
@@ -191,5 +222,6 @@ def _index(constant: int, terms: Any, at: Mapping[str, Tensor]) -> Tensor:
 
 
 __all__ = [
-    "Formula", "Unwritable", "Writer", "evaluate", "is_dense", "letters", "read", "slots_of", "text",
+    "Formula", "Unwritable", "Writer", "evaluate", "is_dense", "letters", "may_hide", "read", "slots_of",
+    "text",
 ]  # fmt: skip

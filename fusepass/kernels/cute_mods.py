@@ -1,0 +1,320 @@
+"""Formulas as ``score_mod`` and ``mask_mod`` of flash-attn 4, whose kernels are compiled with them inside.
+
+flash-attn 4 traces a modifier while it compiles: what Python computes then is fixed, and what tensors of
+CuTe compute becomes code.  So a formula is evaluated once by walking it, on CuTe's values for ``b``,
+``h``, ``i`` and ``j``, as :func:`fusepass.kernels.formula.evaluate` does on PyTorch's.  Numbers stay
+Python's until they meet such a value; floats are float32, whatever they were loaded as.
+
+Sources: the documentation of CUTLASS's Python DSL (``TensorSSA``) and the interface of flash-attn 4.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusepass.kernels.formula import Formula, may_hide
+
+Value = Any
+"""A number of Python, or a value of CuTe (``TensorSSA``)."""
+
+#: Every finite number below is hidden anyway, and its powers of two do not overflow.
+LOWEST = -1e37
+
+_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul,
+}  # fmt: skip
+_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "le": operator.le, "lt": operator.lt, "ge": operator.ge, "gt": operator.gt,
+    "eq": operator.eq, "ne": operator.ne,
+}  # fmt: skip
+#: The operations of formulas that can be written.
+WRITABLE = frozenset(
+    {*_ARITHMETIC, *_COMPARISONS, "const", "index", "load", "cast", "neg", "abs", "exp", "sqrt", "tanh",
+     "div", "floordiv", "mod", "max", "min", "and", "or", "not", "where"}
+)  # fmt: skip
+_FLOATS = frozenset({"f16", "bf16", "f32"})
+_CASTS = _FLOATS | {"i32", "i64", "b8"}
+
+
+def unwritable(formula: Formula) -> str | None:
+    """The first operation of a formula that has no counterpart here; None if all have."""
+    kind = formula[0]
+    if kind not in WRITABLE:
+        return str(kind)
+    if kind == "cast" and formula[2] not in _CASTS:
+        return f"a cast to {formula[2]}"
+    if kind in ("const", "index", "load"):
+        return None
+    if kind in ("floordiv", "mod") and not _is_count(*formula[1:]):
+        return f"{kind} of what may be negative"
+    parts = (formula[1],) if kind == "cast" else formula[1:]
+    return next((found for part in parts if (found := unwritable(part)) is not None), None)
+
+
+def _is_count(x: Formula, y: Formula) -> bool:
+    """Is ``x`` an index that is nowhere negative, and ``y`` a positive number?  Else rounding differs."""
+    whole = y[0] == "const" and type(y[1]) is int and y[1] > 0
+    return bool(whole and x[0] == "index" and x[1] >= 0 and all(term[0] >= 0 for term in x[2]))
+
+
+class Walk:
+    """Evaluates formulas while a kernel is compiled.
+
+    Args:
+        at: CuTe's values for the letters ``b``, ``h``, ``i``, ``j``.
+        tensors: CuTe's tensors, in the order of the formula's slots.
+    """
+
+    def __init__(self, at: Mapping[str, Value], tensors: Sequence[Any]) -> None:
+        import cutlass
+        from cutlass import cute
+
+        self.cutlass, self.cute, self.at, self.tensors = cutlass, cute, at, tensors
+
+    def value(self, formula: Formula) -> Value:
+        """The value of a formula."""
+        kind = formula[0]
+        if kind == "const":
+            return formula[1]
+        if kind == "index":
+            return self._index(formula[1], formula[2])
+        if kind == "load":
+            return self._load(self.tensors[formula[1]], formula[2])
+        if kind == "cast":
+            return self._cast(self.value(formula[1]), formula[2])
+        given = [self.value(part) for part in formula[1:]]
+        if kind in _ARITHMETIC:
+            return _ARITHMETIC[kind](*self._alike(*given))
+        if kind in _COMPARISONS:
+            return _COMPARISONS[kind](*self._alike(*given))
+        found: Value = getattr(self, f"_{kind}")(*given)
+        return found
+
+    def _index(self, constant: int, terms: Any) -> Value:
+        total: Value = None
+        for factor, letter, stride, size in terms:
+            digit = self.at[letter]
+            digit = digit if stride == 1 else digit // stride
+            digit = digit % size if size else digit
+            digit = digit if factor == 1 else digit * factor
+            total = digit if total is None else total + digit
+        if total is None:
+            return constant
+        return total if constant == 0 else total + constant
+
+    def _load(self, tensor: Any, indices: Any) -> Value:
+        """One element a lane: CuTe has no gather, so lanes are read one after the other."""
+        where = [self._index(constant, terms) for constant, terms in indices] or [0]
+        lanes = next((self.cute.size(w.shape) for w in where if not isinstance(w, int)), 1)
+        given = [w if isinstance(w, int) else self._scalars(w) for w in where]
+        found = self.cute.make_rmem_tensor(lanes, tensor.element_type)
+        for lane in range(lanes):
+            at = tuple(g if isinstance(g, int) else g[lane] for g in given)
+            found[lane] = tensor[at if len(at) > 1 else at[0]]
+        out = found.load()
+        return out.to(self.cutlass.Float32) if self._is_float(out) else out
+
+    def _scalars(self, value: Value) -> Any:
+        kept = self.cute.make_rmem_tensor(self.cute.size(value.shape), self.cutlass.Int32)
+        kept.store(value.to(self.cutlass.Int32))
+        return kept
+
+    # -- kinds of numbers --------------------------------------------------------------------
+
+    def _is_float(self, value: Value) -> bool:
+        if isinstance(value, (bool, int, float)):
+            return isinstance(value, float)
+        return bool(value.dtype.is_float)
+
+    def _is_truth(self, value: Value) -> bool:
+        if isinstance(value, (bool, int, float)):
+            return isinstance(value, bool)
+        return value.dtype is self.cutlass.Boolean
+
+    def _alike(self, *given: Value) -> tuple[Value, ...]:
+        """Operands of one type: float32 if one is a float, else the widest integer.
+
+        Numbers become full values beside a value, since not every operation of CuTe takes both.
+        """
+        values = [g for g in given if not isinstance(g, (bool, int, float))]
+        if not values:
+            return given
+        c = self.cutlass
+        if any(map(self._is_float, given)):
+            dtype = c.Float32
+        elif all(map(self._is_truth, given)):
+            dtype = c.Boolean
+        else:
+            dtype = c.Int64 if any(v.dtype is c.Int64 for v in values) else c.Int32
+        return tuple(self._as(g, dtype, values[0]) for g in given)
+
+    def _as(self, given: Value, dtype: Any, like: Value) -> Value:
+        if isinstance(given, (bool, int, float)):
+            return self.cute.full(like.shape, given, dtype)
+        return given if given.dtype is dtype else given.to(dtype)
+
+    def truth(self, given: Value) -> Value:
+        """Other than zero."""
+        if self._is_truth(given):
+            return given
+        return given != 0 if isinstance(given, (int, float)) else operator.ne(*self._alike(given, 0))
+
+    def _cast(self, given: Value, name: str) -> Value:
+        if name == "b8":
+            return self.truth(given)
+        wide = name in _FLOATS
+        if isinstance(given, (bool, int, float)):
+            return float(given) if wide else int(given)
+        c = self.cutlass
+        return given.to(c.Float32 if wide else c.Int64 if name == "i64" else c.Int32)
+
+    # -- operations --------------------------------------------------------------------------
+
+    def _real(self, given: Value) -> Value:
+        return float(given) if isinstance(given, (bool, int, float)) else given.to(self.cutlass.Float32)
+
+    def _neg(self, x: Value) -> Value:
+        return operator.sub(*self._alike(0, x))
+
+    def _abs(self, x: Value) -> Value:
+        return self._max(x, self._neg(x))
+
+    def _div(self, x: Value, y: Value) -> Value:
+        return operator.truediv(*self._alike(self._real(x), self._real(y)))
+
+    def _floordiv(self, x: Value, y: int) -> Value:
+        return x // y
+
+    def _mod(self, x: Value, y: int) -> Value:
+        return x % y
+
+    def _exp(self, x: Value) -> Value:
+        x = self._real(x)
+        return math.exp(x) if isinstance(x, float) else self.cute.math.exp(x)
+
+    def _sqrt(self, x: Value) -> Value:
+        x = self._real(x)
+        return math.sqrt(x) if isinstance(x, float) else self.cute.math.sqrt(x)
+
+    def _tanh(self, x: Value) -> Value:
+        x = self._real(x)
+        return math.tanh(x) if isinstance(x, float) else self.cute.math.tanh(x, fastmath=True)
+
+    def _max(self, x: Value, y: Value) -> Value:
+        x, y = self._alike(x, y)
+        return self._where(self._or(operator.gt(x, y), operator.ne(x, x)), x, y)
+
+    def _min(self, x: Value, y: Value) -> Value:
+        x, y = self._alike(x, y)
+        return self._where(self._or(operator.lt(x, y), operator.ne(x, x)), x, y)
+
+    def _and(self, x: Value, y: Value) -> Value:
+        x, y = self._alike(self.truth(x), self.truth(y))
+        return x & y
+
+    def _or(self, x: Value, y: Value) -> Value:
+        x, y = self._alike(self.truth(x), self.truth(y))
+        return x | y
+
+    def _not(self, x: Value) -> Value:
+        x = self.truth(x)
+        return not x if isinstance(x, bool) else operator.eq(*self._alike(x, False))
+
+    def _where(self, condition: Value, x: Value, y: Value) -> Value:
+        condition = self.truth(condition)
+        if isinstance(condition, bool):
+            return x if condition else y
+        x, y, _ = self._alike(x, y, x if not isinstance(x, (bool, int, float)) else self._blank(condition, x))
+        return self.cute.where(condition, x, y)
+
+    def _blank(self, like: Value, number: bool | int | float) -> Value:
+        c = self.cutlass
+        kinds = {bool: c.Boolean, int: c.Int32, float: c.Float32}
+        return self.cute.full(like.shape, number, kinds[type(number)])
+
+    # -- scores ------------------------------------------------------------------------------
+
+    def score(self, steps: Sequence[Any], s: Value) -> tuple[Value, list[Value]]:
+        """The modified score, and the derivative of each step; None is one."""
+        slopes: list[Value] = []
+        for kind, given, *more in steps:
+            slope: Value = None
+            if kind == "scale":
+                s, slope = s * given, given
+            elif kind == "softcap":
+                curve = self.cute.math.tanh(s / given, fastmath=True)
+                s, slope = given * curve, 1.0 - curve * curve
+            elif kind == "add":
+                s = s + self._added(given, more[0], s)
+            elif kind == "times":
+                slope = self._as(self._real(self.value(given)), self.cutlass.Float32, s)
+                s = s * slope
+            else:
+                raise ValueError(f"flash-attn 4: unknown step {kind!r}")
+            slopes.append(slope)
+        return s, slopes
+
+    def _added(self, formula: Formula, factor: float, like: Value) -> Value:
+        """A bias as float32; the lowest finite numbers hide as much from further up."""
+        wide = self._as(self._real(self.value(formula)), self.cutlass.Float32, like)
+        wide = wide if factor == 1 else wide * factor
+        if not may_hide(formula, LOWEST):
+            return wide
+        low = self._and(operator.lt(*self._alike(wide, LOWEST)), operator.gt(*self._alike(wide, -math.inf)))
+        return self._where(low, LOWEST, wide)
+
+
+# ---------------------------------------------------------------------------------------- modifiers
+
+
+def _letters(b: Value, h: Value, i: Value, j: Value) -> dict[str, Value]:
+    return {"b": b, "h": h, "i": i, "j": j}
+
+
+@functools.cache
+def _version() -> str:
+    """Compiled kernels are kept on disk: they are those of this file."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def _named(function: Callable[..., Any], *content: object) -> Callable[..., Any]:
+    """What flash-attn 4 keeps compiled kernels by."""
+    text = repr((function.__name__, _version(), content))
+    function.__cute_hash__ = hashlib.sha256(text.encode()).hexdigest()  # type: ignore[attr-defined]
+    return function
+
+
+@functools.lru_cache(maxsize=256)
+def score_mods(steps: tuple[Any, ...]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """``score_mod`` and ``score_mod_bwd`` of the steps of a score; flash-attn 4 names the arguments."""
+
+    def score_mod(s, b, h, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
+        return Walk(_letters(b, h, q_idx, kv_idx), aux_tensors or ()).score(steps, s)[0]
+
+    def score_mod_bwd(grad, s, b, h, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
+        for slope in Walk(_letters(b, h, q_idx, kv_idx), aux_tensors or ()).score(steps, s)[1]:
+            grad = grad if slope is None else grad * slope
+        return grad
+
+    return _named(score_mod, steps), _named(score_mod_bwd, steps)
+
+
+@functools.lru_cache(maxsize=256)
+def mask_mod(visible: Formula, first: int) -> Callable[..., Any]:
+    """The ``mask_mod`` of a visibility, whose tensors begin at number ``first``."""
+
+    def seen(b, h, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
+        walk = Walk(_letters(b, h, q_idx, kv_idx), (aux_tensors or ())[first:])
+        found = walk.truth(walk.value(visible))
+        return walk._blank(kv_idx, found) if isinstance(found, bool) else found
+
+    return _named(seen, visible, first)
+
+
+__all__ = ["WRITABLE", "Walk", "mask_mod", "score_mods", "unwritable"]

@@ -1,0 +1,451 @@
+"""flash-attn 4 with formulas, without a GPU: what is written, operators, formulas on a stand-in of CuTe."""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._dynamo import lookup_backend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from fusepass.config import Options
+from fusepass.kernels import blocks, cute_mods, flash4_mods
+from fusepass.kernels import formula as fm
+from fusepass.report import SiteReport
+from fusepass.rewrite import rewrite_graph
+from tests.attention_cases import CASES
+from tests.checking import assert_same_accuracy, call
+from tests.checking import compiled as compiled_case
+from tests.fake_cuda import fake_graph, hopper, targets
+
+INF = math.inf
+Q, K = ["index", 0, [[1, "i", 1, 0]]], ["index", 0, [[1, "j", 1, 0]]]
+GAP = ["index", 0, [[1, "j", 1, 0], [-1, "i", 1, 0]]]
+CAUSAL = ["le", K, Q]
+KEEP = ["load", 0, [[0, [[1, "b", 1, 0]]], [0, [[1, "j", 1, 0]]]]]
+LABEL_I = ["load", 0, [[0, [[1, "b", 1, 0]]], [0, [[1, "i", 1, 0]]]]]
+SLOPE = ["load", 0, [[0, [[1, "h", 1, 0]]]]]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper(monkeypatch)
+
+
+# ---------------------------------------------------------------------------------------- what is written
+
+
+def rewritten(
+    program: Callable[..., Any], *shapes: tuple[int, ...], masks: Any = ()
+) -> tuple[fx.GraphModule, SiteReport]:
+    graph = fake_graph(program, *shapes, masks=masks)
+    with torch.no_grad():
+        sites = rewrite_graph(graph, Options(kernel="flash4")).sites
+    assert len(sites) == 1
+    return graph, sites[0]
+
+
+def call_of(graph: fx.GraphModule) -> Any:
+    (found,) = [n for n in graph.graph.nodes if "flash4_mods" in str(n.target)]
+    return found
+
+
+def alibi(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    s = q @ k.transpose(-1, -2) * 0.1
+    i, j = (torch.arange(q.shape[2], device=q.device) for _ in range(2))
+    gap = j - i.unsqueeze(1)
+    s = s + slopes.view(-1, 1, 1) * gap
+    return (s.masked_fill(gap > 0, -INF).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def padded(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    s = q @ k.transpose(-1, -2) * 0.1
+    i, j = (torch.arange(q.shape[2], device=q.device) for _ in range(2))
+    seen = (j <= i.unsqueeze(1)) & keep.view(2, 1, 1, -1)
+    return (s.masked_fill(torch.logical_not(seen), -INF).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+SHAPES = ((2, 4, 256, 64),) * 3
+
+
+def test_a_bias_with_a_formula_keeps_the_window(gpu: None) -> None:
+    graph, site = rewritten(alibi, *SHAPES, (4,))
+    assert site.kernel == "flash4", site
+    call = call_of(graph)
+    assert len(call.args[3]) == 1 and call.args[4:6] == ([], []) and call.args[7:] == (None, 0)
+    scale, (step,), visible = fm.read(call.args[6])
+    assert scale == 0.1 and step[0] == "add" and visible is None
+    assert "contiguous" not in targets(graph)
+
+
+def test_a_padding_becomes_tables_of_plain_operations(gpu: None) -> None:
+    graph, site = rewritten(padded, *SHAPES, masks=((2, 256),))
+    assert site.kernel == "flash4", site
+    call = call_of(graph)
+    assert len(call.args[5]) == 4 and call.args[7:] == (None, None)
+    assert fm.read(call.args[6])[2] is not None and call.args[4][0].name == "keep"
+    assert [n.target for n in graph.graph.nodes if n.target is blocks.plain_tables]
+    shapes = [n.meta["example_value"].shape for n in call.args[5][:2]]
+    assert shapes == [(2, 1, 2), (2, 1, 2, 2)]
+
+
+def test_refusals_of_what_it_cannot_write(gpu: None) -> None:
+    wide = rewritten(padded, *[(2, 4, 256, 192)] * 3, masks=((2, 256),))[1]
+    assert not wide.fused and "up to head size 128" in str(wide.reason)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return ((q @ k.transpose(-1, -2) + bias).softmax(-1) @ v).flatten(2)
+
+    site = rewritten(dense, *SHAPES, (4, 256, 256))[1]
+    assert not site.fused and "no tensor over queries and keys" in str(site.reason)
+
+    def every_third(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.transpose(-1, -2) * 0.1
+        i, j = (torch.arange(q.shape[2], device=q.device) for _ in range(2))
+        hidden = torch.remainder(j - i.unsqueeze(1), 3) == 1
+        return (s.masked_fill(hidden, -INF).softmax(-1) @ v).flatten(2)
+
+    site = rewritten(every_third, *SHAPES)[1]
+    assert not site.fused and "its formulas have no" in str(site.reason), site
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+SIZES = {"b": 2, "h": 1, "i": 300, "j": 420}
+
+
+def compiled(function: Callable[..., Any], backend: str, count: int, given: Tensor) -> Any:
+    """What a backend makes of a graph that calls ``function``, as the pass leaves it behind."""
+    graph = fx.Graph()
+    found = graph.call_function(function, (graph.placeholder("given"),))
+    graph.output(tuple(graph.call_function(operator.getitem, (found, n)) for n in range(count)))
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with torch._guards.tracing(torch._guards.TracingContext(mode)):
+        made = lookup_backend(backend)(fx.GraphModule({}, graph), [given])
+    return made(given)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("both", [False, True])
+def test_traced_tables_are_the_tables(backend: str, both: bool) -> None:
+    keep = torch.arange(420) < torch.tensor([[130], [400]])
+    near = ["lt", ["abs", GAP], ["const", 70]]
+    whole = ["and", CAUSAL, ["or", KEEP, ["and", near, ["const", True]]]]
+    given = ([keep], fm.text(whole), *SIZES.values(), torch.device("cpu"), both)
+    want = blocks.tables_op(*given)
+
+    def make(keep: Tensor) -> list[Tensor]:
+        return blocks.plain_tables([keep], *given[1:])  # type: ignore[arg-type]
+
+    got = make(keep) if backend == "eager" else compiled(make, backend, len(want), keep)
+    assert len(got) == len(want) == (8 if both else 4)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+# ---------------------------------------------------------------------------------------- operators
+
+
+class Mathematics:
+    """Attention by formulas, densely, in the terms of the operators."""
+
+    @staticmethod
+    def forward(q, k, v, scores, masks, tables, code, left, right):  # type: ignore[no-untyped-def]
+        scale, steps, visible = fm.read(code)
+        (batch, queries, heads, _), keys = q.shape, k.shape[1]
+        letters = dict(zip("bhij", torch.meshgrid(
+            *map(torch.arange, (batch, heads, queries, keys)), indexing="ij"), strict=True))  # fmt: skip
+        s = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(heads // k.shape[2], 2)) * scale
+        for _, formula, factor in steps:
+            s = s + fm.evaluate(formula, letters, scores) * factor
+        if visible is not None:
+            s = s.masked_fill(~fm.evaluate(visible, letters, masks), -INF)
+        if right is not None:
+            s = s.masked_fill(letters["j"] - letters["i"] > right, -INF)
+        lse = s.logsumexp(-1)
+        p = s.softmax(-1).nan_to_num(0.0)
+        out = torch.einsum("bhqk,bkhd->bqhd", p, v.repeat_interleave(heads // v.shape[2], 2))
+        return out.contiguous(), lse.float()
+
+    @classmethod
+    def backward(cls, grad, q, k, v, scores, masks, tables, code, left, right, out, lse):  # type: ignore[no-untyped-def]
+        with torch.enable_grad():
+            q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+            again = cls.forward(q, k, v, scores, masks, tables, code, left, right)[0]  # type: ignore[no-untyped-call]
+            return tuple(g.contiguous() for g in torch.autograd.grad(again, (q, k, v), grad))
+
+
+@pytest.fixture
+def on_cpu() -> Iterator[None]:
+    with torch.library._scoped_library("fusepass", "FRAGMENT") as scope:
+        scope.impl("flash4_mods", Mathematics.forward, "CPU")
+        scope.impl("flash4_mods_backward", Mathematics.backward, "CPU")
+        yield
+
+
+CODE = fm.text([0.3, [["add", ["mul", SLOPE, GAP], 1.0]], ["and", CAUSAL, KEEP]])
+
+
+def given() -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 6, h, 4, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+    keep = torch.arange(6) < torch.tensor([[4], [6]])
+    return q, k, v, [torch.rand(4, dtype=torch.float64)], [keep], [], CODE, None, None
+
+
+def test_gradients_through_the_operator(on_cpu: None) -> None:
+    q, k, v, *more = given()
+    assert torch.autograd.gradcheck(lambda *x: torch.ops.fusepass.flash4_mods(*x, *more)[0], (q, k, v))
+
+
+def test_the_operator_is_sound(on_cpu: None) -> None:
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.fusepass.flash4_mods.default, given(), test_utils=tests)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compilers_take_the_operator(backend: str, on_cpu: None) -> None:
+    q, k, v, scores, masks, *_ = given()
+
+    def program(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, keep: Tensor) -> Tensor:
+        out: Tensor = torch.ops.fusepass.flash4_mods(q * 2, k, v, [slopes], [keep], [], CODE, None, None)[0]
+        return out.relu()
+
+    arguments = (q, k, v, scores[0], masks[0])
+    want = program(*arguments)
+    got = torch.compile(program, backend=backend, fullgraph=True)(*arguments)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(x.sum(), (q, k, v)) for x in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["alibi, multi-head", "padding", "padding on the left", "documents"])
+@pytest.mark.parametrize("grads", [False, True])
+def test_whole_sites(name: str, grads: bool, on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with the operator's mathematics: tables, windows and rows that see no key included."""
+    monkeypatch.setattr("fusepass.kernels.flash.gate_refuses", lambda *given: None)
+    case = CASES[name]
+    inputs = {n: t.bfloat16() if n in "qkv" else t for n, t in case.inputs("cpu").items()}
+    got = call(compiled_case(case.program, "flash4", "aot_eager"), inputs, grads=grads)
+    assert got.site.kernel == "flash4", got.site
+    exact = call(case.program, inputs, torch.float64, grads)
+    assert_same_accuracy(got, call(case.program, inputs, grads=grads), exact)
+
+
+def test_grouped_heads_train_without_scores_by_position(
+    on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's backward pass on Hopper reads other heads there."""
+    monkeypatch.setattr("fusepass.kernels.flash.gate_refuses", lambda *given: None)
+    case = CASES["alibi"]
+    inputs = {n: t.bfloat16() if n in "qkv" else t for n, t in case.inputs("cpu").items()}
+    got = call(compiled_case(case.program, "flash4", "aot_eager"), inputs, grads=True)
+    assert not got.site.fused and "with grouped heads its backward" in str(got.site.reason), got.site
+    assert call(compiled_case(case.program, "flash4", "aot_eager"), inputs).site.kernel == "flash4"
+
+
+# ---------------------------------------------------------------------------------------- formulas in CuTe
+
+
+class Kind:
+    """A type of CuTe."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.is_float = dtype, dtype.is_floating_point
+
+
+KINDS = {name: Kind(dtype) for name, dtype in (
+    ("Boolean", torch.bool), ("Int32", torch.int32), ("Int64", torch.int64), ("Float32", torch.float32),
+)}  # fmt: skip
+
+
+class Lanes:
+    """A stand-in for a value of CuTe: operands of one type only, as strict as the real one may be."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data, self.shape = data, data.shape
+        self.dtype = next(k for k in KINDS.values() if k.dtype is data.dtype)
+
+    def to(self, kind: Kind) -> Lanes:
+        return Lanes(self.data.to(kind.dtype))
+
+    def _with(self, function: Any, other: Any) -> Lanes:
+        if isinstance(other, Lanes):
+            assert other.data.dtype is self.data.dtype, (other.data.dtype, self.data.dtype)
+            return Lanes(function(self.data, other.data))
+        return Lanes(function(self.data, other).to(self.data.dtype))
+
+
+def _operator(name: str) -> None:
+    function = getattr(operator, name)
+    setattr(Lanes, f"__{name.rstrip('_')}__", lambda self, other: self._with(function, other))
+
+
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "and_",
+    "or_",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+):
+    _operator(_name)
+Lanes.__rsub__ = lambda self, other: Lanes(other - self.data)  # type: ignore[attr-defined]
+Lanes.__rmul__ = lambda self, other: Lanes(other * self.data)  # type: ignore[attr-defined]
+
+
+class Memory:
+    """A stand-in for registers and tensors."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+        self.element_type = next(k for k in KINDS.values() if k.dtype is data.dtype)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.data[at].item()
+
+    def __setitem__(self, at: Any, value: Any) -> None:
+        self.data[at] = value
+
+    def store(self, value: Lanes) -> None:
+        self.data = value.data.clone()
+
+    def load(self) -> Lanes:
+        return Lanes(self.data.clone())
+
+
+@pytest.fixture
+def cute(monkeypatch: pytest.MonkeyPatch) -> None:
+    mathematics = types.SimpleNamespace(
+        exp=lambda x: Lanes(x.data.exp()), sqrt=lambda x: Lanes(x.data.sqrt()),
+        tanh=lambda x, fastmath: Lanes(x.data.tanh()),
+    )  # fmt: skip
+
+    def where(condition: Lanes, x: Lanes, y: Lanes) -> Lanes:
+        assert x.data.dtype is y.data.dtype and condition.data.dtype is torch.bool
+        return Lanes(torch.where(condition.data, x.data, y.data))
+
+    part = types.SimpleNamespace(
+        size=math.prod, where=where, math=mathematics,
+        full=lambda shape, number, kind: Lanes(torch.full(shape, number, dtype=kind.dtype)),
+        make_rmem_tensor=lambda lanes, kind: Memory(torch.zeros(lanes, dtype=kind.dtype)),
+    )  # fmt: skip
+    module = types.ModuleType("cutlass")
+    module.__dict__.update(KINDS, cute=part)
+    monkeypatch.setitem(sys.modules, "cutlass", module)
+
+
+FORMULAS: dict[str, Any] = {
+    "causal": CAUSAL,
+    "padding": ["and", CAUSAL, KEEP],
+    "documents": ["eq", ["cast", LABEL_I, "i64"], ["cast", KEEP, "i64"]],
+    "chunks": ["eq", ["index", 0, [[1, "i", 4, 0]]], ["index", 0, [[1, "j", 4, 0]]]],
+    "blocks": ["eq", ["floordiv", Q, ["const", 3]], ["mod", K, ["const", 3]]],
+    "digits": ["lt", ["index", 1, [[2, "i", 2, 3]]], ["const", 4]],
+    "distance": ["mul", ["const", -0.25], ["cast", ["abs", GAP], "f32"]],
+    "logic": ["or", ["not", CAUSAL], ["and", ["const", True], ["ne", GAP, ["const", 2]]]],
+    "choice": ["where", ["gt", GAP, ["const", 1]], ["const", 1.5], ["div", GAP, ["const", 3]]],
+    "extremes": ["max", ["min", GAP, ["const", 3]], ["neg", ["const", 2]]],
+    "curves": ["add", ["tanh", ["div", GAP, ["const", 2.0]]], ["exp", ["sqrt", ["cast", K, "f32"]]]],
+    "truth": ["and", ["sub", K, Q], KEEP],
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formulas_have_the_values_that_pytorch_gives(name: str, cute: None) -> None:
+    formula = fm.read(fm.text(FORMULAS[name]))
+    assert cute_mods.unwritable(formula) is None
+    torch.manual_seed(0)
+    keep = torch.rand(2, 12) < 0.6
+    at = {
+        x: torch.randint(0, n, (2,), dtype=torch.int32) for x, n in zip("bhij", (2, 3, 12, 12), strict=True)
+    }
+    for _ in range(20):
+        at = {x: torch.randint(0, n, (2,), dtype=torch.int32)
+              for x, n in zip("bhij", (2, 3, 12, 12), strict=True)}  # fmt: skip
+        want = fm.evaluate(formula, at, [keep])
+        walk = cute_mods.Walk({x: Lanes(t) for x, t in at.items()}, [Memory(keep)])
+        got = walk.value(formula)
+        torch.testing.assert_close(got.data.to(want.dtype), want)
+
+
+def test_divisions_of_what_may_be_negative_are_not_written() -> None:
+    found = cute_mods.unwritable(fm.read(fm.text(["eq", ["floordiv", GAP, ["const", 3]], ["const", 1]])))
+    assert found == "floordiv of what may be negative"
+    assert cute_mods.unwritable(("cast", fm.read(fm.text(Q)), "f64")) == "a cast to f64"
+
+
+def test_neighbouring_digits_are_one() -> None:
+    assert fm._joined([[4, "h", 4, 0], [1, "h", 1, 4]]) == [[1, "h", 1, 0]]
+    three = [[12, "h", 6, 2], [1, "b", 1, 0], [6, "h", 3, 2], [2, "h", 1, 3]]
+    assert sorted(fm._joined(three)) == [[1, "b", 1, 0], [2, "h", 1, 12]]
+    for terms in ([[5, "h", 4, 0], [1, "h", 1, 4]], [[4, "h", 4, 0], [1, "b", 1, 4]]):
+        assert fm._joined(terms) == terms
+
+
+def test_biases_that_may_hide() -> None:
+    read = [fm.read(fm.text(f)) for f in (["mul", SLOPE, ["cast", GAP, "f32"]], SLOPE, ["const", -3e38], GAP)]
+    assert [fm.may_hide(f, cute_mods.LOWEST) for f in read] == [False, True, True, False]
+
+
+def test_steps_of_a_score_and_their_derivatives(cute: None) -> None:
+    steps = fm.read(
+        fm.text([["scale", 0.5], ["softcap", 3.0], ["add", ["mul", SLOPE, GAP], 2.0], ["times", SLOPE]])
+    )
+    forward, backward = cute_mods.score_mods(steps)
+    slopes = torch.tensor([0.5, 0.25, 2.0])
+    at = {x: torch.tensor([1, 2], dtype=torch.int32) for x in "bhi"} | {
+        "j": torch.tensor([7, 3], dtype=torch.int32)
+    }
+    s = torch.randn(2, requires_grad=True)
+    bias = slopes[at["h"]] * (at["j"] - at["i"])
+    want = (3 * torch.tanh(s * 0.5 / 3) + 2 * bias) * slopes[at["h"]]
+    where = [Lanes(t) for t in at.values()]
+    named = dict(
+        zip(("q_idx", "kv_idx"), where[2:], strict=True), seqlen_info=None, aux_tensors=[Memory(slopes)]
+    )
+    got = forward(Lanes(s.detach()), *where[:2], **named)
+    torch.testing.assert_close(got.data, want.detach())
+    grad = torch.randn(2)
+    found = backward(Lanes(grad), Lanes(s.detach()), *where[:2], **named)
+    torch.testing.assert_close(found.data, torch.autograd.grad(want, s, grad)[0])
+
+
+def test_modifiers_are_kept_by_what_they_compute() -> None:
+    first, second = (cute_mods.mask_mod(fm.read(fm.text(f)), 0) for f in (CAUSAL, KEEP))
+    again = cute_mods.mask_mod(fm.read(fm.text(CAUSAL)), 0)
+    hashes = [f.__cute_hash__ for f in (first, second, again)]  # type: ignore[attr-defined]
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
+def test_the_library_is_called_as_its_interface_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> tuple[Tensor, ...]:
+        seen.update(more)
+        return q, q.new_zeros(q.shape[0], q.shape[2], q.shape[1]), q, q, q
+
+    interface = types.SimpleNamespace(_flash_attn_fwd=forward)
+    library = types.SimpleNamespace(interface=interface)
+    monkeypatch.setattr("fusepass.kernels.flash_ops.library", lambda name: library)
+    q, code = torch.randn(1, 4, 2, 8), fm.text([-0.5, [["add", ["mul", SLOPE, GAP], 1.0]], None])
+    flash4_mods._run(q, q, q, [torch.tensor(1.0)], [], [], code, None, 0)
+    assert seen["softmax_scale"] == 1.0 and seen["causal"] and seen["window_size_right"] is None
+    assert callable(seen["score_mod"]) and "mask_mod" not in seen and "block_sparse_tensors" not in seen
+    assert seen["aux_tensors"][0].shape == (1,) and seen["return_lse"]
