@@ -200,6 +200,8 @@ def plot(rows: Sequence[Row], folder: Path, machine: dict[str, str]) -> list[Pat
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text as text: small files, readable differences
+    matplotlib.rcParams["svg.hashsalt"] = "fusepass"  # the same file from the same numbers
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -217,7 +219,10 @@ def plot(rows: Sequence[Row], folder: Path, machine: dict[str, str]) -> list[Pat
                         lines.setdefault(name, []).append((key[3], row.tflops))
             for name, points in lines.items():
                 axis.plot(*zip(*points, strict=True), marker="o", ms=3, label=name, color=_COLOURS[name])
+            lengths = sorted({length for points in lines.values() for length, _ in points})
             axis.set_xscale("log", base=2)
+            axis.set_xticks(lengths, [str(n) for n in lengths], fontsize=7)
+            axis.set_ylim(bottom=0)
             axis.set_title(f"{variant}, {mode}, D={head_dim}", fontsize=8)
             axis.set_xlabel("length", fontsize=8)
         axes[0][0].set_ylabel("TFLOP/s", fontsize=8)
