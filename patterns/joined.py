@@ -104,11 +104,16 @@ def _slice_times_values(node: Expr) -> _Part | None:
             continue
         dim, start = int(cut.attrs[0]), cut.attrs[1]
         contracted = [n for n in weights.labels if isinstance(n, str)]
-        if contracted != ["d0"] or weights.labels[dim] != "d0":
-            continue
+        if contracted != ["d0"] or weights.labels[dim] != "d0" or _length(values) != cut.shape[dim]:
+            continue  # an einsum repeats a single value for all keys
         whole = under_casts(cut.args[0]) if cut.args[0].op == "cast" else cut.args[0]
         return _Part(whole, dim, start, cut.shape[dim], weights.node.dtype, weights.labels, values)
     return None
+
+
+def _length(values: _Side) -> Size | None:
+    """How many values are summed."""
+    return values.node.shape[values.labels.index("d0")] if "d0" in values.labels else None
 
 
 def taken_apart(product: Expr) -> list[Expr]:
@@ -120,7 +125,7 @@ def taken_apart(product: Expr) -> list[Expr]:
         if whole.op != "cat" or not all(holds_softmax(a) for a in whole.args):
             continue
         dim = int(whole.attrs[0])
-        if weights.labels[dim] != "d0" or "d1" in weights.labels or "d0" not in values.labels:
+        if weights.labels[dim] != "d0" or "d1" in weights.labels or _length(values) != whole.shape[dim]:
             continue
         axis, made = values.labels.index("d0"), []
         start: Size = 0

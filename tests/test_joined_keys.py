@@ -179,7 +179,21 @@ def one_softmax_beside_scores(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Ten
     return w @ torch.cat([b, v], 2)
 
 
+def one_value_for_all(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """An einsum repeats a single value."""
+    w = torch.cat((q @ a.mT, q @ k.mT), -1).softmax(-1)
+    far = torch.einsum("bhij,bhjd->bhid", w[..., :M], b[:, :, :1])
+    return far + torch.einsum("bhij,bhjd->bhid", w[..., M:], v)
+
+
+def one_value_for_two_softmaxes(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    w = torch.cat([(q @ a.mT).softmax(-1), (q @ k.mT).softmax(-1)], -1)
+    return torch.einsum("bhij,bhjd->bhid", w, v[:, :, :1])
+
+
 LOOK_ALIKES: list[Program] = [
+    one_value_for_all,
+    one_value_for_two_softmaxes,
     one_softmax_beside_scores,
     a_gap,
     twice_the_same,
