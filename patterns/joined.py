@@ -61,7 +61,7 @@ def joined(node: Expr) -> Expr | None:
     if ends[-1] != simplify_size(whole.shape[dim]):
         return None
     weights = _as(whole, found[0].dtype)
-    values = _concatenated([p.values for p in found], "d0", node.shape)
+    values = _concatenated([p.values for p in found], "d0")
     return None if values is None else _product(_Side(weights, first), values, node)
 
 
@@ -164,7 +164,7 @@ def join(term: Term, scope: Scope) -> Peel | None:
     dim = int(node.attrs[0])
     if scope.space.resolve(term.index[dim]) != scope.space.resolve(scope.keys):
         return None
-    made = _joined_products(node, dim) or _common_layer(node, scope) or _own_layer(node, dim, scope)
+    made = _joined_products(node, dim) or _common_layer(node, scope) or _own_layer(node, dim)
     return None if made is None else Peel(Term(made, term.index))
 
 
@@ -184,7 +184,7 @@ def _joined_products(node: Expr, dim: int) -> Expr | None:
         keys.append(key)
     if any(q != queries[0] for q in queries):
         return None
-    whole = _concatenated(keys, dim, node.shape)
+    whole = _concatenated(keys, dim)
     return None if whole is None else _product(queries[0], whole, node)
 
 
@@ -209,7 +209,7 @@ def _common_layer(node: Expr, scope: Scope) -> Expr | None:
     return None
 
 
-def _own_layer(node: Expr, dim: int, scope: Scope) -> Expr | None:
+def _own_layer(node: Expr, dim: int) -> Expr | None:
     """What one part alone is biased or masked with: ``cat(x + m, y) = cat(x, y) + cat(m, 0)``."""
     for at, part in enumerate(node.args):
         if part.op == "add":
@@ -223,9 +223,7 @@ def _own_layer(node: Expr, dim: int, scope: Scope) -> Expr | None:
         if part.op == "where":
             condition, yes, no = part.args
             for attends, inner, filler in ((True, yes, no), (False, no, yes)):
-                if number(filler, scope) is None or scalar_of(filler) is None or not holds_product(inner):
-                    continue
-                if inner.shape != part.shape:
+                if scalar_of(filler) is None or not holds_product(inner) or inner.shape != part.shape:
                     continue
                 below = _with(node, at, inner)
                 bits = _spread(condition, const(attends, torch.bool), at, node, dim)
@@ -277,7 +275,7 @@ def _sides(product: Expr, position: int) -> tuple[_Side, _Side]:
     return _Side(product.args[position], first), _Side(product.args[1 - position], second)
 
 
-def _concatenated(sides: Sequence[_Side], along: Label, shape: tuple[Size, ...]) -> _Side | None:
+def _concatenated(sides: Sequence[_Side], along: Label) -> _Side | None:
     """Operands one after the other along one axis, laid out alike and as large as the largest."""
     if any(along not in s.labels or s.node.dtype is not sides[0].node.dtype for s in sides):
         return None
