@@ -178,6 +178,15 @@ def under_casts(node: Expr) -> Expr:
     return node
 
 
+def cast(x: Expr, dtype: torch.dtype) -> Expr:
+    """``x`` as another dtype."""
+    if dtype is x.dtype:
+        return x
+    if x.op == "const":
+        return const(x.attrs[0], dtype)
+    return expr("cast", (x,), (dtype,), x.shape, dtype)
+
+
 def scalar_of(node: Expr) -> float | int | bool | None:
     """The value of a constant, seen through broadcasting views and casts; else None."""
     while node.op in VIEWS or (node.op == "cast" and node.args[0].op in VIEWS | {"const", "cast"}):

@@ -70,13 +70,9 @@ def candidates(
     if options.kernel not in ("auto", "autotune"):
         return [*first, BY_NAME[options.kernel]]
     here = [k for k in KERNELS if runs_here(k.name, target.device)]
-    if (
-        options.kernel == "auto"
-        and operation(node)[0] != SDPA_CALL
-        and reference.beats_sdpa(site.spec, target)
-    ):
-        here.sort(key=lambda k: k is not reference.REFERENCE)
     if options.kernel == "auto":
+        if operation(node)[0] != SDPA_CALL and reference.beats_sdpa(site.spec, target):
+            here.sort(key=lambda k: k is not reference.REFERENCE)
         profile = costs.profile(costs.device_name()) if target.device == "cuda" else None
         return [*first, *(r.kernel for r in rank(site, target, here, profile))]
     from fusepass import autotune

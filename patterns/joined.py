@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from fusepass.index import Size, simplify_size
-from fusepass.ir import Expr, const, expr, pointwise, scalar_of, under_casts
+from fusepass.ir import Expr, cast, const, expr, pointwise, scalar_of, under_casts
 from fusepass.patterns import examples as eg
 from fusepass.patterns.scores import holds_product, number
 from fusepass.patterns.weights import holds_softmax
@@ -60,7 +60,7 @@ def joined(node: Expr) -> Expr | None:
         ends.append(simplify_size(part.start + part.length))
     if ends[-1] != simplify_size(whole.shape[dim]):
         return None
-    weights = _as(whole, found[0].dtype)
+    weights = cast(whole, found[0].dtype)
     values = _concatenated([p.values for p in found], "d0")
     return None if values is None else _product(_Side(weights, first), values, node)
 
@@ -133,7 +133,7 @@ def taken_apart(product: Expr) -> list[Expr]:
             length = part.shape[dim]
             shape = (*values.node.shape[:axis], length, *values.node.shape[axis + 1 :])
             cut = expr("slice", (values.node,), (axis, start, 1), shape, values.node.dtype)
-            pair = (_as(part, weights.node.dtype), cut)
+            pair = (cast(part, weights.node.dtype), cut)
             made.append(
                 expr(
                     "dot", pair if position == 0 else pair[::-1], product.attrs, product.shape, product.dtype
@@ -239,7 +239,7 @@ def _alike(inner: Sequence[Expr], node: Expr) -> bool:
 
 def _with(node: Expr, at: int, inner: Expr) -> Expr:
     """The concatenation with another part in one place."""
-    return _cat([*node.args[:at], _as(inner, node.dtype), *node.args[at + 1 :]], node)
+    return _cat([*node.args[:at], cast(inner, node.dtype), *node.args[at + 1 :]], node)
 
 
 def _spread(term: Expr, neutral: Expr, at: int, node: Expr, dim: int) -> Expr:
@@ -319,10 +319,6 @@ def _product(left: _Side, right: _Side, like: Expr) -> Expr:
     letter = {name: _LETTERS[n] for n, name in enumerate(names)}
     texts = ("".join(letter[n] for n in group) for group in (left.labels, right.labels, range(like.rank)))
     return expr("dot", (left.node, right.node), tuple(texts), like.shape, like.dtype)
-
-
-def _as(node: Expr, dtype: torch.dtype) -> Expr:
-    return node if node.dtype is dtype else expr("cast", (node,), (dtype,), node.shape, dtype)
 
 
 JOINED: tuple[Rule, ...] = (join,)

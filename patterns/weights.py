@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusepass.ir import VIEWS, Expr, expr, pointwise
+from fusepass.ir import cast as as_dtype
 from fusepass.patterns import examples as eg
 from fusepass.patterns.scores import number
 from fusepass.rule import Peel, Refuse, Rule, Scope, Term, rule
@@ -158,8 +159,7 @@ LINEAR = VIEWS - {"repeat"} | {"cast", "mul", "div", "neg", "dropout"}
 
 def _as_wide(part: Expr, whole: Expr) -> Expr:
     """A summand as wide as its sum."""
-    if part.dtype is not whole.dtype:
-        part = expr("cast", (part,), (whole.dtype,), part.shape, whole.dtype)
+    part = as_dtype(part, whole.dtype)
     return part if part.shape == whole.shape else expr("expand", (part,), (), whole.shape, whole.dtype)
 
 

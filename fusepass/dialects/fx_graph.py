@@ -19,11 +19,11 @@ from torch import fx
 
 from fusepass.contents import Contents
 from fusepass.dialects import joins
-from fusepass.dialects.handlers import Result, Value, as_expr, cast, reshape, view
+from fusepass.dialects.handlers import Result, Value, as_expr, reshape, view
 from fusepass.dialects.torch_ops import HANDLERS
 from fusepass.dialects.torch_views import getitem, parts_of
 from fusepass.index import Facts, simplify_size
-from fusepass.ir import Expr, Shape, const, is_constant, leaf, pointwise
+from fusepass.ir import Expr, Shape, cast, const, is_constant, leaf, pointwise
 
 #: Nodes that are views of their first argument as far as memory is concerned.
 _ALIASES = frozenset(

@@ -102,12 +102,3 @@ def arg_exprs(r: Result, *values: Value) -> tuple[Expr, ...] | None:
     like = next((v.dtype for v in values if isinstance(v, Expr) and v.is_float), torch.float32)
     out = tuple(as_expr(v, like) for v in values)
     return None if any(o is None for o in out) else out  # type: ignore[return-value]
-
-
-def cast(x: Expr, dtype: torch.dtype) -> Expr:
-    """``x`` as another dtype."""
-    if dtype is x.dtype:
-        return x
-    if x.op == "const":
-        return const(x.attrs[0], dtype)
-    return expr("cast", (x,), (dtype,), x.shape, dtype)

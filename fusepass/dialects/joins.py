@@ -9,11 +9,11 @@ from typing import Any
 import sympy
 import torch
 
-from fusepass.dialects.handlers import Result, Value, cast, dim_of, handles, permute, reshape, view
+from fusepass.dialects.handlers import Result, Value, dim_of, handles, permute, reshape, view
 from fusepass.dialects.torch_creation import within
 from fusepass.dialects.torch_views import slice_dim, slice_start
 from fusepass.index import Facts, Size, simplify_size
-from fusepass.ir import Expr, Shape, const, expr, pointwise, scalar_of
+from fusepass.ir import Expr, Shape, cast, const, expr, pointwise, scalar_of
 
 # ---------------------------------------------------------------------------------------- side by side
 

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 
 from fusepass.dialects.handlers import Result as _Result
-from fusepass.dialects.handlers import cast, reshape, view
+from fusepass.dialects.handlers import reshape, view
 from fusepass.dialects.torch_creation import filled
 from fusepass.index import Facts
-from fusepass.ir import Expr, const, expr, pointwise
+from fusepass.ir import Expr, cast, const, expr, pointwise
 
 Array = npt.NDArray[Any]
 

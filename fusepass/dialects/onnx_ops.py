@@ -15,11 +15,11 @@ import sympy
 import torch
 
 from fusepass.dialects import onnx_views, torch_creation, torch_ops, torch_products
-from fusepass.dialects.handlers import cast, dim_of, permute, reshape, view
+from fusepass.dialects.handlers import dim_of, permute, reshape, view
 from fusepass.dialects.onnx_call import DTYPES, HANDLERS, Call, Handler, Meaning, broadcast, fitted, handles
 from fusepass.dialects.torch_creation import filled
 from fusepass.index import Size, simplify_size
-from fusepass.ir import Expr, Shape, const, expr, leaf, pointwise, scalar_of
+from fusepass.ir import Expr, Shape, cast, const, expr, leaf, pointwise, scalar_of
 
 __all__ = ["DTYPES", "HANDLERS", "Call", "Meaning", "onnx_views"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sympy
 import torch
 
-from fusepass.dialects.handlers import HANDLERS, Handler, Result, Value, as_expr, cast, handles, reshape, view
+from fusepass.dialects.handlers import HANDLERS, Handler, Result, Value, as_expr, handles, reshape, view
 from fusepass.index import Size
-from fusepass.ir import Expr, const, expr, pointwise, scalar_of
+from fusepass.ir import Expr, cast, const, expr, pointwise, scalar_of
 
 
 @handles("arange")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fusepass.dialects.handlers import HANDLERS, Handler, Result, Value, arg_exprs, cast, handles
-from fusepass.ir import Expr, const, expr, pointwise
+from fusepass.dialects.handlers import HANDLERS, Handler, Result, Value, arg_exprs, handles
+from fusepass.ir import Expr, cast, const, expr, pointwise
 
 _SAME = {
     "neg": "neg", "negative": "neg", "logical_not": "not", "abs": "abs", "absolute": "abs", "exp": "exp",

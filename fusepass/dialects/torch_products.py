@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fusepass.dialects.handlers import HANDLERS, Result, Value, cast, handles, permute, reshape
-from fusepass.ir import Expr, const, expr, pointwise
+from fusepass.dialects.handlers import HANDLERS, Result, Value, handles, permute, reshape
+from fusepass.ir import Expr, cast, const, expr, pointwise
 
 
 def dot(a: Expr, b: Expr, la: str, lb: str, lo: str, r: Result, dtype: torch.dtype | None = None) -> Expr:

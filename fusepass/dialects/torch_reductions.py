@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fusepass.dialects.handlers import HANDLERS, Handler, Result, Value, cast, dim_of, handles, reshape
+from fusepass.dialects.handlers import HANDLERS, Handler, Result, Value, dim_of, handles, reshape
 from fusepass.dialects.torch_views import slice_dim
 from fusepass.index import simplify_size
-from fusepass.ir import Expr, expr, pointwise
+from fusepass.ir import Expr, cast, expr, pointwise
 
 
 def _dims(dim: Value, rank: int) -> tuple[int, ...]:

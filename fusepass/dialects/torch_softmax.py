@@ -6,12 +6,12 @@ import math
 
 import torch
 
-from fusepass.dialects.handlers import HANDLERS, Result, Value, cast, dim_of, handles
+from fusepass.dialects.handlers import HANDLERS, Result, Value, dim_of, handles
 from fusepass.dialects.torch_creation import filled, triangle
 from fusepass.dialects.torch_products import batch_labels, dot
 from fusepass.dialects.torch_views import repeat_interleave
 from fusepass.index import Size
-from fusepass.ir import Expr, const, expr, pointwise
+from fusepass.ir import Expr, cast, const, expr, pointwise
 
 #: The attributes of ``nan_to_num`` where infinities stay.
 NAN_TO_ZERO = (0.0, -math.inf, math.inf)
