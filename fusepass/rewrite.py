@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from fusepass.report import GraphReport, SiteReport, source_of
 from fusepass.resemblance import of_activations, products_behind, softmaxes_behind
 from fusepass.select import UNFUSED, candidates
 from fusepass.strides import laid_out_as
+from fusepass.subgraphs import graphs_of
 
 log = logging.getLogger("fusepass")
 
@@ -55,12 +56,13 @@ def rewrite_graph(
     start = time.perf_counter()
     report = GraphReport(nodes=0)
     passes: dict[fx.GraphModule, _Pass] = {}
-    for graph_module, call in _graphs(gm):
+    for graph_module, call in graphs_of(gm):
         report.nodes += len(graph_module.graph.nodes)
-        outer = None if call is None else passes[call[0]].reader
-        given = _given(graph_module, call[1], outer) if call is not None and outer is not None else {}
+        outer = None if call is None else passes[call.outer].reader
+        given = {} if call is None or outer is None else call.given(outer)
         contents = outer.contents if given and outer is not None else None
-        known = Known(constants or {}, static or {}, given, contents)
+        own_gradient = call is not None and call.own_gradient
+        known = Known(constants or {}, static or {}, given, contents, own_gradient)
         one = _Pass(graph_module, options, rules, known, compiled)
         passes[graph_module] = one
         report.sites.extend(one.run())
@@ -69,44 +71,6 @@ def rewrite_graph(
         report.assumed = passes[gm].assumed()
     report.seconds = time.perf_counter() - start
     return report
-
-
-def _graphs(
-    gm: fx.GraphModule,
-) -> Iterator[tuple[fx.GraphModule, tuple[fx.GraphModule, fx.Node] | None]]:
-    """The graph and the bodies of its higher-order operators, each with the one call of it, if it is one."""
-    seen: set[int] = set()
-    calls: dict[int, list[tuple[fx.GraphModule, fx.Node]]] = {}
-    for module in gm.modules():
-        if isinstance(module, fx.GraphModule) and id(module) not in seen:
-            seen.add(id(module))
-            for node in list(module.graph.nodes):
-                if isinstance(node.target, torch._ops.HigherOrderOperator):
-                    for body in _bodies(module, node):
-                        calls.setdefault(id(body), []).append((module, node))
-            mine = calls.get(id(module), [])
-            yield module, mine[0] if len(mine) == 1 else None
-
-
-def _bodies(module: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
-    """The graph modules that a higher-order operator is given."""
-    named = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
-    found = [getattr(module, str(name), None) for name in named]
-    return [m for m in found if isinstance(m, fx.GraphModule)]
-
-
-def _given(body: fx.GraphModule, call: fx.Node, outer: Reader) -> dict[str, Expr]:
-    """What the placeholders of a body mean, if the call passes them one by one and nobody writes to them."""
-    operands = [a for a in call.args if not (isinstance(a, fx.Node) and a.op == "get_attr")]
-    placeholders = body.graph.find_nodes(op="placeholder")
-    if len(operands) != len(placeholders):
-        return {}
-    given = {}
-    for placeholder, node in zip(placeholders, operands, strict=True):
-        meaning = outer.defined.get(node) if isinstance(node, fx.Node) else None
-        if isinstance(meaning, Expr) and isinstance(node, fx.Node) and not outer.was_written(node):
-            given[placeholder.name] = meaning
-    return given
 
 
 #: What may lie between a softmax and the product with the values.
@@ -365,6 +329,10 @@ class _Pass:
 
     def _why_alone(self, node: fx.Node) -> str:
         """What happens to weights that reach no product with values."""
+        if self.known.own_gradient:
+            return (
+                "the softmax is in a torch.autograd.Function, and a kernel would not compute its own gradient"
+            )
         seen, todo = {node}, [node]
         odd: fx.Node | None = None
         while todo:

@@ -96,6 +96,55 @@ class Conditional(Model):
         return torch.cond(x.sum() > 0, layer, lambda y: y * 2, (x,))  # type: ignore[no-any-return]
 
 
+class OwnSoftmax(torch.autograd.Function):
+    """A masked softmax that brings its own gradient; where a row sees no key it has none."""
+
+    @staticmethod
+    def forward(ctx, scores, hidden):  # type: ignore[no-untyped-def]
+        w = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1)
+        ctx.save_for_backward(w)
+        return w
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (w,) = ctx.saved_tensors
+        return w * (grad - (grad * w).sum(-1, keepdim=True)), None
+
+
+class OwnAttention(torch.autograd.Function):
+    """A whole attention that computes its weights again in its own backward."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(q, k, v)
+        return torch.softmax(q @ k.mT / D**0.5, -1) @ v
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        q, k, v = ctx.saved_tensors
+        w = torch.softmax(q @ k.mT / D**0.5, -1)
+        given = grad @ v.mT
+        scores = w * (given - (given * w).sum(-1, keepdim=True)) / D**0.5
+        return scores @ k, scores.mT @ q, w.mT @ grad
+
+
+class WithOwnGradient(Model):
+    """Layers whose attention is, or contains, a `torch.autograd.Function`."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__(1)
+        self.whole = whole
+
+    def run(self, layer: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = (t.view(B, S, H, D).transpose(1, 2) for t in layer.project(x).chunk(3, -1))  # type: ignore[operator]
+        if self.whole:
+            out: Tensor = OwnAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
+        else:
+            hidden = torch.ones(S, S, dtype=torch.bool).triu(1)
+            out = OwnSoftmax.apply(q @ k.mT / D**0.5, hidden) @ v  # type: ignore[no-untyped-call]
+        return out.transpose(1, 2).reshape(B, S, WIDTH)
+
+
 def run(model: nn.Module, call: Callable[..., Tensor], x: Tensor, train: bool) -> checking.Run:
     """Output, and gradients of the parameters and of the input."""
     model.zero_grad()
@@ -147,6 +196,28 @@ def test_branches_of_a_conditional_are_entered(kernel: str) -> None:
     got = compare(Conditional(), kernel, train=False)
     assert len(got.sites) == 2
     assert all(s.fused and "causal" in s.spec for s in got.sites), got.sites
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_softmax_with_its_own_gradient_stays_in_training(kernel: str) -> None:
+    got = compare(WithOwnGradient(whole=False), kernel, train=True)
+    assert [s.fused for s in got.sites] == [False]
+    assert "autograd.Function" in (got.site.reason or "")
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_an_attention_with_its_own_gradient(kernel: str, train: bool) -> None:
+    """The forward is fused; the backward, which is no attention, is the function's own."""
+    got = compare(WithOwnGradient(whole=True), kernel, train)
+    assert [s.fused for s in got.sites][:1] == [True], got.sites
+    assert sum(s.fused for s in got.sites) == 1
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_softmax_with_its_own_gradient_is_read_without_gradients(kernel: str) -> None:
+    got = compare(WithOwnGradient(whole=False), kernel, train=False)
+    assert [(s.fused, "causal" in s.spec) for s in got.sites] == [(True, True)]
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])

@@ -103,12 +103,15 @@ class Known:
         static: tensors whose elements may be relied on under a guard.
         given: meanings in the terms of the graph that calls this one.
         contents: what is known of the leaves in those.
+        own_gradient: whether the graph is the forward of a function with a gradient of its own, in which
+            nothing else computes gradients.
     """
 
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     static: Mapping[str, torch.Tensor] = field(default_factory=dict)
     given: Mapping[str, Expr] = field(default_factory=dict)
     contents: Contents | None = None
+    own_gradient: bool = False
 
 
 class Reader:
@@ -276,7 +279,8 @@ class Reader:
     def _stops_gradients(self, node: fx.Node, value: Any) -> bool:
         """Was the node computed without gradients (``detach``, a ``no_grad`` region) from what has some?"""
         if (
-            not torch.is_grad_enabled()
+            self.known.own_gradient
+            or not torch.is_grad_enabled()
             or not isinstance(value, torch.Tensor)
             or not value.is_floating_point()
         ):
