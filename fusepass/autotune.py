@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from fusepass import bench, costs
 from fusepass.backend import inner_compiler
 from fusepass.config import Options
-from fusepass.dialects.fx_graph import value_of
+from fusepass.dialects.fx_nodes import value_of
 from fusepass.kernels import Kernel
 from fusepass.select import UNFUSED, Write
 from fusepass.spec import Attention

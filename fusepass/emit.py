@@ -16,7 +16,8 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
-from fusepass.dialects.fx_graph import Reader, size_of, value_of
+from fusepass.dialects.fx_graph import Reader
+from fusepass.dialects.fx_nodes import size_of, value_of
 from fusepass.index import AxisSpace, Size
 from fusepass.ir import DTYPES, Expr
 from fusepass.layouts import CannotEmit, Groups, Layouts

@@ -10,7 +10,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from fusepass.config import Options
-from fusepass.dialects.fx_graph import value_of
+from fusepass.dialects.fx_nodes import value_of
 from fusepass.rewrite import rewrite_graph
 
 

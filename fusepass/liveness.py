@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from fusepass.dialects.fx_graph import Reader, operation, value_of, writes_in_place
+from fusepass.dialects.fx_graph import Reader
+from fusepass.dialects.fx_nodes import operation, value_of, writes_in_place
 from fusepass.ir import POINTWISE, VIEWS, Expr, under_casts
 
 _LIGHT = (

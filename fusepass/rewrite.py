@@ -16,7 +16,8 @@ from torch import fx
 
 from fusepass.config import Options
 from fusepass.dialects.composites import Expansion, expand_all
-from fusepass.dialects.fx_graph import Known, Reader, operation, value_of
+from fusepass.dialects.fx_graph import Known, Reader
+from fusepass.dialects.fx_nodes import operation, value_of
 from fusepass.emit import Builder, CannotEmit
 from fusepass.ir import VIEWS, Expr
 from fusepass.kernels import BY_NAME, FP8, KERNELS, Kernel, Refused, Target

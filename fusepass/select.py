@@ -18,7 +18,7 @@ from torch import fx
 
 from fusepass import costs
 from fusepass.config import Options
-from fusepass.dialects.fx_graph import operation
+from fusepass.dialects.fx_nodes import operation
 from fusepass.index import Size
 from fusepass.kernels import BY_NAME, FP8, KERNELS, Kernel, Target, flash, flex_blocks, reference, sdpa
 from fusepass.kernels.gates import runs_here

@@ -15,7 +15,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fusepass.dialects.fx_graph import operation, value_of, writes_in_place
+from fusepass.dialects.fx_nodes import operation, value_of, writes_in_place
 from fusepass.emit import Builder, CannotEmit
 
 #: Operations that ask for the layout itself.

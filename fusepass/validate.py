@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fusepass.dialects.fx_graph import value_of, writes_in_place
+from fusepass.dialects.fx_nodes import value_of, writes_in_place
 
 
 def site_error(original: fx.Node, replacement: fx.Node) -> float:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fusepass.dialects.fx_graph import value_of
+from fusepass.dialects.fx_nodes import value_of
 
 
 @dataclass

@@ -1,14 +1,13 @@
 """Reads a captured ``torch.fx`` graph into expressions: Dynamo's, ``symbolic_trace``'s, ``torch.export``'s.
 
 The reader goes through the nodes in program order and gives each its meaning at that point.  It
-knows calling conventions and aliasing, and nothing else: an operation that writes into a tensor gives
+knows aliasing, writes and what surrounds the graph, and nothing else: an operation that writes into a tensor gives
 that tensor a new meaning, tensors that share its memory lose theirs, and a node whose memory was
 written to after it was read can no longer be used to stand for its old value.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,10 +18,19 @@ from torch import fx
 
 from fusepass.contents import Contents
 from fusepass.dialects import joins
+from fusepass.dialects.fx_nodes import (
+    first_operand,
+    operation,
+    positional,
+    shape_of,
+    size_of,
+    value_of,
+    writes_by_schema,
+)
 from fusepass.dialects.handlers import Result, Value, as_expr, reshape, view
 from fusepass.dialects.torch_ops import HANDLERS
 from fusepass.dialects.torch_views import getitem, parts_of
-from fusepass.index import Facts, simplify_size
+from fusepass.index import Facts
 from fusepass.ir import Expr, Shape, cast, const, is_constant, leaf, pointwise
 
 #: Nodes that are views of their first argument as far as memory is concerned.
@@ -37,61 +45,6 @@ _ALIASES = frozenset(
 _MAY_COPY = frozenset(
     "contiguous reshape reshape_as flatten ravel to type_as float half bfloat16 double view_copy".split()
 )
-_INPLACE_OPERATORS = {
-    "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ifloordiv": "floordiv", "ipow": "pow",
-    "iand": "and", "ior": "or", "ixor": "xor", "imod": "mod",
-}  # fmt: skip
-_BINARY = "add sub mul truediv floordiv mod pow and or xor matmul eq ne lt le gt ge rsub getitem".split()
-#: Operators written as methods (`x.__eq__(y)`, as Dynamo of torch 2.11 does); `__bool__` is no `bool()`.
-_OPERATORS = {
-    **{f"__{name}__": name for name in (*_BINARY, "neg", "abs", "invert", *_INPLACE_OPERATORS)},
-    **{f"__r{name}__": name for name in ("add", "mul", "and", "or", "xor")},
-}
-_ATTRIBUTES = {"T": "t", "mT": "mT", "mH": "mH", "H": "t"}
-
-
-def value_of(node: fx.Node) -> Any:
-    """The fake tensor (or number) recorded for a node, or None."""
-    meta = node.meta
-    found = meta.get("example_value")
-    return meta.get("val") if found is None else found
-
-
-def shape_of(value: Any) -> tuple[Any, ...]:
-    """A tensor's shape in integers and sympy expressions."""
-    return tuple(size_of(s) for s in value.shape)
-
-
-def size_of(value: Any) -> Any:
-    """A size as an integer or a sympy expression."""
-    if isinstance(value, torch.SymInt):
-        return simplify_size(value.node.expr)
-    return int(value)
-
-
-def operation(node: fx.Node) -> tuple[str, bool]:
-    """The operation's name, and whether it writes into its first argument."""
-    if node.op == "call_method":
-        name = str(node.target)
-    elif isinstance(node.target, torch._ops.OpOverload):
-        name = node.target._schema.name.split("::")[-1]
-        if node.target.namespace not in ("aten", "prims"):
-            return "", node.target._schema.is_mutable
-    elif node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        if node.target is getattr and len(node.args) == 2:
-            return _ATTRIBUTES.get(str(node.args[1]), ""), False
-        module = getattr(node.target, "__module__", None) or ""
-        if module and module.split(".")[0] not in ("torch", "_operator", "operator", "math", "builtins"):
-            return "", False
-    else:
-        return "", False
-    name = _OPERATORS.get(name, name)
-    if name in _INPLACE_OPERATORS:
-        return _INPLACE_OPERATORS[name], True
-    if name.endswith("_") and not name.endswith("__") and name not in HANDLERS:
-        return name[:-1], True
-    return name, False
 
 
 @dataclass(frozen=True)
@@ -207,11 +160,11 @@ class Reader:
         if node.target is operator.setitem or name == "__setitem__":
             self._set_item(node, position)
             return
-        if writes or "out" in node.kwargs or _writes_hidden(node):
+        if writes or "out" in node.kwargs or writes_by_schema(node):
             self._write_in_place(node, name, position)
             return
-        if name in _ALIASES and isinstance(_first(node), fx.Node):
-            self._alias(node, _first(node))
+        if name in _ALIASES and isinstance(first_operand(node), fx.Node):
+            self._alias(node, first_operand(node))
         self._bind(node, self._meaning(node, name))
 
     def _alias(self, node: fx.Node, base: Any) -> None:
@@ -258,7 +211,7 @@ class Reader:
         made = self._named(node.name, shape_of(value), value.dtype)
         if node.op == "placeholder" and node.name in self.known.static:
             self._tensors[made] = self.known.static[node.name]
-        elif _learned(value) or (operation(node)[0] == "detach" and _learned(value_of(_first(node)))):
+        elif _learned(value) or (operation(node)[0] == "detach" and _learned(value_of(first_operand(node)))):
             self.contents.ordinary.add(made)
         return made
 
@@ -309,7 +262,7 @@ class Reader:
         for alias in ("input", "self"):
             if alias in kwargs:
                 args = (kwargs.pop(alias), *args)
-        args = _positional(operation(node)[0], args, kwargs)
+        args = positional(operation(node)[0], args, kwargs)
         if node.target is getattr:
             args = args[:1]
         if any(isinstance(a, fx.Node) for a in args):
@@ -402,7 +355,7 @@ class Reader:
 
     def _write_in_place(self, node: fx.Node, name: str, position: int) -> None:
         """``x.op_(...)``: from here on ``x`` means ``op(x, ...)``."""
-        target = _first(node)
+        target = first_operand(node)
         if not isinstance(target, fx.Node) or "out" in node.kwargs or name == "":
             for a in node.all_input_nodes:
                 self._forget(a, position)
@@ -421,7 +374,7 @@ class Reader:
         """The tensors that ``target`` is a part of, and what they mean once the part holds ``out``."""
         part, holder, found = self.meaning[target], target, []
         while holder is not self._root[target] and operation(holder)[0] not in _MAY_COPY:
-            holder = _first(holder)
+            holder = first_operand(holder)
             base = self.meaning.get(holder)
             window = joins.window_of_view(part, base) if isinstance(base, Expr) else None
             if not isinstance(base, Expr) or window is None:
@@ -507,56 +460,6 @@ class Reader:
         return None
 
 
-@functools.cache
-def _schemas(name: str) -> tuple[tuple[str, ...], ...]:
-    """The positional parameters of every overload of an ATen operation."""
-    packet = getattr(torch.ops.aten, name, None)
-    if packet is None:
-        return ()
-    schemas = (getattr(packet, overload)._schema for overload in packet.overloads())
-    return tuple(tuple(a.name for a in s.arguments if not a.kwarg_only) for s in schemas)
-
-
-def _positional(name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) -> tuple[Value, ...]:
-    """Arguments given by keyword, put in the place that the operation's schema gives them."""
-    for names in _schemas(name) if kwargs else ():
-        if len(names) > len(args) and names[len(args)] in kwargs:
-            for parameter in names[len(args) :]:
-                if parameter not in kwargs:
-                    break
-                args = (*args, kwargs.pop(parameter))
-            break
-    return args
-
-
 def _learned(value: Any) -> bool:
     """A parameter, or something computed from one."""
     return isinstance(value, torch.nn.Parameter) or bool(getattr(value, "requires_grad", False))
-
-
-def _first(node: fx.Node) -> Any:
-    if node.args:
-        return node.args[0]
-    return node.kwargs.get("input", node.kwargs.get("self"))
-
-
-def _writes_hidden(node: fx.Node) -> bool:
-    """Operators whose schema says they write into an argument under a plain name."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None:
-        return bool(schema.is_mutable)
-    return bool(node.kwargs.get("inplace"))
-
-
-def writes_in_place(node: fx.Node) -> bool:
-    """Does the node write into its first argument?"""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name, writes = operation(node)
-    return (
-        writes
-        or node.target is operator.setitem
-        or name == "__setitem__"
-        or "out" in node.kwargs
-        or _writes_hidden(node)
-    )

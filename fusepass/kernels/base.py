@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fusepass.contents import FILL
-from fusepass.dialects.fx_graph import size_of
+from fusepass.dialects.fx_nodes import size_of
 from fusepass.emit import Builder
 from fusepass.program import slots
 from fusepass.recognize import Site

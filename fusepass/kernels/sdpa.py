@@ -18,7 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusepass.dialects.fx_graph import size_of
+from fusepass.dialects.fx_nodes import size_of
 from fusepass.emit import Builder
 from fusepass.kernels import torch_flash
 from fusepass.kernels.base import (

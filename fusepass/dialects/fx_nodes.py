@@ -1,0 +1,124 @@
+"""How a ``torch.fx`` node is written: what it calls, with which arguments, on values of which sizes.
+
+Functions, methods, operators, ATen overloads and what Dynamo makes of them have one name each here.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fusepass.dialects.handlers import Value
+from fusepass.dialects.torch_ops import HANDLERS
+from fusepass.index import simplify_size
+
+_INPLACE_OPERATORS = {
+    "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ifloordiv": "floordiv", "ipow": "pow",
+    "iand": "and", "ior": "or", "ixor": "xor", "imod": "mod",
+}  # fmt: skip
+_BINARY = "add sub mul truediv floordiv mod pow and or xor matmul eq ne lt le gt ge rsub getitem".split()
+#: Operators written as methods (`x.__eq__(y)`, as Dynamo of torch 2.11 does); `__bool__` is no `bool()`.
+_OPERATORS = {
+    **{f"__{name}__": name for name in (*_BINARY, "neg", "abs", "invert", *_INPLACE_OPERATORS)},
+    **{f"__r{name}__": name for name in ("add", "mul", "and", "or", "xor")},
+}
+_ATTRIBUTES = {"T": "t", "mT": "mT", "mH": "mH", "H": "t"}
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake tensor (or number) recorded for a node, or None."""
+    meta = node.meta
+    found = meta.get("example_value")
+    return meta.get("val") if found is None else found
+
+
+def shape_of(value: Any) -> tuple[Any, ...]:
+    """A tensor's shape in integers and sympy expressions."""
+    return tuple(size_of(s) for s in value.shape)
+
+
+def size_of(value: Any) -> Any:
+    """A size as an integer or a sympy expression."""
+    if isinstance(value, torch.SymInt):
+        return simplify_size(value.node.expr)
+    return int(value)
+
+
+def operation(node: fx.Node) -> tuple[str, bool]:
+    """The operation's name, and whether it writes into its first argument."""
+    if node.op == "call_method":
+        name = str(node.target)
+    elif isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name.split("::")[-1]
+        if node.target.namespace not in ("aten", "prims"):
+            return "", node.target._schema.is_mutable
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        if node.target is getattr and len(node.args) == 2:
+            return _ATTRIBUTES.get(str(node.args[1]), ""), False
+        module = getattr(node.target, "__module__", None) or ""
+        if module and module.split(".")[0] not in ("torch", "_operator", "operator", "math", "builtins"):
+            return "", False
+    else:
+        return "", False
+    name = _OPERATORS.get(name, name)
+    if name in _INPLACE_OPERATORS:
+        return _INPLACE_OPERATORS[name], True
+    if name.endswith("_") and not name.endswith("__") and name not in HANDLERS:
+        return name[:-1], True
+    return name, False
+
+
+@functools.cache
+def _schemas(name: str) -> tuple[tuple[str, ...], ...]:
+    """The positional parameters of every overload of an ATen operation."""
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return ()
+    schemas = (getattr(packet, overload)._schema for overload in packet.overloads())
+    return tuple(tuple(a.name for a in s.arguments if not a.kwarg_only) for s in schemas)
+
+
+def positional(name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) -> tuple[Value, ...]:
+    """Arguments given by keyword, put in the place that the operation's schema gives them."""
+    for names in _schemas(name) if kwargs else ():
+        if len(names) > len(args) and names[len(args)] in kwargs:
+            for parameter in names[len(args) :]:
+                if parameter not in kwargs:
+                    break
+                args = (*args, kwargs.pop(parameter))
+            break
+    return args
+
+
+def first_operand(node: fx.Node) -> Any:
+    """The first argument, by position or by its usual names."""
+    if node.args:
+        return node.args[0]
+    return node.kwargs.get("input", node.kwargs.get("self"))
+
+
+def writes_by_schema(node: fx.Node) -> bool:
+    """Operators whose schema says they write into an argument under a plain name."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable)
+    return bool(node.kwargs.get("inplace"))
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Does the node write into its first argument?"""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name, writes = operation(node)
+    return (
+        writes
+        or node.target is operator.setitem
+        or name == "__setitem__"
+        or "out" in node.kwargs
+        or writes_by_schema(node)
+    )
