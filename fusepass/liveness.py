@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fusepass.dialects.fx_graph import Reader
-from fusepass.dialects.fx_nodes import operation, value_of, writes_in_place
+from fusepass.dialects.fx_nodes import ALIASES, first_operand, operation, value_of, writes_in_place
 from fusepass.ir import POINTWISE, VIEWS, Expr, under_casts
 
 _LIGHT = (
@@ -16,6 +16,8 @@ _LIGHT = (
     | VIEWS
     | {"softmax", "log_softmax", "sum", "amax", "logsumexp", "dropout", "cumsum", "index", "cat"}
 )
+#: Views that mean nothing by themselves: who reads them is what matters.
+_OPAQUE_VIEWS = frozenset({"detach", "diagonal"})
 
 
 def live_nodes(graph: fx.Graph, reader: Reader) -> set[fx.Node]:
@@ -105,7 +107,7 @@ def _passes_on(reader: Reader, node: fx.Node, product: Expr) -> bool:
 
 def _is_light(node: fx.Node, meaning: object) -> bool:
     """Element-wise operations, views, reductions, writes: what lies between the two products of a site."""
-    if isinstance(meaning, tuple) or writes_in_place(node) or operation(node)[0] == "detach":
+    if isinstance(meaning, tuple) or writes_in_place(node) or operation(node)[0] in _OPAQUE_VIEWS:
         return True
     return isinstance(meaning, Expr) and meaning.op in _LIGHT
 
@@ -163,8 +165,8 @@ def erase_dead(graph: fx.Graph, start: fx.Node) -> None:
         node = todo.pop()
         if node._erased or node.op not in ("call_function", "call_method"):
             continue
-        writers = [u for u in node.users if not u.users and (_asserts(u) or _writes_into(u, node))]
-        if len(writers) < len(node.users) or (writes_in_place(node) and node.users):
+        writers = _only_writers(node)
+        if writers is None or (writes_in_place(node) and node.users):
             continue
         inputs = [i for n in (node, *writers) for i in n.all_input_nodes]
         for writer in writers:
@@ -173,3 +175,19 @@ def erase_dead(graph: fx.Graph, start: fx.Node) -> None:
             continue  # it may still be seen through its target; its target decides
         graph.erase_node(node)
         todo.extend(i for i in inputs if i is not node)
+
+
+def _only_writers(node: fx.Node) -> list[fx.Node] | None:
+    """The users of a node and of its views, last first, if all they do is write into it; else None."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        if not user.users and (_asserts(user) or _writes_into(user, node)):
+            found.append(user)
+        elif operation(user)[0] in ALIASES and first_operand(user) is node and not writes_in_place(user):
+            below = _only_writers(user)
+            if below is None:
+                return None
+            found += [*below, user]
+        else:
+            return None
+    return found

@@ -8,6 +8,7 @@ to a product of queries and keys, gives every axis its role, and understands the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from fusepass.patterns.scores import SCORES, holds_product
 from fusepass.patterns.softmax import SOFTMAX
 from fusepass.patterns.weights import WEIGHTS, holds_softmax, parts
 from fusepass.program import slots
-from fusepass.rule import STEP_LIMIT, Core, Peel, Product, Refuse, Rule, Scope, Term, applied
+from fusepass.rule import STEP_LIMIT, Core, Peel, Product, Refuse, Rule, Scope, Term, always, applied
 from fusepass.spec import (
     Atom,
     Attention,
@@ -105,14 +106,28 @@ class _Scores:
 
 
 def recognise(
-    anchor: Expr, facts: Facts, rules: Rules = RULES, contents: Contents | None = None
+    anchor: Expr,
+    facts: Facts,
+    rules: Rules = RULES,
+    contents: Contents | None = None,
+    readable: Callable[[Expr], bool] = always,
 ) -> Site | Miss | None:
-    """Read the matrix product ``anchor`` as the last step of attention."""
+    """Read the matrix product ``anchor`` as the last step of attention.
+
+    Args:
+        anchor: the product with the values.
+        facts: what is known of symbolic sizes.
+        rules: the rule lists.
+        contents: what is known of the elements of leaves.
+        readable: whether the graph still holds an expression's value at the anchor; a tensor may have been
+            written over.
+    """
     miss: Miss | None = None
     for position, operand in enumerate(factors(anchor)):
         if not holds_softmax(operand):
             continue
-        scope = Scope(AxisSpace(facts), views=rules.layout, contents=contents or Contents())
+        known = contents or Contents()
+        scope = Scope(AxisSpace(facts), views=rules.layout, contents=known, readable=readable)
         index = tuple(scope.space.fresh("x", n) for n in anchor.shape)
         out = Term(anchor, index)
         product = next((p for r in rules.products if isinstance(p := r.apply(out, scope), Product)), None)
@@ -135,16 +150,23 @@ def as_product(node: Expr) -> Expr | None:
 
 
 def recognise_sum(
-    anchor: Expr, facts: Facts, rules: Rules = RULES, contents: Contents | None = None
+    anchor: Expr,
+    facts: Facts,
+    rules: Rules = RULES,
+    contents: Contents | None = None,
+    readable: Callable[[Expr], bool] = always,
 ) -> list[tuple[int, Site]] | Miss | None:
-    """Read a product as a signed sum of attentions: of one, mostly, or of the summands of its weights."""
+    """Read a product as a signed sum of attentions: of one, mostly, or of the summands of its weights.
+
+    The arguments are those of :func:`recognise`.
+    """
     try:
         pieces = _pieces(anchor)
     except Refuse as refusal:
         return Miss(refusal.reason, anchor)
     found = []
     for sign, piece in pieces:
-        site = recognise(piece, facts, rules, contents)
+        site = recognise(piece, facts, rules, contents, readable)
         if isinstance(site, Site):
             found.append((sign, site))
         elif len(pieces) == 1:
@@ -343,13 +365,18 @@ class _Reading:
         return prod(self.scope.space.sizes[a] for a in axes)
 
     def _operand(self, term: Term, low: torch.dtype, scales: bool = True) -> tuple[list[float], list[Term]]:
-        """Constant scales of an operand, and the tensors through its views that hold the rest of it."""
+        """Constant scales of an operand, and the tensors through its views that hold the rest of it.
+
+        A scale that was written into the operand's own memory (``q *= scale``) stays in it.
+        """
         factors: list[float] = []
         chain = [term]
         for _ in range(STEP_LIMIT):
             node = term.expr
             below = self.scope.step(term)
             factor = _factor(node) if scales else None
+            if factor is not None and not self.scope.readable(node.args[factor[0]]):
+                factor = None
             if below is not None:
                 term = below
                 chain.append(term)

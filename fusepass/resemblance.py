@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fusepass.ir import Expr
+from collections.abc import Mapping
+
+from fusepass.ir import Expr, expr
 from fusepass.patterns.scores import holds_product
 
 
@@ -52,3 +54,23 @@ def of_activations(softmax: Expr) -> bool:
         elif node.op != "input":
             todo.extend(node.args)
     return False
+
+
+def before_writes(softmax: Expr, before: Mapping[Expr, Expr]) -> Expr | None:
+    """A leaf behind a softmax that was scores before a write which nobody followed.
+
+    Args:
+        softmax: the softmax.
+        before: what leaves that were written to stood for.
+    """
+    todo, seen = [softmax.args[0]], set[Expr]()
+    while todo:
+        node = todo.pop()
+        if node in before:
+            was = expr("softmax", (before[node],), softmax.attrs, softmax.shape, softmax.dtype)
+            if of_activations(was):
+                return node
+        if node not in seen and node.op != "dot":
+            seen.add(node)
+            todo.extend(node.args)
+    return None

@@ -25,7 +25,7 @@ from fusepass.liveness import erase_dead, inner_products, live_nodes, outside_re
 from fusepass.patterns.products import factors
 from fusepass.recognize import RULES, Miss, Rules, Site, as_product, recognise_sum
 from fusepass.report import GraphReport, SiteReport, source_of
-from fusepass.resemblance import of_activations, products_behind, softmaxes_behind
+from fusepass.resemblance import before_writes, of_activations, products_behind, softmaxes_behind
 from fusepass.select import UNFUSED, candidates
 from fusepass.strides import laid_out_as
 from fusepass.subgraphs import graphs_of
@@ -105,7 +105,7 @@ class _Pass:
             late = as_product(meaning)
             if self.reader.definer[meaning] is not node or (late is None and not factors(meaning)):
                 continue
-            found = recognise_sum(late or meaning, self.reader.facts, self.rules, self.reader.contents)
+            found = self._recognised(node, late or meaning)
             if late is not None and not isinstance(found, list):
                 continue
             if found is not None:
@@ -121,6 +121,12 @@ class _Pass:
             self.graph.lint()
             self.gm.recompile()
         return reports
+
+    def _recognised(self, node: fx.Node, meaning: Expr) -> list[tuple[int, Site]] | Miss | None:
+        """Is ``meaning``, which is that of ``node``, attention?"""
+        reader = self.reader
+        readable = functools.partial(reader.readable, until=node)
+        return recognise_sum(meaning, reader.facts, self.rules, reader.contents, readable)
 
     def assumed(self) -> list[str]:
         """The placeholders whose elements sites rely on."""
@@ -174,7 +180,7 @@ class _Pass:
         if not isinstance(meaning, Expr) or not factors(meaning) or site.spec.dropout:
             return False
         if user not in self.sharing:
-            found = recognise_sum(meaning, self.reader.facts, self.rules, self.reader.contents)
+            found = self._recognised(user, meaning)
             self.sharing[user] = None
             if isinstance(found, list) and len(found) == 1:
                 other, target = found[0][1], self._target(user, found[0][1])
@@ -324,8 +330,12 @@ class _Pass:
             ):
                 continue
             self.settled.add(meaning)
-            if self.reader.definer[meaning] is node and of_activations(meaning):
+            if self.reader.definer[meaning] is not node:
+                continue
+            if of_activations(meaning):
                 reports.append(self._report(node, None, reason=self._why_alone(node)))
+            elif before_writes(meaning, self.reader.before) is not None:
+                reports.append(self._report(node, None, reason=_LOST))
         return reports
 
     def _why_alone(self, node: fx.Node) -> str:
@@ -356,6 +366,9 @@ class _Pass:
             if meaning.op == "dot"
             else f"the weights go through '{operation(odd)[0] or odd.name}', which no rule takes from them"
         )
+
+
+_LOST = "the scores are written to in a way no rule follows"
 
 
 def _also_read(reader: fx.Node) -> str:

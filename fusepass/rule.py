@@ -22,6 +22,11 @@ from fusepass.spec import Bias, Mask, Scale, ScoreModifier, WeightModifier
 STEP_LIMIT = 200
 
 
+def always(_: Expr) -> bool:
+    """True of every expression: nothing is written over."""
+    return True
+
+
 @dataclass(frozen=True)
 class Term:
     """The element ``expr[index]``; ``index`` has one affine expression per dimension."""
@@ -105,6 +110,7 @@ class Scope:
     trace: list[str] = field(default_factory=list)
     views: Sequence[Rule] = ()
     contents: Contents = field(default_factory=Contents)
+    readable: Callable[[Expr], bool] = always  # whether a kernel can still be given an expression's value
     sunk: bool = False  # the softmax has a sink
     above: Sequence[ScoreModifier | WeightModifier] = ()  # what has been peeled off the scores so far
 

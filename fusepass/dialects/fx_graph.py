@@ -1,9 +1,9 @@
 """Reads a captured ``torch.fx`` graph into expressions: Dynamo's, ``symbolic_trace``'s, ``torch.export``'s.
 
 The reader goes through the nodes in program order and gives each its meaning at that point.  It
-knows aliasing, writes and what surrounds the graph, and nothing else: an operation that writes into a tensor gives
-that tensor a new meaning, tensors that share its memory lose theirs, and a node whose memory was
-written to after it was read can no longer be used to stand for its old value.
+knows aliasing, writes and what surrounds the graph, and nothing else: an operation that writes into a
+tensor gives that tensor a new meaning, tensors that share its memory lose theirs, and a node whose memory
+was written to after it was read can no longer be used to stand for its old value.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import fx
 from fusepass.contents import Contents
 from fusepass.dialects import joins
 from fusepass.dialects.fx_nodes import (
+    ALIASES,
+    MAY_COPY,
     first_operand,
     operation,
     positional,
@@ -28,23 +30,11 @@ from fusepass.dialects.fx_nodes import (
     writes_by_schema,
 )
 from fusepass.dialects.handlers import Result, Value, as_expr, reshape, view
+from fusepass.dialects.torch_creation import diagonal_filled
 from fusepass.dialects.torch_ops import HANDLERS
 from fusepass.dialects.torch_views import getitem, parts_of
 from fusepass.index import Facts
-from fusepass.ir import Expr, Shape, cast, const, is_constant, leaf, pointwise
-
-#: Nodes that are views of their first argument as far as memory is concerned.
-_ALIASES = frozenset(
-    "view reshape flatten unflatten unsqueeze squeeze view_as reshape_as permute transpose swapaxes swapdims "
-    "t T mT mH movedim moveaxis expand expand_as broadcast_to slice narrow select unbind split "
-    "split_with_sizes chunk tensor_split getitem contiguous to type_as float half bfloat16 double "
-    "alias detach _unsafe_view diagonal as_strided unfold ravel real imag "
-    "numpy_T adjoint requires_grad_ view_copy lift_fresh unsafe_split unsafe_chunk".split()
-)
-#: Those that are a copy where the layout or the dtype asks for one.
-_MAY_COPY = frozenset(
-    "contiguous reshape reshape_as flatten ravel to type_as float half bfloat16 double view_copy".split()
-)
+from fusepass.ir import POINTWISE, VIEWS, Expr, Shape, cast, const, is_constant, leaf, pointwise
 
 
 @dataclass(frozen=True)
@@ -74,6 +64,7 @@ class Reader:
         meaning: the present expression (or tuple of expressions) of every node that has one.
         defined: the expression it had when it was made, whatever was written into it later.
         holders: for an expression, the nodes that hold its value, each from a position on.
+        before: for a leaf that stands for a tensor after a write nobody followed, what it was.
         facts: what is known of symbolic sizes.
         contents: what is known of the elements of leaves.
     """
@@ -98,6 +89,7 @@ class Reader:
         self._root: dict[fx.Node, fx.Node] = {}
         self._members: dict[fx.Node, list[fx.Node]] = {}
         self._writes: dict[fx.Node, list[int]] = {}
+        self.before: dict[Expr, Expr] = {}
         self._held: dict[tuple[Expr, joins.Window], Expr] = {}
         self._no_grad = False
         self.facts = Facts(self._shape_env())
@@ -117,6 +109,20 @@ class Reader:
     def home(self, meaning: Expr, until: fx.Node) -> fx.Node | None:
         """A node that holds an expression's value just before ``until``."""
         return next((n for n, since in self.holders.get(meaning, ()) if self.usable(n, since, until)), None)
+
+    def readable(self, meaning: Expr, until: fx.Node) -> bool:
+        """Can an expression's value be had just before ``until``, through views and element by element?"""
+        todo, seen = [meaning], {meaning}
+        while todo:
+            node = todo.pop()
+            if node.op in ("const", "iota") or self.home(node, until) is not None:
+                continue
+            if node.op not in VIEWS and node.op not in POINTWISE and node.op != "cat":
+                return False
+            fresh = [a for a in node.args if a not in seen]
+            seen.update(fresh)
+            todo.extend(fresh)
+        return True
 
     def _hold(self, meaning: Value, node: fx.Node, since: int) -> None:
         if isinstance(meaning, Expr):
@@ -163,7 +169,7 @@ class Reader:
         if writes or "out" in node.kwargs or writes_by_schema(node):
             self._write_in_place(node, name, position)
             return
-        if name in _ALIASES and isinstance(first_operand(node), fx.Node):
+        if name in ALIASES and isinstance(first_operand(node), fx.Node):
             self._alias(node, first_operand(node))
         self._bind(node, self._meaning(node, name))
 
@@ -277,6 +283,7 @@ class Reader:
             "non_blocking",
             "inplace",
             "implicit",
+            "out",
             "generator",
             "_stacklevel",
         ):
@@ -355,8 +362,8 @@ class Reader:
 
     def _write_in_place(self, node: fx.Node, name: str, position: int) -> None:
         """``x.op_(...)``: from here on ``x`` means ``op(x, ...)``."""
-        target = first_operand(node)
-        if not isinstance(target, fx.Node) or "out" in node.kwargs or name == "":
+        target = node.kwargs.get("out", first_operand(node))
+        if not isinstance(target, fx.Node) or name == "":
             for a in node.all_input_nodes:
                 self._forget(a, position)
             self._bind(node, self._opaque(node))
@@ -367,13 +374,17 @@ class Reader:
             out = self._copied(node, target)
         elif isinstance(value, torch.Tensor) and name in HANDLERS:
             out = self._call(HANDLERS[name], node, value)
+            if "out" in node.kwargs and (not isinstance(out, Expr) or out.dtype is not value.dtype):
+                out = None
         self._alias(node, target)
         self._rewrite(target, node, out, position)
 
     def _wholes(self, target: fx.Node, out: Expr) -> list[tuple[fx.Node, Expr]]:
         """The tensors that ``target`` is a part of, and what they mean once the part holds ``out``."""
         part, holder, found = self.meaning[target], target, []
-        while holder is not self._root[target] and operation(holder)[0] not in _MAY_COPY:
+        if operation(target)[0] == "diagonal":
+            return self._diagonal_filled(target, out)
+        while holder is not self._root[target] and operation(holder)[0] not in MAY_COPY:
             holder = first_operand(holder)
             base = self.meaning.get(holder)
             window = joins.window_of_view(part, base) if isinstance(base, Expr) else None
@@ -384,6 +395,14 @@ class Reader:
                 self._held[whole, window] = out
                 found.append((holder, whole))
         return found
+
+    def _diagonal_filled(self, target: fx.Node, out: Expr) -> list[tuple[fx.Node, Expr]]:
+        """The tensor that ``target`` is a diagonal of, once that holds ``out``."""
+        args, kwargs = self._values(target)
+        if not args or not isinstance(args[0], Expr) or not kwargs.keys() <= {"offset", "dim1", "dim2"}:
+            return []
+        whole = diagonal_filled(args[0], out, *args[1:], **kwargs)
+        return [] if whole is None else [(first_operand(target), whole)]
 
     def _copied(self, node: fx.Node, target: fx.Node) -> Value:
         source = self._values(node)[0][1] if len(node.args) > 1 else None
@@ -416,8 +435,11 @@ class Reader:
         for member in [root, *self._members.get(root, [])]:
             value = value_of(member)
             if isinstance(value, torch.Tensor):
-                self.meaning[member] = self._named(f"{member.name}@{position}", shape_of(value), value.dtype)
-                self._hold(self.meaning[member], member, position)
+                unknown = self._named(f"{member.name}@{position}", shape_of(value), value.dtype)
+                if isinstance(before := self.meaning.get(member), Expr):
+                    self.before[unknown] = before
+                self.meaning[member] = unknown
+                self._hold(unknown, member, position)
 
     def _set_item(self, node: fx.Node, position: int) -> None:
         """``x[key] = value``, where a boolean mask, slices or integers select."""

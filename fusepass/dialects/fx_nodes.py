@@ -16,6 +16,18 @@ from fusepass.dialects.handlers import Value
 from fusepass.dialects.torch_ops import HANDLERS
 from fusepass.index import simplify_size
 
+#: Nodes that are views of their first argument as far as memory is concerned.
+ALIASES = frozenset(
+    "view reshape flatten unflatten unsqueeze squeeze view_as reshape_as permute transpose swapaxes swapdims "
+    "t T mT mH movedim moveaxis expand expand_as broadcast_to slice narrow select unbind split "
+    "split_with_sizes chunk tensor_split getitem contiguous to type_as float half bfloat16 double "
+    "alias detach _unsafe_view diagonal as_strided unfold ravel real imag "
+    "numpy_T adjoint requires_grad_ view_copy lift_fresh unsafe_split unsafe_chunk".split()
+)
+#: Those that are a copy where the layout or the dtype asks for one.
+MAY_COPY = frozenset(
+    "contiguous reshape reshape_as flatten ravel to type_as float half bfloat16 double view_copy".split()
+)
 _INPLACE_OPERATORS = {
     "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ifloordiv": "floordiv", "ipow": "pow",
     "iand": "and", "ior": "or", "ixor": "xor", "imod": "mod",

@@ -105,8 +105,34 @@ def triangle(r: Result, x: Expr, diagonal: Value, op: str) -> Expr | None:
     k = as_expr(diagonal)
     if k is None:
         return None
-    rows, columns = x.shape[-2:]
-    row = reshape(expr("iota", (), (0, 1), (rows,), torch.int64), (rows, 1))
-    column = expr("iota", (), (0, 1), (columns,), torch.int64)
-    inside = pointwise(op, pointwise("sub", column, row), k)
+    inside = diagonals(x, op, k, x.rank - 2, x.rank - 1)
     return pointwise("where", inside, x, const(0, x.dtype), dtype=x.dtype)
+
+
+def diagonals(x: Expr, op: str, k: Expr, row: int, column: int) -> Expr:
+    """``column - row <= k`` of two dimensions of ``x``, broadcastable to it."""
+    first, rank = min(row, column), x.rank
+
+    def along(dim: int) -> Expr:
+        n = x.shape[dim]
+        shape = tuple(n if d == dim else 1 for d in range(first, rank))
+        return reshape(expr("iota", (), (0, 1), (n,), torch.int64), shape)
+
+    return pointwise(op, pointwise("sub", along(column), along(row)), k)
+
+
+@handles("fill_diagonal")
+def _fill_diagonal(r: Result, x: Expr, fill_value: Value, wrap: bool = False) -> Expr | None:
+    value = as_expr(fill_value, x.dtype)
+    if value is None or value.rank or x.rank != 2 or wrap:
+        return None
+    return pointwise("where", diagonals(x, "eq", const(0, torch.int64), 0, 1), value, x, dtype=x.dtype)
+
+
+def diagonal_filled(x: Expr, value: Expr, offset: Value = 0, dim1: int = 0, dim2: int = 1) -> Expr | None:
+    """What ``x`` is once ``x.diagonal(offset, dim1, dim2)`` holds ``value``, if that is a constant."""
+    known, k = scalar_of(value), as_expr(offset)
+    if known is None or k is None:
+        return None
+    inside = diagonals(x, "eq", k, dim1 % x.rank, dim2 % x.rank)
+    return pointwise("where", inside, const(known, x.dtype), x, dtype=x.dtype)
