@@ -373,7 +373,7 @@ _LOST = "the scores are written to in a way no rule follows"
 
 def _also_read(reader: fx.Node) -> str:
     if reader.op == "output":
-        return "its scores or weights are returned"
+        return "its scores or weights are returned, or kept in an attribute"
     return f"its scores or weights are also read by '{operation(reader)[0] or reader.name}'"
 
 
