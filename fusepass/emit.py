@@ -176,7 +176,8 @@ class Builder(Layouts[fx.Node]):
             if position >= end:
                 break
             value = value_of(node)
-            if node.op == "placeholder" and isinstance(value, torch.Tensor):
+            settled = self.reader.has_its_shape(node, end)
+            if node.op == "placeholder" and isinstance(value, torch.Tensor) and settled:
                 for dim, extent in enumerate(value.shape):
                     if isinstance(extent, torch.SymInt) and extent.node.expr == size:
                         return (

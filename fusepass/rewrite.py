@@ -354,16 +354,16 @@ class _Pass:
                 meaning = self.reader.defined.get(user)
                 if user.op == "output":
                     return "the weights are returned, and no product with values uses them"
-                if isinstance(meaning, Expr) and meaning.op not in _PEELED:
-                    odd = odd or user
-                if isinstance(meaning, Expr) and meaning.op not in ("input", "dot"):
+                if isinstance(meaning, Expr) and meaning.op in _PEELED:
                     todo.append(user)
+                elif isinstance(value_of(user), torch.Tensor):
+                    odd = odd or user
         if odd is None:
             return "nothing uses the weights"
-        meaning = self.reader.defined[odd]
+        meaning = self.reader.defined.get(odd)
         return (
             "the product that reads them is of another form"
-            if meaning.op == "dot"
+            if isinstance(meaning, Expr) and meaning.op == "dot"
             else f"the weights go through '{operation(odd)[0] or odd.name}', which no rule takes from them"
         )
 

@@ -87,9 +87,23 @@ def upper_diagonal_hidden(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention(s, v)
 
 
+def method_where(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The method's receiver is what is kept, not the condition."""
+    s = q @ k.mT * SCALE
+    s += torch.zeros(N, N).where(SEEN, torch.tensor(-1e9))
+    return attention(s.where(SEEN, -INF), v)
+
+
+def heads_moved_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k = k.contiguous() * 1.0
+    k.transpose_(-1, -2)
+    return attention(q @ k * SCALE, v)
+
+
 TRAINABLE: tuple[Attend, ...] = (
     query_scaled, both_scaled, query_divided, query_scaled_through_a_view, position_added,
     bias_of_the_scaled_query, diagonal_hidden, diagonal_of_a_mask, upper_diagonal_hidden,
+    method_where, heads_moved_in_place,
 )  # fmt: skip
 
 
@@ -161,6 +175,21 @@ def test_a_scale_written_into_the_query_stays_in_it() -> None:
     """The tensor without it is gone."""
     spec = fusepass.explain(Projected(query_scaled, False), *inputs().values()).sites[0].spec
     assert "scale" not in spec, spec
+
+
+def test_a_shape_that_changes_in_place_is_not_read_too_early() -> None:
+    """The record of `y`'s shape is the later one: as a view of `x` it would be another tensor."""
+
+    def program(x: Tensor) -> Tensor:
+        y = x.reshape(B, 4, 4, D).clone()
+        z = torch.softmax(y @ y.mT, -1) @ y
+        y.transpose_(1, 2)
+        return z + torch.softmax(y @ y.mT, -1) @ y
+
+    torch._dynamo.reset()
+    x = torch.randn(B, 16, D)
+    got = checking.compiled(program, inner="aot_eager")(x)
+    torch.testing.assert_close(got, program(x))
 
 
 # ---------------------------------------------------------------------------------------- what stays

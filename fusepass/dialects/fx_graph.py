@@ -24,6 +24,7 @@ from fusepass.dialects.fx_nodes import (
     first_operand,
     operation,
     positional,
+    reshapes_in_place,
     shape_of,
     size_of,
     value_of,
@@ -92,6 +93,7 @@ class Reader:
         self.before: dict[Expr, Expr] = {}
         self._held: dict[tuple[Expr, joins.Window], Expr] = {}
         self._no_grad = False
+        self._reshaped = self._last_reshaping()
         self.facts = Facts(self._shape_env())
         for position, node in enumerate(graph.nodes):
             self.order[node] = position
@@ -151,6 +153,18 @@ class Reader:
                         return size.node.shape_env
         return None
 
+    def _last_reshaping(self) -> dict[int, int]:
+        """The position of the last operation that changes the shape of a recorded value in place."""
+        found: dict[int, int] = {}
+        for position, node in enumerate(self.graph.nodes):
+            if node.op in ("call_function", "call_method") and reshapes_in_place(node):
+                found[id(value_of(first_operand(node)))] = position
+        return found
+
+    def has_its_shape(self, node: fx.Node, position: int) -> bool:
+        """Is the recorded shape the one at ``position``?  What reshapes in place changes the record too."""
+        return position >= self._reshaped.get(id(value_of(node)), 0)
+
     # -- reading -----------------------------------------------------------------------------
 
     def _read(self, node: fx.Node, position: int) -> None:
@@ -179,7 +193,7 @@ class Reader:
         self._members.setdefault(root, []).append(node)
 
     def _bind(self, node: fx.Node, meaning: Value) -> None:
-        if meaning is None:
+        if meaning is None or not self.has_its_shape(node, self.order[node]):
             return
         self.meaning[node] = meaning
         self.defined.setdefault(node, meaning)
@@ -434,7 +448,9 @@ class Reader:
         self._writes.setdefault(root, []).append(position)
         for member in [root, *self._members.get(root, [])]:
             value = value_of(member)
-            if isinstance(value, torch.Tensor):
+            if not self.has_its_shape(member, position):
+                self.meaning.pop(member, None)
+            elif isinstance(value, torch.Tensor):
                 unknown = self._named(f"{member.name}@{position}", shape_of(value), value.dtype)
                 if isinstance(before := self.meaning.get(member), Expr):
                     self.before[unknown] = before

@@ -28,6 +28,8 @@ ALIASES = frozenset(
 MAY_COPY = frozenset(
     "contiguous reshape reshape_as flatten ravel to type_as float half bfloat16 double view_copy".split()
 )
+#: Those that, written with a trailing underscore, change the shape of the tensor they are called on.
+_SHAPES = frozenset("transpose swapaxes swapdims t squeeze unsqueeze resize resize_as as_strided set".split())
 _INPLACE_OPERATORS = {
     "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ifloordiv": "floordiv", "ipow": "pow",
     "iand": "and", "ior": "or", "ixor": "xor", "imod": "mod",
@@ -38,6 +40,14 @@ _OPERATORS = {
     **{f"__{name}__": name for name in (*_BINARY, "neg", "abs", "invert", *_INPLACE_OPERATORS)},
     **{f"__r{name}__": name for name in ("add", "mul", "and", "or", "xor")},
 }
+#: Where the functions live that are known by their names; in other places (``torch.masked``,
+#: ``torch.sparse``) the same names mean something else.
+_MODULES = frozenset(
+    "torch torch.functional torch.nn.functional torch._tensor torch._C torch._C._nn torch._C._linalg "
+    "torch._C._special _operator operator math builtins".split()
+)
+#: Methods whose arguments come in another order than those of the function of that name.
+_METHODS = {"where": "where_method"}
 _ATTRIBUTES = {"T": "t", "mT": "mT", "mH": "mH", "H": "t"}
 
 
@@ -63,7 +73,7 @@ def size_of(value: Any) -> Any:
 def operation(node: fx.Node) -> tuple[str, bool]:
     """The operation's name, and whether it writes into its first argument."""
     if node.op == "call_method":
-        name = str(node.target)
+        name = _METHODS.get(str(node.target), str(node.target))
     elif isinstance(node.target, torch._ops.OpOverload):
         name = node.target._schema.name.split("::")[-1]
         if node.target.namespace not in ("aten", "prims"):
@@ -73,7 +83,7 @@ def operation(node: fx.Node) -> tuple[str, bool]:
         if node.target is getattr and len(node.args) == 2:
             return _ATTRIBUTES.get(str(node.args[1]), ""), False
         module = getattr(node.target, "__module__", None) or ""
-        if module and module.split(".")[0] not in ("torch", "_operator", "operator", "math", "builtins"):
+        if module and module not in _MODULES:
             return "", False
     else:
         return "", False
@@ -120,6 +130,12 @@ def writes_by_schema(node: fx.Node) -> bool:
     if schema is not None:
         return bool(schema.is_mutable)
     return bool(node.kwargs.get("inplace"))
+
+
+def reshapes_in_place(node: fx.Node) -> bool:
+    """Does the node change the shape of its first argument (``x.unsqueeze_(0)``)?"""
+    name, writes = operation(node)
+    return writes and name in _SHAPES
 
 
 def writes_in_place(node: fx.Node) -> bool:

@@ -89,8 +89,16 @@ def _where(r: Result, c: Value, a: Value = None, b: Value = None) -> Expr | None
     args = arg_exprs(r, c, a, b)
     if args is None:
         return None
+    if r.dtype is torch.bool:
+        args = (args[0], *(cast(value, torch.bool) for value in args[1:]))
     condition = args[0] if args[0].dtype is torch.bool else cast(args[0], torch.bool)
     return pointwise("where", condition, args[1], args[2], dtype=r.dtype)
+
+
+@handles("where_method")
+def _where_method(r: Result, x: Expr, condition: Value, other: Value = None) -> Expr | None:
+    """``x.where(condition, other)``."""
+    return _where(r, condition, x, other)
 
 
 @handles("masked_fill")

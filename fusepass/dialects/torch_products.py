@@ -14,18 +14,53 @@ def dot(a: Expr, b: Expr, la: str, lb: str, lo: str, r: Result, dtype: torch.dty
     return expr("dot", (cast(a, dtype), cast(b, dtype)), (la, lb, lo), r.shape, dtype)
 
 
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
 def batch_labels(rank: int) -> str:
     return "abcdefgh"[:rank]
 
 
-@handles("matmul", "bmm", "mm", "dot", "mv", "inner", "__matmul__")
+@handles("matmul", "bmm", "mm", "dot", "mv", "__matmul__")
 def _matmul(r: Result, a: Expr, b: Expr, *_: Value) -> Expr | None:
     if a.rank == 0 or b.rank == 0 or a.dtype.is_complex:
         return None
-    batch = batch_labels(max(a.rank, b.rank) - 2)
+    batch = batch_labels(max(a.rank, b.rank, 2) - 2)
     la = "k" if a.rank == 1 else batch[len(batch) - (a.rank - 2) :] + "mk"
     lb = "k" if b.rank == 1 else batch[len(batch) - (b.rank - 2) :] + "kn"
     lo = batch + ("m" if a.rank > 1 else "") + ("n" if b.rank > 1 else "")
+    return dot(a, b, la, lb, lo, r)
+
+
+@handles("inner")
+def _inner(r: Result, a: Expr, b: Expr) -> Expr | None:
+    """The last dimensions are contracted, whatever the ranks."""
+    return None if a.rank == 0 or b.rank == 0 else _contracted(r, a, b, (a.rank - 1,), (b.rank - 1,))
+
+
+@handles("tensordot")
+def _tensordot(r: Result, a: Expr, b: Expr, dims: Value = 2) -> Expr | None:
+    if isinstance(dims, int):
+        dims = tuple(range(a.rank - dims, a.rank)), tuple(range(dims))
+    if not isinstance(dims, (tuple, list)) or len(dims) != 2:
+        return None
+    first, second = (d if isinstance(d, (tuple, list)) else (d,) for d in dims)
+    if len(first) != len(second) or not all(isinstance(d, int) for d in (*first, *second)):
+        return None
+    return _contracted(r, a, b, tuple(d % a.rank for d in first), tuple(d % b.rank for d in second))
+
+
+def _contracted(r: Result, a: Expr, b: Expr, first: tuple[int, ...], second: tuple[int, ...]) -> Expr | None:
+    """Pairs of dimensions are summed over; the others of ``a`` come first, then those of ``b``."""
+    if a.rank + b.rank > len(_LETTERS) or a.dtype.is_complex:
+        return None
+    if any(a.shape[i] != b.shape[j] for i, j in zip(first, second, strict=True)):
+        return None
+    la = _LETTERS[: a.rank]
+    free = iter(_LETTERS[a.rank :])
+    lb = "".join(la[first[second.index(d)]] if d in second else next(free) for d in range(b.rank))
+    lo = "".join(c for d, c in enumerate(la) if d not in first)
+    lo += "".join(c for d, c in enumerate(lb) if d not in second)
     return dot(a, b, la, lb, lo, r)
 
 

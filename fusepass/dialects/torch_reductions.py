@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from fusepass.dialects.handlers import HANDLERS, Handler, Result, Value, dim_of, handles, reshape
 from fusepass.dialects.torch_views import slice_dim
 from fusepass.index import simplify_size
@@ -40,7 +42,7 @@ def _diff(
 ) -> Expr | None:
     d = dim_of(dim, x.rank)
     parts = [p for p in (prepend, x, append) if isinstance(p, Expr)]
-    if n != 1:
+    if n != 1 or x.dtype is torch.bool:  # of bits it is their exclusive or
         return None
     length = simplify_size(r.shape[d] + 1)
     whole = (

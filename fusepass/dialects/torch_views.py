@@ -230,7 +230,9 @@ def _index(r: Result, x: Expr, indices: Value) -> Expr | None:
 
 
 @handles("index_select")
-def _index_select(r: Result, x: Expr, dim: int, index: Expr) -> Expr:
+def _index_select(r: Result, x: Expr, dim: int, index: Expr) -> Expr | None:
+    if x.rank == 0:
+        return None
     return expr("index", (x, index), (dim_of(dim, x.rank),), r.shape, x.dtype)
 
 
