@@ -158,7 +158,9 @@ class Reader:
         found: dict[int, int] = {}
         for position, node in enumerate(self.graph.nodes):
             if node.op in ("call_function", "call_method") and reshapes_in_place(node):
-                found[id(value_of(first_operand(node)))] = position
+                target = first_operand(node)
+                if isinstance(target, fx.Node) and isinstance(value_of(target), torch.Tensor):
+                    found[id(value_of(target))] = position
         return found
 
     def has_its_shape(self, node: fx.Node, position: int) -> bool:
