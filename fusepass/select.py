@@ -47,6 +47,10 @@ class Work:
     keys: float
     """How many keys a query sees, on average."""
     all_keys: float
+    tokens: float
+    """How many queries there are of each head."""
+    width: float
+    """Elements of a query of all heads."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,8 @@ def predicted(profile: costs.Profile, kernel: str, work: Work) -> float | None:
     if curve is None:
         return None
     keys = work.all_keys if costs.sees_all(kernel, work.kind) else work.keys
-    return curve.milliseconds(work.size, keys, profile.overhead(work.mode))
+    hidden = profile.overhead(work.mode) + profile.layer(work.tokens, work.width, work.mode)
+    return curve.milliseconds(work.size, keys, hidden)
 
 
 def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel]) -> list[Kernel]:
@@ -196,7 +201,8 @@ def work_of(site: Site, training: bool) -> Work:
     size = sizes["b"] * sizes["h"] * sizes["i"] * (sizes["d"] + sizes["e"])
     keys = pairs_of(spec, sizes["i"], sizes["j"]) / max(sizes["i"], 1.0)
     kind = kind_of(spec, flex_blocks.thin_biases(site))
-    return Work(kind, int(sizes["d"]), mode, size, keys, sizes["j"])
+    tokens, width = sizes["b"] * sizes["i"], sizes["h"] * sizes["d"]
+    return Work(kind, int(sizes["d"]), mode, size, keys, sizes["j"], tokens, width)
 
 
 def pairs_of(spec: Attention, queries: float, keys: float) -> float:

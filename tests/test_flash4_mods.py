@@ -215,9 +215,20 @@ def test_gradients_through_the_operator(on_cpu: None) -> None:
     assert torch.autograd.gradcheck(lambda *x: torch.ops.fusepass.flash4_mods(*x, *more)[0], (q, k, v))
 
 
-def test_the_operator_is_sound(on_cpu: None) -> None:
+def test_gradients_of_rows_that_see_no_key(on_cpu: None) -> None:
+    q, k, v, *_ = given()
+    keep = torch.arange(6) >= torch.tensor([[3], [0]])
+    more = ([], [keep], [], fm.text([0.3, [], ["and", CAUSAL, KEEP]]), None, None)
+    out, lse = torch.ops.fusepass.flash4_filled(q, k, v, *more)
+    assert torch.isneginf(lse[0, :, :3]).all()
+    assert torch.allclose(out[0, :3], v[0].mean(0).repeat_interleave(2, 0))
+    assert torch.autograd.gradcheck(lambda *x: torch.ops.fusepass.flash4_filled(*x, *more)[0], (q, k, v))
+
+
+@pytest.mark.parametrize("name", ["flash4_mods", "flash4_filled"])
+def test_the_operators_are_sound(name: str, on_cpu: None) -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.fusepass.flash4_mods.default, given(), test_utils=tests)
+    torch.library.opcheck(getattr(torch.ops.fusepass, name).default, given(), test_utils=tests)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -11,9 +11,9 @@ the score, a visibility, and the tables of its blocks.  flash-attn 4 compiles th
 eight where a backward follows, none where nothing is hidden but by the window.  ``out`` is ``[B, Q, H, Dv]``,
 ``lse`` float32 ``[B, H, Q]``, minus infinity in rows that see no key.
 
-``flash4_filled`` is the same for inference, where such rows come first and give the mean of all values: a
-second call of the library, of queries that are zero, is told how many they are by a tensor (``seqused_q``)
-and writes no other rows.  Selecting afterwards would read and write the whole result once more.
+``flash4_filled`` is the same where such rows come first and give the mean of all values: a second call of the
+library, of queries that are zero, is told how many they are by a tensor (``seqused_q``) and writes no other
+rows.  Selecting afterwards would read and write the whole result once more.
 """
 
 from __future__ import annotations
@@ -159,6 +159,18 @@ def _gradient(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
     return (*grads, *nothing, None, None, None)
 
 
+def _gradient_filled(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
+    """The library's backward passes over rows whose log-sum-exp is minus infinity: means of the values."""
+    dq, dk, dv, *nothing = _gradient(ctx, grad, grad_lse)
+    if grad is None:
+        return dq, dk, dv, *nothing
+    lse, (keys, groups) = ctx.saved_tensors[-1], dv.shape[1:3]
+    seen_none = torch.isneginf(lse).transpose(1, 2).unsqueeze(-1)
+    lost = torch.where(seen_none, grad, 0.0).sum(1, keepdim=True, dtype=torch.float32)
+    lost = lost.unflatten(2, (groups, -1)).sum(3) / keys
+    return dq, dk, (dv + lost).to(dv.dtype), *nothing
+
+
 _definitions = torch.library.Library("fusepass", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
 _definitions.define(f"flash4_mods({_FORWARD}) -> (Tensor, Tensor)", tags=_tags)
@@ -174,6 +186,9 @@ torch.library.register_fake("fusepass::flash4_mods", _fake, lib=_definitions)
 torch.library.register_fake("fusepass::flash4_filled", _fake, lib=_definitions)
 torch.library.register_fake("fusepass::flash4_mods_backward", _fake_backward, lib=_definitions)
 torch.library.register_autograd("fusepass::flash4_mods", _gradient, setup_context=_save, lib=_definitions)
+torch.library.register_autograd(
+    "fusepass::flash4_filled", _gradient_filled, setup_context=_save, lib=_definitions
+)
 
 
 # ---------------------------------------------------------------------------------------- sites
@@ -187,17 +202,19 @@ def may(spec: Attention) -> bool:
     return known and hidden and after and spec.sink is None and not spec.dropout
 
 
-def fills_first_rows(spec: Attention) -> bool:
+def fills_first_rows(spec: Attention, training: bool) -> bool:
     """May rows see no key, give the mean of all values, and come before all others, in all heads alike?
 
-    Without a lower bound a later query sees what an earlier one does.
+    Without a lower bound a later query sees what an earlier one does.  Scores that a mask is added to have
+    gradients in such rows too (:func:`base.mean_of_values`).
     """
-    later_see_more = all(
-        mask.atoms
-        and all(isinstance(a, KeyPadding) or (isinstance(a, Band) and a.left is None) for a in mask.atoms)
-        for mask in spec.masks
-    )
-    return bool(spec.masks) and not spec.rows_seen and later_see_more and empty_rows(spec) == "mean"
+
+    def grows(mask: Mask) -> bool:
+        bounds = (a.left is None if isinstance(a, Band) else isinstance(a, KeyPadding) for a in mask.atoms)
+        return bool(mask.atoms) and all(bounds) and not (training and mask.additive)
+
+    may_be_empty = bool(spec.masks) and not spec.rows_seen
+    return may_be_empty and all(map(grows, spec.masks)) and empty_rows(spec) == "mean"
 
 
 def emit(
@@ -229,7 +246,7 @@ def emit(
         tables = flex_blocks.tables_of(site, build, made, masks, target.training, plain=not build.is_aten)
     q, k, v = (build.op("transpose", t, 1, 2) for t in (x.q, x.k, x.v))
     code = fm.text([made.scale, made.scores, visible])
-    filled = not target.training and fills_first_rows(site.spec)
+    filled = fills_first_rows(site.spec, target.training)
     name = "flash4_filled" if filled else "flash4_mods"
     found = build.call(
         getattr(torch.ops.fusepass, name).default, q, k, v, scores, masks, tables, code,
