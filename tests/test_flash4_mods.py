@@ -177,7 +177,7 @@ class Mathematics:
 
     @classmethod
     def filled(cls, q, k, v, *more):  # type: ignore[no-untyped-def]
-        out, lse = cls.forward(q, k, v, *more)
+        out, lse = cls.forward(q, k, v, *more)  # type: ignore[no-untyped-call]
         mean = v.mean(1, keepdim=True).repeat_interleave(q.shape[2] // v.shape[2], 2)
         rows = torch.isneginf(lse[:, 0]).sum(1)
         first = torch.arange(q.shape[1]) < rows[:, None]
@@ -218,7 +218,7 @@ def test_gradients_through_the_operator(on_cpu: None) -> None:
 def test_gradients_of_rows_that_see_no_key(on_cpu: None) -> None:
     q, k, v, *_ = given()
     keep = torch.arange(6) >= torch.tensor([[3], [0]])
-    more = ([], [keep], [], fm.text([0.3, [], ["and", CAUSAL, KEEP]]), None, None)
+    more: Any = ([], [keep], [], fm.text([0.3, [], ["and", CAUSAL, KEEP]]), None, None)
     out, lse = torch.ops.fusepass.flash4_filled(q, k, v, *more)
     assert torch.isneginf(lse[0, :, :3]).all()
     assert torch.allclose(out[0, :3], v[0].mean(0).repeat_interleave(2, 0))

@@ -201,6 +201,11 @@ def test_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(monkeypatch, profile(sdpa=1.0, flash4=2.0)).kernel == "sdpa"
 
 
+def test_of_equally_fast_kernels_the_first_of_the_list_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(monkeypatch, profile(flash4=1.015, flex=1.0)).kernel == "flash4"
+    assert chosen(monkeypatch, profile(flash4=1.03, flex=1.0)).kernel == "flex"
+
+
 def test_what_was_not_measured_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(monkeypatch, profile(flex=3.0)).kernel == "flex"
 

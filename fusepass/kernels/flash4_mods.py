@@ -161,7 +161,7 @@ def _gradient(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
 
 def _gradient_filled(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
     """The library's backward passes over rows whose log-sum-exp is minus infinity: means of the values."""
-    dq, dk, dv, *nothing = _gradient(ctx, grad, grad_lse)
+    dq, dk, dv, *nothing = _gradient(ctx, grad, grad_lse)  # type: ignore[no-untyped-call]
     if grad is None:
         return dq, dk, dv, *nothing
     lse, (keys, groups) = ctx.saved_tensors[-1], dv.shape[1:3]
