@@ -9,7 +9,7 @@ What is most worth knowing is measured first.  Written are
 - ``benchmarks/results/profile-GPU.csv``: every kernel by name, and `torch.compile`;
 - ``fusepass/profiles/GPU.json``: the cost model made of that;
 - ``benchmarks/results/auto-GPU.csv``: `torch.compile`, `auto` with that profile, and calls by hand; with
-  ``--eager`` unfused attention without a compiler too;
+  ``--contenders auto,hand,compile,eager`` unfused attention without a compiler too;
 - ``docs/kernels/``: pictures of the latter, where matplotlib is installed.
 """
 
@@ -53,20 +53,21 @@ def profile_jobs(
 
 
 def auto_jobs(
-    lengths: Sequence[int], head_dims: Sequence[int], repeats: int, eager: bool, wanted: Sequence[str]
-) -> list[bench.Job]:
+    lengths: Sequence[int], head_dims: Sequence[int], repeats: int, contenders: Sequence[str],
+    wanted: Sequence[str],
+) -> list[bench.Job]:  # fmt: skip
     """`auto` beside calls by hand."""
-    contenders = ["auto", "hand", "compile", *(["eager"] if eager else [])]
     work = []
     for length in lengths:
         for head_dim in head_dims:
-            work += bench.jobs(wanted, [length], [head_dim], bench.MODES, contenders, repeats=repeats)
+            most = [c for c in contenders if c not in ("compile", "eager") or length <= UNFUSED_UP_TO]
+            work += bench.jobs(wanted, [length], [head_dim], bench.MODES, most, repeats=repeats)
     return work
 
 
 def measure(work: list[bench.Job], place: Path, arguments: argparse.Namespace) -> list[bench.Row]:
     rows: list[bench.Row] = bench.read_csv(place)[0] if arguments.add and place.exists() else []
-    about = bench.machine()
+    about = bench.machine() | ({"load": arguments.load} if arguments.load else {})
 
     def keep(row: bench.Row) -> None:
         rows[:] = [r for r in rows if bench.key_of(r) != bench.key_of(row)]
@@ -96,7 +97,8 @@ def main() -> int:
     option("--kernels", help="for the profile (all that run here)")
     option("--variants", type=lambda text: text.split(","), default=list(VARIANTS))
     option("--add", action="store_true", help="keep what the CSV files hold, but for what is measured anew")
-    option("--eager", action="store_true")
+    option("--contenders", type=lambda text: text.split(","), default=["auto", "hand", "compile"])
+    option("--load", help="what else the machine did meanwhile, for the description in the CSV file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks/kernels.py measures GPUs, and there is none here", file=sys.stderr)
@@ -115,7 +117,7 @@ def main() -> int:
         made = bench_report.profile_of(rows, bench.machine())
         made.save(ROOT / "fusepass" / "profiles" / f"{name}.json")
     if arguments.part in ("all", "auto"):
-        work = auto_jobs(*grid, arguments.repeats, arguments.eager, arguments.variants)
+        work = auto_jobs(*grid, arguments.repeats, arguments.contenders, arguments.variants)
         rows = measure(work, results / f"auto-{name}.csv", arguments)
         bench_report.show(rows, console)
         try:

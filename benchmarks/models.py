@@ -330,6 +330,7 @@ def main() -> int:
     option("--workers", type=int, default=1)
     option("--limit", type=float, help="seconds after which no measurement begins")
     option("--add", action="store_true", help="keep what the file holds, but for what is measured anew")
+    option("--load", help="what else the machine did meanwhile, for the description in the CSV file")
     option("--out", type=Path, default=Path("models.csv"))
     option("--read", type=Path, help="show these results instead of measuring")
     option("--markdown", type=Path)
@@ -341,6 +342,8 @@ def main() -> int:
         if arguments.add and arguments.out.exists():
             rows = read(arguments.out)[0]
         about["transformers"] = __import__("transformers").__version__
+        if arguments.load:
+            about["load"] = arguments.load
         names = arguments.models.split(";") if arguments.models else list(CASES)
         jobs = [
             Job(name, mode, contender, arguments.device, arguments.small, arguments.repeats)

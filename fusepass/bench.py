@@ -263,8 +263,9 @@ def timed(step: Callable[[], object], device: torch.device, repeats: int) -> flo
     for _ in range(3):
         step()
     torch.cuda.synchronize()
-    first = _events(step, 1)[0]
-    count = max(3, min(repeats, int(300 / max(first, 1e-3))))
+    first = max(_events(step, 1)[0], 1e-3)
+    _events(step, min(2000, int(_WARM / first)))  # a GPU that was idle runs at a lower clock at first
+    count = max(3, min(max(repeats, int(_SHORT / first)), int(300 / first)))
     found = [median(_events(step, count))]
     while len(found) < _BATCHES and (len(found) == 1 or abs(found[-1] / found[-2] - 1) > _AGREES):
         found.append(median(_events(step, count)))
@@ -273,6 +274,8 @@ def timed(step: Callable[[], object], device: torch.device, repeats: int) -> flo
 
 #: Medians are taken until two in a row agree, or so many: work that was queued before them may still run.
 _BATCHES, _AGREES = 6, 0.02
+#: Milliseconds of work before anything counts, and that a batch of short steps lasts at least.
+_WARM, _SHORT = 30.0, 10.0
 
 
 def _events(step: Callable[[], object], count: int) -> list[float]:

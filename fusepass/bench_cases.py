@@ -37,7 +37,8 @@ class Variant:
     kind: what the cost model calls it (:func:`fusepass.select.kind_of`).
     kernels: those that take it.
     hand: the same computation on one library, by name; "prepared" ones are given what depends on data, such
-        as the block table of a padding, which a model makes once a step.
+        as the block table of a padding, which a model makes once a step; "repaired" ones give what the
+        program does also in rows that see no key, which the data here has none of, and others leave out.
     pairs: the number of query-key pairs that are visible, for TFLOP/s.
     """
 
@@ -202,14 +203,17 @@ def _flash2(**options: Any) -> Callable[..., Any]:
 
 
 _compiled_flex: Any = None
+_compiled_repair: Any = None
 
 
 def _flex(
-    score: Any = None, mask: Any = None, backend: str = "AUTO", prepared: bool = True
+    score: Any = None, mask: Any = None, backend: str = "AUTO", prepared: bool = True, repaired: bool = False
 ) -> Callable[..., Any]:
     """FlexAttention as its documentation has it, compiled once.
 
-    ``prepared``: the block mask is made beforehand, as it can be where it depends on no data.
+    Args:
+        prepared: the block mask is made beforehand, as it can be where it depends on no data.
+        repaired: rows that see no key give the mean of all values, as :func:`padding` does, and not zero.
     """
     masks: dict[Any, Any] = {}
     mods: dict[Any, Any] = {}
@@ -217,8 +221,9 @@ def _flex(
     def call(q: Tensor, k: Tensor, v: Tensor, **extra: Tensor) -> Tensor:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        global _compiled_flex
+        global _compiled_flex, _compiled_repair
         _compiled_flex = _compiled_flex or torch.compile(flex_attention, dynamic=False)
+        _compiled_repair = _compiled_repair or torch.compile(_repair, dynamic=False)
         key = (q.shape, k.shape, id(extra.get("keep")))
         if mask is not None and (key not in masks or not prepared):
             batch = q.shape[0] if "keep" in extra else None
@@ -233,9 +238,15 @@ def _flex(
             enable_gqa=q.shape[2] != k.shape[2],
             kernel_options=None if backend == "AUTO" else {"BACKEND": backend},
         )  # fmt: skip
-        return _merged(out)
+        return _merged(_compiled_repair(out, v, extra["keep"]) if repaired else out)
 
     return call
+
+
+def _repair(out: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    seen = keep.cumsum(1) > 0
+    mean = v.mean(1, keepdim=True).transpose(1, 2).repeat_interleave(out.shape[1] // v.shape[2], 1)
+    return torch.where(seen[:, None, :, None], out, mean)
 
 
 def _below(extra: Inputs) -> Any:
@@ -328,6 +339,7 @@ VARIANTS: dict[str, Variant] = {
             "padding", "padding", "sdpa flash4 flex flex_flash", padding, _half,
             {"hand sdpa": _sdpa_padding, "hand flex": _flex(mask=_kept, prepared=False),
              "hand flex_flash": _flex(mask=_kept, backend="FLASH", prepared=False),
+             "repaired flex_flash": _flex(mask=_kept, backend="FLASH", prepared=False, repaired=True),
              "prepared flex": _flex(mask=_kept), "prepared flex_flash": _flex(mask=_kept, backend="FLASH")},
             _keep,
         ),

@@ -27,8 +27,12 @@ def by_case(rows: Iterable[Row]) -> dict[Key, dict[str, Row]]:
 
 def best_by_hand(found: dict[str, Row], gpu: bool = True) -> Row | None:
     """The fastest of the hand-written calls; ``gpu``: by the GPU's time, where that is known."""
-    hands = [r for name, r in found.items() if name.startswith("hand ")]
-    return min(hands, key=lambda r: _spent(r, gpu) or 0.0, default=None)
+    return _fastest(found, "hand ", gpu)
+
+
+def _fastest(found: dict[str, Row], kind: str, gpu: bool) -> Row | None:
+    named = [row for name, row in found.items() if name.startswith(kind)]
+    return min(named, key=lambda r: _spent(r, gpu) or 0.0, default=None)
 
 
 def _spent(row: Row, gpu: bool) -> float | None:
@@ -117,7 +121,28 @@ def markdown(rows: Sequence[Row], machine: dict[str, str], source: str) -> str:
     behind = sorted({variant for ratio, variant in found if ratio < 0.97})
     text += ["", f"At 0.97 of the best call by hand or above: {sum(r >= 0.97 for r, _ in found)} of "
              f"{len(found)}. Below, in some pass or length: {', '.join(behind) or 'none'}.", ""]  # fmt: skip
-    return "\n".join(text)
+    return "\n".join(text + _repaired(rows))
+
+
+ABOUT_REPAIRED = """\
+Calls by hand give zero, or nothing that is a number, in rows that see no key, where these programs give the
+mean of all values. The data has no such rows, which nobody knows when the call is compiled: here are the same
+calls with that repaired, as `auto` does."""
+
+
+def _repaired(rows: Sequence[Row]) -> list[str]:
+    """The cases whose calls by hand also say what rows that see no key give."""
+    text = []
+    for (variant, mode, head_dim, length), found in sorted(by_case(rows).items()):
+        auto, best = found.get("auto"), _fastest(found, "repaired ", gpu=True)
+        if auto is not None and best is not None:
+            cells = (variant, mode, str(head_dim), str(length), _time(best), best.contender[9:], _time(auto))
+            text.append(f"| {' | '.join(cells)} | {_ratio(best, auto)} |")
+    if not text:
+        return []
+    head = ("variant", "pass", "D", "S", "repaired by hand", "kernel", "auto", "× by hand")
+    return ["## Rows that see no key", "", ABOUT_REPAIRED, "", f"| {' | '.join(head)} |",
+            f"|{'---|' * len(head)}", *text, ""]  # fmt: skip
 
 
 def _time(row: Row | None) -> str:

@@ -4,7 +4,8 @@ The GPU's time grows with the number of queries, and with how many keys each of 
 each kernel's own: tiles fill up, blocks are skipped.  So a curve has, for numbers of visible keys, the time
 per million elements of queries and results, and is read between its points on logarithmic axes.  What is
 measured is thereby given back as it was, for other batches in proportion.  No call takes less than launching
-it does, beyond what calling any compiled function takes.  There is one curve for each kernel, kind of
+it does, beyond what calling any compiled function takes, and beyond what the GPU meanwhile has to do for the
+layer that the call is part of.  There is one curve for each kernel, kind of
 attention, head size and pass that was measured; nothing is extrapolated to kinds that were not.
 """
 
@@ -66,7 +67,8 @@ class Curve:
     def milliseconds(self, size: float, keys: float, overhead: float = 0.0) -> float:
         """The predicted time of a call.
 
-        ``overhead`` is the part of its launch that is not the kernel's (:meth:`Profile.overhead`).
+        ``overhead`` is the part of its launch that is not the kernel's, or that nobody waits for
+        (:meth:`Profile.overhead`, :meth:`Profile.layer`).
         """
         return max(self.launch - overhead, size / _MILLION * self.rate(keys))
 
@@ -107,6 +109,17 @@ class Profile:
         A model pays it once, and not for each of its sites.
         """
         return min((c.launch for c in self.curves if c.mode == mode), default=0.0)
+
+    def layer(self, tokens: float, width: float, mode: str) -> float:
+        """Milliseconds that the GPU needs for the products of a transformer layer.
+
+        Launches run ahead of the GPU while it is busy with them.  A layer has about ``12 width**2`` weights
+        (Kaplan et al., arXiv 2001.08361, table 1), and products are taken to be as fast as those of the
+        fastest attention that was measured.
+        """
+        rates = [2 * keys / spent for c in self.curves for keys, spent in c.points if c.mode == FORWARD]
+        work = 24 * tokens * width * width * (3 if mode == TRAINING else 1)
+        return work / _MILLION / max(rates) if rates else 0.0
 
     def save(self, place: Path) -> None:
         """Write the profile as JSON."""

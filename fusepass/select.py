@@ -1,10 +1,11 @@
 """The order in which kernels are tried for a site.
 
 Where a profile of the GPU exists (:mod:`fusepass.costs`), kernels are ranked by predicted time, and a site
-that is measured faster as it is stays.  A kernel that was not measured for a kind of attention follows
-those that were.  Without a profile the order is that of the list, except that a kernel that knows what is
-hidden goes before one that is given a dense mask, for sequences where that mask is large.  On a CPU the
-order is that of the list, but for short sequences (:func:`reference.beats_sdpa`).
+that is measured faster as it is stays.  Of kernels that are equally fast the first of the list is taken,
+which stands behind fewer compilers.  A kernel that was not measured for a kind of attention follows those
+that were.  Without a profile the order is that of the list, except that a kernel that knows what is hidden
+goes before one that is given a dense mask, for sequences where that mask is large.  On a CPU the order is
+that of the list, but for short sequences (:func:`reference.beats_sdpa`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from fusepass.spec import Attention, Band, Bias, Document, Keep, KeyPadding, Sof
 LARGE = 1024 * 1024
 #: A site stays unfused only where that is predicted faster by more than the model's error.
 MARGIN = 1.1
+#: Predictions that are this close to the fastest are equal: measurements differ by as much.
+EQUAL = 1.02
 UNFUSED = "unfused"
 SDPA_CALL = "scaled_dot_product_attention"
 
@@ -47,6 +50,10 @@ class Work:
     keys: float
     """How many keys a query sees, on average."""
     all_keys: float
+    tokens: float
+    """How many queries there are of each head."""
+    width: float
+    """Elements of a query of all heads."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,8 @@ def rank(
     work = work_of(site, target.training)
     found = [Ranked(k, predicted(profile, k.name, work)) for k in kernels]
     known = sorted((r for r in found if r.milliseconds is not None), key=lambda r: r.milliseconds or 0.0)
+    near = [r for r in found if r.milliseconds is not None and r.milliseconds <= EQUAL * _first(known)]
+    known = [*near, *(r for r in known if r not in near)]
     rest = {r.kernel.name for r in found if r.milliseconds is None and r.kernel is not None}
     unknown = [Ranked(k) for k in by_rule(site.spec, sizes_of(site), kernels) if k.name in rest]
     if not known:
@@ -109,13 +118,18 @@ def rank(
     return [*ordered[:at], Ranked(None, plain), *ordered[at:]]
 
 
+def _first(ranked: Sequence[Ranked]) -> float:
+    return (ranked[0].milliseconds or 0.0) if ranked else 0.0
+
+
 def predicted(profile: costs.Profile, kernel: str, work: Work) -> float | None:
     """The predicted milliseconds of a kernel, or None where its kind was not measured."""
     curve = profile.find(kernel, work.kind, work.head_dim, work.mode)
     if curve is None:
         return None
     keys = work.all_keys if costs.sees_all(kernel, work.kind) else work.keys
-    return curve.milliseconds(work.size, keys, profile.overhead(work.mode))
+    hidden = profile.overhead(work.mode) + profile.layer(work.tokens, work.width, work.mode)
+    return curve.milliseconds(work.size, keys, hidden)
 
 
 def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel]) -> list[Kernel]:
@@ -196,7 +210,8 @@ def work_of(site: Site, training: bool) -> Work:
     size = sizes["b"] * sizes["h"] * sizes["i"] * (sizes["d"] + sizes["e"])
     keys = pairs_of(spec, sizes["i"], sizes["j"]) / max(sizes["i"], 1.0)
     kind = kind_of(spec, flex_blocks.thin_biases(site))
-    return Work(kind, int(sizes["d"]), mode, size, keys, sizes["j"])
+    tokens, width = sizes["b"] * sizes["i"], sizes["h"] * sizes["d"]
+    return Work(kind, int(sizes["d"]), mode, size, keys, sizes["j"], tokens, width)
 
 
 def pairs_of(spec: Attention, queries: float, keys: float) -> float:

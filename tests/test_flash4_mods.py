@@ -54,7 +54,7 @@ def rewritten(
 
 
 def call_of(graph: fx.GraphModule) -> Any:
-    (found,) = [n for n in graph.graph.nodes if "flash4_mods" in str(n.target)]
+    (found,) = [n for n in graph.graph.nodes if "fusepass.flash4" in str(n.target)]
     return found
 
 
@@ -176,6 +176,14 @@ class Mathematics:
         return out.contiguous(), lse.float()
 
     @classmethod
+    def filled(cls, q, k, v, *more):  # type: ignore[no-untyped-def]
+        out, lse = cls.forward(q, k, v, *more)  # type: ignore[no-untyped-call]
+        mean = v.mean(1, keepdim=True).repeat_interleave(q.shape[2] // v.shape[2], 2)
+        rows = torch.isneginf(lse[:, 0]).sum(1)
+        first = torch.arange(q.shape[1]) < rows[:, None]
+        return torch.where(first[:, :, None, None], mean, out), lse
+
+    @classmethod
     def backward(cls, grad, q, k, v, scores, masks, tables, code, left, right, out, lse):  # type: ignore[no-untyped-def]
         with torch.enable_grad():
             q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
@@ -187,6 +195,7 @@ class Mathematics:
 def on_cpu() -> Iterator[None]:
     with torch.library._scoped_library("fusepass", "FRAGMENT") as scope:
         scope.impl("flash4_mods", Mathematics.forward, "CPU")
+        scope.impl("flash4_filled", Mathematics.filled, "CPU")
         scope.impl("flash4_mods_backward", Mathematics.backward, "CPU")
         yield
 
@@ -206,9 +215,20 @@ def test_gradients_through_the_operator(on_cpu: None) -> None:
     assert torch.autograd.gradcheck(lambda *x: torch.ops.fusepass.flash4_mods(*x, *more)[0], (q, k, v))
 
 
-def test_the_operator_is_sound(on_cpu: None) -> None:
+def test_gradients_of_rows_that_see_no_key(on_cpu: None) -> None:
+    q, k, v, *_ = given()
+    keep = torch.arange(6) >= torch.tensor([[3], [0]])
+    more: Any = ([], [keep], [], fm.text([0.3, [], ["and", CAUSAL, KEEP]]), None, None)
+    out, lse = torch.ops.fusepass.flash4_filled(q, k, v, *more)
+    assert torch.isneginf(lse[0, :, :3]).all()
+    assert torch.allclose(out[0, :3], v[0].mean(0).repeat_interleave(2, 0))
+    assert torch.autograd.gradcheck(lambda *x: torch.ops.fusepass.flash4_filled(*x, *more)[0], (q, k, v))
+
+
+@pytest.mark.parametrize("name", ["flash4_mods", "flash4_filled"])
+def test_the_operators_are_sound(name: str, on_cpu: None) -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.fusepass.flash4_mods.default, given(), test_utils=tests)
+    torch.library.opcheck(getattr(torch.ops.fusepass, name).default, given(), test_utils=tests)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -432,6 +452,24 @@ def test_modifiers_are_kept_by_what_they_compute() -> None:
     again = cute_mods.mask_mod(fm.read(fm.text(CAUSAL)), 0)
     hashes = [f.__cute_hash__ for f in (first, second, again)]  # type: ignore[attr-defined]
     assert hashes[0] == hashes[2] != hashes[1]
+
+
+def test_rows_that_see_no_key_are_filled_by_a_second_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> tuple[Tensor, ...]:
+        calls.append(more | {"q": q})
+        lse = q.new_zeros(q.shape[0], q.shape[2], q.shape[1])
+        lse[0, :, :3] = -INF
+        return q.clone(), lse, q, q, q
+
+    library = types.SimpleNamespace(interface=types.SimpleNamespace(_flash_attn_fwd=forward))
+    monkeypatch.setattr("fusepass.kernels.flash_ops.library", lambda name: library)
+    q, code = torch.randn(2, 4, 2, 8), fm.text([0.5, [], None])
+    out, _ = flash4_mods._run_filled(q, q, q, [], [], [], code, None, 0)
+    _, second = calls
+    assert second["seqused_q"].tolist() == [3, 0] and second["seqused_q"].dtype is torch.int32
+    assert second["out"] is out and second["q"].shape == q.shape and not second["q"].any()
 
 
 def test_the_library_is_called_as_its_interface_has_it(monkeypatch: pytest.MonkeyPatch) -> None:

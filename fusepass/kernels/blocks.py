@@ -291,11 +291,11 @@ _captured: list[Tensor] = []
 """Read by recorded CUDA graphs, which copy from where they lie at every replay."""
 
 
-def _moved(tensor: Tensor, device: torch.device, copy: bool = False) -> Tensor:
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A kept tensor on a device; a number stays, since it mixes with any."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured.append(tensor)
-    return tensor.to(device, non_blocking=True, copy=copy) if tensor.dim() or copy else tensor
+    return tensor.to(device, non_blocking=True) if tensor.dim() else tensor
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -359,7 +359,10 @@ def _block_tables(
 ) -> list[Tensor]:  # fmt: skip
     if not tensors:
         fixed = _fixed(visible, batch, heads, queries, keys, both, device.type == "cuda")
-        return [_moved(t, device, copy=True) for t in fixed]
+        made = table_shapes(tensors, visible, batch, heads, queries, keys, device, both)
+        parts = _moved(fixed, device).split([t.numel() for t in made])
+        torch._foreach_copy_(made, [part.view(t.shape) for part, t in zip(parts, made, strict=True)])
+        return made
     sizes = {"b": batch, "h": heads, "i": queries, "j": keys}
     return tables(*block_visibility(read(visible), sizes, tensors, device), both)
 
@@ -374,13 +377,15 @@ def plain_tables(
 
 
 @functools.lru_cache(maxsize=256)
-def _fixed(
-    visible: str, batch: int, heads: int, queries: int, keys: int, both: bool, pinned: bool
-) -> list[Tensor]:
-    """The tables of a formula that reads no tensor, on the CPU: later calls are small copies."""
+def _fixed(visible: str, batch: int, heads: int, queries: int, keys: int, both: bool, pinned: bool) -> Tensor:
+    """The tables of a formula that reads no tensor, one after the other, on the CPU.
+
+    Later calls are one small copy to the GPU, and one kernel that takes it apart.
+    """
     sizes = {"b": batch, "h": heads, "i": queries, "j": keys}
     found = tables(*block_visibility(read(visible), sizes, [], torch.device("cpu")), both)
-    return [_pinned(t) for t in found] if pinned else found
+    joined = torch.cat([t.flatten() for t in found])
+    return _pinned(joined) if pinned else joined
 
 
 def table_shapes(

@@ -10,6 +10,10 @@ the score, a visibility, and the tables of its blocks.  flash-attn 4 compiles th
 ``masks`` are what the formulas load; ``tables`` are those of ``fusepass::block_tables``, four for a forward,
 eight where a backward follows, none where nothing is hidden but by the window.  ``out`` is ``[B, Q, H, Dv]``,
 ``lse`` float32 ``[B, H, Q]``, minus infinity in rows that see no key.
+
+``flash4_filled`` is the same where such rows come first and give the mean of all values: a second call of the
+library, of queries that are zero, is told how many they are by a tensor (``seqused_q``) and writes no other
+rows.  Selecting afterwards would read and write the whole result once more.
 """
 
 from __future__ import annotations
@@ -27,7 +31,18 @@ from fusepass.kernels import blocks, cute_mods, flash_ops, flex_blocks
 from fusepass.kernels import formula as fm
 from fusepass.kernels.base import Operands, Refused, Target, after_weights, operands
 from fusepass.recognize import Site
-from fusepass.spec import Attention, Bias, Mask, Scale, ScaleBy, SoftCap, empty_rows, negligible
+from fusepass.spec import (
+    Attention,
+    Band,
+    Bias,
+    KeyPadding,
+    Mask,
+    Scale,
+    ScaleBy,
+    SoftCap,
+    empty_rows,
+    negligible,
+)
 
 _LOADED = (torch.bool, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
 
@@ -87,6 +102,18 @@ def _run(
     return out, lse
 
 
+def _run_filled(
+    q: Tensor, k: Tensor, v: Tensor, scores: list[Tensor], masks: list[Tensor], tables: list[Tensor],
+    code: str, left: int | None, right: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    interface: Any = flash_ops.library("flash4").interface  # type: ignore[attr-defined]
+    out, lse = _run(q, k, v, scores, masks, tables, code, left, right)
+    first = torch.isneginf(lse[:, 0]).sum(1, dtype=torch.int32)
+    zero = q.new_zeros((1, q.shape[1], 1, q.shape[3])).expand(q.shape)
+    interface._flash_attn_fwd(zero, k, v, softmax_scale=1.0, seqused_q=first, out=out)
+    return out, lse
+
+
 def _run_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scores: list[Tensor], masks: list[Tensor],
     tables: list[Tensor], code: str, left: int | None, right: int | None, out: Tensor, lse: Tensor,
@@ -132,6 +159,18 @@ def _gradient(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
     return (*grads, *nothing, None, None, None)
 
 
+def _gradient_filled(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
+    """The library's backward passes over rows whose log-sum-exp is minus infinity: means of the values."""
+    dq, dk, dv, *nothing = _gradient(ctx, grad, grad_lse)  # type: ignore[no-untyped-call]
+    if grad is None:
+        return dq, dk, dv, *nothing
+    lse, (keys, groups) = ctx.saved_tensors[-1], dv.shape[1:3]
+    seen_none = torch.isneginf(lse).transpose(1, 2).unsqueeze(-1)
+    lost = torch.where(seen_none, grad, 0.0).sum(1, keepdim=True, dtype=torch.float32)
+    lost = lost.unflatten(2, (groups, -1)).sum(3) / keys
+    return dq, dk, (dv + lost).to(dv.dtype), *nothing
+
+
 _definitions = torch.library.Library("fusepass", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag,)
 _definitions.define(f"flash4_mods({_FORWARD}) -> (Tensor, Tensor)", tags=_tags)
@@ -139,11 +178,17 @@ _definitions.define(
     f"flash4_mods_backward(Tensor grad, {_FORWARD}, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor)",
     tags=_tags,
 )
+_definitions.define(f"flash4_filled({_FORWARD}) -> (Tensor, Tensor)", tags=_tags)
 _definitions.impl("flash4_mods", _run, "CUDA")
+_definitions.impl("flash4_filled", _run_filled, "CUDA")
 _definitions.impl("flash4_mods_backward", _run_backward, "CUDA")
 torch.library.register_fake("fusepass::flash4_mods", _fake, lib=_definitions)
+torch.library.register_fake("fusepass::flash4_filled", _fake, lib=_definitions)
 torch.library.register_fake("fusepass::flash4_mods_backward", _fake_backward, lib=_definitions)
 torch.library.register_autograd("fusepass::flash4_mods", _gradient, setup_context=_save, lib=_definitions)
+torch.library.register_autograd(
+    "fusepass::flash4_filled", _gradient_filled, setup_context=_save, lib=_definitions
+)
 
 
 # ---------------------------------------------------------------------------------------- sites
@@ -155,6 +200,21 @@ def may(spec: Attention) -> bool:
     hidden = all(negligible(m.fill, spec.dtype) for m in spec.masks)
     after = spec.refuse_weights(*flex_blocks.AFTER) is None
     return known and hidden and after and spec.sink is None and not spec.dropout
+
+
+def fills_first_rows(spec: Attention, training: bool) -> bool:
+    """May rows see no key, give the mean of all values, and come before all others, in all heads alike?
+
+    Without a lower bound a later query sees what an earlier one does.  Scores that a mask is added to have
+    gradients in such rows too (:func:`base.mean_of_values`).
+    """
+
+    def grows(mask: Mask) -> bool:
+        bounds = (a.left is None if isinstance(a, Band) else isinstance(a, KeyPadding) for a in mask.atoms)
+        return bool(mask.atoms) and all(bounds) and not (training and mask.additive)
+
+    may_be_empty = bool(spec.masks) and not spec.rows_seen
+    return may_be_empty and all(map(grows, spec.masks)) and empty_rows(spec) == "mean"
 
 
 def emit(
@@ -186,12 +246,14 @@ def emit(
         tables = flex_blocks.tables_of(site, build, made, masks, target.training, plain=not build.is_aten)
     q, k, v = (build.op("transpose", t, 1, 2) for t in (x.q, x.k, x.v))
     code = fm.text([made.scale, made.scores, visible])
+    filled = fills_first_rows(site.spec, target.training)
+    name = "flash4_filled" if filled else "flash4_mods"
     found = build.call(
-        torch.ops.fusepass.flash4_mods.default, q, k, v, scores, masks, tables, code,
+        getattr(torch.ops.fusepass, name).default, q, k, v, scores, masks, tables, code,
         *(window if native else (None, None)),
     )  # fmt: skip
     out = build.call(operator.getitem, found, 0)
-    if site.spec.masks and not site.spec.rows_seen and empty_rows(site.spec) != "zero":
+    if site.spec.masks and not site.spec.rows_seen and not filled and empty_rows(site.spec) != "zero":
         lse = build.call(operator.getitem, found, 1)
         out = flex_blocks.mended(site, build, target, x, out, lse, major="rows")
     out = build.op("transpose", out, 1, 2)
@@ -227,4 +289,4 @@ def _check(
             raise Refused("its formulas read truth values, integers and floats on the same GPU")
 
 
-__all__ = ["emit", "may"]
+__all__ = ["emit", "fills_first_rows", "may"]

@@ -47,7 +47,9 @@ def fp8_attention(
     largest = _largest(v, v.shape[1])
     v8 = _rounded(v, fp8_ops.E4M3_MAX / largest)
     out: Tensor = torch.ops.fusepass.fp8_cudnn(q8, k8, v8, descale, scale, causal)
-    return (out.float() * _per_head(largest / fp8_ops.E4M3_MAX, q.shape[1])).to(q.dtype)
+    # As it lies in memory, [B, S, H, D]: in another order TorchInductor writes it, and copies it once more.
+    per_head = _per_head(largest / fp8_ops.E4M3_MAX, q.shape[1]).transpose(1, 2)
+    return (out.transpose(1, 2).float() * per_head).to(q.dtype).transpose(1, 2)
 
 
 def rotated(x: Tensor, turn: Tensor) -> Tensor:
