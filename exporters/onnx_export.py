@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import sympy
@@ -247,7 +246,7 @@ def _verified(
                 raise ModelError(f"the model does not run in PyTorch on its example: {error}") from error
             notes.append(f"not verified at other sizes: PyTorch fails there ({type(error).__name__})")
             continue
-        feeds = {str(v.name): _array(drawn[n]) for n, v in zip(tensors, inputs, strict=True)}
+        feeds = {str(v.name): onnx_verify.array(drawn[n]) for n, v in zip(tensors, inputs, strict=True)}
         got = onnx_verify.run_session(loaded, feeds)
         allowed = onnx_verify.coarsest([*want, *feeds.values()])
         checks += onnx_verify.compare(got, want, allowed, onnx_verify.label_of(feeds))
@@ -328,12 +327,7 @@ def _eager(call: Any, drawn: Any) -> list[npt.NDArray[Any]]:
     args, kwargs = drawn
     with torch.no_grad():
         leaves = pytree.tree_leaves(call(*args, **kwargs))
-    return [_array(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    tensor = tensor.detach().cpu()
-    return np.asarray(tensor.float() if tensor.dtype is torch.bfloat16 else tensor)
+    return [onnx_verify.array(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 __all__ = ["Disagreement", "ModelError", "export_onnx"]
