@@ -550,7 +550,8 @@ def main() -> int:
             console.print(f"{name}: {time.perf_counter() - start:.1f} s")
             if arguments.csv:  # after every variant: what was measured is kept
                 write(rows, on, arguments.csv)
-    console.print(table(rows))
+    if not arguments.export:
+        console.print(table(rows))
     if arguments.markdown:
         arguments.markdown.write_text(markdown(rows, on), encoding="utf-8")
     return 0
