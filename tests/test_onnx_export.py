@@ -470,16 +470,17 @@ def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx", "ort"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("varying", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_models_of_transformers(name: str, varying: bool, dtype: str, tmp_path: Path) -> None:
+def test_models_of_transformers(name: str, varying: bool, dtype: str, target: str, tmp_path: Path) -> None:
     make, sites = MODELS[name]
     model, inputs = make()
     kind = getattr(torch, dtype)
     model = model.to(kind)
     inputs = {n: t.to(kind) if t.is_floating_point() else t for n, t in inputs.items()}
     shapes = dynamic(inputs) if varying else None
-    report = exported(model, tmp_path / "m.onnx", kwargs=inputs, dynamic_shapes=shapes)
+    report = exported(model, tmp_path / "m.onnx", kwargs=inputs, dynamic_shapes=shapes, target=target)
     assert (report.sites, report.fused, report.softmaxes) == (sites, sites, 0)
     assert report.max_error <= (1e-5 if dtype == "float32" else 1e-2)
