@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fusepass.dialects.onnx_sizes import parse_dim
 from fusepass.exporters import onnx_verify
-from fusepass.exporters.onnx_files import Disagreement, ModelError, pin_ir_version, staged, write
+from fusepass.exporters.onnx_files import Disagreement, ModelError, pin_ir_version, root, staged, write
 from fusepass.exporters.onnx_leftover import softmaxes
 from fusepass.exporters.onnx_opsets import raise_opset
 from fusepass.exporters.onnx_optimize import check_model, fuse
@@ -165,19 +165,11 @@ def _exported(
                 external_data=False,
             )
     except Exception as error:
-        raise ModelError(f"PyTorch cannot export the model to ONNX: {_root(error)}") from error
+        raise ModelError(f"PyTorch cannot export the model to ONNX: {root(error)}") from error
     assert program is not None
     for value in program.model.graph.inputs:
         _settle_sizes(value)
     return program.model
-
-
-def _root(error: BaseException) -> str:
-    """What an error goes back to, on one line: PyTorch's exporter wraps it in advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def _captured(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Any:

@@ -86,7 +86,10 @@ def _mul(c: Call, *args: Expr) -> Expr | None:
 
 @handles("Div")
 def _div(c: Call, a: Expr, b: Expr) -> Expr | None:
-    return _pointwise(c, "div", a, b, dtype=a.dtype) if a.is_float else None  # integers are truncated
+    if a.is_float:
+        return _pointwise(c, "div", a, b, dtype=a.dtype)
+    shape = broadcast(c, a.shape, b.shape)  # integers are truncated: only the shape is known
+    return None if shape is None else leaf(c.node.outputs[0].name or "", shape, a.dtype)
 
 
 @handles("Mod")
