@@ -443,6 +443,29 @@ def test_bfloat16_is_written_unverified_where_nothing_runs_it(tmp_path: Path) ->
     assert report.checks or report.notes[0].startswith("not verified: onnxruntime")
 
 
+def test_bfloat16_goes_in_and_comes_out(tmp_path: Path) -> None:
+    """The CPU provider casts bfloat16, so that a model of casts can be run."""
+    from onnx import TensorProto, helper
+
+    steps = [
+        helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["wide", "one"], ["more"]),
+        helper.make_node("Cast", ["more"], ["y"], to=TensorProto.BFLOAT16),
+    ]
+    kinds = {"x": TensorProto.BFLOAT16, "one": TensorProto.FLOAT, "y": TensorProto.BFLOAT16}
+    values = {n: helper.make_tensor_value_info(n, kind, ["n"]) for n, kind in kinds.items()}
+    graph = helper.make_graph(steps, "g", [values["x"], values["one"]], [values["y"]])
+    path = tmp_path / "model.onnx"
+    imports = [helper.make_opsetid("", 20)]
+    ir.save(ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=10)), path)
+    x = torch.tensor([1.5, -2.0, torch.inf], dtype=torch.bfloat16)
+    feeds = {"x": onnx_verify.array(x), "one": np.ones(3, np.float32)}
+    got = onnx_verify.run(path, feeds)
+    assert got["y"].dtype == feeds["x"].dtype and got["y"].tolist() == [2.5, -1.0, math.inf]
+    (check,) = onnx_verify.compare(got, [onnx_verify.array(x + 1)], onnx_verify.coarsest([feeds["x"]]), "x")
+    assert check.ok and check.allowed == 5e-2
+
+
 def test_an_exported_program_is_taken_as_well(tmp_path: Path) -> None:
     program = torch.export.export(sharpened(Attention(causal=True)), (drawn(),))
     assert exported(program, tmp_path / "model.onnx", drawn()).fused == 1  # type: ignore[arg-type]

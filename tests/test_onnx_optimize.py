@@ -323,6 +323,32 @@ def test_stored_masks_are_proved_causal(how: str, script: bool, tmp_path: Path) 
     assert report.max_error <= 1e-5 and len(node.inputs) == 3 and node.attributes.get_int("is_causal", 0)
 
 
+class Chunked(nn.Module):
+    """Causal within chunks of four tokens (Llama 4); exporters divide integers by several operators."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n = torch.arange(q.shape[2])
+        seen = (n[:, None] // 4 == n[None, :] // 4) & (n[None, :] <= n[:, None])
+        s = (q @ k.transpose(-2, -1)).masked_fill(~seen, -torch.inf)
+        return s.softmax(-1) @ v
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("script", [True, False], ids=["torchscript", "dynamo"])
+def test_chunks(script: bool, tmp_path: Path) -> None:
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    model, (q, k, v) = Chunked().eval(), torch.randn(3, 2, 2, 6, 8)
+    if script:
+        torch.onnx.export(
+            model, (q, k, v), str(before), dynamo=False, opset_version=14, input_names=["q", "k", "v"],
+            dynamic_axes={n: {2: "seq"} for n in "qkv"},
+        )  # fmt: skip
+    else:
+        plain(model, before, q, k, v, dynamic_shapes=({2: torch.export.Dim("seq")},) * 3)
+    report = fusepass.optimize_onnx(before, after)
+    assert (report.fused, report.softmaxes) == (1, 0) and report.max_error <= 1e-5
+
+
 def test_dropout_in_training_stays(tmp_path: Path) -> None:
     class Dropping(nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
