@@ -279,7 +279,7 @@ class _Pass:
 
 
 def _why(rejected: Sequence[tuple[str, str]]) -> str:
-    return "; ".join(dict.fromkeys(f"{name}: {reason}" for name, reason in rejected))
+    return "; ".join(f"{name}: {reason}" for name, reason in dict(rejected).items())
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')

@@ -115,7 +115,8 @@ def _isnan(c: Call, x: Expr) -> Expr | None:
 def _isinf(c: Call, x: Expr) -> Expr | None:
     x = _unwidened(x)
     both = c.attr("detect_negative", 1) and c.attr("detect_positive", 1)
-    if x.op == "softmax":
+    weights = x.args[0] if x.op == "nan_to_num" and math.isfinite(x.attrs[0]) else x
+    if weights.op == "softmax":
         return view("expand", const(False, torch.bool), x.shape)  # weights are at most one, or NaN
     return _pointwise(c, "isinf", x, dtype=torch.bool) if both else None
 
