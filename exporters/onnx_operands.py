@@ -22,6 +22,7 @@ from fusepass.spec import (
     Bias,
     Dropout,
     Keep,
+    KeyGate,
     Mask,
     Scale,
     ScaleBy,
@@ -84,7 +85,7 @@ def refuse_modifiers(spec: Attention, softcap: bool) -> str | None:
 def _refuse_weights(spec: Attention) -> str | None:
     if spec.dropout:
         return "the weights are dropped out: export the model in eval mode"
-    return spec.refuse_weights(Dropout, Keep, WeightScale, ZeroEmptyRows)
+    return spec.refuse_weights(Dropout, Keep, WeightScale, KeyGate, ZeroEmptyRows)
 
 
 def softcap_of(spec: Attention) -> float:
@@ -127,6 +128,27 @@ def laid_out(site: Site, build: OnnxBuilder, packed: bool = False) -> Operands:
         groups = (r.batch, length, [*heads, *width]) if packed else (r.batch, heads, length, width)
         values.append(build.layout(build.choose(chain, groups), groups, full=True))
     return alike(build, Operands(*values))
+
+
+def has_gates(spec: Attention) -> bool:
+    """Are the weights multiplied by a tensor that varies over the keys?"""
+    return any(isinstance(mod, KeyGate) for mod in spec.weights)
+
+
+def gated(site: Site, build: OnnxBuilder, x: Operands) -> Operands:
+    """Factors of the weights that vary over the keys, multiplied into the values: ``(w * g) v = w (g * v)``.
+
+    Raises:
+        Refused: a factor varies over heads that share their values.
+    """
+    v = x.v
+    for mod in site.spec.weights:
+        if isinstance(mod, KeyGate):
+            if "h" in mod.axes and site.spec.heads != site.spec.kv_heads:
+                raise Refused("the weights are multiplied by a gate of keys and heads, which share values")
+            gate = build.permute(score_operand(site, build, mod.slot), (0, 1, 3, 2))
+            v = build.pointwise("Mul", build.cast(gate, build.dtype_of(v)), v)
+    return Operands(x.q, x.k, v)
 
 
 def alike(build: OnnxBuilder, x: Operands) -> Operands:

@@ -248,19 +248,42 @@ def test_a_sink_elsewhere_is_one_more_key(settings: dict[str, Any], target: str,
 
 
 class Gated(nn.Module):
-    """Every key's weight times a number of its own."""
+    """Every key's weight times a number of its own, with causality and padding if there is any."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-        weights: Tensor = (q @ k.transpose(-1, -2) * 0.25).softmax(-1)
-        return (weights * gate) @ v
+    def __init__(self, group: int = 1) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, mask: Tensor | None = None) -> Tensor:
+        """q: ``[B, H, S, D]``; gate: ``[B, H | 1, 1, S]``; mask: ``[B, S]``."""
+        k, v = (t.repeat_interleave(self.group, 1) for t in (k, v))
+        n = torch.arange(q.shape[2])
+        s = (q @ k.transpose(-1, -2) * 0.25).masked_fill(n[None, :] > n[:, None], torch.finfo(q.dtype).min)
+        if mask is not None:
+            s = s.masked_fill(mask[:, None, None, :] == 0, torch.finfo(q.dtype).min)
+        return (s.softmax(-1) * gate) @ v
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("target", ["onnx", "ort", "tensorrt"])
-def test_gated_keys_stay(target: str, tmp_path: Path) -> None:
-    q, k, v = (torch.randn(2, 4, 8, 16) for _ in range(3))
-    report = exported(Gated(), tmp_path / "model.onnx", q, k, v, torch.rand(2, 4, 1, 8), target=target)
-    assert report.fused == 0 and report.softmaxes == 1
-    assert "weights * [bhj]" in str(report.graph.sites[0].reason)
+@pytest.mark.parametrize("padded", [False, True])
+def test_gates_of_keys_go_into_the_values(
+    padded: bool, target: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    q, k, v = (torch.randn(2, 4, 6, 16, dtype=dtype) for _ in range(3))
+    gate = torch.rand(2, 4, 1, 6, dtype=dtype)
+    given = (q, k, v, gate, MASK) if padded else (q, k, v, gate)
+    shapes = (*({0: BATCH, 2: LENGTH},) * 3, {0: BATCH, 3: LENGTH}, *({0: BATCH, 1: LENGTH},) * padded)
+    report = exported(Gated(), tmp_path / "model.onnx", *given, target=target, dynamic_shapes=shapes)
+    assert (report.fused, report.softmaxes) == (1, 0)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_gates_of_heads_that_share_values_stay(heads: int, tmp_path: Path) -> None:
+    q, (k, v) = torch.randn(2, 4, 6, 16), torch.randn(2, 2, 2, 6, 16)
+    report = exported(Gated(group=2), tmp_path / "model.onnx", q, k, v, torch.rand(2, heads, 1, 6))
+    assert (report.fused, report.softmaxes) == ((1, 0) if heads == 1 else (0, 1))
+    assert heads == 1 or "a gate of keys and heads" in str(report.graph.sites[0].reason)
 
 
 def test_tensorrt_gets_what_its_importer_reads(tmp_path: Path) -> None:
