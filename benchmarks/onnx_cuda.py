@@ -464,6 +464,7 @@ def load(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What :func:`write` wrote."""
     with path.open(newline="", encoding="utf-8") as file:
         rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    rows.sort(key=lambda row: list(VARIANTS).index(row["variant"]))
     for row in rows:
         row |= {k: float(row[k]) for k in ("error", "milliseconds") if row[k]}
     return rows, json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
