@@ -178,7 +178,7 @@ class _Pass:
                 for (_, site), r in zip(parts, rejected, strict=True)
             ]
         reports = [
-            self._report(node, site, name, rejected=r)
+            self._report(node, site, name, rejected=[tried for tried in r if tried[0] != name])
             for (_, site), (_, _, name), r in zip(parts, made, rejected, strict=True)
         ]
         self._take(node, self._summed([sign for sign, _ in parts], made), made)
