@@ -56,7 +56,7 @@ def refuse(spec: Attention, target: Target) -> str | None:
     if not all(isinstance(n, int) for n in (spec.heads, spec.kv_heads)):
         return "the number of heads is not known"
     if has_gates(spec):
-        return "the weights are multiplied by a gate of the keys, and its values are those of the cache"
+        return "scores or weights have a factor of the keys, and its keys and values are those of the cache"
     reason = refuse_modifiers(replace(spec, sink=None), softcap=True)
     if reason is not None:
         return reason

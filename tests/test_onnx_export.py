@@ -248,42 +248,48 @@ def test_a_sink_elsewhere_is_one_more_key(settings: dict[str, Any], target: str,
 
 
 class Gated(nn.Module):
-    """Every key's weight times a number of its own, with causality and padding if there is any."""
+    """Every key's weight, or score, times a number of its own, with causality and padding if there is any."""
 
-    def __init__(self, group: int = 1) -> None:
+    def __init__(self, group: int = 1, late: bool = True) -> None:
         super().__init__()
-        self.group = group
+        self.group, self.late = group, late
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, mask: Tensor | None = None) -> Tensor:
         """q: ``[B, H, S, D]``; gate: ``[B, H | 1, 1, S]``; mask: ``[B, S]``."""
         k, v = (t.repeat_interleave(self.group, 1) for t in (k, v))
         n = torch.arange(q.shape[2])
-        s = (q @ k.transpose(-1, -2) * 0.25).masked_fill(n[None, :] > n[:, None], torch.finfo(q.dtype).min)
+        s = q @ k.transpose(-1, -2) * 0.25
+        s = (s if self.late else s * gate).masked_fill(n[None, :] > n[:, None], torch.finfo(q.dtype).min)
         if mask is not None:
             s = s.masked_fill(mask[:, None, None, :] == 0, torch.finfo(q.dtype).min)
-        return (s.softmax(-1) * gate) @ v
+        w: Tensor = s.softmax(-1)
+        return (w * gate if self.late else w) @ v
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("target", ["onnx", "ort", "tensorrt"])
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_gates_of_keys_go_into_the_values(
-    padded: bool, target: str, dtype: torch.dtype, tmp_path: Path
+def test_factors_of_keys_go_into_keys_and_values(
+    padded: bool, late: bool, target: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     q, k, v = (torch.randn(2, 4, 6, 16, dtype=dtype) for _ in range(3))
     gate = torch.rand(2, 4, 1, 6, dtype=dtype)
     given = (q, k, v, gate, MASK) if padded else (q, k, v, gate)
     shapes = (*({0: BATCH, 2: LENGTH},) * 3, {0: BATCH, 3: LENGTH}, *({0: BATCH, 1: LENGTH},) * padded)
-    report = exported(Gated(), tmp_path / "model.onnx", *given, target=target, dynamic_shapes=shapes)
+    path = tmp_path / "model.onnx"
+    report = exported(Gated(late=late), path, *given, target=target, dynamic_shapes=shapes)
     assert (report.fused, report.softmaxes) == (1, 0)
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("heads", [1, 4])
-def test_gates_of_heads_that_share_values_stay(heads: int, tmp_path: Path) -> None:
+def test_factors_of_heads_that_share_keys_stay(heads: int, late: bool, tmp_path: Path) -> None:
     q, (k, v) = torch.randn(2, 4, 6, 16), torch.randn(2, 2, 2, 6, 16)
-    report = exported(Gated(group=2), tmp_path / "model.onnx", q, k, v, torch.rand(2, heads, 1, 6))
+    gate = torch.rand(2, heads, 1, 6)
+    report = exported(Gated(group=2, late=late), tmp_path / "model.onnx", q, k, v, gate)
     assert (report.fused, report.softmaxes) == ((1, 0) if heads == 1 else (0, 1))
-    assert heads == 1 or "a gate of keys and heads" in str(report.graph.sites[0].reason)
+    assert heads == 1 or "varies over keys and heads" in str(report.graph.sites[0].reason)
 
 
 def test_tensorrt_gets_what_its_importer_reads(tmp_path: Path) -> None:
