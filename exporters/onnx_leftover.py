@@ -100,7 +100,9 @@ def _unreadable(node: ir.Node, reader: OnnxReader) -> str:
     if unread:
         return f"the shape or dtype of {unread[0].name!r}, which it depends on, is not known"
     shapes = [e.shape for v in node.inputs if (e := reader.expr_of(v)) is not None and e.is_float]
-    given = " and ".join(f"[{', '.join(map(str, s))}]" for s in shapes)
-    return f"'{node.op_type}' ({node.name}) between its two products could not be read" + (
-        f" (on {given}; sizes of different names may differ)" if len(shapes) > 1 else ""
-    )
+    said = f"'{node.op_type}' ({node.name}) between its two products could not be read"
+    if len(shapes) < 2:
+        return said
+    said += f" (on {' and '.join('[' + ', '.join(map(str, s)) + ']' for s in shapes)}"
+    named = any(not isinstance(n, int) for s in shapes for n in s)
+    return said + ("; sizes of different names may differ)" if named else ")")
