@@ -203,39 +203,51 @@ def example(args: Args, shapes: Any) -> Args:
 
 
 def exports(model: nn.Module, args: Args, shapes: Any, folder: Path) -> Iterator[tuple[str, Path | str]]:
-    """Files by the name of the export; a text says why one is missing."""
+    """Files by the name of the export; a text says why one is missing.
+
+    What lies in the folder already is not made again.
+    """
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
     small = example(args, shapes)
     plain = folder / "unfused.onnx"
-    with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            model, small, dynamo=True, opset_version=20, dynamic_shapes=shapes, verbose=False
-        )
+
+    def unfused(path: Path) -> None:
+        with torch.no_grad():
+            program = torch.onnx.export(
+                model, small, dynamo=True, opset_version=20, dynamic_shapes=shapes, verbose=False
+            )
         assert program is not None
-        program.save(plain)
-    yield "unfused", plain
-    written: set[str] = set()
-    for target in ("onnx", "ort"):
-        path = folder / f"{target}.onnx"
+        program.save(path)
+
+    def fused(path: Path) -> None:
+        fusepass.export_onnx(model, small, path, dynamic_shapes=shapes, target=path.stem, verify=False)
+
+    def theirs(path: Path) -> None:
+        made: Any = optimize_for_ort(ir.load(plain))
+        ir.save(made[0] if isinstance(made, tuple) else made, path)
+
+    written: set[str] = set()  # operators of fused files
+    for export, stem, make in (
+        ("unfused", "unfused", unfused),
+        ("fusepass, onnx", "onnx", fused),
+        ("fusepass, ort", "ort", fused),
+        ("onnxscript", "onnxscript", theirs),
+    ):
+        path = folder / f"{stem}.onnx"
         try:
             with quiet():
-                report = fusepass.export_onnx(
-                    model, small, path, dynamic_shapes=shapes, target=target, verify=False
-                )
+                if not path.exists():
+                    make(path)
         except Exception as error:
-            yield f"fusepass, {target}", f"{type(error).__name__}: {error}"
+            yield export, f"{type(error).__name__}: {error}"
             continue
-        if str(report.operators) not in written:  # the same operators are the same file
-            written.add(str(report.operators))
-            yield f"fusepass, {target}", path
-    try:
-        with quiet():
-            made = optimize_for_ort(ir.load(plain))
-            ir.save(made[0] if isinstance(made, tuple) else made, folder / "onnxscript.onnx")
-        yield "onnxscript", folder / "onnxscript.onnx"
-    except Exception as error:
-        yield "onnxscript", f"{type(error).__name__}: {error}"
+        if make is fused:
+            operators = str(fused_operators(ir.load(path)))
+            if operators in written:  # the same operators are the same file
+                continue
+            written.add(operators)
+        yield export, path
 
 
 # ---------------------------------------------------------------------------------------- running
@@ -369,7 +381,21 @@ def finished(row: dict[str, Any], got: list[Any], times: list[float], want: list
     }
 
 
-def rows_of(name: str, sizes: Sizes, provider: str, repeats: int, dtype: str) -> list[dict[str, Any]]:
+@contextlib.contextmanager
+def place(files: Path | None, name: str) -> Iterator[Path]:
+    """The folder of a variant's exports: one that stays, or one that goes."""
+    if files is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    else:
+        folder = files / re.sub(r"\W+", "-", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def rows_of(
+    name: str, sizes: Sizes, provider: str, repeats: int, dtype: str, files: Path | None = None
+) -> list[dict[str, Any]]:
     """One variant, all exports."""
     device = "cuda" if provider == "cuda" else "cpu"
     model, args, shapes = case(VARIANTS[name], sizes, getattr(torch, dtype), device)
@@ -377,8 +403,8 @@ def rows_of(name: str, sizes: Sizes, provider: str, repeats: int, dtype: str) ->
     blank: dict[str, Any] = dict.fromkeys(FIELDS, "") | {"variant": name}
     rows = [finished(blank | {"export": "PyTorch eager"}, *eager(model, args, repeats), want)]
     feeds_by_position = [a.cpu().numpy() for a in args]
-    with tempfile.TemporaryDirectory() as folder:
-        for export, path in exports(model, args, shapes, Path(folder)):
+    with place(files, name) as folder:
+        for export, path in exports(model, args, shapes, folder):
             row = blank | {"export": export}
             if isinstance(path, str):
                 rows.append(row | {"note": path[:300]})
@@ -387,13 +413,20 @@ def rows_of(name: str, sizes: Sizes, provider: str, repeats: int, dtype: str) ->
             feeds = dict(zip(inputs, feeds_by_position, strict=True))
             row["operators"] = " ".join(fused_operators(ir.load(path))) or "Softmax"
             try:
-                row |= {k: v for k, v in inspected(path, feeds, provider, Path(folder)).items() if v}
+                row |= {k: v for k, v in inspected(path, feeds, provider, folder).items() if v}
                 row = finished(row, *timed(path, feeds, provider, repeats), want)
             except Exception as error:
                 row["note"] = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             rows.append(row)
             gc.collect()
     return rows
+
+
+def export_only(name: str, sizes: Sizes, dtype: str, files: Path | None) -> None:
+    """The exports of one variant, for another process to measure."""
+    with place(files, name) as folder:
+        for _ in exports(*case(VARIANTS[name], sizes, getattr(torch, dtype), "cpu"), folder):
+            pass
 
 
 # ---------------------------------------------------------------------------------------- showing
@@ -431,6 +464,7 @@ def load(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What :func:`write` wrote."""
     with path.open(newline="", encoding="utf-8") as file:
         rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    rows.sort(key=lambda row: list(VARIANTS).index(row["variant"]))
     for row in rows:
         row |= {k: float(row[k]) for k in ("error", "milliseconds") if row[k]}
     return rows, json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -492,6 +526,8 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16")
     parser.add_argument("--repeats", type=int, default=20, help="timed runs (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="short sequences, few heads, few runs")
+    parser.add_argument("--files", type=Path, help="keep the exports in this folder, and take what is there")
+    parser.add_argument("--export", action="store_true", help="make the exports, and measure nothing")
     parser.add_argument("--csv", type=Path, help="write the rows, and the machine beside them as .json")
     parser.add_argument("--markdown", type=Path, help="write the table as a page")
     parser.add_argument("--from", dest="given", type=Path, help="show the rows of this file; measure nothing")
@@ -506,11 +542,17 @@ def main() -> int:
         rows, on = [], machine(sizes, arguments.dtype)
         for name in arguments.variants.split(";"):
             start = time.perf_counter()
-            rows += rows_of(name, sizes, arguments.provider, arguments.repeats, arguments.dtype)
+            if arguments.export:
+                export_only(name, sizes, arguments.dtype, arguments.files)
+                continue
+            rows += rows_of(
+                name, sizes, arguments.provider, arguments.repeats, arguments.dtype, arguments.files
+            )
             console.print(f"{name}: {time.perf_counter() - start:.1f} s")
             if arguments.csv:  # after every variant: what was measured is kept
                 write(rows, on, arguments.csv)
-    console.print(table(rows))
+    if not arguments.export:
+        console.print(table(rows))
     if arguments.markdown:
         arguments.markdown.write_text(markdown(rows, on), encoding="utf-8")
     return 0

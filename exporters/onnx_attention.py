@@ -25,6 +25,8 @@ from fusepass.exporters.onnx_operands import (
     Operands,
     added_mask,
     after_weights,
+    gated,
+    has_gates,
     laid_out,
     mend_rows,
     muted,
@@ -57,8 +59,9 @@ def emit(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
     """Write the operator."""
     spec = site.spec
     sunk = spec.sink is not None
-    cache = find_cache(site, build) if target.name != "tensorrt" and not sunk else None
-    factor, x = scaled(site, build, laid_out(site, build))
+    takes_cache = target.name != "tensorrt" and not sunk and not has_gates(spec)
+    cache = find_cache(site, build) if takes_cache else None
+    factor, x = scaled(site, build, gated(site, build, laid_out(site, build)))
     dtype = build.dtype_of(x.q)
     offset = 0 if cache is None else cache.length
     causal = spec.is_causal(offset) and not sunk

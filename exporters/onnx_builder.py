@@ -38,6 +38,7 @@ class Written:
 
     Attributes:
         names: the names of the model, its inner graphs included.
+        placed: the position of the old node in front of which a new one was written.
         replaced: old results of sites, and the values that stand for them now.
         present: values that some operator writes as the present state of a cache.
         rotations: tensors that are rotary embeddings of others.
@@ -46,6 +47,7 @@ class Written:
     def __init__(self, reader: OnnxReader, opset: int, names: set[str | None]) -> None:
         self.reader, self.opset, self.names = reader, opset, names
         self.numbered: dict[Any, ir.Value] = {}
+        self.placed: dict[ir.Node, int] = {}
         self.types: dict[ir.Value, tuple[Shape, torch.dtype]] = {}
         self.replaced: dict[ir.Value, ir.Value] = {}
         self.present: set[ir.Value] = set()
@@ -102,6 +104,7 @@ class OnnxBuilder(Layouts[ir.Value]):
             value.type = ir.TensorType(ONNX_DTYPES[dtype])
             self.written.types[value] = (shape, dtype)
         self.graph.insert_before(self.anchor, node)
+        self.written.placed[node] = self.reader.order[self.anchor]
         self.made.append(node)
         return list(node.outputs)
 
@@ -110,31 +113,40 @@ class OnnxBuilder(Layouts[ir.Value]):
     ) -> ir.Value:
         """One result of an ``ai.onnx`` operator; written once."""
         key = (op_type, tuple(inputs), tuple(sorted((k, repr(v)) for k, v in attributes.items())))
-        if key not in self.written.numbered:
-            self.written.numbered[key] = self.node(op_type, inputs, [(shape, dtype)], attributes)[0]
+        known = self.written.numbered.get(key)
+        if known is None or not self._usable(known):
+            known = self.written.numbered[key] = self.node(op_type, inputs, [(shape, dtype)], attributes)[0]
             self._numbers.append(key)
-        return self.written.numbered[key]
+        return known
+
+    def _usable(self, value: ir.Value) -> bool:
+        """Does something written for another site still stand, and in front of this one?"""
+        producer = value.producer()
+        if producer is None:
+            return self.graph.initializers.get(value.name or "") is value
+        return _stands(value) and self.written.placed[producer] <= self.reader.order[self.anchor]
 
     def constant(self, value: Any, dtype: torch.dtype) -> ir.Value:
         """A small constant as an initializer; written once."""
         array = np.asarray(value)
         key = ("constant", dtype, array.shape, tuple(map(repr, array.flatten().tolist())))
-        if key not in self.written.numbered:
+        known = self.written.numbered.get(key)
+        if known is None or not self._usable(known):
             made = ir.Value(name=self.written.name("fusepass/constant"))
             kind = ONNX_DTYPES[dtype]
             made.const_value = ir.tensor(torch.tensor(value, dtype=dtype).numpy(), kind, name=made.name)
             made.shape, made.type = ir.Shape(array.shape), ir.TensorType(kind)
             self.graph.register_initializer(made)
             self.written.types[made] = (tuple(array.shape), dtype)
-            self.written.numbered[key] = made
+            known = self.written.numbered[key] = made
             self._numbers.append(key)
             self._constants.append(made)
-        return self.written.numbered[key]
+        return known
 
     def discard(self) -> None:
         """Take back everything written for this site."""
         for key in self._numbers:
-            del self.written.numbered[key]
+            self.written.numbered.pop(key, None)
         for node in reversed(self.made):
             self.graph.remove(node, safe=True)
         for value in self._constants:
@@ -194,16 +206,23 @@ class OnnxBuilder(Layouts[ir.Value]):
         return total
 
     def _dimension(self, size: sympy.Symbol) -> ir.Value:
-        source = self.reader.sources.get(size)
-        if source is None or not self.readable(source[0]):
-            raise CannotEmit(f"no tensor in front of the site has the size {size}")
-        value, dim = source
-        value = self.written.replaced.get(value, value)
+        value, dim = self._source(size)
         rank = len(self.shape_of(value))
         if self.written.opset >= 15:
             return self.call("Shape", [value], (1,), torch.int64, start=dim, end=dim + 1)
         whole = self.call("Shape", [value], (rank,), torch.int64)
         return self.call("Gather", [whole, self.constant([dim], torch.int64)], (1,), torch.int64, axis=0)
+
+    def _source(self, size: sympy.Symbol) -> tuple[ir.Value, int]:
+        """A value of that size that may be read here, and which of its dimensions it is."""
+        source = self.reader.sources.get(size)
+        if source is not None and (value := self._now(source[0])) is not None:
+            return value, source[1]
+        for value, meaning in self.reader.meaning.items():
+            found = None if meaning is None or size not in meaning.shape else self._now(value)
+            if meaning is not None and found is not None:
+                return found, meaning.shape.index(size)
+        raise CannotEmit(f"no tensor in front of the site has the size {size}")
 
     # -- tensors -----------------------------------------------------------------------------
 
@@ -217,9 +236,14 @@ class OnnxBuilder(Layouts[ir.Value]):
     def home(self, node: Expr) -> ir.Value | None:
         """The graph's value that holds an expression's value and may be read here."""
         held = self.reader.home.get(node)
-        if held is None or not self.readable(held):
+        return None if held is None else self._now(held)
+
+    def _now(self, value: ir.Value) -> ir.Value | None:
+        """What holds a value of the graph now; None where it comes later, or went with another site."""
+        if not self.readable(value):
             return None
-        return self.written.replaced.get(held, held)
+        value = self.written.replaced.get(value, value)
+        return value if _stands(value) else None
 
     def as_tensor(self, node: Expr) -> ir.Value:
         """A value that holds an expression's value."""
@@ -345,6 +369,12 @@ class OnnxBuilder(Layouts[ir.Value]):
         shape[axis] = -(-(end - start) // step)
         bounds = [self.constant([n], torch.int64) for n in (start, end, axis, step)]
         return self.call("Slice", [value, *bounds], tuple(shape), self.dtype_of(value))
+
+
+def _stands(value: ir.Value) -> bool:
+    """Is a value still computed, or given?"""
+    producer = value.producer()
+    return producer is None or producer.graph is not None
 
 
 def _plain(value: Any) -> Size:

@@ -24,6 +24,8 @@ from fusepass.exporters.onnx_operands import (
     added_mask,
     after_weights,
     full_mask,
+    gated,
+    has_gates,
     laid_out,
     mend_rows,
     muted,
@@ -63,7 +65,7 @@ def refuse_masked(spec: Attention, target: Target) -> str | None:
 
 def emit_masked(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
     """Write MultiHeadAttention where Attention could not do without a mask."""
-    if find_cache(site, build) is not None:
+    if not has_gates(site.spec) and find_cache(site, build) is not None:
         raise Refused("Attention takes the cache as it is")
     if target.opset >= 24 and find_lengths(site) is not None:
         raise Refused("Attention takes the lengths as they are")
@@ -73,10 +75,11 @@ def emit_masked(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
 def emit_mha(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
     """Write MultiHeadAttention; grouped heads are repeated, for it has none."""
     spec = site.spec
-    if spec.heads == spec.kv_heads:
+    if spec.heads == spec.kv_heads and not has_gates(spec):
         x = laid_out(site, build, packed=True)
     else:
-        x = repeated(site, build, laid_out(site, build))
+        x = gated(site, build, laid_out(site, build))
+        x = x if spec.heads == spec.kv_heads else repeated(site, build, x)
         x = Operands(*(packed(build, t) for t in (x.q, x.k, x.v)))
     factor, x = scaled(site, build, x, packed=True)
     dtype = build.dtype_of(x.q)

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import sympy
@@ -23,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fusepass.dialects.onnx_sizes import parse_dim
 from fusepass.exporters import onnx_verify
-from fusepass.exporters.onnx_files import Disagreement, ModelError, pin_ir_version, staged, write
+from fusepass.exporters.onnx_files import Disagreement, ModelError, pin_ir_version, root, staged, write
 from fusepass.exporters.onnx_leftover import softmaxes
 from fusepass.exporters.onnx_opsets import raise_opset
 from fusepass.exporters.onnx_optimize import check_model, fuse
@@ -166,19 +165,11 @@ def _exported(
                 external_data=False,
             )
     except Exception as error:
-        raise ModelError(f"PyTorch cannot export the model to ONNX: {_root(error)}") from error
+        raise ModelError(f"PyTorch cannot export the model to ONNX: {root(error)}") from error
     assert program is not None
     for value in program.model.graph.inputs:
         _settle_sizes(value)
     return program.model
-
-
-def _root(error: BaseException) -> str:
-    """What an error goes back to, on one line: PyTorch's exporter wraps it in advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def _captured(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Any:
@@ -247,7 +238,7 @@ def _verified(
                 raise ModelError(f"the model does not run in PyTorch on its example: {error}") from error
             notes.append(f"not verified at other sizes: PyTorch fails there ({type(error).__name__})")
             continue
-        feeds = {str(v.name): _array(drawn[n]) for n, v in zip(tensors, inputs, strict=True)}
+        feeds = {str(v.name): onnx_verify.array(drawn[n]) for n, v in zip(tensors, inputs, strict=True)}
         got = onnx_verify.run_session(loaded, feeds)
         allowed = onnx_verify.coarsest([*want, *feeds.values()])
         checks += onnx_verify.compare(got, want, allowed, onnx_verify.label_of(feeds))
@@ -328,12 +319,7 @@ def _eager(call: Any, drawn: Any) -> list[npt.NDArray[Any]]:
     args, kwargs = drawn
     with torch.no_grad():
         leaves = pytree.tree_leaves(call(*args, **kwargs))
-    return [_array(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    tensor = tensor.detach().cpu()
-    return np.asarray(tensor.float() if tensor.dtype is torch.bfloat16 else tensor)
+    return [onnx_verify.array(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 __all__ = ["Disagreement", "ModelError", "export_onnx"]

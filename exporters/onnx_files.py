@@ -5,6 +5,7 @@ A model is written to a folder beside its target and moved there with ``os.repla
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -45,35 +46,66 @@ def read(path: str | os.PathLike[str]) -> ir.Model:
     try:
         model = ir.load(file)
     except Exception as error:
-        raise ModelError(
-            f"cannot read {str(path)!r}: it is no valid ONNX model ({type(error).__name__}: {_first(error)})"
-        ) from error
+        raise ModelError(f"cannot read {str(path)!r}: it is no valid ONNX model ({root(error)})") from error
     if not model.graph.outputs or not model.opset_imports:
         raise ModelError(f"cannot read {str(path)!r}: it has no outputs or no operator sets; is it complete?")
     _check_weights(model, path)
+    _load_attributes(model)
     return model
 
 
-def _first(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+def root(error: BaseException) -> str:
+    """What an error goes back to, on one line: libraries wrap errors in the places that they passed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _attributes(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Attr]]:
+    """The attributes of all nodes, those of inner graphs and functions included."""
+    inside = [model.graph.all_nodes(), *(f.all_nodes() for f in model.functions.values())]
+    for node in itertools.chain(*inside):
+        for attribute in node.attributes.values():
+            if isinstance(attribute, ir.Attr):
+                yield node, attribute
+
+
+def external_tensors(model: ir.Model) -> Iterator[tuple[str, ir.ExternalTensor]]:
+    """Tensors that lie in other files, and the names of what holds them."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.name or "?", value.const_value
+    for node, attribute in _attributes(model):
+        if attribute.type is ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+            yield node.outputs[0].name or node.op_type, attribute.value
 
 
 def _check_weights(model: ir.Model, path: str | os.PathLike[str]) -> None:
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
-        file = Path(tensor.path)
+    for name, tensor in external_tensors(model):
+        file, location = Path(tensor.path), Path(tensor.location)
+        if location.is_absolute() or ".." in location.parts:
+            raise ModelError(
+                f"cannot read {str(path)!r}: {name!r} names the file {tensor.location!r}, which is not in "
+                "the model's folder; external data lies beside or below the model"
+            )
         if not file.is_file():
             raise ModelError(
                 f"cannot read {str(path)!r}: its weights are in {tensor.location!r}, which is not beside it "
-                f"(first missing tensor: {value.name!r}); copy that file next to the model"
+                f"(first missing tensor: {name!r}); copy that file next to the model"
             )
-        end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+        given = tensor.nbytes if tensor.length is None else tensor.length
+        if given < tensor.nbytes:
+            raise ModelError(
+                f"cannot read {str(path)!r}: {name!r} has {tensor.nbytes} bytes, and the model names "
+                f"{given} of {tensor.location!r}"
+            )
+        end = (tensor.offset or 0) + given
         if file.stat().st_size < end:
             raise ModelError(
                 f"cannot read {str(path)!r}: {tensor.location!r} ends at byte {file.stat().st_size}, and "
-                f"{value.name!r} needs bytes up to {end}; the file is incomplete"
+                f"{name!r} needs bytes up to {end}; the file is incomplete"
             )
 
 
@@ -141,23 +173,27 @@ def write(
         external_data: True, False, or None for "where the model is large".
         progress: called with a few words for every tensor that is written to a file of its own.
     """
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    weights = (v.const_value for g in model.graphs() for v in g.initializers.values())
+    size = sum(w.nbytes for w in weights if w is not None)
     apart = size > _INLINE_BYTES if external_data is None else external_data
-    if not apart:
-        _load_weights(model)
-        ir.save(model, path)
-        return
 
     def told(_: Any, about: Any) -> None:
         if progress is not None:
             progress(f"writing weights: {about.index + 1} of {about.total}")
 
-    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=_SMALL, callback=told)
+    try:
+        if apart:
+            data = f"{path.name}.data"
+            ir.save(model, path, external_data=data, size_threshold_bytes=_SMALL, callback=told)
+        else:
+            ir.save(ir.external_data.load_to_model(model), path)
+    except Exception as error:
+        raise ModelError(f"cannot write {path.name!r}: {root(error)}") from error
 
 
-def _load_weights(model: ir.Model) -> None:
-    """Weights that lie in another file come into this one."""
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            tensor = value.const_value
-            value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
+def _load_attributes(model: ir.Model) -> None:
+    """Constants that lie in another file come into the model; weights stay where they are for now."""
+    for node, attribute in list(_attributes(model)):
+        if attribute.type is ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+            (loaded,) = ir.external_data.convert_tensors_from_external([attribute.value])
+            node.attributes[attribute.name] = ir.AttrTensor(attribute.name, loaded)

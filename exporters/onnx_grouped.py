@@ -25,6 +25,7 @@ from fusepass.exporters.onnx_operands import (
     added_mask,
     after_weights,
     alike,
+    has_gates,
     laid_out_over,
     packed,
     refuse_modifiers,
@@ -54,6 +55,8 @@ def refuse(spec: Attention, target: Target) -> str | None:
         return f"head sizes {spec.head_dim} and {spec.value_dim}; it takes equal ones, multiples of 8"
     if not all(isinstance(n, int) for n in (spec.heads, spec.kv_heads)):
         return "the number of heads is not known"
+    if has_gates(spec):
+        return "scores or weights have a factor of the keys, and its keys and values are those of the cache"
     reason = refuse_modifiers(replace(spec, sink=None), softcap=True)
     if reason is not None:
         return reason
@@ -97,7 +100,9 @@ def emit(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
         raise Refused("queries and keys differ in number, and no cache is joined to the keys")
     reach = _reach(spec)
     turned = find_turned(site, build, cache)
-    plain = reach is None and cache is None and turned is None and not (spec.sink or softcap_of(spec))
+    plain = reach is None and cache is None and turned is None and not spec.sink
+    if plain and softcap_of(spec):
+        raise Refused("a softcap beside causality alone is faster as Attention")
     if plain and spec.heads == spec.kv_heads:
         raise Refused("a causal mask alone, without grouped heads, is faster as MultiHeadAttention")
     merged = int(spec.batch) if cache is not None and 1 not in (spec.batch, spec.queries) else 1

@@ -17,6 +17,9 @@ _BETWEEN = frozenset(
     "Neg Identity Dropout Softplus Pow Sqrt IsNaN Pad ScatterND Trilu".split()
 )
 
+#: Nobody knows what operators of other domains do: there may be one between two products.
+_KNOWN_DOMAINS = ("", "ai.onnx.ml", "com.microsoft")
+
 
 def _reached(start: ir.Node, near: Callable[[ir.Node], list[ir.Node | None]]) -> list[ir.Node]:
     """What lies beside a node in one direction, up to and with the first products."""
@@ -24,10 +27,13 @@ def _reached(start: ir.Node, near: Callable[[ir.Node], list[ir.Node | None]]) ->
     todo = [start]
     while todo and len(found) < 100:
         for node in near(todo.pop()):
-            if node is not None and node not in found and node.op_type in (*_PRODUCTS, *_BETWEEN):
+            if node is None or node in found:
+                continue
+            between = node.op_type in _BETWEEN or node.domain not in _KNOWN_DOMAINS
+            if between or node.op_type in _PRODUCTS:
                 found[node] = None
-                if node.op_type in _BETWEEN:
-                    todo.append(node)
+            if between:
+                todo.append(node)
     return list(found)
 
 
@@ -64,7 +70,7 @@ def left_over(
             unread = _unread_between(node, reader)
             if unread is None:
                 continue
-            reason = f"'{unread.op_type}' ({unread.name}) between its two products could not be read"
+            reason = _unreadable(unread, reader)
         if meaning is not None:
             settled.add(meaning)
         yield node, reason
@@ -81,3 +87,22 @@ def _unread_between(softmax: ir.Node, reader: OnnxReader) -> ir.Node | None:
         if meaning is None or meaning.op == "input":
             return node
     return None
+
+
+def _unreadable(node: ir.Node, reader: OnnxReader) -> str:
+    """Why a node could not be read, or one that it depends on."""
+    while True:
+        unread = [v for v in node.inputs if v is not None and reader.expr_of(v) is None]
+        before = next((p for v in unread if (p := v.producer()) is not None and p.graph is node.graph), None)
+        if before is None:
+            break
+        node = before
+    if unread:
+        return f"the shape or dtype of {unread[0].name!r}, which it depends on, is not known"
+    shapes = [e.shape for v in node.inputs if (e := reader.expr_of(v)) is not None and e.is_float]
+    said = f"'{node.op_type}' ({node.name}) between its two products could not be read"
+    if len(shapes) < 2:
+        return said
+    said += f" (on {' and '.join('[' + ', '.join(map(str, s)) + ']' for s in shapes)}"
+    named = any(not isinstance(n, int) for s in shapes for n in s)
+    return said + ("; sizes of different names may differ)" if named else ")")

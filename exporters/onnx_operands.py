@@ -22,6 +22,7 @@ from fusepass.spec import (
     Bias,
     Dropout,
     Keep,
+    KeyGate,
     Mask,
     Scale,
     ScaleBy,
@@ -63,8 +64,8 @@ def refuse_modifiers(spec: Attention, softcap: bool) -> str | None:
     stage = 0
     for mod in spec.scores:
         match mod:
-            case ScaleBy(axes=axes) if "j" in axes:
-                return "the scores are multiplied by a tensor that varies over the keys"
+            case ScaleBy(axes=axes) if {"i", "j"} <= set(axes):
+                return "the scores are multiplied by a tensor that varies over queries and keys"
             case Scale() | ScaleBy():
                 at = 0
             case SoftCap() if softcap:
@@ -84,7 +85,7 @@ def refuse_modifiers(spec: Attention, softcap: bool) -> str | None:
 def _refuse_weights(spec: Attention) -> str | None:
     if spec.dropout:
         return "the weights are dropped out: export the model in eval mode"
-    return spec.refuse_weights(Dropout, Keep, WeightScale, ZeroEmptyRows)
+    return spec.refuse_weights(Dropout, Keep, WeightScale, KeyGate, ZeroEmptyRows)
 
 
 def softcap_of(spec: Attention) -> float:
@@ -127,6 +128,38 @@ def laid_out(site: Site, build: OnnxBuilder, packed: bool = False) -> Operands:
         groups = (r.batch, length, [*heads, *width]) if packed else (r.batch, heads, length, width)
         values.append(build.layout(build.choose(chain, groups), groups, full=True))
     return alike(build, Operands(*values))
+
+
+def has_gates(spec: Attention) -> bool:
+    """Are the scores or the weights multiplied by a tensor that varies over the keys?"""
+    return any(isinstance(m, KeyGate) or _scales_keys(m) for m in (*spec.scores, *spec.weights))
+
+
+def _scales_keys(mod: object) -> bool:
+    return isinstance(mod, ScaleBy) and "j" in mod.axes
+
+
+def gated(site: Site, build: OnnxBuilder, x: Operands) -> Operands:
+    """Factors that vary over the keys, multiplied into keys and values.
+
+    ``(q k) * g = q (g * k)`` and ``(w * g) v = w (g * v)``.
+
+    Raises:
+        Refused: a factor varies over heads that share keys and values.
+    """
+    k, v = x.k, x.v
+    for mod in (*site.spec.scores, *site.spec.weights):
+        if not (isinstance(mod, KeyGate) or (isinstance(mod, ScaleBy) and _scales_keys(mod))):
+            continue
+        if "h" in mod.axes and site.spec.heads != site.spec.kv_heads:
+            raise Refused("a factor varies over keys and heads, and the heads share their keys and values")
+        gate = build.permute(score_operand(site, build, mod.slot), (0, 1, 3, 2))
+        gate = build.cast(gate, build.dtype_of(v))
+        if isinstance(mod, KeyGate):
+            v = build.pointwise("Mul", gate, v)
+        else:
+            k = build.pointwise("Mul", gate, k)
+    return Operands(x.q, k, v)
 
 
 def alike(build: OnnxBuilder, x: Operands) -> Operands:
@@ -175,7 +208,7 @@ def scaled(site: Site, build: OnnxBuilder, x: Operands, packed: bool = False) ->
     for mod in site.spec.scores:
         if isinstance(mod, Scale):
             factor *= mod.factor
-        elif isinstance(mod, ScaleBy):
+        elif isinstance(mod, ScaleBy) and not _scales_keys(mod):
             if packed and mod.axes:
                 raise Refused("the scores are multiplied by a tensor over heads or queries")
             by = _row(build, score_operand(site, build, mod.slot))

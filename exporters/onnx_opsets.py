@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from fusepass.exporters.onnx_files import ModelError
+from fusepass.exporters.onnx_files import ModelError, root
 
 
 def raise_opset(model: ir.Model, wanted: int) -> None:
@@ -33,7 +33,7 @@ def raise_opset(model: ir.Model, wanted: int) -> None:
     except Exception as error:
         raise ModelError(
             f"the model's operators cannot be converted from opset {have} to {wanted} "
-            f"({type(error).__name__}: {str(error).strip()[:200]}); export it at opset {wanted}, or use "
+            f"({root(error)}); export it at opset {wanted}, or use "
             "target='ort', whose operators need no newer opset"
         ) from error
     if model.opset_imports[""] != wanted:

@@ -18,8 +18,10 @@ from fusepass.exporters.onnx_files import (
     Disagreement,
     ModelError,
     check_opset,
+    external_tensors,
     pin_ir_version,
     read,
+    root,
     staged,
     write,
 )
@@ -68,9 +70,7 @@ def optimize_onnx(
     say("reading the model")
     model = read(path_in)
     apart = external_data
-    if apart is None and any(
-        isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values()
-    ):
+    if apart is None and any(external_tensors(model)):
         apart = True
     have = check_opset(model)
     say("fusing attention")
@@ -88,7 +88,11 @@ def optimize_onnx(
     )
     with staged(path_out) as place:
         write(model, place, apart, say)
-        check_model(place)
+        try:
+            check_model(place)
+        except Disagreement:
+            _check_original(path_in)
+            raise
         if verify:
             say("running both models and comparing them")
             found.checks, remarks = _compared(path_in, place, model, inputs)
@@ -117,7 +121,10 @@ def fuse(model: ir.Model, target: Target) -> GraphReport:
     if model.functions:
         from onnx_ir.passes.common import InlinePass
 
-        InlinePass()(model)
+        try:
+            InlinePass()(model)
+        except Exception as error:
+            raise ModelError(f"the model's functions cannot be written out: {root(error)}") from error
     report = fuse_model(model, target, OPERATORS[target.name], infer(model))
     publish(report)
     return report
@@ -133,6 +140,18 @@ def check_model(path: Path) -> None:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
         raise Disagreement(f"the fused model is not valid, and was not written: {error}") from error
+
+
+def _check_original(path: str | os.PathLike[str]) -> None:
+    """What was made is not valid: was the model that was read?
+
+    Raises:
+        ModelError: it was not, either.
+    """
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise ModelError(f"cannot read {str(path)!r}: it is no valid ONNX model ({root(error)})") from error
 
 
 def _compared(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,22 +16,17 @@ import onnx_ir as ir
 from fusepass.dialects.onnx_graph import OnnxReader
 from fusepass.exporters import onnx_rotary
 from fusepass.exporters.onnx_builder import OnnxBuilder, Written
+from fusepass.exporters.onnx_edits import all_names, erase_dead, inner_graphs, live
 from fusepass.exporters.onnx_leftover import left_over
 from fusepass.exporters.onnx_operands import Refused
 from fusepass.exporters.onnx_operators import Operator, Target
+from fusepass.exporters.onnx_readers import Readers
 from fusepass.index import AxisSpace
-from fusepass.ir import POINTWISE, VIEWS, Expr
+from fusepass.ir import Expr
 from fusepass.layouts import CannotEmit
 from fusepass.recognize import Miss, Site, as_product, recognise_sum
 from fusepass.report import GraphReport, SiteReport
-from fusepass.resemblance import of_activations, products_behind, softmaxes_behind
-
-#: What lies between the two products of a site.
-_LIGHT = (
-    POINTWISE
-    | VIEWS
-    | {"softmax", "log_softmax", "sum", "amax", "logsumexp", "index", "cat", "cumsum", "dropout"}
-)
+from fusepass.resemblance import of_activations, softmaxes_behind
 
 
 def fuse_model(
@@ -50,7 +45,7 @@ def fuse_model(
     """
     start = time.perf_counter()
     report = GraphReport(nodes=0)
-    names = _names(model.graph)
+    names = all_names(model.graph)
     setting = _Setting(model.opset_imports, target, operators, shapes or {}, names, report)
     _fuse_graph(model.graph, setting, None, None)
     report.seconds = time.perf_counter() - start
@@ -77,26 +72,8 @@ def _fuse_graph(
     setting.report.nodes += len(reader.order)
     setting.report.sites.extend(_Pass(reader, setting).run())
     for node in list(graph):
-        for inner in _inner_graphs(node):
+        for inner in inner_graphs(node):
             _fuse_graph(inner, setting, reader, node)
-
-
-def _names(graph: ir.Graph) -> set[str | None]:
-    """The names of a graph's nodes and values, and of those within it."""
-    found: set[str | None] = {v.name for v in graph.inputs} | set(graph.initializers)
-    for node in graph:
-        found |= {node.name, *(v.name for v in node.outputs)}
-        for inner in _inner_graphs(node):
-            found |= _names(inner)
-    return found
-
-
-def _inner_graphs(node: ir.Node) -> Iterator[ir.Graph]:
-    for attribute in node.attributes.values():
-        if isinstance(attribute, ir.Attr) and attribute.type is ir.AttributeType.GRAPH:
-            yield attribute.value
-        elif isinstance(attribute, ir.Attr) and attribute.type is ir.AttributeType.GRAPHS:
-            yield from attribute.value
 
 
 class _Pass:
@@ -108,9 +85,9 @@ class _Pass:
         self.graph = reader.graph
         self.written = Written(reader, setting.opsets.get("", 1), setting.names)
         self.settled: set[Expr] = set()
-        self.sharing: dict[ir.Node, Expr | None] = {}
         self.fused: dict[Expr, tuple[ir.Value, Site, str]] = {}
-        self.live = _live(self.graph)
+        self.live = live(self.graph)
+        self.readers = Readers(reader, self.live, self.operators, self.target)
 
     def run(self) -> list[SiteReport]:
         """Every site's report, in topological order."""
@@ -133,7 +110,7 @@ class _Pass:
             if found is None or (late is not None and not isinstance(found, list)):
                 continue
             if late is not None:
-                inside = {p.outputs[0].name for p in self._products_of(node)}
+                inside = {p.outputs[0].name for p in self.readers.products_of(node)}
                 reports = [r for r in reports if r.fused or r.node not in inside]
             reports.extend(self._settle(node, meaning, found))
         left = left_over(self.graph, self.reader, self.live, self.settled)
@@ -178,8 +155,7 @@ class _Pass:
                 return []  # an activation function that is made of an exponential
             return [self._report(node, None, reason=found.reason)]
         for _, site in found:
-            readers = (self._outside_reader(site, p, node) for p in self._scores(site, meaning))
-            other = next(filter(None, readers), None)
+            other = self.readers.outside(site, node, meaning)
             if other is not None:
                 reason = f"its scores or weights are also used by '{other.op_type}' ({other.name})"
                 return [self._report(node, s, reason=reason) for _, s in found]
@@ -202,7 +178,7 @@ class _Pass:
                 for (_, site), r in zip(parts, rejected, strict=True)
             ]
         reports = [
-            self._report(node, site, name, rejected=r)
+            self._report(node, site, name, rejected=[tried for tried in r if tried[0] != name])
             for (_, site), (_, _, name), r in zip(parts, made, rejected, strict=True)
         ]
         self._take(node, self._summed([sign for sign, _ in parts], made), made)
@@ -280,73 +256,6 @@ class _Pass:
         self.written.present.add(old)
         erase_dead(self.graph, producer)
 
-    # -- who else reads it -------------------------------------------------------------------
-
-    def _scores(self, site: Site, anchor: Expr) -> list[Expr]:
-        """The product of queries and keys; of keys in several tensors there are several."""
-        if site.product in self.reader.home:
-            return [site.product]
-        return products_behind(anchor)
-
-    def _outside_reader(self, site: Site, product: Expr, anchor: ir.Node) -> ir.Node | None:
-        """A live node, not on the way to the anchor, for which the scores or weights must be computed."""
-        held = self.reader.home.get(product)
-        todo = [] if held is None else [held]
-        result = self.reader.meaning[anchor.outputs[0]]
-        within = self._products_of(anchor)
-        seen: set[ir.Node] = set()
-        while todo:
-            value = todo.pop()
-            if value.is_graph_output():
-                return anchor if value is anchor.outputs[0] else value.producer()
-            for user in value.consumers():
-                if user is anchor or user in seen or user not in self.live or user.op_type == "Shape":
-                    continue
-                seen.add(user)
-                meaning = self.reader.meaning.get(user.outputs[0])
-                if meaning is result or self._shares(user, site):
-                    continue  # it says the same, or is fused as well
-                light = meaning is not None and (meaning.op in _LIGHT or user in within)
-                if user.graph is not self.graph or not light:
-                    return user
-                todo.extend(user.outputs)
-        return None
-
-    def _shares(self, user: ir.Node, site: Site) -> bool:
-        """Is a node the product of a site's weights with other values, for which an operator serves too?
-
-        Exporters compute equal weights once, though the model computes them for every product.
-        """
-        meaning = self.reader.meaning.get(user.outputs[0])
-        if meaning is None or meaning.op != "dot" or user.graph is not self.graph:
-            return False
-        if user not in self.sharing:
-            found = recognise_sum(meaning, self.reader.facts_of(meaning), contents=self.reader.contents)
-            self.sharing[user] = None
-            if isinstance(found, list) and len(found) == 1:
-                refused = (o.refuse(found[0][1].spec, self.target) for o in self.operators)
-                self.sharing[user] = found[0][1].product if None in refused else None
-        return self.sharing[user] is site.product
-
-    def _products_of(self, anchor: ir.Node) -> set[ir.Node]:
-        """The products, and their sums, that an anchor which is none normalises or adds up."""
-        start = self.reader.meaning[anchor.outputs[0]]
-        found: set[ir.Node] = set()
-        todo = [] if start is None or start.op == "dot" else [anchor]
-        summed = start is not None and start.op == "add"
-        while todo:
-            for value in todo.pop().inputs:
-                producer = None if value is None else value.producer()
-                inner = None if value is None else self.reader.meaning.get(value)
-                if producer is None or inner is None:
-                    continue
-                adds = summed and inner.op == "add"
-                if inner.op == "dot" or adds:
-                    found.add(producer)
-                if adds or (inner.op != "dot" and producer.op_type == "Cast"):
-                    todo.append(producer)
-        return found
-
     # -- reporting ---------------------------------------------------------------------------
 
     def _report(
@@ -370,7 +279,7 @@ class _Pass:
 
 
 def _why(rejected: Sequence[tuple[str, str]]) -> str:
-    return "; ".join(dict.fromkeys(f"{name}: {reason}" for name, reason in rejected))
+    return "; ".join(f"{name}: {reason}" for name, reason in dict(rejected).items())
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
@@ -385,38 +294,4 @@ def source_of(node: ir.Node) -> str | None:
     return node.name or None
 
 
-def _live(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes that an output depends on."""
-    live: set[ir.Node] = set()
-    for node in reversed(list(graph)):
-        used = any(
-            v.is_graph_output() or any(u in live or u.graph is not graph for u in v.consumers())
-            for v in node.outputs
-        )
-        if used:
-            live.add(node)
-    return live
-
-
-def erase_dead(graph: ir.Graph, start: ir.Node) -> None:
-    """Remove a node whose results nobody reads, and what only it needed."""
-    todo = [start]
-    while todo:
-        node = todo.pop()
-        if node.graph is not graph or any(v.is_graph_output() or v.uses() for v in node.outputs):
-            continue
-        if any(True for _ in _inner_graphs(node)):
-            continue
-        inputs = [v for v in node.inputs if v is not None]
-        graph.remove(node, safe=True)
-        for value in inputs:
-            producer = value.producer()
-            if producer is not None:
-                todo.append(producer)
-            elif value.is_initializer() and not value.uses() and not value.is_graph_input():
-                owner = value.graph
-                if owner is not None and not value.is_graph_output():
-                    owner.initializers.pop(value.name or "", None)
-
-
-__all__ = ["erase_dead", "fuse_model", "source_of"]
+__all__ = ["fuse_model"]

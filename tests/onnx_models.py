@@ -87,9 +87,16 @@ def nodes(path: Path, name: str) -> list[ir.Node]:
 
 def run(path: Path, **feeds: Any) -> list[npt.NDArray[Any]]:
     """The outputs of a file in onnxruntime on the CPU."""
+    return run_on(path, feeds, cuda=False)
+
+
+def run_on(path: Path, feeds: dict[str, Any], *, cuda: bool) -> list[npt.NDArray[Any]]:
+    """The outputs of a file in onnxruntime on the CPU, or on CUDA without TF32."""
     import onnxruntime as ort
 
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    first: list[Any] = [("CUDAExecutionProvider", {"use_tf32": "0"})] if cuda else []
+    session = ort.InferenceSession(str(path), providers=[*first, "CPUExecutionProvider"])
+    assert not cuda or "CUDAExecutionProvider" in session.get_providers()
     names = {i.name for i in session.get_inputs()}
     given = {n: np.asarray(a) for n, a in feeds.items() if n in names}
     return session.run(None, given)  # type: ignore[no-any-return]

@@ -6,15 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 import fusepass
-from fusepass.exporters.onnx_files import ModelError
 from tests.onnx_models import MODELS, Attention, drawn, dynamic, nodes, run, sharpened
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
@@ -326,6 +323,32 @@ def test_stored_masks_are_proved_causal(how: str, script: bool, tmp_path: Path) 
     assert report.max_error <= 1e-5 and len(node.inputs) == 3 and node.attributes.get_int("is_causal", 0)
 
 
+class Chunked(nn.Module):
+    """Causal within chunks of four tokens (Llama 4); exporters divide integers by several operators."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n = torch.arange(q.shape[2])
+        seen = (n[:, None] // 4 == n[None, :] // 4) & (n[None, :] <= n[:, None])
+        s = (q @ k.transpose(-2, -1)).masked_fill(~seen, -torch.inf)
+        return s.softmax(-1) @ v
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("script", [True, False], ids=["torchscript", "dynamo"])
+def test_chunks(script: bool, tmp_path: Path) -> None:
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    model, (q, k, v) = Chunked().eval(), torch.randn(3, 2, 2, 6, 8)
+    if script:
+        torch.onnx.export(
+            model, (q, k, v), str(before), dynamo=False, opset_version=14, input_names=["q", "k", "v"],
+            dynamic_axes={n: {2: "seq"} for n in "qkv"},
+        )  # fmt: skip
+    else:
+        plain(model, before, q, k, v, dynamic_shapes=({2: torch.export.Dim("seq")},) * 3)
+    report = fusepass.optimize_onnx(before, after)
+    assert (report.fused, report.softmaxes) == (1, 0) and report.max_error <= 1e-5
+
+
 def test_dropout_in_training_stays(tmp_path: Path) -> None:
     class Dropping(nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -335,124 +358,6 @@ def test_dropout_in_training_stays(tmp_path: Path) -> None:
     plain(Dropping().eval(), before, *torch.randn(3, 2, 2, 6, 8))
     report = fusepass.optimize_onnx(before, after, verify=False)
     assert "export the model in eval mode" in str(report.graph.sites[0].reason)
-
-
-# ---------------------------------------------------------------------------------------- files
-
-
-def attention_proto(opset: int = 20, extra: list[Any] | None = None) -> Any:
-    """``softmax(q k^T) v`` as a hand-made model."""
-    shape = ["B", 2, "S", 8]
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in "qkv"]
-    steps = [
-        helper.make_node("Transpose", ["k"], ["t"], perm=[0, 1, 3, 2]),
-        helper.make_node("MatMul", ["q", "t"], ["s"]),
-        helper.make_node("Softmax", ["s"], ["w"], axis=-1),
-        helper.make_node("MatMul", ["w", "v"], ["y"]),
-        *(extra or []),
-    ]
-    out = helper.make_tensor_value_info("z" if extra else "y", TensorProto.FLOAT, shape)
-    imports = [helper.make_opsetid("", opset), helper.make_opsetid("somebody", 1)]
-    return helper.make_model(
-        helper.make_graph(steps, "g", values, [out]), opset_imports=imports, ir_version=10
-    )
-
-
-def test_unknown_operators_are_left_alone(tmp_path: Path) -> None:
-    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
-    foreign = helper.make_node("Secret", ["y"], ["z"], domain="somebody")
-    onnx.save(attention_proto(extra=[foreign]), before)
-    report = fusepass.optimize_onnx(before, after)
-    assert report.fused == 1 and [n.domain for n in nodes(after, "Secret")] == ["somebody"]
-    assert not report.checks and "not verified" in report.notes[0], "nobody can run it"
-
-
-def test_what_could_not_be_read_is_named(tmp_path: Path) -> None:
-    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
-    model = attention_proto()
-    model.graph.node[2].input[0] = "other"
-    model.graph.node.insert(2, helper.make_node("Pad", ["s", "pads"], ["other"], name="odd"))
-    model.graph.input.append(helper.make_tensor_value_info("pads", TensorProto.INT64, [8]))
-    onnx.save(model, before)
-    report = fusepass.optimize_onnx(before, after)
-    assert report.softmaxes == 1 and "'Pad' (odd)" in str(report.graph.sites[0].reason)
-
-
-def test_inner_graphs_read_what_is_computed_before_them(tmp_path: Path) -> None:
-    """One attention in both branches of an If, and again after it: each has a node of its own."""
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 2, "S", 8]) for n in "qkv"]
-
-    def steps(end: str) -> list[Any]:
-        return [
-            helper.make_node("Transpose", ["k"], [f"t{end}"], perm=[0, 1, 3, 2]),
-            helper.make_node("MatMul", ["q", f"t{end}"], [f"s{end}"]),
-            helper.make_node("Softmax", [f"s{end}"], [f"w{end}"], axis=-1),
-            helper.make_node("MatMul", [f"w{end}", "v"], [f"y{end}"]),
-        ]
-
-    branches = [
-        helper.make_graph(steps(n), n, [], [helper.make_tensor_value_info(f"y{n}", TensorProto.FLOAT, None)])
-        for n in ("a", "b")
-    ]
-    flag = helper.make_tensor_value_info("flag", TensorProto.BOOL, [])
-    choose = helper.make_node("If", ["flag"], ["chosen"], then_branch=branches[0], else_branch=branches[1])
-    outs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 2, "S", 8]) for n in ("chosen", "yz")]
-    graph = helper.make_graph([choose, *steps("z")], "g", [*values, flag], outs)
-    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), before)
-    report = fusepass.optimize_onnx(before, after)
-    assert (report.sites, report.fused, report.softmaxes) == (3, 3, 0)
-    assert len(nodes(after, "Attention")) == 3 and report.checks and report.max_error <= 1e-5
-
-
-@pytest.mark.parametrize("opset", [9, 27])
-def test_unsupported_opsets(opset: int, tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    onnx.save(attention_proto(opset), path)
-    before = path.read_bytes()
-    with pytest.raises(ModelError, match=rf"uses opset {opset}; versions 11 to 26 are read"):
-        fusepass.optimize_onnx(path, path)
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x0a\x12\x04abcd" * 5])
-def test_corrupt_files(content: bytes, tmp_path: Path) -> None:
-    path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
-    path.write_bytes(content)
-    with pytest.raises(ModelError, match="cannot read"):
-        fusepass.optimize_onnx(path, out)
-    assert not out.exists()
-
-
-def test_a_truncated_file(tmp_path: Path) -> None:
-    path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
-    plain(sharpened(Attention()), path, drawn())
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ModelError, match="cannot read"):
-        fusepass.optimize_onnx(path, out)
-    assert not out.exists()
-
-
-@pytest.mark.parametrize("damage", ["missing", "short"])
-def test_missing_external_data(damage: str, tmp_path: Path) -> None:
-    path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
-    fusepass.export_onnx(sharpened(Attention()), (drawn(),), path, external_data=True, verify=False)
-    data = tmp_path / "model.onnx.data"
-    if damage == "missing":
-        data.unlink()
-    else:
-        data.write_bytes(data.read_bytes()[:64])
-    with pytest.raises(ModelError, match=r"model.onnx.data"):
-        fusepass.optimize_onnx(path, out)
-    assert not out.exists()
-
-
-def test_external_data_stays_external(tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    fusepass.export_onnx(sharpened(Attention()), (drawn(),), path, external_data=True, verify=False)
-    fusepass.optimize_onnx(path, path)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
-    assert run(path, x=drawn())[0].shape == (2, 6, 32)
 
 
 def test_the_reference_evaluator_agrees(tmp_path: Path) -> None:

@@ -86,7 +86,10 @@ def _mul(c: Call, *args: Expr) -> Expr | None:
 
 @handles("Div")
 def _div(c: Call, a: Expr, b: Expr) -> Expr | None:
-    return _pointwise(c, "div", a, b, dtype=a.dtype) if a.is_float else None  # integers are truncated
+    if a.is_float:
+        return _pointwise(c, "div", a, b, dtype=a.dtype)
+    shape = broadcast(c, a.shape, b.shape)  # integers are truncated: only the shape is known
+    return None if shape is None else leaf(c.node.outputs[0].name or "", shape, a.dtype)
 
 
 @handles("Mod")
@@ -112,7 +115,8 @@ def _isnan(c: Call, x: Expr) -> Expr | None:
 def _isinf(c: Call, x: Expr) -> Expr | None:
     x = _unwidened(x)
     both = c.attr("detect_negative", 1) and c.attr("detect_positive", 1)
-    if x.op == "softmax":
+    weights = x.args[0] if x.op == "nan_to_num" and math.isfinite(x.attrs[0]) else x
+    if weights.op == "softmax":
         return view("expand", const(False, torch.bool), x.shape)  # weights are at most one, or NaN
     return _pointwise(c, "isinf", x, dtype=torch.bool) if both else None
 

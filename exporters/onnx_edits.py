@@ -1,0 +1,60 @@
+"""Edits of an ONNX graph, and what they ask of it: names, inner graphs, live nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+
+def all_names(graph: ir.Graph) -> set[str | None]:
+    """The names of a graph's nodes and values, and of those within it."""
+    found: set[str | None] = {v.name for v in graph.inputs} | set(graph.initializers)
+    for node in graph:
+        found |= {node.name, *(v.name for v in node.outputs)}
+        for inner in inner_graphs(node):
+            found |= all_names(inner)
+    return found
+
+
+def inner_graphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs within a node: branches, bodies of loops."""
+    for attribute in node.attributes.values():
+        if isinstance(attribute, ir.Attr) and attribute.type is ir.AttributeType.GRAPH:
+            yield attribute.value
+        elif isinstance(attribute, ir.Attr) and attribute.type is ir.AttributeType.GRAPHS:
+            yield from attribute.value
+
+
+def live(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes that an output depends on."""
+    found: set[ir.Node] = set()
+    for node in reversed(list(graph)):
+        used = any(
+            v.is_graph_output() or any(u in found or u.graph is not graph for u in v.consumers())
+            for v in node.outputs
+        )
+        if used:
+            found.add(node)
+    return found
+
+
+def erase_dead(graph: ir.Graph, start: ir.Node) -> None:
+    """Remove a node whose results nobody reads, and what only it needed."""
+    todo = [start]
+    while todo:
+        node = todo.pop()
+        if node.graph is not graph or any(v.is_graph_output() or v.uses() for v in node.outputs):
+            continue
+        if any(True for _ in inner_graphs(node)):
+            continue
+        inputs = [v for v in node.inputs if v is not None]
+        graph.remove(node, safe=True)
+        for value in inputs:
+            producer = value.producer()
+            if producer is not None:
+                todo.append(producer)
+            elif value.is_initializer() and not value.uses() and not value.is_graph_input():
+                owner = value.graph
+                if owner is not None and not value.is_graph_output():
+                    owner.initializers.pop(value.name or "", None)
