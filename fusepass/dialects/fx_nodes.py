@@ -44,7 +44,7 @@ _OPERATORS = {
 #: ``torch.sparse``) the same names mean something else.
 _MODULES = frozenset(
     "torch torch.functional torch.nn.functional torch._tensor torch._C torch._C._nn torch._C._linalg "
-    "torch._C._special _operator operator math builtins".split()
+    "torch._C._special torch._ops.aten torch._ops.prims _operator operator math builtins".split()
 )
 #: Methods whose arguments come in another order than those of the function of that name.
 _METHODS = {"where": "where_method"}
