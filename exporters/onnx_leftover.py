@@ -66,7 +66,7 @@ def left_over(
         if meaning is not None and meaning in settled:
             continue
         reason = "no product with values that could be read uses it"
-        if meaning is None or meaning.op != "softmax" or not of_activations(meaning):
+        if meaning is None or meaning.op != "softmax" or not of_activations(meaning.args[0]):
             unread = _unread_between(node, reader)
             if unread is None:
                 continue

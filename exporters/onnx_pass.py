@@ -151,7 +151,7 @@ class _Pass:
         behind = softmaxes_behind(meaning)
         self.settled.update(behind)
         if isinstance(found, Miss):
-            if behind and all(e.op == "exp" and not of_activations(e) for e in behind):
+            if behind and all(e.op == "exp" and not of_activations(e.args[0]) for e in behind):
                 return []  # an activation function that is made of an exponential
             return [self._report(node, None, reason=found.reason)]
         for _, site in found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fusepass.ir import Expr, expr
+from fusepass.ir import Expr
 from fusepass.patterns.scores import holds_product
 
 
@@ -39,11 +39,11 @@ def products_behind(anchor: Expr) -> list[Expr]:
     return list(found)
 
 
-def of_activations(softmax: Expr) -> bool:
-    """Does the softmax come from a product of two tensors of rank 3 or more?"""
-    if not holds_product(softmax.args[0]):
+def of_activations(scores: Expr) -> bool:
+    """Do the scores come from a product of two tensors of rank 3 or more?"""
+    if not holds_product(scores):
         return False
-    todo = [softmax.args[0]]
+    todo = [scores]
     for _ in range(200):
         if not todo:
             return False
@@ -56,8 +56,8 @@ def of_activations(softmax: Expr) -> bool:
     return False
 
 
-def before_writes(softmax: Expr, before: Mapping[Expr, Expr]) -> Expr | None:
-    """A leaf behind a softmax that was scores before a write which nobody followed.
+def were_scores(softmax: Expr, before: Mapping[Expr, Expr]) -> bool:
+    """Is a leaf behind the softmax what became of scores in a write that nobody followed?
 
     Args:
         softmax: the softmax.
@@ -66,11 +66,9 @@ def before_writes(softmax: Expr, before: Mapping[Expr, Expr]) -> Expr | None:
     todo, seen = [softmax.args[0]], set[Expr]()
     while todo:
         node = todo.pop()
-        if node in before:
-            was = expr("softmax", (before[node],), softmax.attrs, softmax.shape, softmax.dtype)
-            if of_activations(was):
-                return node
+        if node in before and of_activations(before[node]):
+            return True
         if node not in seen and node.op != "dot":
             seen.add(node)
             todo.extend(node.args)
-    return None
+    return False

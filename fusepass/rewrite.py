@@ -25,7 +25,7 @@ from fusepass.liveness import erase_dead, inner_products, live_nodes, outside_re
 from fusepass.patterns.products import factors
 from fusepass.recognize import RULES, Miss, Rules, Site, as_product, recognise_sum
 from fusepass.report import GraphReport, SiteReport, source_of
-from fusepass.resemblance import before_writes, of_activations, products_behind, softmaxes_behind
+from fusepass.resemblance import of_activations, products_behind, softmaxes_behind, were_scores
 from fusepass.select import UNFUSED, candidates
 from fusepass.strides import laid_out_as
 from fusepass.subgraphs import graphs_of
@@ -332,9 +332,9 @@ class _Pass:
             self.settled.add(meaning)
             if self.reader.definer[meaning] is not node:
                 continue
-            if of_activations(meaning):
+            if of_activations(meaning.args[0]):
                 reports.append(self._report(node, None, reason=self._why_alone(node)))
-            elif before_writes(meaning, self.reader.before) is not None:
+            elif were_scores(meaning, self.reader.before):
                 reports.append(self._report(node, None, reason=_LOST))
         return reports
 
