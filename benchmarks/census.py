@@ -21,6 +21,7 @@ import multiprocessing
 import operator
 import os
 import platform
+import re
 import signal
 import sys
 import tempfile
@@ -482,6 +483,11 @@ def versions(inner: str) -> str:
     return f"{packages}, Python {platform.python_version()}; {machine}; inner {inner}"
 
 
+def without_paths(text: str) -> str:
+    """A message without the folders of this machine, which say nothing elsewhere."""
+    return re.sub(r"(?<![\w:/])/(?:[\w.+-]+/)+", "", text)
+
+
 def markdown(rows: list[Row], inner: str) -> str:
     """The table as a file."""
     text = ["# Census", "", f"Written by `python benchmarks/census.py`. {versions(inner)}.", ""]
@@ -494,8 +500,11 @@ def markdown(rows: list[Row], inner: str) -> str:
     for title, entries in (
         ("Sites that stay", [f"- {family} ×{n}: {reason}" for family, reason, n in stay]),
         ("No attention sites", [", ".join(row["family"] for row in judged if not row["sites"])]),
-        ("Failed", [f"- {row['family']}: {row['failed']}" for row in rows if "failed" in row]),
-        ("Not judged", [f"- {row['family']}: {row['skipped']}" for row in rows if "skipped" in row]),
+        ("Failed", [f"- {row['family']}: {without_paths(row['failed'])}" for row in rows if "failed" in row]),
+        (
+            "Not judged",
+            [f"- {row['family']}: {without_paths(row['skipped'])}" for row in rows if "skipped" in row],
+        ),
     ):
         if any(entries):
             text += ["", f"## {title}", "", *entries]
