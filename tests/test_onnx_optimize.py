@@ -17,9 +17,12 @@ from tests.onnx_models import MODELS, Attention, drawn, dynamic, nodes, run, sha
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 
 
-def scripted(model: nn.Module, path: Path, inputs: dict[str, Tensor], opset: int, varying: bool) -> None:
-    """An export by TorchScript."""
-    axes = {name: {0: "batch", 1: "seq"} for name in inputs} if varying else None
+def scripted(
+    model: nn.Module, path: Path, inputs: dict[str, Tensor], opset: int, varying: bool | dict[int, str]
+) -> None:
+    """An export by TorchScript; axes that may vary have names (``True``: batch and sequence)."""
+    named = {0: "batch", 1: "seq"} if varying is True else varying
+    axes = dict.fromkeys(inputs, named) if named else None
     torch.onnx.export(
         model, tuple(inputs.values()), str(path), dynamo=False, opset_version=opset,
         input_names=list(inputs), output_names=["out"], dynamic_axes=axes,
@@ -294,6 +297,14 @@ class Stored(nn.Module):
         return s.softmax(-1) @ v
 
 
+def exported(model: nn.Module, path: Path, *inputs: Tensor, script: bool, longest: int | None = None) -> None:
+    """Write ``model`` of (B, H, S, D) inputs with a dynamic S, by one of PyTorch's two exporters."""
+    if script:
+        scripted(model, path, {f"x{i}": x for i, x in enumerate(inputs)}, 14, {2: "seq"})
+    else:
+        plain(model, path, *inputs, dynamic_shapes=({2: torch.export.Dim("seq", max=longest)},) * len(inputs))
+
+
 LOWER = torch.ones(16, 16).tril()
 STORED = {
     "where": LOWER.to(torch.uint8)[None, None],
@@ -310,14 +321,7 @@ def test_stored_masks_are_proved_causal(how: str, script: bool, tmp_path: Path) 
     before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
     model = Stored(STORED[how], how).eval()
     q, k, v = torch.randn(3, 2, 2, 6, 8)
-    length = torch.export.Dim("seq", max=16)
-    if script:
-        torch.onnx.export(
-            model, (q, k, v), str(before), dynamo=False, opset_version=14, input_names=["q", "k", "v"],
-            dynamic_axes={n: {2: "seq"} for n in "qkv"},
-        )  # fmt: skip
-    else:
-        plain(model, before, q, k, v, dynamic_shapes=({2: length},) * 3)
+    exported(model, before, q, k, v, script=script, longest=16)
     report = fusepass.optimize_onnx(before, after)
     (node,) = nodes(after, "Attention")
     assert report.max_error <= 1e-5 and len(node.inputs) == 3 and node.attributes.get_int("is_causal", 0)
@@ -338,13 +342,7 @@ class Chunked(nn.Module):
 def test_chunks(script: bool, tmp_path: Path) -> None:
     before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
     model, (q, k, v) = Chunked().eval(), torch.randn(3, 2, 2, 6, 8)
-    if script:
-        torch.onnx.export(
-            model, (q, k, v), str(before), dynamo=False, opset_version=14, input_names=["q", "k", "v"],
-            dynamic_axes={n: {2: "seq"} for n in "qkv"},
-        )  # fmt: skip
-    else:
-        plain(model, before, q, k, v, dynamic_shapes=({2: torch.export.Dim("seq")},) * 3)
+    exported(model, before, q, k, v, script=script)
     report = fusepass.optimize_onnx(before, after)
     assert (report.fused, report.softmaxes) == (1, 0) and report.max_error <= 1e-5
 
