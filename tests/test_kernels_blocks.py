@@ -15,6 +15,7 @@ from torch import Tensor
 from fusepass.config import Options
 from fusepass.kernels import BY_NAME, Target, flex, formula
 from fusepass.kernels.blocks import BLOCK, block_visibility, tables
+from fusepass.kernels.flex_blocks import block_attention
 from fusepass.rewrite import rewrite_graph
 from fusepass.spec import Attention
 from tests.attention_cases import CASES, INF, heads, merge
@@ -186,6 +187,24 @@ def test_layers_share_their_tables(everywhere: None) -> None:
 
     seen = graph_of(layers, replace(case, dtype=torch.float32).inputs("cpu"))
     assert seen.count("block_tables.default") == 1 and seen.count("block_attention") == 3
+
+
+@pytest.mark.parametrize(("name", "read"), [("padding on the left", True), ("causal", False)])
+def test_a_log_sum_exp_that_is_read_is_asked_for(name: str, read: bool, everywhere: None) -> None:
+    """Without gradients FlexAttention's kernel writes none of its own accord."""
+    asked: list[bool] = []
+
+    def keep(gm: torch.fx.GraphModule, example: Any) -> Any:
+        calls = [n for n in gm.graph.nodes if n.target is block_attention]
+        asked.extend(dict(formula.read(n.args[-1])).get("OUTPUT_LOGSUMEXP", False) for n in calls)
+        return gm.forward
+
+    case = replace(CASES[name], dtype=torch.float32)
+    with torch.no_grad():
+        torch.compile(case.program, backend="fusepass", options={"inner": keep, "kernel": "flex"})(
+            **case.inputs("cpu")
+        )
+    assert asked == [read]
 
 
 def test_other_masks_have_other_tables(everywhere: None) -> None:

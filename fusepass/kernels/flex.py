@@ -97,7 +97,10 @@ stored.register_autograd(lambda ctx, grad: grad)
 
 
 def kernel_options(q: Tensor) -> dict[str, Any]:
-    """The kernel options that the public function would set; the CPU kernel writes no log-sum-exp."""
+    """The kernel options that the public function would set for a caller who reads the result alone.
+
+    The CPU kernel writes no log-sum-exp, the others only where a gradient may be asked for.
+    """
     return {
         "BACKEND": "AUTO",
         "PRESCALE_QK": False,

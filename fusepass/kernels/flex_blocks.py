@@ -271,10 +271,13 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
             q.new_empty((*q.shape[:3], v.shape[3])),
             q.new_empty(q.shape[:3], dtype=torch.float32),
         )
+    mends = bool(site.spec.masks) and not site.spec.rows_seen
+    if mends:  # without gradients the kernel leaves the log-sum-exp unwritten, unless told that it is read
+        options = options | {"OUTPUT_LOGSUMEXP": True}
     arguments = (x.q, x.k, x.v, scores, masks, tables, made.code(), fm.text(sorted(options.items())))
     found = build.call_with(value, block_attention, *arguments)
     out = build.call(operator.getitem, found, 0)
-    if site.spec.masks and not site.spec.rows_seen:
+    if mends:
         out = mended(site, build, target, x, out, build.call(operator.getitem, found, 1))
     return out
 
