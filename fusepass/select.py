@@ -140,9 +140,13 @@ def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel])
     native = not isinstance(flash.describe(spec, "flash4"), str)
     hidden = all(isinstance(a, (Band, KeyPadding, Document)) for a in spec.atoms)
 
+    windows = native and spec.sink is None  # with a sink, SDPA's own are a dense mask
+
     def place(kernel: Kernel) -> int:
-        if native:
-            return 0 if kernel.name.startswith("flash") else 1 if kernel is sdpa.SDPA else 2
+        if native and kernel.name.startswith("flash"):
+            return 0
+        if windows:
+            return 1 if kernel is sdpa.SDPA else 2
         return 1 if kernel.name == "flex" and hidden and bool(spec.masks) else 2
 
     return sorted(kernels, key=place)

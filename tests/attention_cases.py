@@ -50,12 +50,18 @@ def banded(left: int | None, right: int | None, cap: float = 0.0) -> Callable[..
     return program
 
 
-def sink(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
-    q, k, v = heads(q, k, v)
-    s = q @ k.transpose(-1, -2) * 0.1
-    s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -INF)
-    column = sinks.to(s.dtype).view(1, -1, 1, 1).expand(*s.shape[:-1], 1)
-    return merge(torch.cat([s, column], -1).softmax(-1)[..., :-1] @ v)
+def sink(left: int | None = None, cap: float = 0.0) -> Callable[..., Tensor]:
+    def program(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        q, k, v = heads(q, k, v)
+        s = q @ k.transpose(-1, -2) * 0.1
+        if cap:
+            s = cap * torch.tanh(s / cap)
+        ones = torch.ones(s.shape[-2:], dtype=torch.bool, device=q.device)
+        hidden = ones.triu(1) if left is None else ones.triu(1) | ones.tril(-left - 1)
+        column = sinks.to(s.dtype).view(1, -1, 1, 1).expand(*s.shape[:-1], 1)
+        return merge(torch.cat([s.masked_fill(hidden, -INF), column], -1).softmax(-1)[..., :-1] @ v)
+
+    return program
 
 
 def alibi(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
@@ -146,7 +152,8 @@ CASES = {
     "window both ways": Case(banded(40, 70), kernels="sdpa flash2 flash3 flash4 flex"),
     "softcap": Case(banded(None, 0, cap=5.0), kernels="flash2 flash3 flash4 flex flex_flash"),
     "softcap and window": Case(banded(63, 0, cap=5.0), kernels="flash2 flash3 flash4 flex"),
-    "sink": Case(sink, extra="sinks", kernels="sdpa flash4"),
+    "sink": Case(sink(), extra="sinks", kernels="sdpa flash4 flex"),
+    "sink, softcap and window": Case(sink(63, cap=5.0), extra="sinks", kernels="flash4 flex"),
     "alibi": Case(alibi, extra="slopes", kernels="sdpa flash2 flex"),
     "alibi, multi-head": Case(
         alibi, kv_heads=8, extra="slopes", kernels="sdpa flash2 flash4 flex flex_flash"

@@ -237,6 +237,13 @@ def test_the_rule_avoids_large_dense_masks(given: Attention, first: Any) -> None
     assert select.by_rule(given, sizes, KERNELS)[0] is first
 
 
+def test_with_a_sink_windows_of_sdpa_are_dense() -> None:
+    given = spec(mask(Band(100, 0)), sink=Sink(1, "h"))
+    sizes = {"i": float(given.queries), "j": float(given.keys)}
+    assert select.by_rule(given, sizes, KERNELS)[0] is FLASH4
+    assert select.by_rule(given, sizes, [SDPA, FLEX]) == [FLEX, SDPA]
+
+
 def test_on_a_cpu_the_list_is_the_order() -> None:
     ranked = select.rank(None, replace(CUDA, device="cpu"), KERNELS, profile(flash4=0.1))  # type: ignore[arg-type]
     assert [r.kernel for r in ranked] == list(KERNELS)

@@ -177,8 +177,8 @@ def refuse(spec: Attention, target: Target) -> str | None:
         return "FlexAttention is not written into exported graphs"
     if target.device == "cpu" and target.training:
         return "FlexAttention has no gradients on cpu"
-    if spec.sink is not None:
-        return "FlexAttention has no sink"
+    if spec.sink is not None and not takes_tables(target.device):
+        return f"a sink takes the log-sum-exp, which FlexAttention does not return on {target.device}"
     if any(isinstance(w, Dropout) for w in spec.weights):
         return "FlexAttention has no dropout"
     for mod in spec.scores:
@@ -214,6 +214,8 @@ def _with_tables(site: Site, build: Builder, target: Target, options: dict[str, 
 
 def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
     """Everything in the score formula, hidden scores by their fills."""
+    if site.spec.sink is not None:
+        raise Refused("a sink with scores that have no formula")
     x, spec, rows = operands(site, build), site.spec, None
     original, scale = x, 1.0
     within_reach = [m for m in spec.masks if not negligible(m.fill, spec.dtype)]
@@ -265,6 +267,8 @@ def refuse_flash(spec: Attention, target: Target) -> str | None:
     """Why FlexAttention's kernels of flash-attn 4 cannot compute ``spec``."""
     reason = gate_refuses("flex_flash", spec, target.device, target.training) or refuse(spec, target)
     cleaned = next((m for m in spec.scores if isinstance(m, Finite)), None)
+    if reason is None and spec.sink is not None:
+        return "its log-sum-exp has no gradient, which a sink needs"
     if reason is None and cleaned is not None:
         return f"it has no '{cleaned}'"
     if reason is None and target.training and torch.are_deterministic_algorithms_enabled():

@@ -1,7 +1,8 @@
 """FlexAttention with block tables: hidden blocks are skipped, and no tensor over queries and keys is made.
 
 Masks become one ``mask_mod`` and the tables of :mod:`fusepass.kernels.blocks`, biases that have a formula
-become part of the ``score_mod``.  Rows that see no key are found by their log-sum-exp and mended.
+become part of the ``score_mod``.  Rows that see no key are found by their log-sum-exp and mended; a sink
+is taken into account by it too: ``exp(s) / (sum(exp(s)) + exp(u)) = softmax(s) * sigmoid(logsumexp(s) - u)``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fusepass.kernels.base import (
     mean_of_values,
     operands,
     refuse_far_elements,
+    row_operand,
 )
 from fusepass.kernels.blocks import BLOCK, plain_tables, table_shapes, tables_op
 from fusepass.patterns.masks import additive_mask
@@ -271,15 +273,34 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
             q.new_empty((*q.shape[:3], v.shape[3])),
             q.new_empty(q.shape[:3], dtype=torch.float32),
         )
-    mends = bool(site.spec.masks) and not site.spec.rows_seen
-    if mends:  # without gradients the kernel leaves the log-sum-exp unwritten, unless told that it is read
+    mends, sink = bool(site.spec.masks) and not site.spec.rows_seen, site.spec.sink
+    if (
+        mends or sink is not None
+    ):  # without gradients the kernel leaves the log-sum-exp unwritten, unless told that it is read
         options = options | {"OUTPUT_LOGSUMEXP": True}
     arguments = (x.q, x.k, x.v, scores, masks, tables, made.code(), fm.text(sorted(options.items())))
     found = build.call_with(value, block_attention, *arguments)
     out = build.call(operator.getitem, found, 0)
     if mends:
         out = mended(site, build, target, x, out, build.call(operator.getitem, found, 1))
+    if sink is not None:
+        out = _with_sink(
+            build, out, build.call(operator.getitem, found, 1), row_operand(site, build, sink.slot)
+        )
     return out
+
+
+def _with_sink(build: Builder, out: fx.Node, lse: fx.Node, sink: Any) -> fx.Node:
+    """What the keys keep of every row's weight; nothing where the row sees none.
+
+    Args:
+        out: ``[B, H, Q, Dv]``; so is the result.
+        lse: base 2, ``[B, H, Q]``.
+        sink: ``[B | 1, H | 1, Q | 1, 1]``, or a number.
+    """
+    natural = build.op("mul_scalar", build.op("unsqueeze", lse, -1), math.log(2))
+    kept = build.op("sigmoid", build.op("sub", natural, sink))
+    return build.cast(build.op("mul", out, kept), build.value(out).dtype)
 
 
 GROUPED = "with grouped heads its backward pass has no scores that depend on the position"
