@@ -27,13 +27,21 @@ DTYPES = (torch.float64, torch.int64, torch.bool)
 Spelling = tuple[Any, str]
 
 
-@pytest.fixture(scope="module")
-def operators() -> Any:
-    """PyTorch's table of operators; fake tensors complain loudly of samples that are errors."""
+@pytest.fixture
+def operators(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """PyTorch's table of operators; fake tensors complain loudly of samples that are errors.
+
+    For every set of samples PyTorch looks for its own test on the stack, through every module that was ever
+    imported: minutes, beside a large library.
+    """
     logging.disable(logging.ERROR)
     try:
+        from torch.testing._internal import common_utils
         from torch.testing._internal.common_methods_invocations import op_db
+        from torch.testing._internal.opinfo import core
 
+        for module in (common_utils, core):
+            monkeypatch.setattr(module, "extract_test_fn", lambda: None, raising=False)
         yield op_db
     finally:
         logging.disable(logging.NOTSET)
