@@ -29,6 +29,7 @@ from fusepass.resemblance import of_activations, products_behind, softmaxes_behi
 from fusepass.select import UNFUSED, candidates
 from fusepass.strides import laid_out_as
 from fusepass.subgraphs import graphs_of
+from fusepass.transforms import FOREIGN, Transforms, records_gradients
 
 log = logging.getLogger("fusepass")
 
@@ -57,14 +58,16 @@ def rewrite_graph(
     start = time.perf_counter()
     report = GraphReport(nodes=0)
     passes: dict[fx.GraphModule, _Pass] = {}
+    gradients = records_gradients(gm)
     for graph_module, call in graphs_of(gm):
         report.nodes += len(graph_module.graph.nodes)
         outer = None if call is None else passes[call.outer].reader
         given = {} if call is None or outer is None else call.given(outer)
         contents = outer.contents if given and outer is not None else None
         own_gradient = call is not None and call.own_gradient
-        known = Known(constants or {}, static or {}, given, contents, own_gradient)
-        one = _Pass(graph_module, options, rules, known, compiled)
+        known = Known(constants or {}, static or {}, given, contents, own_gradient, gradients)
+        around = None if call is None else (passes[call.outer].transforms, call.node)
+        one = _Pass(graph_module, options, rules, known, compiled, around)
         passes[graph_module] = one
         report.sites.extend(one.run())
         static = None  # those are inputs of the outermost graph
@@ -82,10 +85,11 @@ class _Pass:
     """One graph."""
 
     def __init__(
-        self, gm: fx.GraphModule, options: Options, rules: Rules, known: Known, compiled: bool = False
-    ) -> None:
+        self, gm: fx.GraphModule, options: Options, rules: Rules, known: Known, compiled: bool,
+        around: tuple[Transforms, fx.Node] | None,
+    ) -> None:  # fmt: skip
         self.gm, self.options, self.rules, self.known = gm, options, rules, known
-        self.compiled = compiled
+        self.compiled, self.around = compiled, around
         self.graph = gm.graph
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.settled: set[Expr] = set()
@@ -95,6 +99,7 @@ class _Pass:
     def run(self) -> list[SiteReport]:
         """Every site's report, in program order."""
         expansions, stay = expand_all(self.graph)
+        self.transforms = Transforms(self.graph, self.around)
         self.reader = Reader(self.graph, self.gm, self.known)
         self.live = live_nodes(self.graph, self.reader)
         reports = [self._report(call, None, reason=reason) for call, reason in stay]
@@ -154,6 +159,8 @@ class _Pass:
             reader = self._outside_reader(node, site)
             if reader is not None:
                 return [self._report(node, s, reason=_also_read(reader)) for s in sites]
+        if reason := self.transforms.refuse(node):
+            return [self._report(node, s, reason=reason) for s in sites]
         native = self.options.precision == "native" and self.options.kernel != "reference"
         if len(sites) == 1 and native and as_good(node, sites[0]):
             return [self._report(node, sites[0], "sdpa", reason="a call to SDPA already; nothing to improve")]
@@ -248,6 +255,8 @@ class _Pass:
         self, node: fx.Node, site: Site, kernel: Kernel, target: Target
     ) -> tuple[fx.Node, Builder] | str:
         """Write a kernel's nodes, or say why it cannot."""
+        if not kernel.of_torch and self.transforms.differentiates(node):
+            return FOREIGN
         if reason := kernel.refuse(site.spec, target):
             return reason
         build = Builder(self.reader, node, self.replaced, site.space, self.shared)
@@ -275,7 +284,7 @@ class _Pass:
 
     def _target(self, node: fx.Node, site: Site) -> Target:
         value = value_of(node)
-        training = torch.is_grad_enabled() and bool(getattr(value, "requires_grad", False))
+        training = self.known.gradients and bool(getattr(value, "requires_grad", False))
         aten = isinstance(node.target, torch._ops.OpOverload)
         requested = self.options.kernel not in ("auto", "autotune")
         return Target(value.device.type, training, aten, requested, self.options.precision, self.compiled)

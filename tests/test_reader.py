@@ -455,3 +455,14 @@ def test_operators_written_as_methods() -> None:
     assert got[0].fused and got[0].spec == want[0].spec and got[0].kind == "causal", got
     given = qkv()
     torch.testing.assert_close(methods(*given), plain(*given))
+
+
+def test_results_that_are_none() -> None:
+    """Along an axis of size 0 there is nothing to unbind."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        none = q.new_zeros(0, 3).unbind(0)
+        return product(q, k).softmax(-1) @ v + len(none)
+
+    seen = agrees(program, *qkv())
+    assert [site.fused for site in seen.sites] == [True], seen.sites

@@ -49,6 +49,7 @@ class Known:
         contents: what is known of the leaves in those.
         own_gradient: whether the graph is the forward of a function with a gradient of its own, in which
             nothing else computes gradients.
+        gradients: whether gradients may be recorded in the graph.
     """
 
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class Known:
     given: Mapping[str, Expr] = field(default_factory=dict)
     contents: Contents | None = None
     own_gradient: bool = False
+    gradients: bool = field(default_factory=torch.is_grad_enabled)
 
 
 class Reader:
@@ -255,7 +257,7 @@ class Reader:
         """Was the node computed without gradients (``detach``, a ``no_grad`` region) from what has some?"""
         if (
             self.known.own_gradient
-            or not torch.is_grad_enabled()
+            or not self.known.gradients
             or not isinstance(value, torch.Tensor)
             or not value.is_floating_point()
         ):
@@ -352,7 +354,9 @@ class Reader:
         """Operations with several results."""
         args, kwargs = self._values(node)
         x = args[0] if args else None
-        if not isinstance(x, Expr) or not all(isinstance(v, torch.Tensor) for v in value if v is not None):
+        if not value or not isinstance(x, Expr):
+            return None
+        if not all(isinstance(v, torch.Tensor) for v in value if v is not None):
             return None
         if name in (
             "split",

@@ -40,12 +40,14 @@ class Kernel:
     """A way to compute a specification.
 
     ``refuse`` answers None or the reason from the specification alone; ``emit`` writes the nodes and
-    returns the result ``[B, H, Q, Dv]``, or raises :class:`Refused`.
+    returns the result ``[B, H, Q, Dv]``, or raises :class:`Refused`.  ``of_torch``: it is made of operators
+    whose derivatives PyTorch itself knows.
     """
 
     name: str
     refuse: Callable[[Attention, Target], str | None]
     emit: Callable[[Site, Builder, Target], fx.Node]
+    of_torch: bool = False
 
 
 @dataclass(frozen=True)

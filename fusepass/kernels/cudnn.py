@@ -66,4 +66,4 @@ def _full(site: Site, build: Builder, mask: fx.Node) -> fx.Node:
     return build.op("expand", build.cast(mask, dtype), sizes)
 
 
-CUDNN = Kernel("cudnn", refuse, emit)
+CUDNN = Kernel("cudnn", refuse, emit, of_torch=True)

@@ -326,4 +326,4 @@ def _repeated(site: Site, build: Builder, x: Operands) -> Operands:
     return Operands(x.q, repeat_heads(site, build, x.k), repeat_heads(site, build, x.v))
 
 
-SDPA = Kernel("sdpa", refuse, emit)
+SDPA = Kernel("sdpa", refuse, emit, of_torch=True)
