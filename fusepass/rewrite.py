@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fusepass.config import Options
 from fusepass.dialects.composites import Expansion, expand_all
@@ -266,6 +267,11 @@ class _Pass:
         except (Refused, CannotEmit) as refusal:
             build.discard()
             return str(refusal)
+        except GuardOnDataDependentSymNode as unknown:
+            build.discard()
+            return (
+                f"{unknown.cond} is not known before it runs, and PyTorch asks (torch._check can promise it)"
+            )
 
     def _summed(self, node: fx.Node, signs: list[int], made: list[tuple[fx.Node, Builder, str]]) -> fx.Node:
         """The signed sum of several results; its nodes belong to the last builder."""

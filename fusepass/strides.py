@@ -24,6 +24,7 @@ _ASKING = frozenset(
     "set dim_order is_non_overlapping_and_dense".split()
 )
 _LIMIT = 200
+_LARGE = 1 << 20  # stands for a size that depends on data
 
 
 def laid_out_as(build: Builder, node: fx.Node, out: fx.Node) -> fx.Node:
@@ -58,8 +59,9 @@ def _hint(stride: Any) -> int:
     """A number to sort by."""
     if isinstance(stride, int):
         return stride
-    hint = stride.node.hint
-    return 1 if hint is None else int(hint)
+    if stride.node.hint is not None:
+        return int(stride.node.hint)
+    return int(stride.node.expr.subs(dict.fromkeys(stride.node.expr.free_symbols, _LARGE)))
 
 
 def _observed(build: Builder, node: fx.Node, value: torch.Tensor) -> bool:

@@ -143,3 +143,44 @@ def test_a_cache_that_grows(kernel: str) -> None:
         assert all(s.fused for s in run.sites), run.sites
         sites += len(run.sites)
     assert sites == 2  # one static graph, one dynamic
+
+
+# -------------------------------------------------------------------------------- sizes that depend on data
+
+
+def kept(x: Tensor, keep: Tensor) -> Tensor:
+    """Attention among the rows of ``[S, 96]`` that a mask keeps, causal."""
+    rows = x[keep]
+    q, k, v = (t.unflatten(-1, (4, 8)).transpose(0, 1) for t in rows.chunk(3, -1))
+    n = rows.shape[0]
+    hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
+    out: Tensor = (q @ k.transpose(-2, -1) * 0.3).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+    return out
+
+
+def promised(x: Tensor, keep: Tensor) -> Tensor:
+    """The same among the first rows, of which there is a promise."""
+    n = int(keep.sum().item())
+    torch._check(n >= 2)
+    torch._check(n <= x.shape[0])
+    q, k, v = (t.unflatten(-1, (4, 8)).transpose(0, 1) for t in x[:n].chunk(3, -1))
+    hidden = torch.arange(n)[:, None] < torch.arange(n)
+    out: Tensor = (q @ k.transpose(-2, -1) * 0.3).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+    return out
+
+
+@pytest.mark.parametrize(("program", "fused"), [(kept, False), (promised, True)])
+@pytest.mark.parametrize("kernel", ["auto", "flex"])
+def test_sizes_that_depend_on_data(program: Callable[..., Tensor], fused: bool, kernel: str) -> None:
+    """PyTorch's operators ask whether such a size is 0: a site stays unless the program promises."""
+    torch.manual_seed(0)
+    given = {"x": torch.randn(10, 96), "keep": torch.arange(10) % 3 != 0}
+    ask = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
+    with torch._dynamo.config.patch(ask):
+        got = checking.call(checking.compiled(program, kernel, "aot_eager"), given)
+    eager, exact = (checking.call(program, given, dtype) for dtype in (None, torch.float64))
+    checking.assert_same_accuracy(got, eager, exact)
+    if kernel == "auto":
+        assert got.site.fused == fused, got.site
+    else:
+        assert not got.site.fused and "depends on data" in str(got.site.reason), got.site

@@ -13,8 +13,10 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
+from torch.utils._sympy.symbol import SymT, free_symbol_is_type
 
 from fusepass.emit import Builder
 from fusepass.kernels import flex_blocks
@@ -177,6 +179,9 @@ def refuse(spec: Attention, target: Target) -> str | None:
         return "FlexAttention is not written into exported graphs"
     if target.device == "cpu" and target.training:
         return "FlexAttention has no gradients on cpu"
+    sizes = (spec.batch, spec.heads, spec.kv_heads, spec.queries, spec.keys)
+    if any(isinstance(n, sympy.Expr) and free_symbol_is_type(n, SymT.UNBACKED_INT) for n in sizes):
+        return "FlexAttention takes no size that depends on data"
     if spec.sink is not None and not takes_tables(target.device):
         return f"a sink takes the log-sum-exp, which FlexAttention does not return on {target.device}"
     if any(isinstance(w, Dropout) for w in spec.weights):
