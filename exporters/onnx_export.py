@@ -22,12 +22,13 @@ from torch.utils import _pytree as pytree
 
 from fusepass.dialects.onnx_sizes import parse_dim
 from fusepass.exporters import onnx_verify
-from fusepass.exporters.onnx_files import Disagreement, ModelError, pin_ir_version, root, staged, write
+from fusepass.exporters.onnx_files import Disagreement, pin_ir_version, root, write
 from fusepass.exporters.onnx_leftover import softmaxes
 from fusepass.exporters.onnx_opsets import raise_opset
 from fusepass.exporters.onnx_optimize import check_model, fuse
 from fusepass.exporters.onnx_targets import checked_target, fused_operators
 from fusepass.exporters.reports import Check, ExportReport
+from fusepass.exporters.staging import ModelError, staged
 
 #: PyTorch's exporter writes this version, in which attention is still written out.
 _PLAIN_OPSET = 20

@@ -1,21 +1,17 @@
-"""ONNX files: read with clear errors, written whole or not at all.
-
-A model is written to a folder beside its target and moved there with ``os.replace`` when it is complete.
-"""
+"""ONNX files: read with clear errors, their versions, written."""
 
 from __future__ import annotations
 
 import itertools
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
+
+from fusepass.exporters.staging import ModelError
 
 #: The newest that ONNX Runtime 1.31 loads; newer files are refused by it.
 NEWEST_OPSET, NEWEST_IR = 26, 13
@@ -24,10 +20,6 @@ OLDEST_OPSET = 11
 #: Protocol buffers end at two gigabytes; larger models keep their weights in a file of their own.
 _INLINE_BYTES = 1_500_000_000
 _SMALL = 1024
-
-
-class ModelError(ValueError):
-    """A model that cannot be read or written: says what is wrong with it, and what to do."""
 
 
 class Disagreement(RuntimeError):
@@ -132,31 +124,6 @@ def pin_ir_version(model: ir.Model) -> None:
     imports = [onnx.helper.make_opsetid(d, v) for d, v in model.opset_imports.items() if d in known]
     needed = onnx.helper.find_min_ir_version_for(imports)
     model.ir_version = min(max(model.ir_version or 0, needed, 8), NEWEST_IR)
-
-
-@contextmanager
-def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write a model to, beside its target; when the block ends without error its files move there.
-
-    Raises:
-        ModelError: the target's folder does not exist.
-    """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise ModelError(f"cannot write {str(path)!r}: there is no folder {str(target.parent)!r}")
-    if target.is_dir():
-        raise ModelError(f"cannot write {str(path)!r}: it is a folder")
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise ModelError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
-    try:
-        yield folder / target.name
-        files = sorted(folder.iterdir(), key=lambda f: f.name == target.name)
-        for file in files:  # the model last: it names the others
-            os.replace(file, target.parent / file.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write(

@@ -10,7 +10,8 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from fusepass.exporters.onnx_files import ModelError, root
+from fusepass.exporters.onnx_files import root
+from fusepass.exporters.staging import ModelError
 
 
 def raise_opset(model: ir.Model, wanted: int) -> None:

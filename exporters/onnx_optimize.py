@@ -16,13 +16,11 @@ import onnx_ir as ir
 from fusepass.exporters import onnx_verify
 from fusepass.exporters.onnx_files import (
     Disagreement,
-    ModelError,
     check_opset,
     external_tensors,
     pin_ir_version,
     read,
     root,
-    staged,
     write,
 )
 from fusepass.exporters.onnx_leftover import softmaxes
@@ -31,6 +29,7 @@ from fusepass.exporters.onnx_opsets import infer, raise_opset
 from fusepass.exporters.onnx_pass import fuse_model
 from fusepass.exporters.onnx_targets import OPERATORS, checked_target, fused_operators
 from fusepass.exporters.reports import Check, ExportReport
+from fusepass.exporters.staging import ModelError, staged
 from fusepass.report import GraphReport, publish
 
 

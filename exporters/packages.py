@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import fx
 from torch.export import ExportedProgram
 
-from fusepass.exporters.onnx_files import ModelError, staged
 from fusepass.exporters.reports import ExportReport
+from fusepass.exporters.staging import ModelError, staged
 from fusepass.fusing import fuse
 from fusepass.report import collect
 
@@ -109,7 +110,8 @@ def _fused(
         fused = fuse(program, kernel=kernel)
     report = ExportReport(str(path), target, seen.graphs[-1])
     report.operators = dict(Counter(site.kernel or "?" for site in seen.fused).most_common())
-    names = [str(n.target) for n in fused.graph.nodes if n.op == "call_function"]
+    graphs = [m.graph for m in fused.graph_module.modules() if isinstance(m, fx.GraphModule)]
+    names = [str(n.target) for graph in graphs for n in graph.nodes if n.op == "call_function"]
     report.softmaxes = sum("softmax" in name for name in names)
     own = sorted({name for name in names if name.startswith("fusepass.")})
     if own:

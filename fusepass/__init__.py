@@ -44,11 +44,22 @@ _HOME = {
     "compile_aoti": "fusepass.exporters.packages",
 }
 
+#: The packages of the extra ``onnx``.
+_ONNX = ("onnx", "onnx_ir", "onnxruntime", "onnxscript")
+
 
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'fusepass' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value: object = getattr(import_module(_HOME[name]), name)
+    try:
+        value: object = getattr(import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in _ONNX:
+            advice = (
+                f"fusepass.{name} needs {error.name!r}, which is not installed: pip install 'fusepass[onnx]'"
+            )
+            raise ModuleNotFoundError(advice, name=error.name) from error
+        raise
     globals()[name] = value
     return value
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import fusepass
 from fusepass import spec
 from fusepass.exporters import onnx_export, onnx_verify
-from fusepass.exporters.onnx_files import Disagreement, ModelError
+from fusepass.exporters.onnx_files import Disagreement
+from fusepass.exporters.staging import ModelError
 from tests.onnx_models import (
     MODELS,
     Attention,

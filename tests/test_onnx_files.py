@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import fusepass
-from fusepass.exporters.onnx_files import ModelError
+from fusepass.exporters.staging import ModelError
 from tests.onnx_models import Attention, drawn, nodes, run, sharpened
 from tests.test_onnx_optimize import plain
 
