@@ -6,6 +6,7 @@ Run with ``pytest -m gpu``; a kernel whose library is missing is skipped by name
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,20 @@ def test_inference_under_inductor(kernel: str, name: str) -> None:
         assert not got.site.fused and "without gradients it reads no tensors" in str(got.site.reason)
         return
     check(CASES[name], kernel, "inductor", grads=False)
+
+
+@pytest.mark.parametrize("kernel", ["flex", "flash4"])
+@pytest.mark.parametrize("junk", [math.nan, 0.0, -math.inf])
+def test_unwritten_memory_is_not_read(kernel: str, junk: float) -> None:
+    """Rows without keys are told by the log-sum-exp, written without gradients only if asked for."""
+    need(kernel)
+    case = CASES["padding on the left"]
+    inputs, fused = case.inputs(), compiled(case.program, kernel, "inductor")
+    call(fused, inputs)
+    memory = [torch.full((2 * case.heads * case.queries,), junk, device="cuda") for _ in range(64)]
+    del memory
+    got = call(fused, inputs)
+    assert_same_accuracy(got, call(case.program, inputs), call(case.program, inputs, torch.float64))
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "cudnn", "flash2", "flash3", "flash4"])
