@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fusepass.dialects.fx_nodes import value_of
+
 _OPEN = {
     "_vmap_increment_nesting": "vmap",
     "_grad_increment_nesting": "grad",
@@ -68,7 +70,7 @@ class Transforms:
         levels = self._levels(node)
         if "jvp" in levels:
             return FORWARD_MODE
-        if "vmap" in levels or ("grad" in levels and self._batched_backward) or _batched(_example(node)):
+        if "vmap" in levels or ("grad" in levels and self._batched_backward) or _batched(value_of(node)):
             return BATCHED
         return TWICE if levels.count("grad") > 1 else None
 
@@ -78,10 +80,6 @@ class Transforms:
 
     def _levels(self, node: fx.Node) -> tuple[str, ...]:
         return self._around.get(node, self._base)
-
-
-def _example(node: fx.Node) -> Any:
-    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def _batched(value: Any) -> bool:
