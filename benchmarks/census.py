@@ -9,7 +9,8 @@
 A site is a softmax between two batched matrix products, counted in the ATen graph; a fused site is one that
 the count no longer finds. Models have eager attention and random weights, and each runs in a process of its
 own. The share is the pass's own seconds of the whole `torch.compile` with the backend `--inner`, with empty
-caches.
+caches. Where that is another than TorchInductor and the share is above 5%, it is measured with TorchInductor
+too, unless `--no-inductor` is given.
 """
 
 import argparse
@@ -374,6 +375,16 @@ def in_child(pipe: Connection, family: str, inner: str, with_inductor: bool) -> 
             pipe.send({"family": family, "failed": short(error)})
 
 
+def with_inductor_too(row: Row, options: argparse.Namespace) -> Row | None:
+    """The row with the seconds under TorchInductor, where the share with another backend is large."""
+    large = row.get("sites") and share(row) > LARGE and INDUCTORS not in row
+    if options.inner == "inductor" or options.no_inductor or not large:
+        return None
+    settings = {"inner": "inductor", "no_inductor": True}
+    found = in_process(row["family"], argparse.Namespace(**vars(options) | settings))
+    return row | {INDUCTORS: [found["pass_s"], found["compile_s"]]} if "sites" in found else None
+
+
 def in_process(family: str, options: argparse.Namespace) -> Row:
     """A family's row, measured in a process of its own that is ended after the time limit."""
     context = multiprocessing.get_context("forkserver")
@@ -418,9 +429,25 @@ HEADS = (
 )  # fmt: skip
 
 
+#: A share of the compile time that is looked at again.
+LARGE = 0.05
+#: The key of the seconds of the pass and of the compilation under TorchInductor.
+INDUCTORS = "with Inductor"
+
+
+def share(row: Row) -> float:
+    """The pass's share of the compile time."""
+    return float(row["pass_s"] / max(row["compile_s"], 1e-9))
+
+
+def share_with_inductor(row: Row) -> float | None:
+    """The same under TorchInductor, where it was measured beside."""
+    return row[INDUCTORS][0] / row[INDUCTORS][1] if INDUCTORS in row else None
+
+
 def cells(row: Row) -> list[str]:
     """A judged family's line."""
-    share = row["pass_s"] / max(row["compile_s"], 1e-9)
+    other = share_with_inductor(row)
     return [
         row["family"] + (" (WRONG)" if verdict(row) == "wrong" else ""),
         str(row["sites"]),
@@ -430,7 +457,7 @@ def cells(row: Row) -> list[str]:
         listed(row["kernels"]),
         f"{max(value for name, value in row.items() if name.endswith('error')):.0e}",
         f"{row['pass_s']:.2f} s",
-        f"{share:.1%}",
+        f"{share(row):.1%}" + ("" if other is None else f"; {other:.1%} with Inductor"),
     ]
 
 
@@ -446,7 +473,8 @@ def totals(rows: list[Row]) -> str:
     sites, left = (sum(row[key] for row in judged) for key in ("sites", "left"))
     asked = [row for row in judged if row["inductor"] is not None]
     theirs, of = (sum(row[key] for row in asked) for key in ("inductor", "sites"))
-    shares = [row["pass_s"] / max(row["compile_s"], 1e-9) for row in judged]
+    shares = [share(row) for row in judged]
+    others = [found for found in map(share_with_inductor, judged) if found is not None]
     lines = [
         f"{len(rows)} families: {len(judged)} could be judged, {states['none']} of these have no sites; "
         f"{states['wrong']} wrong, {states['failed']} failed.",
@@ -457,6 +485,8 @@ def totals(rows: list[Row]) -> str:
     if shares:
         middle = sorted(shares)[len(shares) // 2]
         lines.append(f"The pass's share of the compile time: median {middle:.1%}, largest {max(shares):.1%}.")
+    if others:
+        lines.append(f"Of the {len(others)} largest with Inductor: at most {max(others):.1%}.")
     return "\n".join(lines)
 
 
@@ -548,7 +578,9 @@ def run(options: argparse.Namespace) -> list[Row]:
         def measured(name: str) -> Row:
             progress.update(task, description=name)
             row = done.get(name) or in_process(name, options)
-            if options.rows and name not in done:
+            more = with_inductor_too(row, options)
+            row = more or row
+            if options.rows and (more or name not in done):
                 with writing, options.rows.open("a") as file:
                     file.write(json.dumps(row) + "\n")
             progress.advance(task)

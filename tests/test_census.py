@@ -76,3 +76,23 @@ def test_a_family_that_takes_too_long_is_ended() -> None:
     options = census.arguments(["vit", "--timeout", "0.01"])
     row = census.in_process("vit", options)
     assert census.verdict(row) == "failed" and "0.01 s" in row["failed"]
+
+
+def test_a_large_share_is_measured_with_inductor_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {
+        "family": "vit", "sites": 2, "left": 0, "inductor": 0, "kinds": {"full": 2}, "kernels": {"sdpa": 2},
+        "reasons": {}, "error": 0.0, "pass_s": 0.2, "compile_s": 1.0,
+    }  # fmt: skip
+    asked = []
+
+    def measured(family: str, options: Any) -> dict[str, Any]:
+        asked.append((family, options.inner))
+        return row | {"compile_s": 50.0}
+
+    monkeypatch.setattr(census, "in_process", measured)
+    options = census.arguments(["vit", "--inner", "aot_eager"])
+    more = census.with_inductor_too(row, options)
+    assert more is not None and asked == [("vit", "inductor")]
+    assert "| 20.0%; 0.4% with Inductor |" in census.markdown([more], "aot_eager")
+    assert census.with_inductor_too(more, options) is None
+    assert census.with_inductor_too(row | {"compile_s": 10.0}, options) is None
