@@ -375,6 +375,13 @@ def in_child(pipe: Connection, family: str, inner: str, with_inductor: bool) -> 
             pipe.send({"family": family, "failed": short(error)})
 
 
+#: A share of the compile time that is looked at again.
+LARGE = 0.05
+#: The key of the seconds of the pass and of the compilation under TorchInductor.
+INDUCTORS = "with Inductor"
+SECONDS = ("pass_s", "compile_s")
+
+
 def with_inductor_too(row: Row, options: argparse.Namespace) -> Row | None:
     """The row with the seconds under TorchInductor, where the share with another backend is large."""
     large = row.get("sites") and share(row) > LARGE and INDUCTORS not in row
@@ -382,7 +389,7 @@ def with_inductor_too(row: Row, options: argparse.Namespace) -> Row | None:
         return None
     settings = {"inner": "inductor", "no_inductor": True}
     found = in_process(row["family"], argparse.Namespace(**vars(options) | settings))
-    return row | {INDUCTORS: [found["pass_s"], found["compile_s"]]} if "sites" in found else None
+    return row | {INDUCTORS: {key: found[key] for key in SECONDS}} if "sites" in found else None
 
 
 def in_process(family: str, options: argparse.Namespace) -> Row:
@@ -429,25 +436,14 @@ HEADS = (
 )  # fmt: skip
 
 
-#: A share of the compile time that is looked at again.
-LARGE = 0.05
-#: The key of the seconds of the pass and of the compilation under TorchInductor.
-INDUCTORS = "with Inductor"
-
-
-def share(row: Row) -> float:
-    """The pass's share of the compile time."""
-    return float(row["pass_s"] / max(row["compile_s"], 1e-9))
-
-
-def share_with_inductor(row: Row) -> float | None:
-    """The same under TorchInductor, where it was measured beside."""
-    return row[INDUCTORS][0] / row[INDUCTORS][1] if INDUCTORS in row else None
+def share(seconds: Row) -> float:
+    """The pass's share of the compile time, of a row or of what it has beside from TorchInductor."""
+    return float(seconds["pass_s"] / max(seconds["compile_s"], 1e-9))
 
 
 def cells(row: Row) -> list[str]:
     """A judged family's line."""
-    other = share_with_inductor(row)
+    other = f"; {share(row[INDUCTORS]):.1%} with Inductor" if INDUCTORS in row else ""
     return [
         row["family"] + (" (WRONG)" if verdict(row) == "wrong" else ""),
         str(row["sites"]),
@@ -457,7 +453,7 @@ def cells(row: Row) -> list[str]:
         listed(row["kernels"]),
         f"{max(value for name, value in row.items() if name.endswith('error')):.0e}",
         f"{row['pass_s']:.2f} s",
-        f"{share(row):.1%}" + ("" if other is None else f"; {other:.1%} with Inductor"),
+        f"{share(row):.1%}{other}",
     ]
 
 
@@ -474,7 +470,7 @@ def totals(rows: list[Row]) -> str:
     asked = [row for row in judged if row["inductor"] is not None]
     theirs, of = (sum(row[key] for row in asked) for key in ("inductor", "sites"))
     shares = [share(row) for row in judged]
-    others = [found for found in map(share_with_inductor, judged) if found is not None]
+    others = [share(row[INDUCTORS]) for row in judged if INDUCTORS in row]
     lines = [
         f"{len(rows)} families: {len(judged)} could be judged, {states['none']} of these have no sites; "
         f"{states['wrong']} wrong, {states['failed']} failed.",
@@ -531,10 +527,7 @@ def markdown(rows: list[Row], inner: str) -> str:
         ("Sites that stay", [f"- {family} ×{n}: {reason}" for family, reason, n in stay]),
         ("No attention sites", [", ".join(row["family"] for row in judged if not row["sites"])]),
         ("Failed", [f"- {row['family']}: {without_paths(row['failed'])}" for row in rows if "failed" in row]),
-        (
-            "Not judged",
-            [f"- {row['family']}: {without_paths(row['skipped'])}" for row in rows if "skipped" in row],
-        ),
+        ("Not judged", [f"- {r['family']}: {without_paths(r['skipped'])}" for r in rows if "skipped" in r]),
     ):
         if any(entries):
             text += ["", f"## {title}", "", *entries]

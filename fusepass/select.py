@@ -139,7 +139,6 @@ def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel])
         return list(kernels)
     native = not isinstance(flash.describe(spec, "flash4"), str)
     hidden = all(isinstance(a, (Band, KeyPadding, Document)) for a in spec.atoms)
-
     windows = native and spec.sink is None  # with a sink, SDPA's own are a dense mask
 
     def place(kernel: Kernel) -> int:

@@ -273,21 +273,19 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
             q.new_empty((*q.shape[:3], v.shape[3])),
             q.new_empty(q.shape[:3], dtype=torch.float32),
         )
-    mends, sink = bool(site.spec.masks) and not site.spec.rows_seen, site.spec.sink
-    if (
-        mends or sink is not None
-    ):  # without gradients the kernel leaves the log-sum-exp unwritten, unless told that it is read
+    sink = site.spec.sink
+    reads = sink is not None or (bool(site.spec.masks) and not site.spec.rows_seen)
+    if reads:  # without gradients the kernel writes no log-sum-exp, unless told that somebody reads it
         options = options | {"OUTPUT_LOGSUMEXP": True}
     arguments = (x.q, x.k, x.v, scores, masks, tables, made.code(), fm.text(sorted(options.items())))
     found = build.call_with(value, block_attention, *arguments)
     out = build.call(operator.getitem, found, 0)
-    if mends:
-        out = mended(site, build, target, x, out, build.call(operator.getitem, found, 1))
-    if sink is not None:
-        out = _with_sink(
-            build, out, build.call(operator.getitem, found, 1), row_operand(site, build, sink.slot)
-        )
-    return out
+    if not reads:
+        return out
+    lse = build.call(operator.getitem, found, 1)
+    if sink is None:
+        return mended(site, build, target, x, out, lse)
+    return _with_sink(build, out, lse, row_operand(site, build, sink.slot))
 
 
 def _with_sink(build: Builder, out: fx.Node, lse: fx.Node, sink: Any) -> fx.Node:
