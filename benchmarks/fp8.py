@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from fusepass import bench
 from fusepass.kernels import fp8, fp8_ops
+from fusepass.kernels.gates import FLASH3, installed
 
 HEAD_DIM = 128
 
@@ -82,28 +83,23 @@ def methods(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Callable
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
     def cast() -> Tensor:
-        one = torch.ones(1, 1, 1, 1, device=q.device)
-        eight = [t.to(torch.float8_e4m3fn) for t in (q, k, v)]
-        if library == "flash3":
-            ones = torch.ones(k.shape[:2], device=q.device)
-            turned = [t.transpose(1, 2) for t in eight]
-            found: Tensor = torch.ops.fusepass.fp8_flash3(*turned, ones, ones, ones, scale, causal)
-            return found.transpose(1, 2)
-        out: Tensor = torch.ops.fusepass.fp8_cudnn(*eight, one, scale, causal)
-        return out.float()
+        eight = [t.transpose(1, 2).to(torch.float8_e4m3fn) for t in (q, k, v)]
+        return _kernel(*eight, _ones(eight[1], library), scale, causal, library).transpose(1, 2).float()
 
     def identical(rotate: bool) -> Tensor:
         x, y = q, k
         if rotate:
             turn = fp8.hadamard(HEAD_DIM, q)
             x, y = fp8.rotated(q, turn), fp8.rotated(k, turn)
-        q8, k8, descale = fp8.balanced(x, y)
         largest = fp8._largest(v, v.shape[1]) / fp8_ops.E4M3_MAX
         v8 = fp8._rounded(v, 1 / largest)
+        if library == "flash3":
+            x8, y8 = (_unscaled(t, k.shape[1]) for t in (x, y))
+            out = exact(x8, y8, v8.float(), causal, scale)
+            return (out * fp8._per_head(largest, q.shape[1])).bfloat16()
+        q8, k8, descale = fp8.balanced(x, y)
         out = exact(q8.float(), k8.float(), v8.float(), causal, scale * descale.item())
-        if library == "cudnn":
-            out = out.float().to(torch.float8_e4m3fn).double()
-        return out * fp8._per_head(largest, q.shape[1])
+        return out.float().to(torch.float8_e4m3fn).double() * fp8._per_head(largest, q.shape[1])
 
     return {
         "bf16": native,
@@ -113,6 +109,12 @@ def methods(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Callable
         "identical, unrotated": lambda: identical(False),
         "identical": lambda: identical(True),
     }
+
+
+def _unscaled(x: Tensor, heads: int) -> Tensor:
+    """What a tensor is after rounding by batch and key/value head."""
+    largest = fp8._largest(x, heads) / fp8_ops.E4M3_MAX
+    return fp8._rounded(x, 1 / largest).float() * fp8._per_head(largest, x.shape[1])
 
 
 def accuracy(lengths: list[int]) -> list[dict[str, Any]]:
@@ -149,7 +151,7 @@ def speed(lengths: list[int]) -> list[dict[str, Any]]:
                 except Exception as problem:
                     row[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:60]
                 torch._dynamo.reset()
-            best = min((row[n] for n in ("sdpa", "flash4") if isinstance(row.get(n), float)), default=None)
+            best = min((row[n] for n in _BF16 if isinstance(row.get(n), float)), default=None)
             alone, copy = row.get("fp8 kernel alone"), row.get("copy")
             if isinstance(alone, float) and isinstance(copy, float):
                 row["bound"] = round(alone + copy, 4)
@@ -158,6 +160,9 @@ def speed(lengths: list[int]) -> list[dict[str, Any]]:
                     row[f"{name}, times best bf16"] = round(best / row[name], 3)
             rows.append(row)
     return rows
+
+
+_BF16 = ("sdpa", "flash3", "flash4")
 
 
 def _contenders(causal: bool) -> dict[str, Callable[..., Any]]:
@@ -173,34 +178,59 @@ def _contenders(causal: bool) -> dict[str, Callable[..., Any]]:
 
         return flash_attn_func(q, k, v, causal=causal)
 
+    def flash3(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        from flash_attn_interface import flash_attn_func
+
+        return flash_attn_func(q, k, v, causal=causal)
+
     def fused(precision: str) -> Callable[..., Any]:
         return torch.compile(program, backend="fusepass", dynamic=False, options={"precision": precision})
 
+    library = fp8.library()
     rounded: list[Any] = []
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The library's kernel on tensors that were rounded before the clock started."""
         if not rounded:
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            one = torch.ones(1, 1, 1, 1, device=q.device)
-            rounded.extend([*(t.to(torch.float8_e4m3fn) for t in (q, k, v)), one])
-        found: Tensor = torch.ops.fusepass.fp8_cudnn(*rounded, HEAD_DIM**-0.5, causal)
-        return found
+            rounded.extend(t.to(torch.float8_e4m3fn) for t in (q, k, v))
+            rounded.extend(_ones(k, library))
+        q, k, v, *scales = rounded
+        return _kernel(q, k, v, scales, HEAD_DIM**-0.5, causal, library)
 
     moved: list[Tensor] = []
 
     def copy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Moves what scaling must without rotation: inputs are read for their largest magnitudes, read again
-        and written as one byte each; the result is read as one byte each and written as two."""
+        and written as one byte each; an e4m3 result is read as one byte each and written as two."""
         if not moved:
-            count = 5 * (q.numel() + k.numel() + v.numel()) + 3 * q.numel()
+            count = 5 * (q.numel() + k.numel() + v.numel()) + (3 * q.numel() if library == "cudnn" else 0)
             moved.extend(torch.randint(256, (2, count // 2), dtype=torch.uint8, device=q.device))
         return moved[0].copy_(moved[1])
 
-    alone = {"fp8 kernel alone": kernel, "copy": copy} if fp8.library() == "cudnn" else {}
-    return {
-        "sdpa": sdpa, "flash4": flash4, "fp8": fused("fp8"), "fp8_unrotated": fused("fp8_unrotated"), **alone,
+    native = {"sdpa": sdpa, "flash4": flash4} | ({"flash3": flash3} if installed(FLASH3) else {})
+    return native | {
+        "fp8": fused("fp8"), "fp8_unrotated": fused("fp8_unrotated"), "fp8 kernel alone": kernel,
+        "copy": copy,
     }  # fmt: skip
+
+
+def _ones(k: Tensor, library: str) -> list[Tensor]:
+    """Scales of one for ``k`` in ``[B, S, H, D]``, as the operators want them."""
+    if library == "cudnn":
+        return [torch.ones(1, 1, 1, 1, device=k.device)]
+    return [torch.ones(k.shape[0], k.shape[2], device=k.device)] * 3
+
+
+def _kernel(
+    q: Tensor, k: Tensor, v: Tensor, scales: list[Tensor], scale: float, causal: bool, library: str
+) -> Tensor:
+    """The operator on e4m3 tensors ``[B, S, H, D]``; its result likewise."""
+    if library == "flash3":
+        found: Tensor = torch.ops.fusepass.fp8_flash3(q, k, v, *scales, scale, causal)
+        return found
+    turned = [t.transpose(1, 2) for t in (q, k, v)]
+    out: Tensor = torch.ops.fusepass.fp8_cudnn(*turned, *scales, scale, causal)
+    return out.transpose(1, 2)
 
 
 class Model(nn.Module):
@@ -280,7 +310,8 @@ def markdown(results: Path, place: Path) -> None:
         "Milliseconds include the quantisation. `copy` moves as many bytes as scaling by the largest",
         "magnitudes must, without rotation, at the speed of a copy on the GPU: inputs are read twice, since",
         "a scale is known after the last element, and written once; cuDNN on Hopper writes e4m3 only, so its",
-        "result is scaled back. `bound` is that and the library's kernel alone: nothing around it is faster.",
+        "result is scaled back, where flash-attn 3 writes bfloat16. `bound` is that and the library's kernel",
+        "alone: nothing around it is faster.",
         "",
         "Relative errors and SQNR are against float64. `cast` is the unscaled cast of tutorials; `identical`",
         "is exact arithmetic on just the e4m3 inputs of `fp8`, its result rounded as the kernel's is. The",

@@ -202,6 +202,17 @@ def _flash2(**options: Any) -> Callable[..., Any]:
     return call
 
 
+def _flash3(**options: Any) -> Callable[..., Any]:
+    def call(q: Tensor, k: Tensor, v: Tensor, **extra: Tensor) -> Tensor:
+        from flash_attn_interface import flash_attn_func
+
+        found = flash_attn_func(q, k, v, **options)
+        out: Tensor = found[0] if isinstance(found, tuple) else found
+        return out.flatten(2)
+
+    return call
+
+
 _compiled_flex: Any = None
 _compiled_repair: Any = None
 
@@ -302,10 +313,13 @@ def _table(shape: Shape, device: torch.device) -> Inputs:
 
 
 _ANY = "sdpa cudnn flash2 flash3 flash4 flex"
-_PLAIN = {"hand sdpa": _sdpa(), "hand flash4": _flash4(), "hand flash2": _flash2()}
+_PLAIN = {
+    "hand sdpa": _sdpa(), "hand flash4": _flash4(), "hand flash3": _flash3(), "hand flash2": _flash2(),
+}  # fmt: skip
 _CAUSAL = {
     "hand sdpa": _sdpa(is_causal=True),
     "hand flash4": _flash4(causal=True),
+    "hand flash3": _flash3(causal=True),
     "hand flash2": _flash2(causal=True),
 }
 _WINDOW = (WINDOW - 1, 0)
@@ -319,13 +333,14 @@ VARIANTS: dict[str, Variant] = {
         Variant("mqa", "causal", _ANY, causal, _half, _CAUSAL, group=1 << 20),
         Variant(
             "window", "window", "sdpa flash2 flash3 flash4 flex flex_flash", window, _band,
-            {"hand flash4": _flash4(window_size=_WINDOW), "hand flash2": _flash2(window_size=_WINDOW),
-             "hand flex": _flex(mask=_near)},
+            {"hand flash4": _flash4(window_size=_WINDOW), "hand flash3": _flash3(window_size=_WINDOW),
+             "hand flash2": _flash2(window_size=_WINDOW), "hand flex": _flex(mask=_near)},
             group=4,
         ),
         Variant(
             "softcap", "causal+softcap", "flash2 flash3 flash4 flex flex_flash", softcap, _half,
             {"hand flash4": _flash4(causal=True, softcap=50.0),
+             "hand flash3": _flash3(causal=True, softcap=50.0),
              "hand flash2": _flash2(causal=True, softcap=50.0), "hand flex": _flex(_capped, _below)},
         ),
         Variant(
@@ -339,6 +354,7 @@ VARIANTS: dict[str, Variant] = {
             "padding", "padding", "sdpa flash4 flex flex_flash", padding, _half,
             {"hand sdpa": _sdpa_padding, "hand flex": _flex(mask=_kept, prepared=False),
              "hand flex_flash": _flex(mask=_kept, backend="FLASH", prepared=False),
+             "repaired flex": _flex(mask=_kept, prepared=False, repaired=True),
              "repaired flex_flash": _flex(mask=_kept, backend="FLASH", prepared=False, repaired=True),
              "prepared flex": _flex(mask=_kept), "prepared flex_flash": _flex(mask=_kept, backend="FLASH")},
             _keep,

@@ -459,15 +459,22 @@ def recorded(kind: Any) -> tuple[Any, Recorder]:
 TENSOR = torch.zeros(1, 4, 2, 8)
 
 
-def test_flash3_is_called_as_its_interface_has_it() -> None:
-    """``_flash_attn_forward``'s 27th argument is the scale (hopper/flash_attn_interface.py)."""
+def test_flash3_is_called_as_its_operators_have_it() -> None:
+    """The names of ``TORCH_LIBRARY(flash_attn_3)`` (hopper/flash_api.cpp and flash_api_stable.cpp)."""
     library, seen = recorded(flash_ops.Flash3)
-    library.forward(TENSOR, TENSOR, TENSOR, None, 0.5, (None, 0), 2.0, 0.0)
+    strided = TENSOR.transpose(2, 3).contiguous().transpose(2, 3)
+    library.forward(strided, TENSOR, TENSOR, None, 0.5, (None, 0), 2.0, 0.0)
     library.backward(TENSOR, TENSOR, TENSOR, TENSOR, None, 0.5, (7, 0), 2.0, 0.0, TENSOR, TENSOR, TENSOR)
-    (_, args, kwargs), (_, back, _) = seen.calls
-    assert len(args) == 24 and all(a is None for a in args[3:23]) and args[23] == 0.5
-    assert kwargs == {"causal": True, "window_size": (-1, 0), "softcap": 2.0}
-    assert all(a is None for a in back[6:12]) and back[15:20] == (0.5, False, (7, 0), 2.0, False)
+    library.rounded(TENSOR, TENSOR, TENSOR, (TENSOR[0], TENSOR[1:], TENSOR), 0.5, True)
+    (forward, args, causal), (backward, back, windowed), (_, _, rounded) = seen.calls
+    assert (forward, backward) == ("fwd", "bwd") and len(args) == 3 and len(back) == 9
+    assert all(a.stride(-1) == 1 for a in (*args, *back))
+    common = {"softmax_scale": 0.5, "is_causal": True, "window_size_left": -1, "window_size_right": 0}
+    assert causal == common | {"softcap": 2.0, "num_splits": 1}
+    sides = {"is_causal": False, "window_size_left": 7}
+    assert windowed == common | sides | {"softcap": 2.0, "deterministic": False}
+    assert {k: v for k, v in rounded.items() if "descale" not in k} == common | {"num_splits": 1}
+    assert rounded["q_descale"].shape == (4, 2, 8) and rounded["k_descale"].shape == (0, 4, 2, 8)
 
 
 def test_flash2_is_called_as_its_interface_has_it() -> None:

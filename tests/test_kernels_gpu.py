@@ -15,7 +15,8 @@ import torch
 import fusepass
 from fusepass import bench
 from fusepass.bench_cases import VARIANTS
-from fusepass.kernels.gates import GATES, machine_refuses
+from fusepass.kernels import fp8
+from fusepass.kernels.gates import FLASH3, FRONTEND, GATES, installed, machine_refuses
 from tests.attention_cases import CASES, Case, full
 from tests.checking import Run, assert_same_accuracy, call, compiled
 
@@ -181,3 +182,60 @@ def test_one_that_breaks_its_process_is_a_row_and_others_are_measured() -> None:
     rows = {(r.variant, r.contender): r for r in bench.run(work, workers=2)}
     assert "counts in 32 bits" in rows["bias", "flex"].problem
     assert all(rows[key].milliseconds for key in rows if key != ("bias", "flex"))
+
+
+def sqnr(out: torch.Tensor, true: torch.Tensor) -> float:
+    """The ratio of signal to noise in dB."""
+    return 10 * math.log10((true.square().sum() / (out.double() - true).square().sum()).item())
+
+
+def rounded(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """What a tensor is after rounding to e4m3 by batch and key/value head."""
+    largest = (
+        x.double().abs().unflatten(1, (heads, -1)).amax((2, 3, 4)).repeat_interleave(x.shape[1] // heads, 1)
+    )
+    scale = (largest / 448)[:, :, None, None]
+    found: torch.Tensor = (x / scale).to(torch.float8_e4m3fn).double() * scale
+    return found
+
+
+@pytest.mark.parametrize("library", ["cudnn", "flash3"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("outliers", [False, True])
+def test_fp8_is_as_accurate_as_its_inputs(library: str, causal: bool, outliers: bool) -> None:
+    """Within 1.5 dB of exact arithmetic on inputs that were rounded alike; the rotation spreads outliers."""
+    need("fp8")
+    package = FRONTEND if library == "cudnn" else FLASH3
+    if not installed(package):
+        pytest.skip(f"{library}: {package.name} is not installed")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 1024, h, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2))
+    if outliers:
+        q, k = (t + 10 * torch.randn_like(t) * (torch.rand_like(t) < 1e-3) for t in (q, k))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+
+    def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.double() for t in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+    true, found = exact(q, k, v), {}
+    for rotate in (False, True):
+        out = fp8.fp8_attention(q, k, v, 128**-0.5, causal, rotate, library)
+        assert out.dtype is q.dtype and out.shape == q.shape
+        found[rotate] = sqnr(out, true)
+    alike = exact(*(rounded(t, 2) for t in (q, k, v)))
+    if library == "cudnn":  # it writes e4m3
+        alike = rounded(alike, 8)
+    assert found[False] > sqnr(alike, true) - 1.5, (found, sqnr(alike, true))
+    assert found[True] > (found[False] + 3 if outliers else 24), found
+
+
+@pytest.mark.parametrize("name", ["full, 128", "causal, 128"])
+def test_fp8_through_the_compiler(name: str) -> None:
+    need("fp8")
+    case = Case(full, head_dim=128) if name == "full, 128" else Case(CASES["causal"].program, head_dim=128)
+    with fusepass.enabled(precision="fp8"):
+        got = call(torch.compile(case.program, fullgraph=True), case.inputs())
+    assert got.site.kernel == "fp8" and got.site.reason is None
+    exact = call(case.program, case.inputs(), torch.float64)
+    assert sqnr(got.out, exact.out.double()) > 24

@@ -91,22 +91,20 @@ class Flash2:
 
 
 class Flash3:
-    """``flash_attn_interface``: Hopper only, as its documented interface has it."""
+    """``flash_attn_interface``: Hopper only; the operators that it registers, whose schema releases share."""
 
     def __init__(self) -> None:
-        import flash_attn_interface
+        import flash_attn_interface  # noqa: F401  (it registers them)
 
-        self.interface = flash_attn_interface
+        self.interface = torch.ops.flash_attn_3
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, extra: Tensor | None, scale: float, window: Window,
         softcap: float, dropout: float,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        absent = [None] * 18  # new keys, output, lengths, pages, rotary embeddings, descales
-        out, lse, *_ = self.interface._flash_attn_forward(
-            q, k, v, *absent[:17], *absent[:3], scale,
-            causal=is_causal(window), window_size=minus_one(window), softcap=softcap,
-        )  # fmt: skip
+        out, lse, *_ = self.interface.fwd(
+            *(_dense(t) for t in (q, k, v)), softcap=softcap, num_splits=1, **_flash3_settings(scale, window)
+        )
         return out, lse, None
 
     def backward(
@@ -114,11 +112,37 @@ class Flash3:
         window: Window, softcap: float, dropout: float, out: Tensor, lse: Tensor, rng: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        self.interface._flash_attn_backward(
-            grad, q, k, v, out, lse, None, None, None, None, None, None, dq, dk, dv, scale,
-            is_causal(window), minus_one(window), softcap, torch.are_deterministic_algorithms_enabled(),
+        self.interface.bwd(
+            grad, *(_dense(t) for t in (q, k, v)), out, lse, dq, dk, dv, softcap=softcap,
+            deterministic=torch.are_deterministic_algorithms_enabled(), **_flash3_settings(scale, window),
         )  # fmt: skip
         return dq, dk, dv, None
+
+    def rounded(
+        self, q: Tensor, k: Tensor, v: Tensor, descales: tuple[Tensor, Tensor, Tensor], scale: float,
+        causal: bool,
+    ) -> Tensor:  # fmt: skip
+        """Attention of e4m3 tensors, each of a batch and key/value head a number ``[B, G]`` too large."""
+        of_q, of_k, of_v = descales
+        window: Window = (None, 0 if causal else None)
+        out: Tensor = self.interface.fwd(
+            q, k, v, q_descale=of_q, k_descale=of_k, v_descale=of_v, num_splits=1,
+            **_flash3_settings(scale, window),
+        )[0]  # fmt: skip
+        return out
+
+
+def _flash3_settings(scale: float, window: Window) -> dict[str, Any]:
+    left, right = minus_one(window)
+    return {
+        "softmax_scale": scale, "is_causal": is_causal(window), "window_size_left": left,
+        "window_size_right": right,
+    }  # fmt: skip
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The elements of a head side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class Flash4:

@@ -80,9 +80,12 @@ def _by_head(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Ten
 
 
 def _largest(x: Tensor, heads: int) -> Tensor:
-    """The largest magnitude of each batch and key/value head, float32 ``[B, G]``."""
-    grouped: Tensor = x.unflatten(1, (heads, -1)) if x.shape[1] != heads else x.unsqueeze(2)
-    return grouped.abs().amax((2, 3, 4)).float().clamp(min=_SMALL)
+    """The largest magnitude of each batch and key/value head, float32 ``[B, G]``.
+
+    First of each place, then of all: elements that lie side by side are read together.
+    """
+    places: Tensor = x.transpose(1, 2).unflatten(2, (heads, -1))
+    return places.abs().amax((3, 4)).amax(1).float().clamp(min=_SMALL)
 
 
 def _rounded(x: Tensor, factor: Tensor) -> Tensor:

@@ -119,13 +119,11 @@ torch.library.register_fake(
 def _flash3(
     q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor, of_v: Tensor, scale: float, causal: bool
 ) -> Tensor:
-    from fusepass.kernels.flash_ops import library
+    from fusepass.kernels.flash_ops import Flash3, library
 
-    interface = library("flash3").interface  # type: ignore[attr-defined]
-    out: Tensor = interface._flash_attn_forward(
-        q, k, v, *[None] * 17, of_q, of_k, of_v, scale, causal=causal, window_size=(-1, 0 if causal else -1)
-    )[0]
-    return out
+    flash3 = library("flash3")
+    assert isinstance(flash3, Flash3)
+    return flash3.rounded(q, k, v, (of_q, of_k, of_v), scale, causal)
 
 
 _definitions.define(
