@@ -91,15 +91,19 @@ def methods(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Callable
         if rotate:
             turn = fp8.hadamard(HEAD_DIM, q)
             x, y = fp8.rotated(q, turn), fp8.rotated(k, turn)
-        largest = fp8._largest(v, v.shape[1]) / fp8_ops.E4M3_MAX
-        v8 = fp8._rounded(v, 1 / largest)
+        x, y, z = (t.transpose(1, 2) for t in (x, y, v))
+        of_v = fp8.largest(z, z.shape[2]) / fp8_ops.E4M3_MAX
+        z8 = fp8.rounded(z, 1 / of_v)
         if library == "flash3":
-            x8, y8 = (_unscaled(t, k.shape[1]) for t in (x, y))
-            out = exact(x8, y8, v8.float(), causal, scale)
-            return (out * fp8._per_head(largest, q.shape[1])).bfloat16()
-        q8, k8, descale = fp8.balanced(x, y)
-        out = exact(q8.float(), k8.float(), v8.float(), causal, scale * descale.item())
-        return out.float().to(torch.float8_e4m3fn).double() * fp8._per_head(largest, q.shape[1])
+            x8, y8, factor = _unscaled(x, y.shape[2]), _unscaled(y, y.shape[2]), scale
+        else:
+            q8, k8, descale = fp8.balanced(x, y)
+            x8, y8, factor = q8.float(), k8.float(), scale * descale.item()
+        out = exact(*(t.float().transpose(1, 2) for t in (x8, y8, z8)), causal, factor)
+        back = fp8.per_head(of_v, x.shape[2]).transpose(1, 2)
+        if library == "flash3":
+            return (out * back).bfloat16()
+        return out.float().to(torch.float8_e4m3fn).double() * back
 
     return {
         "bf16": native,
@@ -112,9 +116,9 @@ def methods(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Callable
 
 
 def _unscaled(x: Tensor, heads: int) -> Tensor:
-    """What a tensor is after rounding by batch and key/value head."""
-    largest = fp8._largest(x, heads) / fp8_ops.E4M3_MAX
-    return fp8._rounded(x, 1 / largest).float() * fp8._per_head(largest, x.shape[1])
+    """What ``[B, S, H, D]`` is after rounding by batch and key/value head."""
+    scale = fp8.largest(x, heads) / fp8_ops.E4M3_MAX
+    return fp8.rounded(x, 1 / scale).float() * fp8.per_head(scale, x.shape[2])
 
 
 def accuracy(lengths: list[int]) -> list[dict[str, Any]]:

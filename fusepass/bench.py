@@ -4,7 +4,9 @@ One measurement is one row: the median time of some runs on random data, and the
 top of the inputs.  There are two times.  ``milliseconds`` is of calls back to back, as a program makes them:
 where launching takes longer than the GPU, launching is what it shows, and a compiled function launches
 later than a bare call.  ``gpu_milliseconds`` is of the same call recorded as a CUDA graph and replayed,
-which leaves the GPU's work alone, under equal conditions for all.
+which leaves the GPU's work alone, under equal conditions for all.  The contenders of a case are prepared in
+one process and timed in turn, round after round: a GPU's clock follows its temperature and its power, and
+what is measured minutes apart differs by more than what is compared.
 
 Work is spread over processes (:mod:`fusepass.bench_pool`).  `--profile` makes the cost model of
 :mod:`fusepass.costs` from the rows.
@@ -29,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusepass.bench_cases import VARIANTS, Inputs, Shape, Variant
+from fusepass.bench_cases import VARIANTS, Inputs, Variant
 from fusepass.bench_pool import Exclusive, alone, spread
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -108,26 +110,75 @@ def run(
     limit: float | None = None,
 ) -> list[Row]:
     """Measure; ``limit`` seconds after the start no further measurement begins."""
-    if workers > 1:
-        return spread(work, apart, lambda job, why: replace(_row(job), problem=why), workers, on_row, limit)
-    rows: list[Row] = []
     end = None if limit is None else time.monotonic() + limit
-    for job in work:
-        if end is None or time.monotonic() < end:
-            rows.append(measured(job))
-            on_row(rows[-1])
+    rows: list[Row] = []
+    lost: list[tuple[Job, Row]] = []
+
+    def keep(found: list[tuple[Job, Row]]) -> None:
+        broken = len(found) > 1 and any(row.problem.startswith(_LOST) for _, row in found)
+        for job, row in found:
+            if broken and row.milliseconds is None:
+                lost.append((job, row))  # something beside it may have taken it along
+            else:
+                rows.append(row)
+                on_row(row)
+
+    _spread(together(work), workers, keep, end)
+    again = list(lost)
+    _spread([[job] for job, _ in again], workers, keep, end)
+    for _, row in again:
+        if all(key_of(row) != key_of(r) for r in rows):  # no time was left for it
+            rows.append(row)
+            on_row(row)
     return rows
+
+
+def _spread(
+    groups: Sequence[list[Job]],
+    workers: int,
+    keep: Callable[[list[tuple[Job, Row]]], None],
+    end: float | None,
+) -> None:
+    if workers > 1 and groups:
+        limit = None if end is None else end - time.monotonic()
+        patience = PATIENCE * max(map(len, groups))
+        spread(groups, apart, _taken_along, workers, keep, limit, patience)
+        return
+    for group in groups:
+        if end is None or time.monotonic() < end:
+            keep(list(zip(group, measured(group), strict=True)))
+
+
+def together(work: Sequence[Job]) -> list[list[Job]]:
+    """Jobs that differ in nothing but the contender, which is fast: unfused attention is measured apart."""
+    groups: dict[Job, list[Job]] = {}
+    for job in work:
+        apart = job.contender if job.contender in ("eager", "compile") else ""
+        groups.setdefault(replace(job, contender=apart), []).append(job)
+    return list(groups.values())
+
+
+#: Seconds that a contender may take to be prepared and timed.
+PATIENCE = 180.0
+_LOST = "not measured: "
+
+
+def _taken_along(group: list[Job], why: str) -> list[tuple[Job, Row]]:
+    return [(job, replace(_row(job), problem=f"{_LOST}{why}")) for job in group]
 
 
 #: In the text of an error after which a process can use its GPU no more.
 _BROKEN = ("CUDA error", "AcceleratorError", "illegal memory access", "device-side assert")
 
 
-def apart(job: Job, exclusive: Exclusive) -> tuple[Row, bool]:
-    """In a process of its own: a row, and whether the process is of no more use."""
+def apart(group: list[Job], exclusive: Exclusive) -> tuple[list[tuple[Job, Row]], bool]:
+    """In a process of its own: rows, and whether the process is of no more use."""
     torch.set_num_threads(1)
-    row = measured(job, exclusive)
-    return row, any(text in row.problem for text in _BROKEN)
+    rows = measured(group, exclusive)
+    broken = any(text in row.problem for text in _BROKEN for row in rows)
+    if broken and len(group) > 1:
+        rows = [r if r.milliseconds is not None else replace(r, problem=f"{_LOST}{r.problem}") for r in rows]
+    return list(zip(group, rows, strict=True)), broken
 
 
 def _row(job: Job) -> Row:
@@ -141,22 +192,50 @@ def _row(job: Job) -> Row:
     )  # fmt: skip
 
 
-def measured(job: Job, exclusive: Exclusive = alone) -> Row:
-    """The row of a job; whatever goes wrong stands in its last column."""
-    variant, row = VARIANTS[job.variant], _row(job)
-    shape = variant.shape(job.length, job.head_dim, job.tokens, job.width)
+@dataclass
+class _Ready:
+    """A contender that was compiled and recorded; ``times`` steps are one replay."""
+
+    row: Row
+    step: Callable[[], object] | None = None
+    replay: Callable[[], object] | None = None
+    times: int = 1
+
+
+def measured(group: Sequence[Job], exclusive: Exclusive = alone) -> list[Row]:
+    """The rows of jobs of one case; whatever goes wrong with one stands in the last column of its row."""
+    first = group[0]
+    ready = [_Ready(_row(job)) for job in group]
     try:
-        row = _measure(job, variant, shape, row, exclusive)
+        variant, device = VARIANTS[first.variant], torch.device(first.device)
+        shape = variant.shape(first.length, first.head_dim, first.tokens, first.width)
+        inputs = variant.inputs(shape, device, getattr(torch, first.dtype))
+        if first.mode == "training":
+            for name in "qkv":
+                inputs[name].requires_grad_()
+        with torch.set_grad_enabled(first.mode == "training"):
+            for job, one in zip(group, ready, strict=True):
+                try:
+                    _prepare(job, variant, inputs, one)
+                except Exception as error:
+                    one.row = replace(one.row, problem=_line(error))
+            running = [one for one in ready if one.step is not None]
+            if running:
+                with exclusive():
+                    _time(running, device, first)
     except Exception as error:
-        row = replace(row, problem=_line(error))
+        for one in ready:
+            one.row = replace(one.row, problem=one.row.problem or _line(error))
+    rows = [one.row for one in ready]
+    del ready
     try:
         torch._dynamo.reset()
         gc.collect()
-        if job.device == "cuda":
+        if first.device == "cuda":
             torch.cuda.empty_cache()
     except Exception as error:  # what the measurement broke shows up in the next call of CUDA
-        row = replace(row, problem=row.problem or _line(error))
-    return row
+        rows = [replace(row, problem=row.problem or _line(error)) for row in rows]
+    return rows
 
 
 def _line(error: Exception) -> str:
@@ -164,36 +243,41 @@ def _line(error: Exception) -> str:
     return lines[0][:200]
 
 
-def _measure(job: Job, variant: Variant, shape: Shape, row: Row, exclusive: Exclusive) -> Row:
-    device, dtype = torch.device(job.device), getattr(torch, job.dtype)
-    inputs = variant.inputs(shape, device, dtype)
-    training = job.mode == "training"
-    if training:
-        for name in "qkv":
-            inputs[name].requires_grad_()
+def _prepare(job: Job, variant: Variant, inputs: Inputs, one: _Ready) -> None:
+    """Compile, run, and record."""
+    device = torch.device(job.device)
     call, kernel = _contender(job, variant)
-    large = row.pairs * 2 > 2**32  # an unfused score tensor of several GiB: one process at a time
-    with _locked(large), torch.set_grad_enabled(training):
+    large = one.row.pairs * 2 > 2**32  # an unfused score tensor of several GiB: one process at a time
+    with _locked(large):
         start = time.perf_counter()
-        step = _step(call, inputs, training)
+        step = _step(call, inputs, job.mode == "training")
         step()
         _wait(device)
         seconds = time.perf_counter() - start
     chosen = kernel()
     if chosen.startswith("stays"):
-        return replace(row, kernel="", problem=chosen, compile_seconds=seconds)
-    with torch.set_grad_enabled(training):
-        replay, times, problem = recorded(step, device)
-    with exclusive(), torch.set_grad_enabled(training):
-        used = peak(step, device)
-        milliseconds = timed(step, device, job.repeats)
-        alone_on_gpu = None if replay is None else timed(replay, device, job.repeats) / times
-    flops = 4 * row.pairs * shape.head_dim * (3.5 if training else 1)
-    best = milliseconds if alone_on_gpu is None else alone_on_gpu
-    return replace(
-        row, kernel=chosen, milliseconds=milliseconds, tflops=flops / best / 1e9, peak_bytes=used,
-        compile_seconds=round(seconds, 2), gpu_milliseconds=alone_on_gpu, problem=problem,
-    )  # fmt: skip
+        one.row = replace(one.row, kernel="", problem=chosen, compile_seconds=seconds)
+        return
+    one.replay, one.times, problem = recorded(step, device)
+    one.step = step
+    one.row = replace(one.row, kernel=chosen, compile_seconds=round(seconds, 2), problem=problem)
+
+
+def _time(running: Sequence[_Ready], device: torch.device, job: Job) -> None:
+    """Fill in the times, each of which is of its own turns beside the others'."""
+    peaks = [peak(one.step, device) for one in running if one.step is not None]
+    called = in_turn([one.step for one in running if one.step is not None], device, job.repeats)
+    recordings = [one for one in running if one.replay is not None]
+    replayed = in_turn([one.replay for one in recordings if one.replay is not None], device, job.repeats)
+    of_gpu = {id(one): spent / one.times for one, spent in zip(recordings, replayed, strict=True)}
+    for one, used, milliseconds in zip(running, peaks, called, strict=True):
+        gpu = of_gpu.get(id(one))
+        flops = 4 * one.row.pairs * job.head_dim * (3.5 if job.mode == "training" else 1)
+        best = milliseconds if gpu is None else gpu
+        one.row = replace(
+            one.row, milliseconds=milliseconds, tflops=flops / best / 1e9, peak_bytes=used,
+            gpu_milliseconds=gpu,
+        )  # fmt: skip
 
 
 def _step(call: Callable[..., Tensor], inputs: Inputs, training: bool) -> Callable[[], object]:
@@ -253,29 +337,59 @@ def _contender(job: Job, variant: Variant) -> tuple[Callable[..., Tensor], Calla
 
 def timed(step: Callable[[], object], device: torch.device, repeats: int) -> float:
     """The median of single runs, in milliseconds; on a GPU the least of some medians."""
+    return in_turn([step], device, repeats)[0]
+
+
+def in_turn(steps: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
+    """For each of the steps, the median of single runs in milliseconds; on a GPU of rounds of runs.
+
+    In every round each step has its turn.
+    """
     if device.type != "cuda":
-        found = []
-        for _ in range(repeats):
-            start = time.perf_counter()
+        return [
+            median(found)
+            for found in zip(*([_clocked(s) for s in steps] for _ in range(repeats)), strict=True)
+        ]
+    counts = []
+    for step in steps:
+        for _ in range(3):
             step()
-            found.append(1e3 * (time.perf_counter() - start))
-        return median(found)
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    first = max(_events(step, 1)[0], 1e-3)
-    _events(step, min(2000, int(_WARM / first)))  # a GPU that was idle runs at a lower clock at first
-    count = max(3, min(max(repeats, int(_SHORT / first)), int(300 / first)))
+        torch.cuda.synchronize()
+        first = max(_events(step, 1)[0], 1e-3)
+        _events(step, min(2000, int(_WARM / first)))  # a GPU that was idle runs at a lower clock at first
+        turns = 1 if len(steps) == 1 else _ROUNDS
+        enough = max(repeats / turns, _SHORT / first)
+        counts.append(max(3, int(min(enough, _LONG / turns / first))))
+    if len(steps) == 1:
+        return [_settled(steps[0], counts[0])]
+    rounds = [
+        [median(_events(step, count)) for step, count in zip(steps, counts, strict=True)]
+        for _ in range(_ROUNDS)
+    ]
+    return [median(found) for found in zip(*rounds, strict=True)]
+
+
+def _clocked(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _settled(step: Callable[[], object], count: int) -> float:
+    """The least of medians, which are taken until two in a row agree: queued work may still run."""
     found = [median(_events(step, count))]
     while len(found) < _BATCHES and (len(found) == 1 or abs(found[-1] / found[-2] - 1) > _AGREES):
         found.append(median(_events(step, count)))
     return min(found)
 
 
-#: Medians are taken until two in a row agree, or so many: work that was queued before them may still run.
+#: The most medians, and how closely two in a row must agree.
 _BATCHES, _AGREES = 6, 0.02
-#: Milliseconds of work before anything counts, and that a batch of short steps lasts at least.
-_WARM, _SHORT = 30.0, 10.0
+#: How often the steps that are compared have their turn.
+_ROUNDS = 7
+#: Milliseconds of work before anything counts, that a batch of short steps lasts at least, and those of long
+#: ones in all.
+_WARM, _SHORT, _LONG = 30.0, 10.0, 300.0
 
 
 def _events(step: Callable[[], object], count: int) -> list[float]:
@@ -431,6 +545,7 @@ __all__ = [
     "key_of",
     "machine",
     "apart",
+    "in_turn",
     "measured",
     "read_csv",
     "recorded",

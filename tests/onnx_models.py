@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -94,6 +95,8 @@ def run_on(path: Path, feeds: dict[str, Any], *, cuda: bool) -> list[npt.NDArray
     """The outputs of a file in onnxruntime on the CPU, or on CUDA without TF32."""
     import onnxruntime as ort
 
+    if cuda and "CUDAExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("this onnxruntime has no CUDAExecutionProvider: pip install onnxruntime-gpu")
     first: list[Any] = [("CUDAExecutionProvider", {"use_tf32": "0"})] if cuda else []
     session = ort.InferenceSession(str(path), providers=[*first, "CPUExecutionProvider"])
     assert not cuda or "CUDAExecutionProvider" in session.get_providers()

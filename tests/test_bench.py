@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -174,6 +175,40 @@ def test_measuring_in_processes_gives_the_same_rows() -> None:
     alone, spread_out = bench.run(work), bench.run(work, workers=2)
     key = [(r.length, r.contender, r.kernel, r.problem) for r in sorted(alone, key=str)]
     assert sorted(key) == sorted((r.length, r.contender, r.kernel, r.problem) for r in spread_out)
+
+
+def test_contenders_of_a_case_are_measured_together() -> None:
+    """But for unfused attention, which is slow and takes much memory."""
+    work = bench.jobs(["full"], [16, 32], [16], bench.MODES, ["auto", "compile", "sdpa", "hand"], **TINY)
+    groups = bench.together(work)
+    assert sorted(job.contender for group in groups for job in group) == sorted(j.contender for j in work)
+    assert all(len({replace(j, contender="") for j in group}) == 1 for group in groups)
+    assert sorted(len(group) for group in groups) == [1] * 4 + [2 + len(VARIANTS["full"].hand)] * 4
+
+
+def test_what_one_contender_takes_along_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = bench.jobs(["full"], [16], [16], ["forward"], ["eager", "sdpa", "flash4", "auto"], **TINY)
+    seen: list[list[str]] = []
+
+    def measured(group: Sequence[bench.Job]) -> list[bench.Row]:
+        seen.append([job.contender for job in group])
+        rows = [bench._row(job) for job in group]
+        if len(group) > 1:
+            return [replace(row, problem=f"{bench._LOST}CUDA error") for row in rows]
+        return [replace(row, milliseconds=1.0) for row in rows]
+
+    monkeypatch.setattr(bench, "measured", measured)
+    rows = bench.run(work)
+    assert seen == [["eager"], ["sdpa", "flash4", "auto"], ["sdpa"], ["flash4"], ["auto"]]
+    assert sorted(row.contender for row in rows) == ["auto", "eager", "flash4", "sdpa"]
+    assert all(row.milliseconds == 1.0 and not row.problem for row in rows)
+
+
+def test_steps_are_timed_in_turn() -> None:
+    order: list[str] = []
+    steps = [lambda: order.append("a"), lambda: order.append("b")]
+    spent = bench.in_turn(steps, torch.device("cpu"), 3)
+    assert "".join(order) == "ababab" and all(0 < s < 100 for s in spent)
 
 
 def test_a_page_of_the_results() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fusepass.config import Options
 from fusepass.kernels import FP8, Target, fp8, gates
@@ -45,7 +46,8 @@ def uneven(heads: int, scales: list[float]) -> Tensor:
 def test_balanced_scales_have_one_product() -> None:
     """Heads of very different size: each keeps its precision, and one number undoes all scales."""
     q, k = uneven(4, [1e-3, 2e-3, 50.0, 60.0]), uneven(2, [20.0, 1e-2])
-    q8, k8, descale = fp8.balanced(q, k)
+    *turned, descale = fp8.balanced(q.transpose(1, 2), k.transpose(1, 2))
+    q8, k8 = (t.transpose(1, 2) for t in turned)
     assert q8.dtype is k8.dtype is torch.float8_e4m3fn and descale.shape == (1, 1, 1, 1)
     assert q8.float().isfinite().all() and k8.float().isfinite().all()
     got = q8.float() @ k8.float().repeat_interleave(2, 1).transpose(-1, -2) * descale
@@ -56,15 +58,53 @@ def test_balanced_scales_have_one_product() -> None:
 
 
 def test_scales_of_nothing_are_finite() -> None:
-    zero = torch.zeros(1, 2, 8, 128)
+    zero = torch.zeros(1, 8, 2, 128)
     q8, k8, descale = fp8.balanced(zero, zero)
     assert all(t.float().isfinite().all() for t in (q8, k8, descale))
 
 
 def test_rounding_never_overflows() -> None:
-    x = uneven(2, [1.0, 1e4])
-    rounded = fp8._rounded(x, E4M3_MAX / fp8._largest(x, 2))
-    assert rounded.float().abs().amax((0, 2, 3)).tolist() == [E4M3_MAX, E4M3_MAX]
+    x = uneven(2, [1.0, 1e4]).transpose(1, 2)
+    rounded = fp8.rounded(x, E4M3_MAX / fp8.largest(x, 2))
+    assert rounded.float().abs().amax((0, 1, 3)).tolist() == [E4M3_MAX, E4M3_MAX]
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    q, k, v = (t.double() for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+
+
+def of_cudnn(q: Tensor, k: Tensor, v: Tensor, descale: Tensor, scale: float, causal: bool) -> Tensor:
+    return exact(q, k, v, scale * descale.item(), causal).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def of_flash3(
+    q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor, of_v: Tensor, scale: float, causal: bool
+) -> Tensor:
+    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
+    of_q, of_k, of_v = (t.double()[:, :, None, None] for t in (of_q, of_k, of_v))
+    out = exact(q * of_q.repeat_interleave(2, 1), k * of_k, v * of_v, scale, causal)
+    return out.transpose(1, 2).contiguous().bfloat16()
+
+
+@pytest.mark.parametrize("library", ["cudnn", "flash3"])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_what_the_libraries_are_given(
+    library: str, heads_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operators that compute exactly give the attention of the inputs, up to their rounding."""
+    monkeypatch.setattr(torch.ops.fusepass, "fp8_cudnn", of_cudnn)
+    monkeypatch.setattr(torch.ops.fusepass, "fp8_flash3", of_flash3)
+    sizes = ([1e-3, 2e-3, 0.5, 0.6], [2.0, 0.1], [3.0, 1e3])
+    q, k, v = (uneven(len(s), s).bfloat16() for s in sizes)
+    if not heads_first:
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+    true = exact(q, k, v, 0.1, True)
+    for rotate in (False, True):
+        out = fp8.fp8_attention(q, k, v, 0.1, True, rotate, library)
+        assert out.dtype is torch.bfloat16 and out.shape == true.shape
+        noise = (out.double() - true).square().sum((0, 2, 3)) / true.square().sum((0, 2, 3))
+        assert noise.sqrt().max() < 0.08, noise.sqrt()
 
 
 REFUSED = {

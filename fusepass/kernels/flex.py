@@ -20,6 +20,7 @@ from torch.utils._sympy.symbol import SymT, free_symbol_is_type
 
 from fusepass.emit import Builder
 from fusepass.kernels import flex_blocks
+from fusepass.kernels import formula as fm
 from fusepass.kernels.base import (
     Kernel,
     Operands,
@@ -57,8 +58,12 @@ from fusepass.spec import (
 )
 
 
-def flex_attention(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> Tensor:
+def flex_attention(
+    q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str, options: str
+) -> Tensor:
     """FlexAttention of a program; see :func:`fusepass.kernels.reference.attention` for the arguments.
+
+    ``options`` are FlexAttention's, as :func:`fusepass.kernels.flex_blocks.block_attention` has them.
 
     Returns:
         ``[B, H, Q, Dv]`` in the dtype of ``q``.
@@ -76,7 +81,8 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], progr
         return s
 
     blocks = _create_empty_block_mask(q, k).as_tuple()
-    found = operator(q, k, v, score_mod, blocks, scale, kernel_options(q), tuple(tensors), ())
+    chosen = kernel_options(q) | dict(fm.read(options))
+    found = operator(q, k, v, score_mod, blocks, scale, chosen, tuple(tensors), ())
     return found[0]
 
 
@@ -239,7 +245,9 @@ def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
     if target.device == "cuda":
         refuse_far_elements(build, [x.q, x.k, x.v, *tensors])
     tensors = [t if t.op == "placeholder" else build.call(stored_op, t) for t in tensors]
-    out = build.call_with(value, flex_attention, x.q, x.k, x.v, tensors, encode(spec, bands=True))
+    dense = any({"i", "j"} <= set(m.axes) for m in spec.scores if isinstance(m, (Bias, ScaleBy)))
+    options = fm.text(sorted(flex_blocks.tile(spec, dense).items()))
+    out = build.call_with(value, flex_attention, x.q, x.k, x.v, tensors, encode(spec, bands=True), options)
     if target.device == "cpu":
         out = build.call(stored_op, out)  # the CPU template takes no epilogue
     if rows is not None:

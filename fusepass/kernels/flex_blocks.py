@@ -28,10 +28,12 @@ from fusepass.kernels.base import (
     row_operand,
 )
 from fusepass.kernels.blocks import BLOCK, plain_tables, table_shapes, tables_op
+from fusepass.kernels.gates import capability
 from fusepass.patterns.masks import additive_mask
 from fusepass.recognize import Site
 from fusepass.rule import Term
 from fusepass.spec import (
+    Attention,
     Bias,
     Finite,
     Keep,
@@ -51,6 +53,7 @@ AFTER = (Keep, WeightScale, KeyGate, ZeroEmptyRows)
 """What is done to weights or results after the kernel."""
 TILED_HEAD_DIM = 128
 """Beyond this head size the tiles of flash-attn 4 are no blocks of 128 keys."""
+SMALL_HEAD_DIM = SMALL_TILE = 64
 LOWEST = torch.finfo(torch.float32).min / 2
 EXTREME = -1e30
 """Stands for every lower score: the kernels work in powers of two, where float32's lowest overflows."""
@@ -259,11 +262,12 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
     if target.device == "cuda":
         refuse_far_elements(build, [x.q, x.k, x.v, *scores, *masks])
     scores, masks = ([_stored(build, t) for t in tensors] for tensors in (scores, masks))
-    if options and any(build.value(t).requires_grad for t in scores):
+    flash = options.get("BACKEND") == "FLASH"
+    if flash and any(build.value(t).requires_grad for t in scores):
         raise Refused("its score modifiers read a tensor that needs a gradient")
-    if options and target.training and scores_by_position(site, made):
+    if flash and target.training and scores_by_position(site, made):
         raise Refused(GROUPED)
-    if options and not target.training and (scores or masks):
+    if flash and not target.training and (scores or masks):
         # TorchInductor 2.11 frees what a CuTe kernel captures before it runs, unless a backward keeps it.
         raise Refused("without gradients it reads no tensors")
     tables = tables_of(site, build, made, masks, target.training)
@@ -277,6 +281,9 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
     reads = sink is not None or (bool(site.spec.masks) and not site.spec.rows_seen)
     if reads:  # without gradients the kernel writes no log-sum-exp, unless told that somebody reads it
         options = options | {"OUTPUT_LOGSUMEXP": True}
+    if not flash:
+        dense = any(s[0] in ("add", "times") and fm.is_dense(s[1]) for s in made.scores)
+        options = options | tile(site.spec, dense)
     arguments = (x.q, x.k, x.v, scores, masks, tables, made.code(), fm.text(sorted(options.items())))
     found = build.call_with(value, block_attention, *arguments)
     out = build.call(operator.getitem, found, 0)
@@ -286,6 +293,20 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
     if sink is None:
         return mended(site, build, target, x, out, lse)
     return _with_sink(build, out, lse, row_operand(site, build, sink.slot))
+
+
+def tile(spec: Attention, dense: bool) -> dict[str, int]:
+    """FlexAttention's options for the tiles of its forward kernel; none where its own are the better ones.
+
+    Scores that read a tensor over queries and keys hold a tile of it beside their own: on Hopper smaller
+    ones are faster at small heads (``bias`` in docs/attention.md).  Fewer queries go to its decoding kernel,
+    which has other tiles.
+    """
+    half, many = spec.dtype in (torch.float16, torch.bfloat16), isinstance(spec.queries, int)
+    small = isinstance(spec.head_dim, int) and spec.head_dim <= SMALL_HEAD_DIM
+    if not (dense and half and small and many and spec.queries >= BLOCK and capability() == (9, 0)):
+        return {}
+    return {"fwd_BLOCK_M": SMALL_TILE, "fwd_BLOCK_N": SMALL_TILE}
 
 
 def _with_sink(build: Builder, out: fx.Node, lse: fx.Node, sink: Any) -> fx.Node:
@@ -388,5 +409,5 @@ def mended(
 
 __all__ = [
     "AFTER", "GROUPED", "Plan", "block_attention", "emit", "mendable", "mended", "plan",
-    "scores_by_position", "tables_of", "thin_biases",
+    "scores_by_position", "tables_of", "thin_biases", "tile",
 ]  # fmt: skip

@@ -41,15 +41,10 @@ def fp8_attention(
     if rotate:
         turn = hadamard(q.shape[-1], q)
         q, k = rotated(q, turn), rotated(k, turn)
-    if library == "flash3":
-        return _by_head(q, k, v, scale, causal)
-    q8, k8, descale = balanced(q, k)
-    largest = _largest(v, v.shape[1])
-    v8 = _rounded(v, fp8_ops.E4M3_MAX / largest)
-    out: Tensor = torch.ops.fusepass.fp8_cudnn(q8, k8, v8, descale, scale, causal)
-    # As it lies in memory, [B, S, H, D]: in another order TorchInductor writes it, and copies it once more.
-    per_head = _per_head(largest / fp8_ops.E4M3_MAX, q.shape[1]).transpose(1, 2)
-    return (out.transpose(1, 2).float() * per_head).to(q.dtype).transpose(1, 2)
+    # As they lie in memory: what TorchInductor writes in another order than its dimensions' is slower.
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    compute = _of_flash3 if library == "flash3" else _of_cudnn
+    return compute(q, k, v, scale, causal).transpose(1, 2)
 
 
 def rotated(x: Tensor, turn: Tensor) -> Tensor:
@@ -59,45 +54,47 @@ def rotated(x: Tensor, turn: Tensor) -> Tensor:
     return (x.transpose(1, 2) @ turn).transpose(1, 2)
 
 
+def _of_cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    q8, k8, descale = balanced(q, k)
+    of_v = largest(v, v.shape[2]) / fp8_ops.E4M3_MAX
+    turned = (t.transpose(1, 2) for t in (q8, k8, rounded(v, 1 / of_v)))
+    out: Tensor = torch.ops.fusepass.fp8_cudnn(*turned, descale, scale, causal)
+    return (out.transpose(1, 2).float() * per_head(of_v, q.shape[2])).to(q.dtype)
+
+
+def _of_flash3(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    descales = [largest(t, k.shape[2]) / fp8_ops.E4M3_MAX for t in (q, k, v)]
+    eight = [rounded(t, 1 / s) for t, s in zip((q, k, v), descales, strict=True)]
+    out: Tensor = torch.ops.fusepass.fp8_flash3(*eight, *descales, scale, causal)
+    return out.to(q.dtype)
+
+
 def balanced(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys as e4m3, and the one number ``[1, 1, 1, 1]`` that their products are multiplied by."""
-    heads = k.shape[1]
-    of_q, of_k = _largest(q, heads), _largest(k, heads)
+    """``[B, S, H, D]`` as e4m3, and the one number ``[1, 1, 1, 1]`` that products are multiplied by."""
+    heads = k.shape[2]
+    of_q, of_k = largest(q, heads), largest(k, heads)
     descale = (of_q * of_k).amax().clamp(min=_SMALL) / fp8_ops.E4M3_MAX**2
     ratio = (of_q / of_k).sqrt()
     root = descale.sqrt()
-    return _rounded(q, 1 / (root * ratio)), _rounded(k, ratio / root), descale.view(1, 1, 1, 1)
+    return rounded(q, 1 / (root * ratio)), rounded(k, ratio / root), descale.view(1, 1, 1, 1)
 
 
-def _by_head(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
-    heads, rounded, descales = k.shape[1], [], []
-    for tensor in (q, k, v):
-        largest = _largest(tensor, heads)
-        rounded.append(_rounded(tensor, fp8_ops.E4M3_MAX / largest).transpose(1, 2))
-        descales.append(largest / fp8_ops.E4M3_MAX)
-    out: Tensor = torch.ops.fusepass.fp8_flash3(*rounded, *descales, scale, causal)
-    return out.transpose(1, 2).to(q.dtype)
+def largest(x: Tensor, heads: int) -> Tensor:
+    """The largest magnitude in ``[B, S, H, D]`` of each batch and key/value head, float32 ``[B, G]``."""
+    grouped: Tensor = x.unflatten(2, (heads, -1))
+    return grouped.abs().amax((1, 3, 4)).float().clamp(min=_SMALL)
 
 
-def _largest(x: Tensor, heads: int) -> Tensor:
-    """The largest magnitude of each batch and key/value head, float32 ``[B, G]``.
-
-    First of each place, then of all: elements that lie side by side are read together.
-    """
-    places: Tensor = x.transpose(1, 2).unflatten(2, (heads, -1))
-    return places.abs().amax((3, 4)).amax(1).float().clamp(min=_SMALL)
-
-
-def _rounded(x: Tensor, factor: Tensor) -> Tensor:
-    """``x`` times a number a head, as e4m3: rounded to nearest, never beyond the largest."""
-    wide = x.float() * _per_head(factor, x.shape[1])
+def rounded(x: Tensor, factor: Tensor) -> Tensor:
+    """``[B, S, H, D]`` times a number a head, as e4m3: rounded to nearest, never beyond the largest."""
+    wide = x.float() * per_head(factor, x.shape[2])
     return wide.clamp(-fp8_ops.E4M3_MAX, fp8_ops.E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def _per_head(factor: Tensor, heads: int) -> Tensor:
-    """``[B, G]`` as ``[B, H, 1, 1]``."""
+def per_head(factor: Tensor, heads: int) -> Tensor:
+    """``[B, G]`` as ``[B, 1, H, 1]``."""
     wide = factor.unsqueeze(2).expand(-1, -1, heads // factor.shape[1])
-    return wide.reshape(factor.shape[0], heads, 1, 1)
+    return wide.reshape(factor.shape[0], 1, heads, 1)
 
 
 def hadamard(size: int, like: Tensor) -> Tensor:
