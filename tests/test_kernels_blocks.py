@@ -207,6 +207,28 @@ def test_a_log_sum_exp_that_is_read_is_asked_for(name: str, read: bool, everywhe
     assert asked == [read]
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "queries", "bias", "small"),
+    [(64, 256, True, True), (64, 256, False, False), (128, 256, True, False), (64, 64, True, False)],
+)
+def test_tiles_of_a_dense_bias_on_hopper(
+    head_dim: int, queries: int, bias: bool, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small heads with a bias that is read: few queries go to the decoding kernel, whose tiles are others."""
+    hopper(monkeypatch)
+
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        s = q @ k.transpose(-1, -2) * 0.125
+        return (s + b if bias else s).softmax(-1) @ v
+
+    graph = fake_graph(program, *[(2, 4, queries, head_dim)] * 3, (1, 4, queries, queries))
+    with torch.no_grad():
+        assert rewrite_graph(graph, Options(kernel="flex")).sites[0].kernel == "flex"
+    (call_,) = (n for n in graph.graph.nodes if n.target is block_attention)
+    options = dict(formula.read(call_.args[-1]))
+    assert options == ({"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64} if small else {})
+
+
 def test_other_masks_have_other_tables(everywhere: None) -> None:
     def two(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
         first = CASES["padding"].program(q, k, v, keep).view(q.shape)

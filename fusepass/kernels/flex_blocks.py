@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from fusepass.emit import Builder
 from fusepass.kernels import formula as fm
+from fusepass.kernels import gates
 from fusepass.kernels.base import (
     Operands,
     Refused,
@@ -28,7 +29,6 @@ from fusepass.kernels.base import (
     row_operand,
 )
 from fusepass.kernels.blocks import BLOCK, plain_tables, table_shapes, tables_op
-from fusepass.kernels.gates import capability
 from fusepass.patterns.masks import additive_mask
 from fusepass.recognize import Site
 from fusepass.rule import Term
@@ -304,7 +304,7 @@ def tile(spec: Attention, dense: bool) -> dict[str, int]:
     """
     half, many = spec.dtype in (torch.float16, torch.bfloat16), isinstance(spec.queries, int)
     small = isinstance(spec.head_dim, int) and spec.head_dim <= SMALL_HEAD_DIM
-    if not (dense and half and small and many and spec.queries >= BLOCK and capability() == (9, 0)):
+    if not (dense and half and small and many and spec.queries >= BLOCK and gates.capability() == (9, 0)):
         return {}
     return {"fwd_BLOCK_M": SMALL_TILE, "fwd_BLOCK_N": SMALL_TILE}
 
