@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 
 from fusepass import bench
 from fusepass.kernels import fp8, fp8_ops
-from fusepass.kernels.gates import FLASH3, installed
+from fusepass.kernels.gates import FLASH3, FRONTEND, installed
 
 HEAD_DIM = 128
 
@@ -75,9 +76,16 @@ def quality(out: Tensor, true: Tensor) -> tuple[float, float]:
     return math.sqrt(noise / power), 10 * math.log10(power / max(noise, 1e-300))
 
 
-def methods(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Callable[[], Tensor]]:
+def libraries() -> list[str]:
+    """The libraries of FP8 kernels that are installed."""
+    return [name for name, package in (("cudnn", FRONTEND), ("flash3", FLASH3)) if installed(package)]
+
+
+def methods(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, library: str
+) -> dict[str, Callable[[], Tensor]]:  # fmt: skip
     """Ways to compute ``[B, H, S, D]`` tensors."""
-    scale, library = HEAD_DIM**-0.5, fp8.library()
+    scale = HEAD_DIM**-0.5
 
     def native() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
@@ -128,50 +136,65 @@ def accuracy(lengths: list[int]) -> list[dict[str, Any]]:
             q, k, v = (t.transpose(1, 2) for t in inputs(length, 8, 2, kind == "outliers"))
             for causal in (False, True):
                 true = exact(q, k, v, causal, HEAD_DIM**-0.5)
-                for name, compute in methods(q, k, v, causal).items():
-                    row: dict[str, Any] = {"length": length, "inputs": kind, "causal": causal, "method": name}
-                    try:
-                        error, sqnr = quality(compute(), true)
-                        row |= {"relative error": f"{error:.4g}", "SQNR dB": f"{sqnr:.2f}"}
-                    except Exception as problem:
-                        row["problem"] = f"{type(problem).__name__}: {problem}".splitlines()[0][:120]
-                    rows.append(row)
+                for library in libraries():
+                    case = {"library": library, "length": length, "inputs": kind, "causal": causal}
+                    for name, compute in methods(q, k, v, causal, library).items():
+                        row: dict[str, Any] = case | {"method": name}
+                        try:
+                            error, sqnr = quality(compute(), true)
+                            row |= {"relative error": f"{error:.4g}", "SQNR dB": f"{sqnr:.2f}"}
+                        except Exception as problem:
+                            row["problem"] = f"{type(problem).__name__}: {problem}".splitlines()[0][:120]
+                        rows.append(row)
     return rows
 
 
 def speed(lengths: list[int]) -> list[dict[str, Any]]:
-    """Milliseconds, quantisation included, through `torch.compile(backend="fusepass")`."""
+    """Milliseconds, quantisation included, through `torch.compile(backend="fusepass")`.
+
+    All contenders of a row are timed in turn, since a GPU's clock follows its temperature.
+    """
     rows = []
     for length in lengths:
         made = inputs(length, 32, 8, False, batch=max(1, 16384 // length))
         for causal in (False, True):
-            row: dict[str, Any] = {"length": length, "causal": causal}
-            for name, call in _contenders(causal).items():
-                try:
-                    with torch.no_grad():
+            steps: dict[str, Callable[[], Any]] = {}
+            problems: dict[str, str] = {}
+            with torch.no_grad():
+                for name, call in _contenders(causal).items():
+                    try:
                         call(*made)
-                        step = functools.partial(call, *made)
-                        row[name] = round(bench.timed(step, made[0].device, 20), 4)
-                except Exception as problem:
-                    row[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:60]
-                torch._dynamo.reset()
-            best = min((row[n] for n in _BF16 if isinstance(row.get(n), float)), default=None)
-            alone, copy = row.get("fp8 kernel alone"), row.get("copy")
-            if isinstance(alone, float) and isinstance(copy, float):
-                row["bound"] = round(alone + copy, 4)
-            for name in ("fp8", "fp8_unrotated", "fp8 kernel alone", "bound"):
-                if best and isinstance(row.get(name), float):
-                    row[f"{name}, times best bf16"] = round(best / row[name], 3)
-            rows.append(row)
+                        steps[name] = functools.partial(call, *made)
+                    except Exception as problem:
+                        problems[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:60]
+                times = bench.in_turn(list(steps.values()), made[0].device, 60)
+            spent = {name: round(time, 4) for name, time in zip(steps, times, strict=True)}
+            rows += [_row(length, causal, library, spent, problems) for library in libraries()]
+            torch._dynamo.reset()
     return rows
 
 
 _BF16 = ("sdpa", "flash3", "flash4")
 
 
+def _row(
+    length: int, causal: bool, library: str, spent: dict[str, float], problems: dict[str, str]
+) -> dict[str, Any]:  # fmt: skip
+    row: dict[str, Any] = {"length": length, "causal": causal, "library": library}
+    row |= {name: spent.get(name, problems.get(name, "")) for name in _BF16}
+    of_library = {name: f"{name} {library}" for name in ("fp8", "fp8_unrotated", "kernel alone", "copy")}
+    row |= {name: spent.get(key, problems.get(key, "")) for name, key in of_library.items()}
+    parts = [spent.get(of_library[name]) for name in ("kernel alone", "copy")]
+    row["bound"] = "" if None in parts else round(sum(p for p in parts if p is not None), 4)
+    best = min((spent[name] for name in _BF16 if name in spent), default=None)
+    for name in ("fp8", "fp8_unrotated", "kernel alone", "bound"):
+        timed = isinstance(row[name], float) and best is not None
+        row[f"{name}, times best bf16"] = round(best / row[name], 3) if timed and best is not None else ""
+    return row
+
+
 def _contenders(causal: bool) -> dict[str, Callable[..., Any]]:
-    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, causal)
+    """The best kernels without FP8, and for each library of FP8 kernels what `_row` tells."""
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -187,10 +210,30 @@ def _contenders(causal: bool) -> dict[str, Callable[..., Any]]:
 
         return flash_attn_func(q, k, v, causal=causal)
 
-    def fused(precision: str) -> Callable[..., Any]:
-        return torch.compile(program, backend="fusepass", dynamic=False, options={"precision": precision})
+    found: dict[str, Callable[..., Any]] = {"sdpa": sdpa, "flash4": flash4}
+    if installed(FLASH3):
+        found["flash3"] = flash3
+    for library in libraries():
+        found |= {f"{name} {library}": call for name, call in _of_library(library, causal).items()}
+    return found
 
-    library = fp8.library()
+
+def _of_library(library: str, causal: bool) -> dict[str, Callable[..., Any]]:
+    def fused(precision: str) -> Callable[..., Any]:
+        def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(q, k, v, causal)
+
+        compiled = torch.compile(
+            program, backend="fusepass", dynamic=False, options={"precision": precision}
+        )  # fmt: skip
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with mock.patch.object(fp8, "library", return_value=library):  # asked for when it is compiled
+                out: Tensor = compiled(q, k, v)
+            return out
+
+        return call
+
     rounded: list[Any] = []
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -211,10 +254,8 @@ def _contenders(causal: bool) -> dict[str, Callable[..., Any]]:
             moved.extend(torch.randint(256, (2, count // 2), dtype=torch.uint8, device=q.device))
         return moved[0].copy_(moved[1])
 
-    native = {"sdpa": sdpa, "flash4": flash4} | ({"flash3": flash3} if installed(FLASH3) else {})
-    return native | {
-        "fp8": fused("fp8"), "fp8_unrotated": fused("fp8_unrotated"), "fp8 kernel alone": kernel,
-        "copy": copy,
+    return {
+        "fp8": fused("fp8"), "fp8_unrotated": fused("fp8_unrotated"), "kernel alone": kernel, "copy": copy,
     }  # fmt: skip
 
 
@@ -311,11 +352,11 @@ def markdown(results: Path, place: Path) -> None:
         "",
         f"Made by `python benchmarks/fp8.py` from [{results.name}](../{results}): {'; '.join(about)}.",
         "",
-        "Milliseconds include the quantisation. `copy` moves as many bytes as scaling by the largest",
-        "magnitudes must, without rotation, at the speed of a copy on the GPU: inputs are read twice, since",
-        "a scale is known after the last element, and written once; cuDNN on Hopper writes e4m3 only, so its",
-        "result is scaled back, where flash-attn 3 writes bfloat16. `bound` is that and the library's kernel",
-        "alone: nothing around it is faster.",
+        "Milliseconds include the quantisation; all of one length and mask were timed in turn. `copy` moves",
+        "as many bytes as scaling by the largest magnitudes must, without rotation, at the speed of a copy on",
+        "the GPU: inputs are read twice, since a scale is known after the last element, and written once;",
+        "cuDNN on Hopper writes e4m3 only, so its result is scaled back, where flash-attn 3 writes bfloat16.",
+        "`bound` is that and the library's kernel alone: nothing around it is faster.",
         "",
         "Relative errors and SQNR are against float64. `cast` is the unscaled cast of tutorials; `identical`",
         "is exact arithmetic on just the e4m3 inputs of `fp8`, its result rounded as the kernel's is. The",

@@ -98,6 +98,8 @@ def jobs(
         for contender in contenders:
             if contender in NAMED and contender not in variant.kernels.split():
                 continue
+            if contender.startswith(("hand ", "repaired ", "prepared ")) and contender not in variant.hand:
+                continue
             names = list(variant.hand) if contender == "hand" else [contender]
             found += [Job(name, length, head_dim, mode, n, **settings) for n in names]
     return found
