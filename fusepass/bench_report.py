@@ -179,8 +179,9 @@ def samples(rows: Iterable[Row]) -> list[costs.Sample]:
         rows_of_queries = row.batch * row.heads * row.queries
         keys = row.keys if costs.sees_all(kernel, kind) else row.pairs / rows_of_queries
         size = rows_of_queries * 2 * row.head_dim
-        spent = min(row.best_known or row.milliseconds, row.milliseconds)
-        made.append(costs.Sample(kernel, kind, row.head_dim, row.mode, size, keys, spent, row.milliseconds))
+        spent = row.best_known or row.milliseconds
+        launch = max(spent, row.milliseconds)
+        made.append(costs.Sample(kernel, kind, row.head_dim, row.mode, size, keys, spent, launch))
     return made
 
 

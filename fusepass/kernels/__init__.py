@@ -15,7 +15,7 @@ from fusepass.kernels.fp8 import FP8
 from fusepass.kernels.reference import REFERENCE
 from fusepass.kernels.sdpa import SDPA
 
-KERNELS: tuple[Kernel, ...] = (SDPA, FLASH4, FLASH3, FLASH2, CUDNN, FLEX, FLEX_FLASH, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (SDPA, FLASH3, FLASH4, FLASH2, CUDNN, FLEX, FLEX_FLASH, REFERENCE)
 BY_NAME: dict[str, Kernel] = {k.name: k for k in KERNELS}
 
 __all__ = [
