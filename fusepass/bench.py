@@ -21,6 +21,7 @@ import gc
 import itertools
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -345,7 +346,7 @@ def timed(step: Callable[[], object], device: torch.device, repeats: int) -> flo
 def in_turn(steps: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
     """For each of the steps, the median of single runs in milliseconds; on a GPU of rounds of runs.
 
-    In every round each step has its turn.
+    In every round each step has its turn, in another order.
     """
     if device.type != "cuda":
         return [
@@ -364,11 +365,13 @@ def in_turn(steps: Sequence[Callable[[], object]], device: torch.device, repeats
         counts.append(max(3, int(min(enough, _LONG / turns / first))))
     if len(steps) == 1:
         return [_settled(steps[0], counts[0])]
-    rounds = [
-        [median(_events(step, count)) for step, count in zip(steps, counts, strict=True)]
-        for _ in range(_ROUNDS)
-    ]
-    return [median(found) for found in zip(*rounds, strict=True)]
+    found: list[list[float]] = [[] for _ in steps]
+    for turn in range(_ROUNDS):
+        order = list(range(len(steps)))
+        random.Random(turn).shuffle(order)  # what ran before a step decides how warm the GPU is
+        for n in order:
+            found[n].append(median(_events(steps[n], counts[n])))
+    return [median(times) for times in found]
 
 
 def _clocked(step: Callable[[], object]) -> float:
@@ -410,36 +413,46 @@ def recorded(
 ) -> tuple[Callable[[], object] | None, int, str]:
     """What replays a CUDA graph of ``step``, how many steps that is, and why there is none.
 
-    Short steps are recorded several times over, so that starting a graph is not what is measured.
+    Short steps are recorded several times over, as many for all contenders: starting a graph takes as long
+    as such a step.
     """
     if device.type != "cuda":
         return None, 1, ""
-    stream = torch.cuda.Stream()
     collecting = gc.isenabled()
     try:
         torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
-            step()
-            start = time.perf_counter()
-            step()
-            torch.cuda.synchronize()
-            times = max(1, min(10, int(1e-3 / (time.perf_counter() - start))))
-            graph = torch.cuda.CUDAGraph()
-            gc.disable()  # what it would free must not be freed while a graph is recorded
-            graph.capture_begin()
-            try:
-                for _ in range(times):
-                    step()
-            finally:
-                graph.capture_end()
-        torch.cuda.synchronize()
-        return graph.replay, times, ""
+        replay, times = _capture(step, 1), 1
+        if min(_events(replay, 5)) < _TINY:
+            replay, times = _capture(step, _COPIES), _COPIES
+        return replay, times, ""
     except Exception as error:
         torch.cuda.synchronize()
         return None, 1, f"not recorded as a CUDA graph: {_line(error)}"
     finally:
         if collecting:
             gc.enable()
+
+
+#: Milliseconds below which a step is recorded several times over, and how often.
+_TINY, _COPIES = 0.2, 20
+
+
+def _capture(step: Callable[[], object], times: int) -> Callable[[], object]:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        gc.disable()  # what it would free must not be freed while a graph is recorded
+        graph.capture_begin()
+        try:
+            for _ in range(times):
+                step()
+        finally:
+            graph.capture_end()
+    torch.cuda.synchronize()
+    return graph.replay
 
 
 def peak(step: Callable[[], object], device: torch.device) -> int | None:
