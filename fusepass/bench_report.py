@@ -96,11 +96,11 @@ def summary(rows: Iterable[Row]) -> Table:
 
 ABOUT = """\
 Median milliseconds of the GPU, replaying a CUDA graph of the call; random data, 16384 tokens, 2048 features
-unless the rows say otherwise; the contenders of a case take turns. `compile` is `torch.compile` of attention as
-it is written, `auto` is fusepass on the same, and the best call by hand is the fastest library call that
+unless the rows say otherwise; the contenders of a case take turns. `compile` is `torch.compile` of attention
+as it is written, `auto` is fusepass on the same, and the best call by hand is the fastest library call that
 computes the same from the same inputs, uncompiled but for FlexAttention. The × columns say how many times
-faster `auto` is; the last one is of calls back to back, where a compiled function of a short problem waits for
-its own launch."""
+faster `auto` is; the last one is of calls back to back, where a compiled function of a short problem waits
+for its own launch."""
 
 
 ABOUT_NAMED = """\
