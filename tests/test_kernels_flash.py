@@ -387,18 +387,6 @@ def test_export_takes_the_operator(on_cpu: None) -> None:
     torch.testing.assert_close(program.module()(q), Program()(q))
 
 
-@pytest.fixture
-def mesh() -> Iterator[Any]:
-    """Two ranks that only pretend to talk to each other."""
-    from torch import distributed
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    yield init_device_mesh("cpu", (2,))
-    distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("extra", [False, True])
 @pytest.mark.parametrize("dim", [None, 0, 2])
 def test_tensors_split_by_batch_and_heads(dim: int | None, extra: bool, on_cpu: None, mesh: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusepass.config import Options
-from fusepass.kernels import FP8, Target, fp8, gates
+from fusepass.kernels import FP8, Target, flash, fp8, gates
 from fusepass.kernels.fp8_ops import E4M3_MAX
 from fusepass.rewrite import rewrite_graph
 from fusepass.spec import Attention, Band, Bias, Dropout, Mask, Scale, SoftCap
@@ -105,6 +106,37 @@ def test_what_the_libraries_are_given(
         assert out.dtype is torch.bfloat16 and out.shape == true.shape
         noise = (out.double() - true).square().sum((0, 2, 3)) / true.square().sum((0, 2, 3))
         assert noise.sqrt().max() < 0.08, noise.sqrt()
+
+
+@pytest.mark.parametrize("library", ["cudnn", "flash3"])
+@pytest.mark.parametrize("split", ["nothing", "batch", "heads"])
+def test_operators_split_by_batch_and_heads(library: str, split: str, mesh: Any) -> None:
+    """DTensor runs them on the parts: the scales of flash-attn 3 are split like what they scale."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    flash._shard_once()
+    heads = 1 if library == "cudnn" else 2
+    kind = {"nothing": Replicate(), "batch": Shard(0), "heads": Shard(heads)}[split]
+    of = {"nothing": Replicate(), "batch": Shard(0), "heads": Shard(1)}[split]
+
+    def spread(part: Tensor, place: Any) -> Tensor:
+        return DTensor.from_local(part, mesh, (place,), run_check=False)
+
+    parts = [torch.randn(2, h, 8, 16) for h in (4, 2, 2)]
+    if library == "flash3":
+        parts = [t.transpose(1, 2) for t in parts]
+    eight = [t.to(torch.float8_e4m3fn) for t in parts]
+    scales = [torch.ones(1, 1, 1, 1)] if library == "cudnn" else [torch.rand(2, 2) for _ in range(3)]
+    operator = getattr(torch.ops.fusepass, f"fp8_{library}")
+    with torch.library._scoped_library("fusepass", "FRAGMENT") as scope:
+        scope.impl(f"fp8_{library}", of_cudnn if library == "cudnn" else of_flash3, "CPU")
+        out = operator(
+            *(spread(t, kind) for t in eight),
+            *(spread(t, Replicate() if library == "cudnn" else of) for t in scales), 0.3, True,
+        )  # fmt: skip
+        want = operator(*eight, *scales, 0.3, True)
+    assert out.placements == (kind,)
+    torch.testing.assert_close(out.to_local(), want)
 
 
 REFUSED = {

@@ -19,7 +19,7 @@ from torch import fx
 
 from fusepass.emit import Builder
 from fusepass.index import simplify_size
-from fusepass.kernels import flash4_mods, flash_ops
+from fusepass.kernels import flash4_mods, flash_ops, fp8_ops
 from fusepass.kernels import formula as fm
 from fusepass.kernels.base import (
     Kernel,
@@ -166,7 +166,7 @@ def _emit(name: str, site: Site, build: Builder) -> fx.Node:
     scale, x = scaled(site, build, operands(site, build))
     if build.value(x.q).dtype not in (torch.float16, torch.bfloat16):
         raise Refused("queries, keys and values have different dtypes")
-    _sharded()
+    shard_where_used()
     q, k, v = (build.op("transpose", t, 1, 2) for t in (x.q, x.k, x.v))
     bias = next((m for m in spec.scores if isinstance(m, Bias)), None)
     extra = _sink(site, build) if bias is None else _slopes(site, build, bias)
@@ -242,7 +242,7 @@ def _linear(formula: fm.Formula) -> tuple[fm.Formula, int] | None:
     return None
 
 
-def _sharded() -> None:
+def shard_where_used() -> None:
     """Register sharding rules where DTensor is in use; it is not imported for that."""
     if "torch.distributed.tensor" in sys.modules:
         _shard_once()
@@ -251,6 +251,7 @@ def _sharded() -> None:
 @cache
 def _shard_once() -> None:
     flash_ops.shard_heads()
+    fp8_ops.shard_heads()
 
 
 FLASH2, FLASH3, FLASH4 = (kernel(name) for name in flash_ops.NAMES)

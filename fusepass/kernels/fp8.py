@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from fusepass.emit import Builder
 from fusepass.kernels import fp8_ops, sdpa
 from fusepass.kernels.base import Kernel, Refused, Target, after_weights, operands, scaled
+from fusepass.kernels.flash import shard_where_used
 from fusepass.kernels.gates import FLASH3, GATES, gate_refuses, installed
 from fusepass.recognize import Site
 from fusepass.spec import Attention, Mask, Scale, ScaleBy
@@ -140,6 +141,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     scale, x = scaled(site, build, operands(site, build))
     if build.value(x.q).dtype not in GATES["fp8"].dtypes:
         raise Refused("queries, keys and values have different dtypes")
+    shard_where_used()
     rotate = target.precision != "fp8_unrotated"
     out = build.call(fp8_attention, x.q, x.k, x.v, scale, spec.is_causal(), rotate, library())
     return build.cast(after_weights(site, build, out), spec.out_dtype)

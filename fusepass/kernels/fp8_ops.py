@@ -138,4 +138,24 @@ torch.library.register_fake(
     lib=_definitions,
 )
 
-__all__ = ["E4M3_MAX", "WEIGHT_SCALE"]
+
+def shard_heads() -> None:
+    """Tell DTensor that these operators split by batch and by heads, without communication."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.experimental import register_sharding
+
+    whole = Replicate()
+
+    def cudnn(q, k, v, descale, scale, causal):  # type: ignore[no-untyped-def]
+        places = (whole, Shard(0), Shard(1))
+        return [([place], [place] * 3 + [whole, None, None]) for place in places]
+
+    def flash3(q, k, v, of_q, of_k, of_v, scale, causal):  # type: ignore[no-untyped-def]
+        places = ((whole, whole), (Shard(0), Shard(0)), (Shard(2), Shard(1)))
+        return [([place], [place] * 3 + [of] * 3 + [None, None]) for place, of in places]
+
+    register_sharding(torch.ops.fusepass.fp8_cudnn.default)(cudnn)
+    register_sharding(torch.ops.fusepass.fp8_flash3.default)(flash3)
+
+
+__all__ = ["E4M3_MAX", "WEIGHT_SCALE", "shard_heads"]
