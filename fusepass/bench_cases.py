@@ -149,6 +149,14 @@ def padding(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return _merged(_weights(s.masked_fill(~seen, torch.finfo(s.dtype).min), v) @ v)
 
 
+def sink(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    q, k, v = _heads(q, k, v)
+    s = _scores(q, k)
+    s = s.masked_fill(_gap(s) > 0, -math.inf)
+    column = sinks.view(1, -1, 1, 1).expand(*s.shape[:3], 1)
+    return _merged(_weights(torch.cat([s, column], -1), v)[..., :-1] @ v)
+
+
 def dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = _heads(q, k, v)
     return _merged(F.dropout(_weights(_scores(q, k), v), 0.1) @ v)
@@ -213,6 +221,30 @@ def _flash3(**options: Any) -> Callable[..., Any]:
     return call
 
 
+def _flash4_sink(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    out: Tensor = _flash4(causal=True, learnable_sink=sinks)(q, k, v)
+    return out
+
+
+def _flex_sink(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    """By the log-sum-exp: what the sink leaves to the keys."""
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+    global _compiled_flex
+    _compiled_flex = _compiled_flex or torch.compile(flex_attention, dynamic=False)
+    run = _compiled_flex if q.is_cuda else flex_attention  # compiled for a CPU it gives no log-sum-exp
+    key = (q.shape[1], k.shape[1], q.device)
+    if key not in _sink_masks:
+        _sink_masks[key] = create_block_mask(_below({}), None, None, key[0], key[1], device=q.device)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out, aux = run(
+        q, k, v, block_mask=_sink_masks[key], enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    return _merged((out * torch.sigmoid(aux.lse - sinks[:, None]).unsqueeze(-1)).to(v.dtype))
+
+
+_sink_masks: dict[Any, Any] = {}
 _compiled_flex: Any = None
 _compiled_repair: Any = None
 
@@ -308,6 +340,10 @@ def _slopes(shape: Shape, device: torch.device) -> Inputs:
     return {"slopes": 2.0 ** (-8.0 * torch.arange(1, shape.heads + 1, device=device) / shape.heads)}
 
 
+def _sinks(shape: Shape, device: torch.device) -> Inputs:
+    return {"sinks": torch.randn(shape.heads, device=device)}
+
+
 def _table(shape: Shape, device: torch.device) -> Inputs:
     return {"table": torch.randn(1, shape.heads, shape.queries, shape.keys, device=device)}
 
@@ -348,6 +384,10 @@ VARIANTS: dict[str, Variant] = {
             {"hand flash2": _flash2(causal=True), "hand flex": _flex(_sloped, _below),
              "hand flex_flash": _flex(_sloped, _below, "FLASH")},
             _slopes,
+        ),
+        Variant(
+            "sink", "causal+sink", "sdpa flash4 flex", sink, _half,
+            {"hand flash4": _flash4_sink, "hand flex": _flex_sink}, _sinks, group=4,
         ),
         Variant("bias", "full+bias", "sdpa cudnn flex", bias, _all, {"hand sdpa": _sdpa_bias}, _table),
         Variant(
