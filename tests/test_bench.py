@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -209,6 +209,40 @@ def test_steps_are_timed_in_turn() -> None:
     steps = [lambda: order.append("a"), lambda: order.append("b")]
     spent = bench.in_turn(steps, torch.device("cpu"), 3)
     assert "".join(order) == "ababab" and all(0 < s < 100 for s in spent)
+
+
+def test_on_a_gpu_the_order_of_turns_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clocks that only say 1 for the first step, 2 for the second and 3 for the third."""
+    turns: list[int] = []
+    steps = [lambda: 1, lambda: 2, lambda: 3]
+
+    def events(step: Callable[[], int], count: int) -> list[float]:
+        turns.append(step())
+        return [float(step())] * count
+
+    monkeypatch.setattr(bench, "_events", events)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert bench.in_turn(steps, torch.device("cuda"), 20) == [1.0, 2.0, 3.0]
+    rounds = [tuple(turns[n : n + 3]) for n in range(len(turns) - 3 * bench._ROUNDS, len(turns), 3)]
+    assert all(sorted(r) == [1, 2, 3] for r in rounds) and len(set(rounds)) > 2
+
+
+@pytest.mark.parametrize(("milliseconds", "recorded"), [(0.01, [1, 20]), (3.0, [1])])
+def test_short_steps_are_recorded_several_times(
+    milliseconds: float, recorded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the GPU's time of one, whatever the host needs to launch it."""
+    made: list[int] = []
+
+    def capture(step: Callable[[], object], times: int) -> Callable[[], object]:
+        made.append(times)
+        return lambda: None
+
+    monkeypatch.setattr(bench, "_capture", capture)
+    monkeypatch.setattr(bench, "_events", lambda step, count: [milliseconds] * count)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    _, times, problem = bench.recorded(lambda: None, torch.device("cuda"))
+    assert made == recorded and times == recorded[-1] and not problem
 
 
 def test_a_page_of_the_results() -> None:
