@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusepass import bench
+from fusepass import bench, bench_clock
 from fusepass.kernels import fp8, fp8_ops
 from fusepass.kernels.gates import FLASH3, FRONTEND, installed
 
@@ -167,7 +167,7 @@ def speed(lengths: list[int]) -> list[dict[str, Any]]:
                         steps[name] = functools.partial(call, *made)
                     except Exception as problem:
                         problems[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:60]
-                times = bench.in_turn(list(steps.values()), made[0].device, 60)
+                times = bench_clock.in_turn(list(steps.values()), made[0].device, 60)
             spent = {name: round(time, 4) for name, time in zip(steps, times, strict=True)}
             rows += [_row(length, causal, library, spent, problems) for library in libraries()]
             torch._dynamo.reset()
@@ -188,8 +188,8 @@ def _row(
     row["bound"] = "" if None in parts else round(sum(p for p in parts if p is not None), 4)
     best = min((spent[name] for name in _BF16 if name in spent), default=None)
     for name in ("fp8", "fp8_unrotated", "kernel alone", "bound"):
-        timed = isinstance(row[name], float) and best is not None
-        row[f"{name}, times best bf16"] = round(best / row[name], 3) if timed and best is not None else ""
+        known = best is not None and isinstance(row[name], float)
+        row[f"{name}, times best bf16"] = round(best / row[name], 3) if known else ""
     return row
 
 

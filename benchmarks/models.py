@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fusepass import bench
+from fusepass import bench, bench_clock
 from fusepass.bench_pool import Exclusive, spread
 from fusepass.report import collect
 
@@ -198,8 +198,8 @@ def _measure(job: Job, case: Case, row: Row, exclusive: Exclusive) -> Row:
         loss = float(loss)
         seconds = time.perf_counter() - start
     with exclusive(), torch.set_grad_enabled(training):
-        peak = bench.peak(step, device)
-        milliseconds = bench.timed(step, device, job.repeats)
+        peak = bench_clock.peak(step, device)
+        milliseconds = bench_clock.timed(step, device, job.repeats)
     sites = [s.kernel or "unfused" for s in found.sites]
     kernels = "; ".join(f"{sites.count(k)} {k}" for k in dict.fromkeys(sites))
     return replace(

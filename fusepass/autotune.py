@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fusepass import bench, costs
+from fusepass import bench, bench_clock, costs
 from fusepass.backend import inner_compiler
 from fusepass.config import Options
 from fusepass.dialects.fx_nodes import value_of
@@ -183,7 +183,7 @@ def _timed(
             return torch.autograd.grad(out, wanted, grad[0], allow_unused=True)
 
         step()
-        return bench.timed(step, device, REPEATS)
+        return bench_clock.timed(step, device, REPEATS)
 
 
 __all__ = ["key_of", "milliseconds", "remember", "remembered", "site_inputs"]

@@ -21,18 +21,17 @@ import gc
 import itertools
 import os
 import platform
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusepass.bench_cases import VARIANTS, Inputs, Variant
+from fusepass.bench_clock import first_line, in_turn, peak, recorded
 from fusepass.bench_pool import Exclusive, alone, spread
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -207,43 +206,42 @@ class _Ready:
 
 def measured(group: Sequence[Job], exclusive: Exclusive = alone) -> list[Row]:
     """The rows of jobs of one case; whatever goes wrong with one stands in the last column of its row."""
-    first = group[0]
-    ready = [_Ready(_row(job)) for job in group]
-    try:
-        variant, device = VARIANTS[first.variant], torch.device(first.device)
-        shape = variant.shape(first.length, first.head_dim, first.tokens, first.width)
-        inputs = variant.inputs(shape, device, getattr(torch, first.dtype))
-        if first.mode == "training":
-            for name in "qkv":
-                inputs[name].requires_grad_()
-        with torch.set_grad_enabled(first.mode == "training"):
-            for job, one in zip(group, ready, strict=True):
-                try:
-                    _prepare(job, variant, inputs, one)
-                except Exception as error:
-                    one.row = replace(one.row, problem=_line(error))
-            running = [one for one in ready if one.step is not None]
-            if running:
-                with exclusive():
-                    _time(running, device, first)
-    except Exception as error:
-        for one in ready:
-            one.row = replace(one.row, problem=one.row.problem or _line(error))
-    rows = [one.row for one in ready]
-    del ready
-    try:
+    rows = _measured(group, exclusive)
+    try:  # nothing holds the tensors and recordings of the group any more
         torch._dynamo.reset()
         gc.collect()
-        if first.device == "cuda":
+        if group[0].device == "cuda":
             torch.cuda.empty_cache()
     except Exception as error:  # what the measurement broke shows up in the next call of CUDA
-        rows = [replace(row, problem=row.problem or _line(error)) for row in rows]
+        rows = [replace(row, problem=row.problem or first_line(error)) for row in rows]
     return rows
 
 
-def _line(error: Exception) -> str:
-    lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip(" =")]
-    return lines[0][:200]
+def _measured(group: Sequence[Job], exclusive: Exclusive) -> list[Row]:
+    job = group[0]
+    ready = [_Ready(_row(j)) for j in group]
+    try:
+        variant, device = VARIANTS[job.variant], torch.device(job.device)
+        shape = variant.shape(job.length, job.head_dim, job.tokens, job.width)
+        inputs = variant.inputs(shape, device, getattr(torch, job.dtype))
+        training = job.mode == "training"
+        if training:
+            for name in "qkv":
+                inputs[name].requires_grad_()
+        with torch.set_grad_enabled(training):
+            for j, one in zip(group, ready, strict=True):
+                try:
+                    _prepare(j, variant, inputs, one)
+                except Exception as error:
+                    one.row = replace(one.row, problem=first_line(error))
+            running = [one for one in ready if one.step is not None]
+            if running:
+                with exclusive():
+                    _time(running, device, job)
+    except Exception as error:
+        for one in ready:
+            one.row = replace(one.row, problem=one.row.problem or first_line(error))
+    return [one.row for one in ready]
 
 
 def _prepare(job: Job, variant: Variant, inputs: Inputs, one: _Ready) -> None:
@@ -336,134 +334,6 @@ def _contender(job: Job, variant: Variant) -> tuple[Callable[..., Tensor], Calla
         return site.kernel or ""
 
     return call, kernel
-
-
-def timed(step: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median of single runs, in milliseconds; on a GPU the least of some medians."""
-    return in_turn([step], device, repeats)[0]
-
-
-def in_turn(steps: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
-    """For each of the steps, the median of single runs in milliseconds; on a GPU of rounds of runs.
-
-    In every round each step has its turn, in another order.
-    """
-    if device.type != "cuda":
-        return [
-            median(found)
-            for found in zip(*([_clocked(s) for s in steps] for _ in range(repeats)), strict=True)
-        ]
-    counts = []
-    for step in steps:
-        for _ in range(3):
-            step()
-        torch.cuda.synchronize()
-        first = max(_events(step, 1)[0], 1e-3)
-        _events(step, min(2000, int(_WARM / first)))  # a GPU that was idle runs at a lower clock at first
-        turns = 1 if len(steps) == 1 else _ROUNDS
-        enough = max(repeats / turns, _SHORT / first)
-        counts.append(max(3, int(min(enough, _LONG / turns / first))))
-    if len(steps) == 1:
-        return [_settled(steps[0], counts[0])]
-    found: list[list[float]] = [[] for _ in steps]
-    for turn in range(_ROUNDS):
-        order = list(range(len(steps)))
-        random.Random(turn).shuffle(order)  # what ran before a step decides how warm the GPU is
-        for n in order:
-            found[n].append(median(_events(steps[n], counts[n])))
-    return [median(times) for times in found]
-
-
-def _clocked(step: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def _settled(step: Callable[[], object], count: int) -> float:
-    """The least of medians, which are taken until two in a row agree: queued work may still run."""
-    found = [median(_events(step, count))]
-    while len(found) < _BATCHES and (len(found) == 1 or abs(found[-1] / found[-2] - 1) > _AGREES):
-        found.append(median(_events(step, count)))
-    return min(found)
-
-
-#: The most medians, and how closely two in a row must agree.
-_BATCHES, _AGREES = 6, 0.02
-#: How often the steps that are compared have their turn.
-_ROUNDS = 7
-#: Milliseconds of work before anything counts, that a batch of short steps lasts at least, and those of long
-#: ones in all.
-_WARM, _SHORT, _LONG = 30.0, 10.0, 300.0
-
-
-def _events(step: Callable[[], object], count: int) -> list[float]:
-    """Run back to back: where the host is slower than the GPU, its time counts, as it does for a user."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        step()
-        mark.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
-
-
-def recorded(
-    step: Callable[[], object], device: torch.device
-) -> tuple[Callable[[], object] | None, int, str]:
-    """What replays a CUDA graph of ``step``, how many steps that is, and why there is none.
-
-    Short steps are recorded several times over, as many for all contenders: starting a graph takes as long
-    as such a step.
-    """
-    if device.type != "cuda":
-        return None, 1, ""
-    collecting = gc.isenabled()
-    try:
-        torch.cuda.synchronize()
-        replay, times = _capture(step, 1), 1
-        if min(_events(replay, 5)) < _TINY:
-            replay, times = _capture(step, _COPIES), _COPIES
-        return replay, times, ""
-    except Exception as error:
-        torch.cuda.synchronize()
-        return None, 1, f"not recorded as a CUDA graph: {_line(error)}"
-    finally:
-        if collecting:
-            gc.enable()
-
-
-#: Milliseconds below which a step is recorded several times over, and how often.
-_TINY, _COPIES = 0.2, 20
-
-
-def _capture(step: Callable[[], object], times: int) -> Callable[[], object]:
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        gc.disable()  # what it would free must not be freed while a graph is recorded
-        graph.capture_begin()
-        try:
-            for _ in range(times):
-                step()
-        finally:
-            graph.capture_end()
-    torch.cuda.synchronize()
-    return graph.replay
-
-
-def peak(step: Callable[[], object], device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def _wait(device: torch.device) -> None:
@@ -560,11 +430,8 @@ __all__ = [
     "key_of",
     "machine",
     "apart",
-    "in_turn",
     "measured",
     "read_csv",
-    "recorded",
     "run",
-    "timed",
     "write_csv",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusepass import bench, bench_report, costs
+from fusepass import bench, bench_clock, bench_report, costs
 from fusepass.__main__ import main
 from fusepass.bench_cases import VARIANTS
 from fusepass.bench_pool import Exclusive, spread
@@ -204,10 +205,16 @@ def test_what_one_contender_takes_along_is_measured_again(monkeypatch: pytest.Mo
     assert all(row.milliseconds == 1.0 and not row.problem for row in rows)
 
 
+def test_nothing_is_kept_of_a_case() -> None:
+    """Its tensors and recordings would fill the GPU beside the next ones."""
+    (row,) = bench.run(bench.jobs(["full"], [16], [16], ["training"], ["eager"], **TINY))
+    assert row.milliseconds and not any(isinstance(o, bench._Ready) for o in gc.get_objects())
+
+
 def test_steps_are_timed_in_turn() -> None:
     order: list[str] = []
     steps = [lambda: order.append("a"), lambda: order.append("b")]
-    spent = bench.in_turn(steps, torch.device("cpu"), 3)
+    spent = bench_clock.in_turn(steps, torch.device("cpu"), 3)
     assert "".join(order) == "ababab" and all(0 < s < 100 for s in spent)
 
 
@@ -220,10 +227,10 @@ def test_on_a_gpu_the_order_of_turns_changes(monkeypatch: pytest.MonkeyPatch) ->
         turns.append(step())
         return [float(step())] * count
 
-    monkeypatch.setattr(bench, "_events", events)
+    monkeypatch.setattr(bench_clock, "_events", events)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert bench.in_turn(steps, torch.device("cuda"), 20) == [1.0, 2.0, 3.0]
-    rounds = [tuple(turns[n : n + 3]) for n in range(len(turns) - 3 * bench._ROUNDS, len(turns), 3)]
+    assert bench_clock.in_turn(steps, torch.device("cuda"), 20) == [1.0, 2.0, 3.0]
+    rounds = [tuple(turns[n : n + 3]) for n in range(len(turns) - 3 * bench_clock._ROUNDS, len(turns), 3)]
     assert all(sorted(r) == [1, 2, 3] for r in rounds) and len(set(rounds)) > 2
 
 
@@ -238,10 +245,10 @@ def test_short_steps_are_recorded_several_times(
         made.append(times)
         return lambda: None
 
-    monkeypatch.setattr(bench, "_capture", capture)
-    monkeypatch.setattr(bench, "_events", lambda step, count: [milliseconds] * count)
+    monkeypatch.setattr(bench_clock, "_capture", capture)
+    monkeypatch.setattr(bench_clock, "_events", lambda step, count: [milliseconds] * count)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    _, times, problem = bench.recorded(lambda: None, torch.device("cuda"))
+    _, times, problem = bench_clock.recorded(lambda: None, torch.device("cuda"))
     assert made == recorded and times == recorded[-1] and not problem
 
 

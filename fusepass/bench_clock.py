@@ -1,0 +1,153 @@
+"""Times of steps, on a GPU and on a CPU: medians, in turn, and of recorded CUDA graphs.
+
+A GPU's clock follows its temperature and its power: steps that are compared take turns, in another order each
+round, so that no step always comes after one that draws more power.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import random
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip(" =")]
+    return lines[0][:200]
+
+
+def timed(step: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """The median of single runs, in milliseconds; on a GPU the least of some medians."""
+    return in_turn([step], device, repeats)[0]
+
+
+def in_turn(steps: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
+    """For each of the steps, the median of single runs in milliseconds; on a GPU of rounds of runs.
+
+    In every round each step has its turn, in another order.
+    """
+    if device.type != "cuda":
+        return [
+            median(found)
+            for found in zip(*([_clocked(s) for s in steps] for _ in range(repeats)), strict=True)
+        ]
+    counts = []
+    for step in steps:
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+        first = max(_events(step, 1)[0], 1e-3)
+        _events(step, min(2000, int(_WARM / first)))  # a GPU that was idle runs at a lower clock at first
+        turns = 1 if len(steps) == 1 else _ROUNDS
+        enough = max(repeats / turns, _SHORT / first)
+        counts.append(max(3, int(min(enough, _LONG / turns / first))))
+    if len(steps) == 1:
+        return [_settled(steps[0], counts[0])]
+    found: list[list[float]] = [[] for _ in steps]
+    for turn in range(_ROUNDS):
+        order = list(range(len(steps)))
+        random.Random(turn).shuffle(order)  # what ran before a step decides how warm the GPU is
+        for n in order:
+            found[n].append(median(_events(steps[n], counts[n])))
+    return [median(times) for times in found]
+
+
+def _clocked(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _settled(step: Callable[[], object], count: int) -> float:
+    """The least of medians, which are taken until two in a row agree: queued work may still run."""
+    found = [median(_events(step, count))]
+    while len(found) < _BATCHES and (len(found) == 1 or abs(found[-1] / found[-2] - 1) > _AGREES):
+        found.append(median(_events(step, count)))
+    return min(found)
+
+
+#: The most medians, and how closely two in a row must agree.
+_BATCHES, _AGREES = 6, 0.02
+#: How often the steps that are compared have their turn.
+_ROUNDS = 7
+#: Milliseconds of work before anything counts, that a batch of short steps lasts at least, and those of long
+#: ones in all.
+_WARM, _SHORT, _LONG = 30.0, 10.0, 300.0
+
+
+def _events(step: Callable[[], object], count: int) -> list[float]:
+    """Run back to back: where the host is slower than the GPU, its time counts, as it does for a user."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+
+
+def recorded(
+    step: Callable[[], object], device: torch.device
+) -> tuple[Callable[[], object] | None, int, str]:
+    """What replays a CUDA graph of ``step``, how many steps that is, and why there is none.
+
+    Short steps are recorded several times over, as many for all contenders: starting a graph takes as long
+    as such a step.
+    """
+    if device.type != "cuda":
+        return None, 1, ""
+    collecting = gc.isenabled()
+    try:
+        torch.cuda.synchronize()
+        replay, times = _capture(step, 1), 1
+        if min(_events(replay, 5)) < _TINY:
+            replay, times = _capture(step, _COPIES), _COPIES
+        return replay, times, ""
+    except Exception as error:
+        torch.cuda.synchronize()
+        return None, 1, f"not recorded as a CUDA graph: {first_line(error)}"
+    finally:
+        if collecting:
+            gc.enable()
+
+
+#: Milliseconds below which a step is recorded several times over, and how often.
+_TINY, _COPIES = 0.2, 20
+
+
+def _capture(step: Callable[[], object], times: int) -> Callable[[], object]:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        gc.disable()  # what it would free must not be freed while a graph is recorded
+        graph.capture_begin()
+        try:
+            for _ in range(times):
+                step()
+        finally:
+            graph.capture_end()
+    torch.cuda.synchronize()
+    return graph.replay
+
+
+def peak(step: Callable[[], object], device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+__all__ = ["first_line", "in_turn", "peak", "recorded", "timed"]
