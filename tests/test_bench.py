@@ -208,7 +208,7 @@ def test_what_one_contender_takes_along_is_measured_again(monkeypatch: pytest.Mo
 def test_nothing_is_kept_of_a_case() -> None:
     """Its tensors and recordings would fill the GPU beside the next ones."""
     (row,) = bench.run(bench.jobs(["full"], [16], [16], ["training"], ["eager"], **TINY))
-    assert row.milliseconds and not any(isinstance(o, bench._Ready) for o in gc.get_objects())
+    assert row.milliseconds and not any(type(o) is bench._Ready for o in gc.get_objects())
 
 
 def test_steps_are_timed_in_turn() -> None:
