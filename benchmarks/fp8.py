@@ -81,9 +81,7 @@ def libraries() -> list[str]:
     return [name for name, package in (("cudnn", FRONTEND), ("flash3", FLASH3)) if installed(package)]
 
 
-def methods(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, library: str
-) -> dict[str, Callable[[], Tensor]]:  # fmt: skip
+def methods(q: Tensor, k: Tensor, v: Tensor, causal: bool, library: str) -> dict[str, Callable[[], Tensor]]:
     """Ways to compute ``[B, H, S, D]`` tensors."""
     scale = HEAD_DIM**-0.5
 
@@ -179,7 +177,7 @@ _BF16 = ("sdpa", "flash3", "flash4")
 
 def _row(
     length: int, causal: bool, library: str, spent: dict[str, float], problems: dict[str, str]
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     row: dict[str, Any] = {"length": length, "causal": causal, "library": library}
     row |= {name: spent.get(name, problems.get(name, "")) for name in _BF16}
     of_library = {name: f"{name} {library}" for name in ("fp8", "fp8_unrotated", "kernel alone", "copy")}
@@ -223,9 +221,7 @@ def _of_library(library: str, causal: bool) -> dict[str, Callable[..., Any]]:
         def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attention(q, k, v, causal)
 
-        compiled = torch.compile(
-            program, backend="fusepass", dynamic=False, options={"precision": precision}
-        )  # fmt: skip
+        compiled = torch.compile(program, backend="fusepass", dynamic=False, options={"precision": precision})
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with mock.patch.object(fp8, "library", return_value=library):  # asked for when it is compiled

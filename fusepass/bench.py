@@ -126,9 +126,8 @@ def run(
                 on_row(row)
 
     _spread(together(work), workers, keep, end)
-    again = list(lost)
-    _spread([[job] for job, _ in again], workers, keep, end)
-    for _, row in again:
+    _spread([[job] for job, _ in lost], workers, keep, end)
+    for _, row in lost:
         if all(key_of(row) != key_of(r) for r in rows):  # no time was left for it
             rows.append(row)
             on_row(row)
@@ -266,8 +265,8 @@ def _prepare(job: Job, variant: Variant, inputs: Inputs, one: _Ready) -> None:
 
 def _time(running: Sequence[_Ready], device: torch.device, job: Job) -> None:
     """Fill in the times, each of which is of its own turns beside the others'."""
-    peaks = [peak(one.step, device) for one in running if one.step is not None]
-    called = in_turn([one.step for one in running if one.step is not None], device, job.repeats)
+    steps = [one.step for one in running if one.step is not None]
+    peaks, called = [peak(step, device) for step in steps], in_turn(steps, device, job.repeats)
     recordings = [one for one in running if one.replay is not None]
     replayed = in_turn([one.replay for one in recordings if one.replay is not None], device, job.repeats)
     of_gpu = {id(one): spent / one.times for one, spent in zip(recordings, replayed, strict=True)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -188,42 +189,34 @@ def _sdpa_padding(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return _merged(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
 
 
-def _flash4(**options: Any) -> Callable[..., Any]:
-    def call(q: Tensor, k: Tensor, v: Tensor, **extra: Tensor) -> Tensor:
-        from flash_attn.cute import flash_attn_func
+_FLASH = {
+    "flash2": "flash_attn.flash_attn_interface",
+    "flash3": "flash_attn_interface",
+    "flash4": "flash_attn.cute",
+}
+"""Where each release of flash-attn has its ``flash_attn_func``."""
 
-        found = flash_attn_func(q, k, v, **options)
+
+def _flash(name: str, **options: Any) -> Callable[..., Any]:
+    """flash-attn 2, 3 or 4; slopes and sinks go to those that have them."""
+
+    def call(
+        q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
+        more: dict[str, Tensor] = {}
+        if slopes is not None:
+            more["alibi_slopes"] = slopes.float()
+        if sinks is not None:
+            more["learnable_sink"] = sinks
+        found = import_module(_FLASH[name]).flash_attn_func(q, k, v, **options, **more)
         out: Tensor = found[0] if isinstance(found, tuple) else found
         return out.flatten(2)
 
     return call
 
 
-def _flash2(**options: Any) -> Callable[..., Any]:
-    def call(q: Tensor, k: Tensor, v: Tensor, **extra: Tensor) -> Tensor:
-        from flash_attn.flash_attn_interface import flash_attn_func
-
-        more = {"alibi_slopes": extra["slopes"].float()} if "slopes" in extra else {}
-        out: Tensor = flash_attn_func(q, k, v, **options, **more)
-        return out.flatten(2)
-
-    return call
-
-
-def _flash3(**options: Any) -> Callable[..., Any]:
-    def call(q: Tensor, k: Tensor, v: Tensor, **extra: Tensor) -> Tensor:
-        from flash_attn_interface import flash_attn_func
-
-        found = flash_attn_func(q, k, v, **options)
-        out: Tensor = found[0] if isinstance(found, tuple) else found
-        return out.flatten(2)
-
-    return call
-
-
-def _flash4_sink(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
-    out: Tensor = _flash4(causal=True, learnable_sink=sinks)(q, k, v)
-    return out
+def _flashes(*names: str, **options: Any) -> dict[str, Callable[..., Any]]:
+    return {f"hand {name}": _flash(name, **options) for name in names}
 
 
 def _flex_sink(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
@@ -349,15 +342,8 @@ def _table(shape: Shape, device: torch.device) -> Inputs:
 
 
 _ANY = "sdpa cudnn flash2 flash3 flash4 flex"
-_PLAIN = {
-    "hand sdpa": _sdpa(), "hand flash4": _flash4(), "hand flash3": _flash3(), "hand flash2": _flash2(),
-}  # fmt: skip
-_CAUSAL = {
-    "hand sdpa": _sdpa(is_causal=True),
-    "hand flash4": _flash4(causal=True),
-    "hand flash3": _flash3(causal=True),
-    "hand flash2": _flash2(causal=True),
-}
+_PLAIN = {"hand sdpa": _sdpa(), **_flashes("flash4", "flash3", "flash2")}
+_CAUSAL = {"hand sdpa": _sdpa(is_causal=True), **_flashes("flash4", "flash3", "flash2", causal=True)}
 _WINDOW = (WINDOW - 1, 0)
 
 VARIANTS: dict[str, Variant] = {
@@ -369,25 +355,23 @@ VARIANTS: dict[str, Variant] = {
         Variant("mqa", "causal", _ANY, causal, _half, _CAUSAL, group=1 << 20),
         Variant(
             "window", "window", "sdpa flash2 flash3 flash4 flex flex_flash", window, _band,
-            {"hand flash4": _flash4(window_size=_WINDOW), "hand flash3": _flash3(window_size=_WINDOW),
-             "hand flash2": _flash2(window_size=_WINDOW), "hand flex": _flex(mask=_near)},
+            {**_flashes("flash4", "flash3", "flash2", window_size=_WINDOW), "hand flex": _flex(mask=_near)},
             group=4,
         ),
         Variant(
             "softcap", "causal+softcap", "flash2 flash3 flash4 flex flex_flash", softcap, _half,
-            {"hand flash4": _flash4(causal=True, softcap=50.0),
-             "hand flash3": _flash3(causal=True, softcap=50.0),
-             "hand flash2": _flash2(causal=True, softcap=50.0), "hand flex": _flex(_capped, _below)},
+            {**_flashes("flash4", "flash3", "flash2", causal=True, softcap=50.0),
+             "hand flex": _flex(_capped, _below)},
         ),
         Variant(
             "alibi", "causal+thin bias", "sdpa flash2 flash4 flex flex_flash", alibi, _half,
-            {"hand flash2": _flash2(causal=True), "hand flex": _flex(_sloped, _below),
+            {**_flashes("flash2", causal=True), "hand flex": _flex(_sloped, _below),
              "hand flex_flash": _flex(_sloped, _below, "FLASH")},
             _slopes,
         ),
         Variant(
             "sink", "causal+sink", "sdpa flash4 flex", sink, _half,
-            {"hand flash4": _flash4_sink, "hand flex": _flex_sink}, _sinks, group=4,
+            {**_flashes("flash4", causal=True), "hand flex": _flex_sink}, _sinks, group=4,
         ),
         Variant("bias", "full+bias", "sdpa cudnn flex", bias, _all, {"hand sdpa": _sdpa_bias}, _table),
         Variant(
@@ -401,7 +385,7 @@ VARIANTS: dict[str, Variant] = {
         ),
         Variant(
             "dropout", "full+dropout", "sdpa cudnn flash2", dropout, _all,
-            {"hand sdpa": _sdpa(dropout_p=0.1), "hand flash2": _flash2(dropout_p=0.1)},
+            {"hand sdpa": _sdpa(dropout_p=0.1), **_flashes("flash2", dropout_p=0.1)},
         ),
         Variant("cross", "full", _ANY, full, _all, _PLAIN, cross=True),
         Variant("decode", "one query", _ANY, full, _all, _PLAIN, group=4, decode=True, backward=False),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +59,32 @@ def test_calls_by_hand_compute_the_same(name: str) -> None:
     for hand, call in variant.hand.items():
         if hand in ("hand sdpa", "hand flex"):
             torch.testing.assert_close(call(**given), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "module", "options"),
+    [
+        ("causal", "flash2", "flash_attn.flash_attn_interface", {"causal": True}),
+        ("window", "flash3", "flash_attn_interface", {"window_size": (1023, 0)}),
+        ("full", "flash4", "flash_attn.cute", {}),
+        ("alibi", "flash2", "flash_attn.flash_attn_interface", {"causal": True, "alibi_slopes": "slopes"}),
+        ("sink", "flash4", "flash_attn.cute", {"causal": True, "learnable_sink": "sinks"}),
+    ],
+)
+def test_flash_attn_by_hand_is_called_as_it_is_documented(
+    variant: str, name: str, module: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> Any:
+        seen.update(given)
+        return q, None
+
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_func=flash_attn_func))
+    case = VARIANTS[variant]
+    given = case.inputs(case.shape(64, 16, 128, 64), CPU, torch.float32)
+    assert torch.equal(case.hand[f"hand {name}"](**given), given["q"].flatten(2))
+    assert seen == {key: given.get(value, value) for key, value in options.items()}
 
 
 @pytest.mark.parametrize("name", ["full", "causal", "window", "gqa", "cross", "decode"])
