@@ -294,8 +294,8 @@ def test_a_page_tells_calls_by_hand_that_repair_rows_from_those_that_do_not() ->
     times = {"auto": 1.0, "hand flex": 0.5, "repaired flex": 3.0, "repaired flex_flash": 2.0}
     rows = [replace(row, contender=name, milliseconds=t, gpu_milliseconds=t) for name, t in times.items()]
     page = bench_report.markdown([row, *rows], {"torch": "2"}, "rows.csv")
-    assert "| 0.5 flex | 1 |" in page and "## Rows that see no key" in page
-    assert page.endswith("| padding | forward | 16 | 16 | 2 | flex_flash | 1 | 2.00 |\n")
+    assert "| 2 flex_flash | 1 | eager |  | 2.00 | 2.00 |" in page and "## Rows that see no key" in page
+    assert page.endswith("| padding | forward | 16 | 16 | 0.5 | flex | 1 | 0.50 |\n")
 
 
 def test_a_page_of_kernels_by_name() -> None:

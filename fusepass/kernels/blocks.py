@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fusepass.ir import DTYPES
 from fusepass.kernels.formula import Formula, read
@@ -358,9 +359,11 @@ def _block_tables(
     device: torch.device, both: bool,
 ) -> list[Tensor]:  # fmt: skip
     if not tensors:
-        fixed = _fixed(visible, batch, heads, queries, keys, both, device.type == "cuda")
+        settings = (visible, batch, heads, queries, keys, both)
+        fixed = _resident.get((settings, _numbered(device)))
+        joined = _moved(_fixed(*settings, device.type == "cuda") if fixed is None else fixed, device)
         made = table_shapes(tensors, visible, batch, heads, queries, keys, device, both)
-        parts = _moved(fixed, device).split([t.numel() for t in made])
+        parts = joined.split([t.numel() for t in made])
         torch._foreach_copy_(made, [part.view(t.shape) for part, t in zip(parts, made, strict=True)])
         return made
     sizes = {"b": batch, "h": heads, "i": queries, "j": keys}
@@ -378,14 +381,41 @@ def plain_tables(
 
 @functools.lru_cache(maxsize=256)
 def _fixed(visible: str, batch: int, heads: int, queries: int, keys: int, both: bool, pinned: bool) -> Tensor:
-    """The tables of a formula that reads no tensor, one after the other, on the CPU.
-
-    Later calls are one small copy to the GPU, and one kernel that takes it apart.
-    """
+    """The tables of a formula that reads no tensor, one after the other, on the CPU."""
     sizes = {"b": batch, "h": heads, "i": queries, "j": keys}
     found = tables(*block_visibility(read(visible), sizes, [], torch.device("cpu")), both)
     joined = torch.cat([t.flatten() for t in found])
     return _pinned(joined) if pinned else joined
+
+
+_resident: dict[tuple[Any, torch.device], Tensor] = {}
+"""What :func:`_fixed` gives, on a GPU."""
+_RESIDENT_BYTES = 1 << 20
+"""Larger tables are copied from the CPU at every call, which such long sequences do not notice."""
+
+
+def keep_resident(
+    visible: str, batch: int, heads: int, queries: int, keys: int, both: bool, device: torch.device
+) -> None:
+    """Put the tables of a formula that reads no tensor on a GPU, where calls take them from.
+
+    For whoever compiles a graph, and not for the operator itself: what is first made while a CUDA graph is
+    recorded lies in that graph's memory, and holds nothing before it is replayed.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return
+    settings = (visible, batch, heads, queries, keys, both)
+    with unset_fake_temporarily():
+        fixed = _fixed(*settings, True)
+        if fixed.numel() * fixed.itemsize <= _RESIDENT_BYTES:
+            _resident.setdefault((settings, _numbered(device)), fixed.to(device))
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """A GPU with its number."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def table_shapes(
@@ -411,6 +441,26 @@ _definitions.define(
 _definitions.impl("block_tables", _block_tables, "CompositeExplicitAutograd")
 torch.library.register_fake("fusepass::block_tables", table_shapes, lib=_definitions)
 
-tables_op = torch.ops.fusepass.block_tables.default
 
-__all__ = ["BLOCK", "Blocks", "block_visibility", "plain_tables", "table_shapes", "tables", "tables_op"]
+def _stored_tables(found: list[Tensor]) -> list[Tensor]:
+    kept = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in found]
+    torch._foreach_copy_(kept, found)
+    return kept
+
+
+_definitions.define("stored_tables(Tensor[] found) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+_definitions.impl("stored_tables", _stored_tables, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fusepass::stored_tables",
+    lambda found: [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in found],
+    lib=_definitions,
+)
+
+tables_op = torch.ops.fusepass.block_tables.default
+stored_tables_op = torch.ops.fusepass.stored_tables.default
+"""Tables that a compiler must keep in memory: FlexAttention reads them from there."""
+
+__all__ = [
+    "BLOCK", "Blocks", "block_visibility", "keep_resident", "plain_tables", "stored_tables_op",
+    "table_shapes", "tables", "tables_op",
+]  # fmt: skip

@@ -243,7 +243,7 @@ def emit(
     _check(build, target, x, made, visible, scores, masks)
     tables: list[fx.Node] = []
     if visible is not None:
-        tables = flex_blocks.tables_of(site, build, made, masks, target.training, plain=not build.is_aten)
+        tables = flex_blocks.tables_of(site, build, made, masks, target.training, stored=False)
     q, k, v = (build.op("transpose", t, 1, 2) for t in (x.q, x.k, x.v))
     code = fm.text([made.scale, made.scores, visible])
     filled = fills_first_rows(site.spec, target.training)

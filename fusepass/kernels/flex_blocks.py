@@ -28,7 +28,14 @@ from fusepass.kernels.base import (
     refuse_far_elements,
     row_operand,
 )
-from fusepass.kernels.blocks import BLOCK, plain_tables, table_shapes, tables_op
+from fusepass.kernels.blocks import (
+    BLOCK,
+    keep_resident,
+    plain_tables,
+    stored_tables_op,
+    table_shapes,
+    tables_op,
+)
 from fusepass.patterns.masks import additive_mask
 from fusepass.recognize import Site
 from fusepass.rule import Term
@@ -270,7 +277,7 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
     if flash and not target.training and (scores or masks):
         # TorchInductor 2.11 frees what a CuTe kernel captures before it runs, unless a backward keeps it.
         raise Refused("without gradients it reads no tensors")
-    tables = tables_of(site, build, made, masks, target.training)
+    tables = tables_of(site, build, made, masks, target.training, stored=True)
     q, v = build.value(x.q), build.value(x.v)
     with build.mode():
         value = (
@@ -340,36 +347,41 @@ def _stored(build: Builder, node: fx.Node) -> fx.Node:
 
 
 def tables_of(
-    site: Site, build: Builder, made: Plan, masks: list[fx.Node], both: bool, plain: bool = False
+    site: Site, build: Builder, made: Plan, masks: list[fx.Node], both: bool, stored: bool
 ) -> list[fx.Node]:
     """The block tables; sites with one visibility share them.
 
+    Those that read no tensor are made beforehand.  Others of known sizes are plain operations, which the
+    inner compiler fuses.
+
     Args:
         both: those that a backward reads too.
-        plain: by operations that the inner compiler fuses, for an operator that reads them from memory; only
-            where the sizes are known.
+        stored: in memory whatever the inner compiler would rather fuse, for what is no operator to it.
     """
     if not made.visible:
         return []
-    whole = made.conjunction
-    used, spec = fm.letters(whole), site.spec
+    whole = fm.text(made.conjunction)
+    used, spec = fm.letters(made.conjunction), site.spec
     sizes = (spec.batch if "b" in used else 1, spec.heads if "h" in used else 1, spec.queries, spec.keys)
     device = build.value(build.anchor).device
-    plain = plain and all(isinstance(n, int) for n in sizes)
+    known = all(isinstance(n, int) for n in sizes)
 
     def make() -> list[fx.Node]:
-        whole_text = fm.text(whole)
-        arguments = (masks, whole_text, *map(build.size, sizes), device, both)
-        if plain:
-            with build.mode():
-                b, h, i, j = map(int, sizes)
-                value = table_shapes([], "", b, h, i, j, device, both)
-            found = build.call_with(value, plain_tables, *arguments)
-        else:
-            found = build.call(tables_op, *arguments)
-        return [build.call(operator.getitem, found, n) for n in range(8 if both else 4)]
+        b, h, i, j = map(build.size, sizes)
+        arguments = (masks, whole, b, h, i, j, device, both)
+        if known and not masks:
+            keep_resident(whole, b, h, i, j, both, device)
+        if not known or not masks or build.is_aten:
+            return parts(build.call(tables_op, *arguments))
+        with build.mode():
+            value = table_shapes([], whole, b, h, i, j, device, both)
+        tables = parts(build.call_with(value, plain_tables, *arguments))
+        return parts(build.call(stored_tables_op, tables)) if stored else tables
 
-    found: list[fx.Node] = build.once(("tables", fm.text(whole), tuple(masks), sizes, both, plain), make)
+    def parts(tables: fx.Node) -> list[fx.Node]:
+        return [build.call(operator.getitem, tables, n) for n in range(8 if both else 4)]
+
+    found: list[fx.Node] = build.once(("tables", whole, tuple(masks), sizes, both, stored), make)
     return found
 
 
