@@ -1,4 +1,7 @@
-"""Which kernels this machine can run, and why not the others. Nothing heavy is imported to find out."""
+"""Which kernels this machine can run, and why not the others.
+
+Nothing heavy is imported to find out, but a library that the GPU can run, which might lack a part.
+"""
 
 import os
 import platform
@@ -16,7 +19,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table
 
-from fusepass.kernels.gates import GATES, Capability, capability_refuses, installed
+from fusepass.kernels.gates import GATES, Capability, capability_refuses, installed, library_refuses
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,8 @@ def _library(kernel: str) -> Callable[[Machine], "Answer"]:
         )
         if refusal:
             return False, f"{refusal}; {state}" + (" is installed" if found else "")
+        if found and (broken := library_refuses(kernel)):
+            return False, broken
         return found, state
 
     return answer

@@ -22,6 +22,7 @@ from fusepass.dialects.fx_nodes import operation, value_of
 from fusepass.emit import Builder, CannotEmit
 from fusepass.ir import VIEWS, Expr
 from fusepass.kernels import BY_NAME, FP8, KERNELS, Kernel, Refused, Target
+from fusepass.kernels.gates import library_refuses
 from fusepass.liveness import erase_dead, inner_products, live_nodes, outside_reader
 from fusepass.patterns.products import factors
 from fusepass.recognize import RULES, Miss, Rules, Site, as_product, recognise_sum
@@ -258,7 +259,7 @@ class _Pass:
         """Write a kernel's nodes, or say why it cannot."""
         if not kernel.of_torch and self.transforms.differentiates(node):
             return FOREIGN
-        if reason := kernel.refuse(site.spec, target):
+        if reason := kernel.refuse(site.spec, target) or library_refuses(kernel.name):
             return reason
         build = Builder(self.reader, node, self.replaced, site.space, self.shared)
         try:

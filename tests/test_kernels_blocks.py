@@ -106,6 +106,27 @@ def test_whole_blocks_are_found(name: str) -> None:
     assert torch.equal(every, true.all(5).all(3)) and torch.equal(some, true.any(5).any(3))
 
 
+@pytest.mark.parametrize("operation", ["le", "lt", "ge", "gt", "eq", "ne"])
+@pytest.mark.parametrize("bound", [-2, -1, 0, 1, 2])
+@pytest.mark.parametrize("constant", [-1, 0, 1])
+@pytest.mark.parametrize("opposites", [0, 1, 2])
+def test_indices_are_compared_as_written(operation: str, bound: int, constant: int, opposites: int) -> None:
+    """However few operations are made of it."""
+    terms = [[2, "j", 1, 0], [-1, "i", 1, 0], [1, "h", 2, 2], [-3, "b", 1, 0]]
+    grid = torch.meshgrid(*(torch.arange(n) for n in (2, 4, 7, 9)), indexing="ij")
+    b, h, i, j = grid
+    index = constant + 2 * j - i + h // 2 % 2 - 3 * b
+    for written, value in (
+        (terms, index), (terms[1::2], constant - i - 3 * b), (terms[::2], constant + 2 * j + h // 2 % 2),
+    ):  # fmt: skip
+        found: Any = [operation, ["index", constant, written], ["const", bound]]
+        want = getattr(torch, operation)(value, bound)
+        for _ in range(opposites):
+            found, want = ["not", found], ~want
+        read = formula.read(formula.text(found))
+        assert torch.equal(formula.evaluate(read, dict(zip("bhij", grid, strict=True)), []), want)
+
+
 def test_tables_list_partial_and_full_blocks() -> None:
     every = torch.eye(3, dtype=torch.bool).view(1, 1, 3, 3)
     some = torch.ones(3, 3, dtype=torch.bool).tril().view(1, 1, 3, 3)

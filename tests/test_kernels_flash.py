@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx
 
+from fusepass import doctor
 from fusepass.config import Options
 from fusepass.kernels import BY_NAME, CUDNN, FLASH2, FLASH3, FLASH4, Kernel, Target, flash, flash_ops, gates
 from fusepass.report import SiteReport
@@ -172,6 +174,24 @@ def test_the_window_is_the_band(queries: int, keys: int, left: int | None, right
             a, b = found
             theirs = (a is None or j >= i + offset - a) and (b is None or j <= i + offset + b)
             assert mine is theirs
+
+
+def test_a_library_that_lacks_a_part_is_not_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, everything: None
+) -> None:
+    """It is there, and imports something that is not: the site stays, and `doctor` says so."""
+    (tmp_path / "half_there.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    half = gates.Package("half-there", "half_there", "", "")
+    assert half.installed() and half.path() == "half_there"
+    assert gates.FLASH4.path() == "flash_attn.cute.interface" and gates.FRONTEND.path() == "cudnn"
+    monkeypatch.setitem(gates.GATES, "flash4", replace(gates.GATES["flash4"], package=half))
+    words = "half-there is installed, but cannot be imported (ModuleNotFoundError: No module named"
+    site = rewritten(lambda q, k, v: (q @ k.mT * 0.125).softmax(-1) @ v, "flash4", *[(2, 4, 64, 64)] * 3)[1]
+    assert not site.fused and words in str(site.reason)
+    assert gates.library_refuses("sdpa") is None and gates.library_refuses("flash3") is None
+    runs, why = doctor._ANSWERS["flash4"](doctor.Machine((9, 0), "1 × GPU", {}))
+    assert not runs and words in why
 
 
 # ---------------------------------------------------------------------------------------- what is written

@@ -125,7 +125,8 @@ def _scored(mod: Any, s: Tensor, at: dict[str, Tensor], captured: tuple[Tensor, 
     elif kind == "softcap":
         s = given * torch.tanh(s / given)
     elif kind == "add":
-        added = fm.evaluate(given, at, captured) * more[0]
+        added = fm.evaluate(given, at, captured)
+        added = added if more[0] == 1 else added * more[0]
         s = s + (representable(added) if fm.may_hide(given, LOWEST) else added)
     elif kind == "times":
         s = s * fm.evaluate(given, at, captured)

@@ -187,7 +187,10 @@ def _without_casts(formula: Formula) -> Formula:
 
 
 def evaluate(formula: Formula, at: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> Tensor:
-    """A formula's value; ``at`` holds integer tensors ``b``, ``h``, ``i``, ``j`` of one broadcast shape."""
+    """A formula's value; ``at`` holds integer tensors ``b``, ``h``, ``i``, ``j`` of one broadcast shape.
+
+    Kernels compute this for every score: indices are compared by as few operations as can be.
+    """
     operation = formula[0]
     found: Tensor
     if operation == "const":
@@ -205,20 +208,61 @@ def evaluate(formula: Formula, at: Mapping[str, Tensor], tensors: Sequence[Tenso
     if operation == "cast":
         found = evaluate(formula[1], at, tensors).to(DTYPES[formula[2]])
         return found
+    if (compared := _compared(formula)) is not None:
+        comparison, (constant, terms) = compared
+        up, down = _sums(terms, at)
+        if up is not None and down is not None:
+            return POINTWISE[comparison](up, down - constant if constant else down)  # type: ignore[no-any-return]
     found = POINTWISE[operation](*(evaluate(f, at, tensors) for f in formula[1:]))
     return found
 
 
+_OPPOSITE = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt", "eq": "ne", "ne": "eq"}
+_STRICTER = {("gt", 1): "ge", ("lt", -1): "le", ("le", 1): "lt", ("ge", -1): "gt"}
+"""Of whole numbers ``x + 1 > 0`` is ``x >= 0``."""
+
+
+def _compared(formula: Formula) -> tuple[str, tuple[int, Any]] | None:
+    """A comparison of an index expression with a whole number, or its opposite, as one with zero."""
+    if formula[0] == "not":
+        inner = _compared(formula[1])
+        if inner is None:
+            return None
+        operation, (constant, terms) = inner
+        operation = _OPPOSITE[operation]
+    elif formula[0] in _OPPOSITE and formula[1][0] == "index" and formula[2][0] == "const":
+        if type(formula[2][1]) is not int:
+            return None
+        operation, constant, terms = formula[0], formula[1][1] - formula[2][1], formula[1][2]
+    else:
+        return None
+    if (operation, constant) in _STRICTER:
+        operation, constant = _STRICTER[operation, constant], 0
+    return operation, (constant, terms)
+
+
 def _index(constant: int, terms: Any, at: Mapping[str, Tensor]) -> Tensor:
-    total: Tensor | None = None
+    up, down = _sums(terms, at)
+    if up is None and down is None:
+        return torch.full_like(at["j"], constant)
+    if up is None or down is None:
+        total = -down if down is not None else up
+    else:
+        total = up - down
+    assert total is not None
+    return total if constant == 0 else total + constant
+
+
+def _sums(terms: Any, at: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """What the index terms with positive factors add up to, and, without their sign, those with negative."""
+    found: dict[bool, Tensor] = {}
     for factor, letter, stride, size in terms:
         digit: Tensor = at[letter] if stride == 1 else at[letter] // stride
         digit = digit % size if size else digit
-        digit = digit if factor == 1 else digit * factor
-        total = digit if total is None else total + digit
-    if total is None:
-        return torch.full_like(at["j"], constant)
-    return total if constant == 0 else total + constant
+        digit = digit if abs(factor) == 1 else digit * abs(factor)
+        side = factor > 0
+        found[side] = found[side] + digit if side in found else digit
+    return found.get(True), found.get(False)
 
 
 __all__ = [

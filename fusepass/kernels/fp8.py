@@ -18,7 +18,7 @@ from fusepass.emit import Builder
 from fusepass.kernels import fp8_ops, sdpa
 from fusepass.kernels.base import Kernel, Refused, Target, after_weights, operands, scaled
 from fusepass.kernels.flash import shard_where_used
-from fusepass.kernels.gates import FLASH3, GATES, gate_refuses, installed
+from fusepass.kernels.gates import FLASH3, GATES, gate_refuses, import_refuses, installed
 from fusepass.recognize import Site
 from fusepass.spec import Attention, Mask, Scale, ScaleBy
 
@@ -112,7 +112,7 @@ def hadamard(size: int, like: Tensor) -> Tensor:
 
 def library() -> str:
     """flash-attn 3, which writes bfloat16, where it is installed; else cuDNN."""
-    return "flash3" if installed(FLASH3) else "cudnn"
+    return "flash3" if installed(FLASH3) and import_refuses(FLASH3) is None else "cudnn"
 
 
 def refuse(spec: Attention, target: Target) -> str | None:

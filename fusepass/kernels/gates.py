@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,6 +39,11 @@ class Package:
     def installed(self) -> bool:
         """Is the file there?  (``flash_attn`` is one import name of two distributions.)"""
         return _holds(self.module, self.file)
+
+    def path(self) -> str:
+        """What is imported."""
+        inner = self.file.removesuffix(".py").removesuffix("__init__").replace("/", ".")
+        return f"{self.module}.{inner}" if inner else self.module
 
 
 FLASH2 = Package(
@@ -116,10 +122,14 @@ def machine_refuses(gate: Gate, device: str) -> str | None:
             return f"it runs on NVIDIA GPUs, and this is {device}"
         if reason := capability_refuses(gate, capability()):
             return reason
-    packages = (gate.package, FLASH3) if gate.kernel == "fp8" else (gate.package,)
-    if gate.package is not None and not any(p is not None and installed(p) for p in packages):
+    if gate.package is not None and not any(map(installed, _packages(gate))):
         return f"{gate.package.name} is not installed: {gate.package.install}"
     return None
+
+
+def _packages(gate: Gate) -> list[Package]:
+    """The libraries of a kernel, any of which will do."""
+    return [p for p in (gate.package, FLASH3 if gate.kernel == "fp8" else None) if p is not None]
 
 
 def runs_here(kernel: str, device: str) -> bool:
@@ -177,6 +187,29 @@ def installed(package: Package) -> bool:
     return package.installed()
 
 
+def library_refuses(kernel: str) -> str | None:
+    """Why the library of a kernel is there and cannot be imported: a part is missing, or of another release.
+
+    None if one of its libraries can, and where none is there: a graph may be compiled for another machine.
+    It is asked when a call of the library is written, which otherwise would fail in the midst of a model.
+    """
+    reasons = [import_refuses(p) for p in _packages(GATES[kernel])] if kernel in GATES else []
+    return None if None in reasons else next(iter(reasons), None)
+
+
+@cache
+def import_refuses(package: Package) -> str | None:
+    """Why a package that is there cannot be imported; None if it can, and where it is not there."""
+    if not package.installed():
+        return None
+    try:
+        import_module(package.path())
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"{package.name} is installed, but cannot be imported ({why}): reinstall it with what it needs"
+    return None
+
+
 def _holds(module: str, file: str) -> bool:
     try:
         spec = find_spec(module)
@@ -195,5 +228,5 @@ def _plain(dtype: torch.dtype) -> str:
 
 __all__ = [
     "GATES", "Capability", "Gate", "Package", "capability", "capability_refuses", "gate_refuses",
-    "installed", "machine_refuses", "runs_here",
+    "import_refuses", "installed", "library_refuses", "machine_refuses", "runs_here",
 ]  # fmt: skip
