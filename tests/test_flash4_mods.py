@@ -134,8 +134,8 @@ def compiled(function: Callable[..., Any], backend: str, count: int, given: Tens
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("both", [False, True])
-def test_traced_tables_are_the_tables(backend: str, both: bool) -> None:
+@pytest.mark.parametrize(("both", "stored"), [(False, False), (True, False), (False, True)])
+def test_traced_tables_are_the_tables(backend: str, both: bool, stored: bool) -> None:
     keep = torch.arange(420) < torch.tensor([[130], [400]])
     near = ["lt", ["abs", GAP], ["const", 70]]
     whole = ["and", CAUSAL, ["or", KEEP, ["and", near, ["const", True]]]]
@@ -143,7 +143,8 @@ def test_traced_tables_are_the_tables(backend: str, both: bool) -> None:
     want = blocks.tables_op(*given)
 
     def make(keep: Tensor) -> list[Tensor]:
-        return blocks.plain_tables([keep], *given[1:])  # type: ignore[arg-type]
+        found = blocks.plain_tables([keep], *given[1:])  # type: ignore[arg-type]
+        return torch.ops.fusepass.stored_tables(found) if stored else found  # type: ignore[no-any-return]
 
     got = make(keep) if backend == "eager" else compiled(make, backend, len(want), keep)
     assert len(got) == len(want) == (8 if both else 4)

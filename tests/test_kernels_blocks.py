@@ -143,6 +143,13 @@ def test_the_operator_is_sound() -> None:
     torch.library.opcheck(torch.ops.fusepass.block_tables.default, arguments)
 
 
+def test_stored_tables_are_copies() -> None:
+    found = tables(torch.eye(3, dtype=torch.bool).view(1, 1, 3, 3), torch.ones(1, 1, 3, 3, dtype=torch.bool))
+    torch.library.opcheck(torch.ops.fusepass.stored_tables.default, (found,))
+    kept = torch.ops.fusepass.stored_tables(found)
+    assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in zip(kept, found, strict=True))
+
+
 def test_fixed_tables_are_kept_and_copied() -> None:
     written, device = formula.text(FORMULAS["window"]), torch.device("cpu")
     call = torch.ops.fusepass.block_tables

@@ -16,7 +16,7 @@ import torch
 import fusepass
 from fusepass import bench
 from fusepass.bench_cases import VARIANTS
-from fusepass.kernels import fp8
+from fusepass.kernels import blocks, fp8
 from fusepass.kernels.gates import FLASH3, FRONTEND, GATES, installed, machine_refuses
 from tests.attention_cases import CASES, Case, full
 from tests.checking import Run, assert_same_accuracy, call, compiled
@@ -94,7 +94,7 @@ def test_no_copies_of_sequence_major_tensors(kernel: str) -> None:
     assert peak < 1.5 * out.numel() * out.itemsize, peak
 
 
-@pytest.mark.parametrize("kernel", ["auto", "sdpa", "flash4"])
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "flash4", "flex"])
 @pytest.mark.parametrize("grads", [False, True])
 def test_cuda_graphs(kernel: str, grads: bool) -> None:
     """``torch.compile`` takes a mode or options, not both: the pass comes by ``enabled``."""
@@ -120,6 +120,19 @@ def test_formulas_of_flash4_in_cuda_graphs(name: str) -> None:
         for _ in range(3):
             got = call(fused, case.inputs())
     assert_same_accuracy(got, eager, exact)
+
+
+@pytest.mark.parametrize("grads", [False, True])
+def test_fixed_tables_are_taken_from_the_gpu(grads: bool) -> None:
+    """Those of a window, which read no tensor, are put there when the graph is compiled."""
+    need("flex")
+    check(CASES["window"], "flex", "inductor", grads)
+    assert blocks._resident
+    for (visible, *sizes, both), device in blocks._resident:
+        made, again = (blocks.tables_op([], visible, *sizes, device, both) for _ in range(2))
+        want = blocks.tables_op([], visible, *sizes, torch.device("cpu"), both)
+        for a, b, c in zip(made, again, want, strict=True):
+            assert torch.equal(a.cpu(), c) and torch.equal(b.cpu(), c) and a.data_ptr() != b.data_ptr()
 
 
 @pytest.mark.parametrize("kernel", ["flash2", "flash3", "flash4"])
