@@ -144,7 +144,7 @@ def test_traced_tables_are_the_tables(backend: str, both: bool, stored: bool) ->
 
     def make(keep: Tensor) -> list[Tensor]:
         found = blocks.plain_tables([keep], *given[1:])  # type: ignore[arg-type]
-        return torch.ops.fusepass.stored_tables(found) if stored else found  # type: ignore[no-any-return]
+        return torch.ops.fusepass.stored_tables(found) if stored else found
 
     got = make(keep) if backend == "eager" else compiled(make, backend, len(want), keep)
     assert len(got) == len(want) == (8 if both else 4)
