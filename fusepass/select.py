@@ -133,9 +133,12 @@ def predicted(profile: costs.Profile, kernel: str, work: Work) -> float | None:
 
 
 def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel]) -> list[Kernel]:
-    """The order without measurements."""
-    dense = bool(spec.added) and not spec.is_causal()
-    if not dense or sizes["i"] * sizes["j"] < LARGE:
+    """The order without measurements.
+
+    A sink is one more column of a dense mask to SDPA, and of copies of the keys and values.
+    """
+    dense = bool(spec.added) and not spec.is_causal() and sizes["i"] * sizes["j"] >= LARGE
+    if not dense and spec.sink is None:
         return list(kernels)
     native = not isinstance(flash.describe(spec, "flash4"), str)
     hidden = all(isinstance(a, (Band, KeyPadding, Document)) for a in spec.atoms)

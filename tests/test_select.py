@@ -230,6 +230,9 @@ def test_without_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:
         (spec(mask(Band(None, 0), KeyPadding()), rows_seen=False), FLEX),
         (spec(mask(Band(100, 0)), queries=256, keys=256), SDPA),
         (spec(Bias(0, "hij")), SDPA),
+        (spec(mask(Band(None, 0)), sink=Sink(1, "h")), FLASH3),
+        (spec(mask(Band(None, 0)), sink=Sink(1, "h"), queries=256, keys=256), FLASH3),
+        (spec(sink=Sink(1, "h"), queries=1), FLASH3),
     ],
 )
 def test_the_rule_avoids_large_dense_masks(given: Attention, first: Any) -> None:
@@ -237,8 +240,9 @@ def test_the_rule_avoids_large_dense_masks(given: Attention, first: Any) -> None
     assert select.by_rule(given, sizes, KERNELS)[0] is first
 
 
-def test_with_a_sink_windows_of_sdpa_are_dense() -> None:
-    given = spec(mask(Band(100, 0)), sink=Sink(1, "h"))
+@pytest.mark.parametrize("band", [Band(100, 0), Band(None, 0)])
+def test_with_a_sink_all_masks_of_sdpa_are_dense(band: Band) -> None:
+    given = spec(mask(band), sink=Sink(1, "h"))
     sizes = {"i": float(given.queries), "j": float(given.keys)}
     order = select.by_rule(given, sizes, KERNELS)
     assert order.index(FLASH4) < order.index(FLEX) < order.index(SDPA)
