@@ -93,7 +93,7 @@ def jobs(
     found = []
     for head_dim, mode, length, name in itertools.product(head_dims, modes, lengths, variants):
         variant = VARIANTS[name]
-        if mode == "training" and not variant.backward:
+        if not (variant.backward if mode == "training" else variant.forward):
             continue
         for contender in contenders:
             if contender in NAMED and contender not in variant.kernels.split():
@@ -225,7 +225,7 @@ def _measured(group: Sequence[Job], exclusive: Exclusive) -> list[Row]:
         inputs = variant.inputs(shape, device, getattr(torch, job.dtype))
         training = job.mode == "training"
         if training:
-            for name in "qkv":
+            for name in (*"qkv", *variant.learns):
                 inputs[name].requires_grad_()
         with torch.set_grad_enabled(training):
             for j, one in zip(group, ready, strict=True):
@@ -250,7 +250,7 @@ def _prepare(job: Job, variant: Variant, inputs: Inputs, one: _Ready) -> None:
     large = one.row.pairs * 2 > 2**32  # an unfused score tensor of several GiB: one process at a time
     with _locked(large):
         start = time.perf_counter()
-        step = _step(call, inputs, job.mode == "training")
+        step = _step(call, inputs, (*"qkv", *variant.learns) if job.mode == "training" else ())
         step()
         _wait(device)
         seconds = time.perf_counter() - start
@@ -280,10 +280,11 @@ def _time(running: Sequence[_Ready], device: torch.device, job: Job) -> None:
         )  # fmt: skip
 
 
-def _step(call: Callable[..., Tensor], inputs: Inputs, training: bool) -> Callable[[], object]:
-    if not training:
+def _step(call: Callable[..., Tensor], inputs: Inputs, gradients: Sequence[str]) -> Callable[[], object]:
+    """One call, and the gradients of some inputs."""
+    if not gradients:
         return lambda: call(**inputs)
-    wanted = [inputs[n] for n in "qkv"]
+    wanted = [inputs[n] for n in gradients]
     grad: list[Tensor] = []
 
     def step() -> object:

@@ -41,6 +41,8 @@ class Variant:
         as the block table of a padding, which a model makes once a step; "repaired" ones give what the
         program does also in rows that see no key, which the data here has none of, and "hand" ones leave out.
     pairs: the number of query-key pairs that are visible, for TFLOP/s.
+    learns: what needs a gradient beside queries, keys and values.
+    forward, backward: the passes that are measured.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Variant:
     group: int = 1
     cross: bool = False
     decode: bool = False
+    learns: tuple[str, ...] = ()
+    forward: bool = True
     backward: bool = True
 
     def shape(self, length: int, head_dim: int, tokens: int = 16384, width: int = 2048) -> Shape:
@@ -381,6 +385,11 @@ VARIANTS: dict[str, Variant] = {
         Variant(
             "bias", "full+bias", "sdpa cudnn flex", bias, _all,
             {"hand sdpa": _sdpa_bias, "repaired sdpa": _sdpa_bias_repaired}, _table,
+        ),
+        Variant(
+            "learned", "full+learned bias", "sdpa flex", bias, _all,
+            {"hand sdpa": _sdpa_bias, "repaired sdpa": _sdpa_bias_repaired}, _table, learns=("table",),
+            forward=False,
         ),
         Variant(
             "padding", "padding", "sdpa flash4 flex flex_flash", padding, _half,

@@ -20,7 +20,7 @@ from fusepass.dialects.composites import Expansion, expand_all
 from fusepass.dialects.fx_graph import Known, Reader
 from fusepass.dialects.fx_nodes import operation, value_of
 from fusepass.emit import Builder, CannotEmit
-from fusepass.ir import VIEWS, Expr
+from fusepass.ir import VIEWS, Expr, walk
 from fusepass.kernels import BY_NAME, FP8, KERNELS, Kernel, Refused, Target
 from fusepass.kernels.gates import library_refuses
 from fusepass.liveness import erase_dead, inner_products, live_nodes, outside_reader
@@ -29,6 +29,7 @@ from fusepass.recognize import RULES, Miss, Rules, Site, as_product, recognise_s
 from fusepass.report import GraphReport, SiteReport, source_of
 from fusepass.resemblance import of_activations, products_behind, softmaxes_behind, were_scores
 from fusepass.select import UNFUSED, candidates
+from fusepass.spec import Bias
 from fusepass.strides import laid_out_as
 from fusepass.subgraphs import graphs_of
 from fusepass.transforms import FOREIGN, Transforms, records_gradients
@@ -241,7 +242,7 @@ class _Pass:
             written = self._written(node, site, kernel, target)
             return None if isinstance(written, str) else (written[0], written[1].discard)
 
-        for kernel in candidates(node, site, target, self.options, write):
+        for kernel in candidates(node, site, target, self.options, write, self._learned(node, site)):
             if kernel is None:
                 rejected.append((UNFUSED, "measured faster as it is"))
                 return None
@@ -252,6 +253,16 @@ class _Pass:
                 return *written, kernel.name
             rejected.append((kernel.name, written))
         return None
+
+    def _learned(self, node: fx.Node, site: Site) -> frozenset[int]:
+        """The slots of biases that are made of something that needs a gradient."""
+        found = set()
+        for mod in site.spec.scores:
+            if isinstance(mod, Bias):
+                homes = (self.reader.home(e, node) for e in walk(site.operands[mod.slot].expr))
+                if any(getattr(value_of(home), "requires_grad", False) for home in homes if home is not None):
+                    found.add(mod.slot)
+        return frozenset(found)
 
     def _written(
         self, node: fx.Node, site: Site, kernel: Kernel, target: Target

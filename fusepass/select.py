@@ -30,6 +30,11 @@ from fusepass.spec import Attention, Band, Bias, Document, Keep, KeyPadding, Sof
 LARGE = 1024 * 1024
 #: A site stays unfused only where that is predicted faster by more than the model's error.
 MARGIN = 1.1
+#: Keys up to which a bias that learns is not taken for one that does not.  FlexAttention adds its gradient up
+#: by atomic operations, and SDPA chooses another kernel for it: the windows of Swin, 49 keys, train faster by
+#: SDPA, and the 512 keys of T5 by FlexAttention (docs/models-h100.md).
+FEW_KEYS = 64
+LEARNED, FIXED = "learned bias", "bias"
 #: Predictions that are this close to the fastest are equal: measurements differ by as much.
 EQUAL = 1.02
 UNFUSED = "unfused"
@@ -65,13 +70,14 @@ class Ranked:
 
 
 def candidates(
-    node: fx.Node, site: Site, target: Target, options: Options, write: Write
+    node: fx.Node, site: Site, target: Target, options: Options, write: Write, learned: frozenset[int]
 ) -> list[Kernel | None]:
     """The kernels that the options allow, in the order to be tried; None: leave the site as it is.
 
     Args:
         node: the node that computes the site.
         write: writes a kernel's nodes and returns the last one and what takes them back, or None.
+        learned: the slots of biases that need a gradient.
     """
     first: list[Kernel | None] = [FP8] if options.precision != "native" else []
     if options.kernel not in ("auto", "autotune"):
@@ -81,7 +87,7 @@ def candidates(
         if operation(node)[0] != SDPA_CALL and reference.beats_sdpa(site.spec, target):
             here.sort(key=lambda k: k is not reference.REFERENCE)
         profile = costs.profile(costs.device_name()) if target.device == "cuda" else None
-        return [*first, *(r.kernel for r in rank(site, target, here, profile))]
+        return [*first, *(r.kernel for r in rank(site, target, here, profile, learned))]
     from fusepass import autotune
 
     best = autotune.fastest(node, site.spec, here, write, options, target.training)
@@ -91,14 +97,15 @@ def candidates(
 
 
 def rank(
-    site: Site, target: Target, kernels: Sequence[Kernel], profile: costs.Profile | None
-) -> list[Ranked]:
+    site: Site, target: Target, kernels: Sequence[Kernel], profile: costs.Profile | None,
+    learned: frozenset[int] = frozenset(),
+) -> list[Ranked]:  # fmt: skip
     """Kernels in the order to be tried; at ``Ranked(None)`` the site is faster as it is."""
     if target.device != "cuda":
         return [Ranked(k) for k in kernels]
     if profile is None:
         return [Ranked(k) for k in by_rule(site.spec, sizes_of(site), kernels)]
-    work = work_of(site, target.training)
+    work = work_of(site, target.training, learned)
     found = [Ranked(k, predicted(profile, k.name, work)) for k in kernels]
     known = sorted((r for r in found if r.milliseconds is not None), key=lambda r: r.milliseconds or 0.0)
     near = [r for r in found if r.milliseconds is not None and r.milliseconds <= EQUAL * _first(known)]
@@ -125,6 +132,8 @@ def _first(ranked: Sequence[Ranked]) -> float:
 def predicted(profile: costs.Profile, kernel: str, work: Work) -> float | None:
     """The predicted milliseconds of a kernel, or None where its kind was not measured."""
     curve = profile.find(kernel, work.kind, work.head_dim, work.mode)
+    if curve is None and work.all_keys > FEW_KEYS:
+        curve = profile.find(kernel, work.kind.replace(LEARNED, FIXED), work.head_dim, work.mode)
     if curve is None:
         return None
     keys = work.all_keys if costs.sees_all(kernel, work.kind) else work.keys
@@ -157,10 +166,14 @@ def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel])
 # ---------------------------------------------------------------------------------------- a site as work
 
 
-def kind_of(spec: Attention, thin: frozenset[int] = frozenset()) -> str:
+def kind_of(
+    spec: Attention, thin: frozenset[int] = frozenset(), learned: frozenset[int] = frozenset()
+) -> str:
     """The kind of attention, as profiles name it: what changes a kernel's speed.
 
-    ``thin`` are the slots of biases that have a formula (:func:`flex_blocks.thin_biases`).
+    Args:
+        thin: the slots of biases that have a formula (:func:`flex_blocks.thin_biases`).
+        learned: the slots of biases whose gradients are wanted.
     """
     words = [_visibility(spec)]
     if any(isinstance(m, SoftCap) for m in spec.scores):
@@ -168,7 +181,7 @@ def kind_of(spec: Attention, thin: frozenset[int] = frozenset()) -> str:
     for mod in spec.scores:
         if isinstance(mod, Bias):
             dense = {"i", "j"} <= set(mod.axes) and mod.slot not in thin
-            words.append("bias" if dense else "thin bias")
+            words.append(f"thin {FIXED}" if not dense else LEARNED if mod.slot in learned else FIXED)
     if spec.sink is not None:
         words.append("sink")
     if spec.dropout:
@@ -209,13 +222,13 @@ def hint(size: Size, site: Site) -> int:
     return int(found) if found.is_number else 1024
 
 
-def work_of(site: Site, training: bool) -> Work:
-    """A site as the cost model sees it."""
+def work_of(site: Site, training: bool, learned: frozenset[int] = frozenset()) -> Work:
+    """A site as the cost model sees it; gradients of ``learned`` biases count in training."""
     spec, sizes = site.spec, sizes_of(site)
     mode = costs.TRAINING if training else costs.FORWARD
     size = sizes["b"] * sizes["h"] * sizes["i"] * (sizes["d"] + sizes["e"])
     keys = pairs_of(spec, sizes["i"], sizes["j"]) / max(sizes["i"], 1.0)
-    kind = kind_of(spec, flex_blocks.thin_biases(site))
+    kind = kind_of(spec, flex_blocks.thin_biases(site), learned if training else frozenset())
     tokens, width = sizes["b"] * sizes["i"], sizes["h"] * sizes["d"]
     return Work(kind, int(sizes["d"]), mode, size, keys, sizes["j"], tokens, width)
 

@@ -36,11 +36,14 @@ def test_a_variant_is_recognised_as_its_kind(name: str, monkeypatch: pytest.Monk
     # Longer than the window, so that it hides something.
     shape = variant.shape(2048, 16, 2048, 32)
     given = variant.inputs(shape, CPU, torch.float32)
+    for learned in variant.learns:
+        given[learned].requires_grad_()
     kinds: list[str] = []
     settle = _Pass._settle
 
     def watched(self, node, found):  # type: ignore[no-untyped-def]
-        kinds.extend(kind_of(site.spec, flex_blocks.thin_biases(site)) for _, site in found)
+        for _, site in found:
+            kinds.append(kind_of(site.spec, flex_blocks.thin_biases(site), self._learned(node, site)))
         return settle(self, node, found)
 
     monkeypatch.setattr(_Pass, "_settle", watched)

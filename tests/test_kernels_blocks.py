@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusepass import report, select
 from fusepass.config import Options
 from fusepass.kernels import BY_NAME, Target, flex, formula
 from fusepass.kernels.blocks import BLOCK, block_visibility, tables
@@ -257,33 +256,6 @@ def test_tiles_of_a_dense_bias_on_hopper(
     (call_,) = (n for n in graph.graph.nodes if n.target is block_attention)
     options = dict(formula.read(call_.args[-1]))
     assert options == ({"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64} if small else {})
-
-
-@pytest.mark.parametrize(
-    ("keys", "learns", "kernel", "fused"),
-    [
-        (49, True, "auto", False),
-        (49, False, "auto", True),
-        (49, True, "flex", True),
-        (256, True, "auto", True),
-    ],
-)
-def test_gradients_of_a_bias_of_few_keys(
-    keys: int, learns: bool, kernel: str, fused: bool, everywhere: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are added up by an atomic operation a score, which windows of images do not pay for."""
-    monkeypatch.setattr(select, "KERNELS", (BY_NAME["flex"],))
-
-    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
-        return (q @ k.transpose(-1, -2) * 0.125 + b).softmax(-1) @ v
-
-    q, k, v = (torch.randn(2, 4, keys, 32, requires_grad=True) for _ in range(3))
-    b = torch.randn(1, 4, keys, keys, requires_grad=learns)
-    with report.collect() as found:
-        torch.compile(program, backend="fusepass", options={"inner": "eager", "kernel": kernel})(q, k, v, b)
-    (site,) = found.sites
-    assert site.fused is fused
-    assert fused or "added up score by score" in str(site.reason)
 
 
 def test_other_masks_have_other_tables(everywhere: None) -> None:

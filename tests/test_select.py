@@ -206,6 +206,20 @@ def test_of_equally_fast_kernels_the_first_of_the_list_is_taken(monkeypatch: pyt
     assert chosen(monkeypatch, profile(flash4=1.03, flex=1.0)).kernel == "flex"
 
 
+@pytest.mark.parametrize(
+    ("keys", "measured", "want"),
+    [(49.0, False, None), (512.0, False, 1.0), (49.0, True, 4.0), (512.0, True, 4.0)],
+)
+def test_biases_that_learn_are_a_kind_of_their_own(keys: float, measured: bool, want: float | None) -> None:
+    """Of few keys nothing is concluded from those that do not learn."""
+    kinds = {"full+bias": 1.0} | ({"full+learned bias": 4.0} if measured else {})
+    curves = (Curve("flex", kind, 64, "training", 0.0, ((1.0, ms), (1e3, ms))) for kind, ms in kinds.items())
+    made = Profile(("GPU",), {}, tuple(curves))
+    given, learned = spec(Bias(0, "hij")), frozenset({0})
+    work = select.Work(select.kind_of(given, learned=learned), 64, "training", 1e6, keys, keys, 1.0, 1.0)
+    assert select.predicted(made, "flex", work) == want
+
+
 def test_what_was_not_measured_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(monkeypatch, profile(flex=3.0)).kernel == "flex"
 

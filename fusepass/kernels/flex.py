@@ -205,28 +205,10 @@ def refuse(spec: Attention, target: Target) -> str | None:
 
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     """Write a call to FlexAttention; the result is mended for rows that see no key."""
-    if not target.requested and _adds_up_more_than_it_saves(site, build, target):
-        raise Refused("the gradient of its bias is added up score by score, too much for so few keys")
     out = _with_tables(site, build, target, {})
     if out is None:
         out = _with_scores(site, build, target)
     return build.cast(after_weights(site, build, out), site.spec.out_dtype)
-
-
-FEW_KEYS = 64
-"""A tile of the kernel, and the window of an image model has fewer (Swin in docs/models-h100.md)."""
-
-
-def _adds_up_more_than_it_saves(site: Site, build: Builder, target: Target) -> bool:
-    """Does a bias over queries and keys learn, in sequences that are hardly work unfused?
-
-    Its gradient takes an atomic operation a score.
-    """
-    spec = site.spec
-    if not target.training or not isinstance(spec.keys, int) or spec.keys > FEW_KEYS:
-        return False
-    dense = [m for m in spec.scores if isinstance(m, Bias) and {"i", "j"} <= set(m.axes)]
-    return any(build.value(tensor_operand(site, build, m.slot)).requires_grad for m in dense)
 
 
 def takes_tables(device: str) -> bool:
