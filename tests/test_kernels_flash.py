@@ -190,6 +190,10 @@ def test_a_library_that_lacks_a_part_is_not_called(
     site = rewritten(lambda q, k, v: (q @ k.mT * 0.125).softmax(-1) @ v, "flash4", *[(2, 4, 64, 64)] * 3)[1]
     assert not site.fused and words in str(site.reason)
     assert gates.library_refuses("sdpa") is None and gates.library_refuses("flash3") is None
+    absent = gates.Package("absent", "no_such_package", "", "")
+    monkeypatch.setattr(gates, "FLASH3", half)
+    monkeypatch.setitem(gates.GATES, "fp8", replace(gates.GATES["fp8"], package=absent))
+    assert words in str(gates.library_refuses("fp8"))
     runs, why = doctor._ANSWERS["flash4"](doctor.Machine((9, 0), "1 × GPU", {}))
     assert not runs and words in why
 

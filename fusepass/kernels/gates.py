@@ -193,7 +193,8 @@ def library_refuses(kernel: str) -> str | None:
     None if one of its libraries can, and where none is there: a graph may be compiled for another machine.
     It is asked when a call of the library is written, which otherwise would fail in the midst of a model.
     """
-    reasons = [import_refuses(p) for p in _packages(GATES[kernel])] if kernel in GATES else []
+    there = [p for p in _packages(GATES[kernel]) if p.installed()] if kernel in GATES else []
+    reasons = [import_refuses(p) for p in there]
     return None if None in reasons else next(iter(reasons), None)
 
 
