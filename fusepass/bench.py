@@ -250,7 +250,7 @@ def _prepare(job: Job, variant: Variant, inputs: Inputs, one: _Ready) -> None:
     large = one.row.pairs * 2 > 2**32  # an unfused score tensor of several GiB: one process at a time
     with _locked(large):
         start = time.perf_counter()
-        step = _step(call, inputs, (*"qkv", *variant.learns) if job.mode == "training" else ())
+        step = _step(call, inputs)
         step()
         _wait(device)
         seconds = time.perf_counter() - start
@@ -280,11 +280,11 @@ def _time(running: Sequence[_Ready], device: torch.device, job: Job) -> None:
         )  # fmt: skip
 
 
-def _step(call: Callable[..., Tensor], inputs: Inputs, gradients: Sequence[str]) -> Callable[[], object]:
-    """One call, and the gradients of some inputs."""
-    if not gradients:
+def _step(call: Callable[..., Tensor], inputs: Inputs) -> Callable[[], object]:
+    """One call, and the gradients of the inputs that need one."""
+    wanted = [t for t in inputs.values() if t.requires_grad]
+    if not wanted:
         return lambda: call(**inputs)
-    wanted = [inputs[n] for n in gradients]
     grad: list[Tensor] = []
 
     def step() -> object:

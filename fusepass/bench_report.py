@@ -137,7 +137,15 @@ def _unrepaired(rows: Sequence[Row]) -> list[str]:
     for (variant, mode, head_dim, length), found in sorted(by_case(rows).items()):
         auto, best = found.get("auto"), _fastest(found, "hand ", gpu=True)
         if auto is not None and best is not None and _fastest(found, "repaired ", gpu=True) is not None:
-            cells = (variant, mode, str(head_dim), str(length), _time(best), best.contender[5:], _time(auto))
+            cells = (
+                variant,
+                mode,
+                str(head_dim),
+                str(length),
+                _time(best),
+                best.contender.split()[1],
+                _time(auto),
+            )
             text.append(f"| {' | '.join(cells)} | {_ratio(best, auto)} |")
     if not text:
         return []

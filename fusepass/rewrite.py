@@ -242,7 +242,8 @@ class _Pass:
             written = self._written(node, site, kernel, target)
             return None if isinstance(written, str) else (written[0], written[1].discard)
 
-        for kernel in candidates(node, site, target, self.options, write, self._learned(node, site)):
+        learned = self._learned(node, site) if target.training else frozenset()
+        for kernel in candidates(node, site, target, self.options, write, learned):
             if kernel is None:
                 rejected.append((UNFUSED, "measured faster as it is"))
                 return None

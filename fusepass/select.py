@@ -77,7 +77,7 @@ def candidates(
     Args:
         node: the node that computes the site.
         write: writes a kernel's nodes and returns the last one and what takes them back, or None.
-        learned: the slots of biases that need a gradient.
+        learned: the slots of biases whose gradients are wanted.
     """
     first: list[Kernel | None] = [FP8] if options.precision != "native" else []
     if options.kernel not in ("auto", "autotune"):
@@ -181,7 +181,8 @@ def kind_of(
     for mod in spec.scores:
         if isinstance(mod, Bias):
             dense = {"i", "j"} <= set(mod.axes) and mod.slot not in thin
-            words.append(f"thin {FIXED}" if not dense else LEARNED if mod.slot in learned else FIXED)
+            whole = LEARNED if mod.slot in learned else FIXED
+            words.append(whole if dense else "thin bias")
     if spec.sink is not None:
         words.append("sink")
     if spec.dropout:
@@ -223,12 +224,12 @@ def hint(size: Size, site: Site) -> int:
 
 
 def work_of(site: Site, training: bool, learned: frozenset[int] = frozenset()) -> Work:
-    """A site as the cost model sees it; gradients of ``learned`` biases count in training."""
+    """A site as the cost model sees it."""
     spec, sizes = site.spec, sizes_of(site)
     mode = costs.TRAINING if training else costs.FORWARD
     size = sizes["b"] * sizes["h"] * sizes["i"] * (sizes["d"] + sizes["e"])
     keys = pairs_of(spec, sizes["i"], sizes["j"]) / max(sizes["i"], 1.0)
-    kind = kind_of(spec, flex_blocks.thin_biases(site), learned if training else frozenset())
+    kind = kind_of(spec, flex_blocks.thin_biases(site), learned)
     tokens, width = sizes["b"] * sizes["i"], sizes["h"] * sizes["d"]
     return Work(kind, int(sizes["d"]), mode, size, keys, sizes["j"], tokens, width)
 

@@ -3,8 +3,8 @@
 A formula is evaluated once a *block* of 128 queries by 128 keys, on intervals: every value becomes the
 lowest and the highest it takes in the block, every truth value "all" and "any".  Bands come out in closed
 form; paddings and document labels are reduced block by block; what cannot be bounded is taken for
-partial, which is slower and never wrong.  An operator of its own, because the tables must be in memory
-when the kernel starts, whatever a compiler would rather fuse.
+partial, which is slower and never wrong.  Operators of their own make the tables, or copy what a compiler
+has fused: they must be in memory when the kernel starts.
 
 Source for the tables: ``torch.nn.attention.flex_attention.BlockMask``.
 """
@@ -405,10 +405,13 @@ def keep_resident(
     if device.type != "cuda" or not torch.cuda.is_available():
         return
     settings = (visible, batch, heads, queries, keys, both)
+    place = (settings, _numbered(device))
+    if place in _resident:
+        return
     with unset_fake_temporarily():
         fixed = _fixed(*settings, True)
         if fixed.numel() * fixed.itemsize <= _RESIDENT_BYTES:
-            _resident.setdefault((settings, _numbered(device)), fixed.to(device))
+            _resident[place] = fixed.to(device)
 
 
 def _numbered(device: torch.device) -> torch.device:
@@ -442,19 +445,19 @@ _definitions.impl("block_tables", _block_tables, "CompositeExplicitAutograd")
 torch.library.register_fake("fusepass::block_tables", table_shapes, lib=_definitions)
 
 
+def _unwritten(found: list[Tensor]) -> list[Tensor]:
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in found]
+
+
 def _stored_tables(found: list[Tensor]) -> list[Tensor]:
-    kept = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in found]
+    kept = _unwritten(found)
     torch._foreach_copy_(kept, found)
     return kept
 
 
 _definitions.define("stored_tables(Tensor[] found) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 _definitions.impl("stored_tables", _stored_tables, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "fusepass::stored_tables",
-    lambda found: [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in found],
-    lib=_definitions,
-)
+torch.library.register_fake("fusepass::stored_tables", _unwritten, lib=_definitions)
 
 tables_op = torch.ops.fusepass.block_tables.default
 stored_tables_op = torch.ops.fusepass.stored_tables.default

@@ -212,7 +212,8 @@ def evaluate(formula: Formula, at: Mapping[str, Tensor], tensors: Sequence[Tenso
         comparison, (constant, terms) = compared
         up, down = _sums(terms, at)
         if up is not None and down is not None:
-            return POINTWISE[comparison](up, down - constant if constant else down)  # type: ignore[no-any-return]
+            found = POINTWISE[comparison](up, down - constant if constant else down)
+            return found
     found = POINTWISE[operation](*(evaluate(f, at, tensors) for f in formula[1:]))
     return found
 
@@ -243,13 +244,12 @@ def _compared(formula: Formula) -> tuple[str, tuple[int, Any]] | None:
 
 def _index(constant: int, terms: Any, at: Mapping[str, Tensor]) -> Tensor:
     up, down = _sums(terms, at)
-    if up is None and down is None:
-        return torch.full_like(at["j"], constant)
-    if up is None or down is None:
-        total = -down if down is not None else up
+    if down is None:
+        total = up
     else:
-        total = up - down
-    assert total is not None
+        total = -down if up is None else up - down
+    if total is None:
+        return torch.full_like(at["j"], constant)
     return total if constant == 0 else total + constant
 
 
