@@ -15,7 +15,7 @@ export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format types bench clean FORCE
+.PHONY: help setup demo test fuzz lint format types bench clean FORCE
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -27,6 +27,9 @@ demo: $(VENV)/.installed-demo ## run examples/demo.py
 
 test: $(VENV)/.installed-test ## run the tests; choose some with ARGS="-k mask"
 	$(BIN)/python -m pytest -n 2 -q $(ARGS)
+
+fuzz: $(VENV)/.installed-test ## draw random programs and compare with eager; choose how many with ARGS="--seconds 600"
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: $(VENV)/.installed-test ## check style and formatting
 	$(BIN)/ruff check
@@ -43,7 +46,7 @@ bench: $(VENV)/.installed-test ## measure the pass's share of compile time
 	$(BIN)/python benchmarks/compile_time.py $(ARGS)
 
 clean: ## remove the virtual environment, build products and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fuzz-failures
 	find fusepass patterns exporters tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The request changes only when its text does, so that another TORCH or PYTHON makes a new environment.

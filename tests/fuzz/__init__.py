@@ -1,0 +1,1 @@
+"""A fuzzer: random attention programs, compiled and compared with eager PyTorch."""

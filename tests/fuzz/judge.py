@@ -1,0 +1,187 @@
+"""Runs a program eagerly, in float64 and compiled, and says whether what can be seen is the same."""
+
+import contextlib
+import itertools
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.fuzz.harness import compiled, run
+from tests.fuzz.programs import Loaded, Program
+
+RIGHT, WRONG, FAILED, SKIPPED, TORCHS_OWN = "right", "wrong", "failed", "skipped", "torch's own"
+_runs = itertools.count()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a program came out."""
+
+    kind: str
+    reasons: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ()
+    """The kinds of its fused sites."""
+
+    @property
+    def bad(self) -> bool:
+        return self.kind in (WRONG, FAILED)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What eager PyTorch shows, what float64 shows if it can, and how coarse the numbers are."""
+
+    eager: dict[str, Any]
+    exact: dict[str, Any] = field(default_factory=dict)
+    eps: float = 0.0
+
+
+def judge(program: Program) -> Verdict:
+    """The whole verdict. What goes wrong without the pass as well is PyTorch's own fault."""
+    with quiet():
+        try:
+            expected = expect(program)
+        except Exception as error:
+            return Verdict(SKIPPED, (first_line(error),))
+        verdict = compare(program, expected, "fusepass", **program.options)
+        if verdict.bad and compare(program, expected, program.inner).bad:
+            return Verdict(TORCHS_OWN, verdict.reasons, verdict.fused)
+        return verdict
+
+
+def expect(program: Program) -> Expected:
+    """Runs a program eagerly, and in float64 if that works; what eager PyTorch does not take is raised."""
+    eager = execute(program, program.text)
+    exact = {}
+    torch.set_default_dtype(torch.float64)
+    try:
+        exact = execute(program, program.exact_text)
+    except Exception:
+        pass  # the float64 run mixes dtypes where the original does not
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return Expected(eager, exact, coarseness(program))
+
+
+def coarseness(program: Program) -> float:
+    """The rounding of the coarsest dtype that a program mentions, other than in its arguments' numbers."""
+    text = program.text
+    if re.search(r"bfloat16", text):
+        return torch.finfo(torch.bfloat16).eps / 8
+    if re.search(r"float16|half\(", text):
+        return torch.finfo(torch.float16).eps / 8
+    return 0.0
+
+
+def compare(program: Program, expected: Expected, backend: str, **options: str) -> Verdict:
+    """Compiles a program with a backend and compares it with what is expected."""
+    from fusepass.report import collect
+
+    torch._dynamo.reset()
+    with collect() as report:
+        try:
+            got = execute(program, program.text, backend, **options)
+        except Exception as error:
+            return Verdict(FAILED, (first_line(error),), tuple(site.kind for site in report.fused))
+    fused = tuple(f"{site.kernel}: {site.kind}" for site in report.fused)
+    reasons = tuple(
+        f"{name}: {reason}"
+        for name, want in expected.eager.items()
+        if (reason := differs(want, got.get(name), expected.exact.get(name), expected.eps))
+    )
+    return Verdict(WRONG if reasons else RIGHT, reasons, fused)
+
+
+def execute(program: Program, text: str, backend: str | None = None, **options: str) -> dict[str, Any]:
+    """Everything that a caller can see."""
+    loaded = Loaded(text, f"<fuzz {next(_runs)}>")
+    try:
+        f = loaded.start()
+        if backend is not None:
+            f = compiled(f, backend, program.dynamic, **options)
+        space = loaded.space
+        return run(f, space["inputs"], space["edit"], len(program.sizes), program.mode)
+    finally:
+        loaded.forget()
+
+
+def differs(want: Any, got: Any, exact: Any, eps: float) -> str:
+    """How a value differs from the eager one; empty if it does not."""
+    if not isinstance(want, Tensor) or not isinstance(got, Tensor):
+        same = type(want) is type(got) and (isinstance(want, Tensor) or want == got)
+        return "" if same else f"{_short(want)} eager, {_short(got)} compiled"
+    if want.shape != got.shape or want.dtype != got.dtype:
+        return f"{_short(want)} eager, {_short(got)} compiled"
+    if not want.is_floating_point():
+        return "" if torch.equal(want, got) else "differs"
+    if not same_places(want, got):
+        finite = f"{int(want.isfinite().sum())} eager, {int(got.isfinite().sum())} compiled"
+        return f"finite {finite}, of {want.numel()}"
+    return _error(want, got, exact, eps)
+
+
+def same_places(one: Tensor, other: Tensor) -> bool:
+    """Are NaN, inf and -inf in the same places?"""
+    finite = torch.tensor(0.0, dtype=torch.float64)
+    places = [torch.where(t.isfinite(), finite, t.double()) for t in (one, other)]
+    return torch.equal(places[0].nan_to_num(nan=3.0), places[1].nan_to_num(nan=3.0))
+
+
+def _error(want: Tensor, got: Tensor, exact: Any, eps: float) -> str:
+    """Twice eager's error against float64 is allowed, and some roundings more.
+
+    Where eager itself is far from float64, an element has to be near the one or the other.
+    """
+    finite = want.isfinite()
+    if not finite.any():
+        return ""
+    eager, fused = want.double()[finite], got.double()[finite]
+    eps = max(eps, torch.finfo(want.dtype).eps)
+    comparable = isinstance(exact, Tensor) and exact.shape == want.shape and same_places(want, exact)
+    truth = exact.double()[finite] if comparable else eager
+    size = max(1.0, truth.abs().max().item())
+    allowed, error = 64 * eps * size, (eager - truth).abs().max().item()
+    distance = (fused - truth).abs()
+    if not comparable:
+        allowed *= 8
+    elif error > max(0.01 * size, allowed):
+        distance = torch.minimum(distance, (fused - eager).abs())
+        allowed = max(allowed, 1e-3 * size)
+    else:
+        allowed += 2 * error
+    worst = distance.max().item()
+    return f"error {worst:.2g}, allowed {allowed:.2g}" if not worst <= allowed else ""
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return str(value)
+
+
+def first_line(error: BaseException) -> str:
+    """An error's name and what it says first; for an error of a backend, the one behind it."""
+    cause = getattr(error, "inner_exception", None) or error
+    text = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {text[0] if text else ''}"[:160]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Faults of the pass are raised, and warnings are not shown."""
+    before = os.environ.get("FUSEPASS_STRICT")
+    os.environ["FUSEPASS_STRICT"] = "1"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.environ.pop("FUSEPASS_STRICT")
+        if before is not None:
+            os.environ["FUSEPASS_STRICT"] = before
