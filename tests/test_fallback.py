@@ -1,13 +1,21 @@
 """A failing inner compiler: the graph is compiled as it was; Dynamo's own signals pass through."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._dynamo import exc
 
-from fusepass.report import collect
+from fusepass.backend import compile_fused
+from fusepass.config import Options
+from fusepass.dialects.fx_graph import Reader
+from fusepass.emit import Builder
+from fusepass.index import AxisSpace
+from fusepass.report import Collector, collect
+from tests.capture import dynamo_graph
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -51,3 +59,63 @@ def test_signals_of_dynamo_are_not_failures(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(out, model(q, k, v))
     assert seen.graphs[-1].notes == []
     assert [site.fused for site in seen.graphs[-1].sites] == [True]
+
+
+@pytest.mark.parametrize("fault", [exc.RestartAnalysis, exc.SkipFrame, exc.TensorifyScalarRestartAnalysis])
+def test_a_signal_of_dynamo_passes_through(fault: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no failure to compile: the graph is not compiled a second time, and the report notes nothing."""
+    monkeypatch.delenv("FUSEPASS_STRICT", raising=False)
+    attempts, seen = compiled_by(monkeypatch, fault("again, please"), fault)
+    assert len(attempts) == 1 and "scaled_dot_product_attention" in attempts[0]
+    assert seen.graphs[0].notes == []
+
+
+def test_a_failed_compiler_is_no_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FUSEPASS_STRICT", raising=False)
+    fault = exc.BackendCompilerFailed(attention, ValueError("no such kernel"), None)
+    attempts, seen = compiled_by(monkeypatch, fault, None)
+    assert len(attempts) == 2 and "scaled_dot_product_attention" not in attempts[1]
+    assert "no such kernel" in seen.graphs[0].notes[0]
+
+
+def test_faults_are_raised_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEPASS_STRICT", "1")
+    attempts, _ = compiled_by(monkeypatch, ValueError("no such kernel"), ValueError)
+    assert len(attempts) == 1
+
+
+def compiled_by(
+    monkeypatch: pytest.MonkeyPatch, fault: Exception, raised: type[Exception] | None
+) -> tuple[list[str], Collector]:
+    """The graphs that a compiler got which fails on a fused one, and the reports."""
+    attempts: list[str] = []
+
+    def compiler(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        attempts.append(gm.code)
+        if "scaled_dot_product_attention" in gm.code:
+            raise fault
+        return gm.forward
+
+    given = list(torch.randn(3, 2, 4, 8, 16))
+    with collect() as seen, pytest.raises(raised) if raised else contextlib.nullcontext():
+        compile_fused(dynamo_graph(attention, *given), given, Options(), compiler)
+    return attempts, seen
+
+
+def test_what_is_taken_back_is_shared_with_nobody() -> None:
+    """A later site writes it anew, and what earlier sites wrote stays."""
+    gm = dynamo_graph(attention, *torch.randn(3, 2, 4, 8, 16))
+    reader, before = Reader(gm.graph, gm), list(gm.graph.nodes)
+    anchor, shared = before[-2], dict[Any, Any]()
+    first, second, third = (Builder(reader, anchor, {}, AxisSpace(), shared) for _ in range(3))
+    kept = first.once("kept", lambda: first.op("arange", 8))
+    lost = second.once("lost", lambda: second.op("arange", 9))
+    assert second.once("kept", lambda: second.op("arange", 8)) is kept
+    second.discard()
+    second.discard()
+    assert shared == {"kept": kept} and set(gm.graph.nodes) == {*before, kept}
+    again = third.once("lost", lambda: third.op("arange", 9))
+    assert again is not lost and again in gm.graph.nodes and lost not in gm.graph.nodes
+    assert third.once("kept", lambda: third.op("arange", 8)) is kept
+    first.discard()
+    assert shared == {"lost": again}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import sys
@@ -82,7 +83,7 @@ def test_a_bias_with_a_formula_keeps_the_window(gpu: None) -> None:
     call = call_of(graph)
     assert len(call.args[3]) == 1 and call.args[4:6] == ([], []) and call.args[7:] == (None, 0)
     scale, (step,), visible = fm.read(call.args[6])
-    assert scale == 0.1 and step[0] == "add" and visible is None
+    assert scale == pytest.approx(0.1) and step[0] == "add" and visible is None
     assert "contiguous" not in targets(graph)
 
 
@@ -488,3 +489,196 @@ def test_the_library_is_called_as_its_interface_has_it(monkeypatch: pytest.Monke
     assert seen["softmax_scale"] == 1.0 and seen["causal"] and seen["window_size_right"] is None
     assert callable(seen["score_mod"]) and "mask_mod" not in seen and "block_sparse_tensors" not in seen
     assert seen["aux_tensors"][0].shape == (1,) and seen["return_lse"]
+
+
+# ---------------------------------------------------------------------------------------- the library
+
+
+class CuteInterface:
+    """A stand-in of ``flash_attn.cute.interface`` with its arguments, which asks modifiers and tables.
+
+    Full blocks of the tables are not asked for the mask, and blocks that are in neither list are skipped.
+    """
+
+    def __init__(self) -> None:
+        self.deterministic: list[bool] = []
+
+    @staticmethod
+    def _places(batch: int, heads: int, queries: int, keys: int) -> tuple[list[Lanes], tuple[int, ...]]:
+        sizes = (batch, heads, queries, keys)
+        grid = torch.meshgrid(*(torch.arange(n, dtype=torch.int32) for n in sizes), indexing="ij")
+        return [Lanes(g.flatten()) for g in grid], sizes
+
+    def _seen(self, at: Any, mask_mod: Any, aux: Any, tables: Any, by_keys: bool) -> Tensor:
+        (where, sizes), told = at, {"seqlen_info": None, "aux_tensors": aux}
+        asked = torch.ones(sizes, dtype=torch.bool)
+        if mask_mod is not None:
+            asked = mask_mod(where[0], where[1], q_idx=where[2], kv_idx=where[3], **told).data.view(sizes)
+        if tables is None:
+            return asked
+        *lists, (rows, columns) = tables
+        partial, full = (self._listed(lists[n], lists[n + 1], sizes, by_keys, rows, columns) for n in (0, 2))
+        return full | (partial & asked)
+
+    @staticmethod
+    def _listed(count: Tensor, index: Tensor, sizes: Any, by_keys: bool, rows: int, columns: int) -> Tensor:
+        """The elements of the blocks in a list, ``[B | 1, H | 1, Q, K]``."""
+        (*_, queries, keys), (b, h, lines, entries) = sizes, index.shape
+        wanted = (-(-queries // rows), -(-keys // columns))
+        assert (lines, entries) == (wanted[::-1] if by_keys else wanted) and count.shape == (b, h, lines)
+        found = torch.zeros(b, h, lines, entries, dtype=torch.bool)
+        for place in itertools.product(*map(range, (b, h, lines))):
+            found[place][index[place][: int(count[place])].long()] = True
+        found = found.mT if by_keys else found
+        return found.repeat_interleave(rows, 2).repeat_interleave(columns, 3)[:, :, :queries, :keys]
+
+    def _parts(
+        self, q: Tensor, k: Tensor, scale: float, window: Any, mods: Any, aux: Any, tables: Any, by_keys: bool
+    ) -> tuple[Any, ...]:
+        """Raw scores, and their weights and log-sum-exp."""
+        at = self._places(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        memory = None if aux is None else [Memory(t) for t in aux]
+        s = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(q.shape[2] // k.shape[2], 2)) * scale
+        score_mod, mask_mod = mods
+        made = s
+        if score_mod is not None:
+            b, h, i, j = at[0]
+            told = {"q_idx": i, "kv_idx": j, "seqlen_info": None, "aux_tensors": memory}
+            made = score_mod(Lanes(s.flatten()), b, h, **told).data.view(s.shape)
+        gap = torch.arange(k.shape[1]) - torch.arange(q.shape[1])[:, None] - (k.shape[1] - q.shape[1])
+        left, right = window
+        made = made if left is None else made.masked_fill(gap < -left, -INF)
+        made = made if right is None else made.masked_fill(gap > right, -INF)
+        made = made.masked_fill(~self._seen(at, mask_mod, memory, tables, by_keys), -INF)
+        return at, memory, s, made.softmax(-1), made.logsumexp(-1)
+
+    def _flash_attn_fwd(
+        self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool,
+        window_size_left: int | None, window_size_right: int | None, return_lse: bool,
+        score_mod: Any = None, mask_mod: Any = None, aux_tensors: Any = None,
+        block_sparse_tensors: Any = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        assert return_lse
+        window = (window_size_left, 0 if causal else window_size_right)
+        *_, p, lse = self._parts(
+            q, k, softmax_scale, window, (score_mod, mask_mod), aux_tensors, block_sparse_tensors, False
+        )
+        out = torch.einsum("bhqk,bkhd->bqhd", p, v.repeat_interleave(q.shape[2] // v.shape[2], 2))
+        return out, lse, out, lse
+
+    def _flash_attn_bwd(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, *,
+        softmax_scale: float, causal: bool, window_size_left: int | None, window_size_right: int | None,
+        deterministic: bool, dq: Tensor, dk: Tensor, dv: Tensor, score_mod: Any = None,
+        score_mod_bwd: Any = None, mask_mod: Any = None, aux_tensors: Any = None,
+        block_sparse_tensors: Any = None,
+    ) -> None:  # fmt: skip
+        self.deterministic.append(deterministic)
+        window, group = (window_size_left, 0 if causal else window_size_right), q.shape[2] // k.shape[2]
+        at, memory, s, p, again = self._parts(
+            q, k, softmax_scale, window, (score_mod, mask_mod), aux_tensors, block_sparse_tensors, True
+        )
+        torch.testing.assert_close(again, lse)
+        wide_k, wide_v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+        above = torch.einsum("bqhd,bkhd->bhqk", dout, wide_v)
+        ds = p * (above - (out * dout).sum(-1).transpose(1, 2).unsqueeze(-1))
+        if score_mod is not None:
+            b, h, i, j = at[0]
+            told = {"q_idx": i, "kv_idx": j, "seqlen_info": None, "aux_tensors": memory}
+            ds = score_mod_bwd(Lanes(ds.flatten()), Lanes(s.flatten()), b, h, **told).data.view(s.shape)
+        dq.copy_(torch.einsum("bhqk,bkhd->bqhd", ds, wide_k) * softmax_scale)
+        for mine, wide in (
+            (dk, torch.einsum("bhqk,bqhd->bkhd", ds, q) * softmax_scale),
+            (dv, torch.einsum("bhqk,bqhd->bkhd", p, dout)),
+        ):
+            mine.copy_(wide.unflatten(2, (-1, group)).sum(3))
+
+
+@pytest.fixture
+def interface(monkeypatch: pytest.MonkeyPatch, cute: None) -> Iterator[CuteInterface]:
+    """The operator on CPU tensors, over the stand-in of its library."""
+    found, sparse = CuteInterface(), types.ModuleType("flash_attn.cute.block_sparsity")
+    sparse.__dict__["BlockSparseTensorsTorch"] = lambda *tables, block_size: (*tables, block_size)
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, sparse.__name__, sparse)
+    library = types.SimpleNamespace(interface=found)
+    monkeypatch.setattr("fusepass.kernels.flash_ops.library", lambda name: library)
+    with torch.library._scoped_library("fusepass", "FRAGMENT") as scope:
+        scope.impl("flash4_mods", flash4_mods._run, "CPU")
+        scope.impl("flash4_mods_backward", flash4_mods._run_backward, "CPU")
+        yield found
+
+
+NEAR = ["lt", ["abs", GAP], ["const", 25]]
+#: Scale, steps of the scores, visibility, and the window's bounds.
+MODS: dict[str, tuple[float, list[Any], Any, int | None, int | None]] = {
+    "plain": (0.3, [], None, None, None),
+    "causal": (0.3, [], None, None, 0),
+    "window": (0.3, [], None, 5, 2),
+    "negative scale": (-0.3, [["softcap", 0.7], ["scale", 2.0]], None, None, None),
+    "softcap": (0.8, [["softcap", 0.7]], None, None, 0),
+    "bias": (0.3, [["add", ["mul", SLOPE, GAP], 0.5]], None, None, 0),
+    "factor": (0.3, [["times", SLOPE]], None, 5, None),
+    "padding": (0.3, [], ["and", NEAR, KEEP], None, None),
+    "bias and padding": (0.3, [["softcap", 0.7], ["add", ["mul", SLOPE, GAP], 0.5]], KEEP, None, None),
+}
+
+
+@pytest.mark.parametrize("name", MODS)
+def test_the_library_computes_what_the_operator_says(name: str, interface: CuteInterface) -> None:
+    """Every argument arrives, forward and backward: modifiers, tensors, tables either way, bounds."""
+    scale, steps, visible, left, right = MODS[name]
+    code, (queries, keys) = fm.text([scale, steps, visible]), (120, 150)
+    q, k, v = (
+        torch.randn(2, n, h, d, requires_grad=True)
+        for n, h, d in ((queries, 2, 8), (keys, 1, 8), (keys, 1, 4))
+    )
+    scores = [torch.tensor([0.1, 0.02])] if any(s[0] in ("add", "times") for s in steps) else []
+    masks = [] if visible is None else [(torch.rand(2, keys) < 0.6) | (torch.arange(keys) < 2)]
+    tables: list[Tensor] = []
+    if visible is not None:
+        masks[0][1, 128:] = False  # a block that nobody sees
+        tables = blocks.tables_op(masks, fm.text(visible), 2, 1, queries, keys, torch.device("cpu"), True)
+    got = torch.ops.fusepass.flash4_mods(q, k, v, scores, masks, tables, code, left, right)[0]
+    want = _densely(q, k, v, scores, masks, MODS[name])
+    torch.testing.assert_close(got, want)
+    weights = torch.randn_like(want)
+    grads = [torch.autograd.grad(x, (q, k, v), weights) for x in (got, want)]
+    for mine, true in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, true, atol=1e-4, rtol=1e-4)
+    assert interface.deterministic == [False]
+
+
+def test_its_backward_pass_is_deterministic_where_that_is_asked_for(interface: CuteInterface) -> None:
+    q = torch.randn(1, 4, 2, 8, requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        code = fm.text([0.3, [], None])
+        torch.ops.fusepass.flash4_mods(q, q, q, [], [], [], code, None, 0)[0].sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert interface.deterministic == [True]
+
+
+def _densely(q: Tensor, k: Tensor, v: Tensor, scores: list[Tensor], masks: list[Tensor], mods: Any) -> Tensor:
+    """The same without the operator."""
+    scale, steps, visible, left, right = mods
+    sizes, group = (2, q.shape[2], q.shape[1], k.shape[1]), q.shape[2] // k.shape[2]
+    letters = dict(zip("bhij", torch.meshgrid(*map(torch.arange, sizes), indexing="ij"), strict=True))
+    s = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(group, 2)) * scale
+    for kind, given, *factor in steps:
+        if kind == "scale":
+            s = s * given
+        elif kind == "softcap":
+            s = torch.tanh(s / given) * given
+        else:
+            value = fm.evaluate(fm.read(fm.text(given)), letters, scores)
+            s = s + value * factor[0] if kind == "add" else s * value
+    gap = letters["j"] - letters["i"] - (sizes[3] - sizes[2])
+    s = s if left is None else s.masked_fill(gap < -left, -INF)
+    s = s if right is None else s.masked_fill(gap > right, -INF)
+    if visible is not None:
+        seen = fm.evaluate(fm.read(fm.text(visible)), letters, masks)
+        s = s.masked_fill(~seen, -INF)
+    return torch.einsum("bhqk,bkhd->bqhd", s.softmax(-1), v.repeat_interleave(group, 2))

@@ -49,6 +49,9 @@ FORMULAS: dict[str, Any] = {
     "prefix": ["or", CAUSAL, ["lt", J, ["load", 3, [AT_B]]]],
     "dense": ["load", 4, [AT_I, AT_J]],
     "near": ["le", ["abs", apart(0)], ["const", 130]],
+    "bytes that wrap": ["gt", ["cast", apart(0), "u8"], ["const", 200]],
+    "bytes that wrap below": ["lt", ["cast", apart(0), "i8"], ["const", -100]],
+    "words that do not wrap": ["le", ["cast", apart(0), "i32"], ZERO],
     "xor": ["xor", CAUSAL, ["load", 0, [AT_B, AT_J]]],
     "where": ["where", ["load", 0, [AT_B, AT_J]], CAUSAL, ["ge", apart(0), ["const", 3]]],
     "scaled": ["le", ["mul", apart(0), ["const", -2]], ["sub", ["min", AT, J], ["neg", ["max", AT, J]]]],
@@ -90,6 +93,70 @@ def test_what_is_said_of_a_block_is_true(name: str, queries: int, keys: int) -> 
         part = true[b, 0, i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
         assert not every[b, 0, i, j] or (bool(part.all()) and part.numel() == BLOCK**2)
         assert bool(some[b, 0, i, j]) or not part.any(), (b, i, j)
+
+
+NUMBER, OTHER = ["load", 0, [AT_J]], ["load", 1, [AT_I]]
+LOW, HALF, HIGH = (["const", x] for x in (-math.inf, 0.5, math.inf))
+HIDDEN = ["where", ["lt", J, ["const", 200]], LOW, ["const", 0.0]]
+BOUNDS = (LOW, ZERO, HALF, ["const", 0.75], HIGH, OTHER)
+COMPARED = ("le", "lt", "ge", "gt", "eq", "ne")
+#: What becomes of numbers that are no numbers, before they are compared.
+ODD: dict[str, Any] = {
+    "itself": NUMBER,
+    "sum": ["add", NUMBER, OTHER],
+    "difference": ["sub", NUMBER, OTHER],
+    "sum with what is hidden": ["add", NUMBER, HIDDEN],
+    "difference to what is hidden": ["sub", HIDDEN, NUMBER],
+    "product": ["mul", NUMBER, OTHER],
+    "times zero": ["mul", NUMBER, ["const", 0.0]],
+    "negated": ["neg", NUMBER],
+    "distance": ["abs", NUMBER],
+    "clamped": ["min", ["max", NUMBER, ["const", 0.0]], ["const", 1.0]],
+    "clamped from below": ["max", ["min", NUMBER, ["const", 1.0]], ["const", 0.0]],
+    "an integer": ["cast", NUMBER, "i64"],
+    "clamped distance": ["min", ["abs", NUMBER], ["const", 1.0]],
+    "larger": ["max", NUMBER, OTHER],
+    "chosen": ["where", ["lt", J, ["const", 200]], NUMBER, OTHER],
+    "rounded": ["cast", NUMBER, "f16"],
+    "whole": ["cast", ["cast", NUMBER, "b8"], "f32"],
+    "exponential": ["exp", NUMBER],
+    "written down": ["where", ["lt", J, ["const", 20]], ["const", math.nan], NUMBER],
+    "written down as hidden": ["add", ["const", -math.inf], NUMBER],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("traced", [False, True])
+def test_nothing_is_concluded_from_what_is_no_number(name: str, traced: bool) -> None:
+    """One NaN or infinity among 128 keys: the others are as they would be without it."""
+    numbers, others = torch.full((512,), 0.75), torch.linspace(0.25, 1.0, 256)
+    numbers[3], numbers[300], numbers[400] = math.nan, math.inf, -math.inf
+    others[5] = math.nan
+    sizes, tensors = {"b": 1, "h": 1, "i": 256, "j": 512}, [numbers, others]
+    grid = dict(zip("bhij", torch.meshgrid(*map(torch.arange, sizes.values()), indexing="ij"), strict=True))
+    value, *bounds = (
+        formula.evaluate(formula.read(formula.text(f)), grid, tensors).expand(1, 1, 256, 512)
+        for f in (ODD[name], *BOUNDS)
+    )
+    for operation, n, opposite in itertools.product(COMPARED, range(len(BOUNDS)), (False, True)):
+        written: Any = [operation, ODD[name], BOUNDS[n]]
+        found = formula.read(formula.text(["not", written] if opposite else written))
+        every, some = block_visibility(found, sizes, tensors, torch.device("cpu"), traced)
+        true = (getattr(torch, operation)(value, bounds[n]) ^ opposite).unflatten(2, (-1, BLOCK))
+        true = true.unflatten(4, (-1, BLOCK)).transpose(3, 4).flatten(4)
+        assert not (every & ~true.all(4)).any(), (found, "all")
+        assert not (true.any(4) & ~some).any(), (found, "any")
+
+
+@pytest.mark.parametrize("operation", ["lt", "le", "gt", "ge"])
+def test_a_block_with_one_nan_keeps_its_other_keys(operation: str) -> None:
+    numbers = torch.zeros(256)
+    numbers[3] = math.nan
+    bound = ["const", 1.0 if operation in ("lt", "le") else -1.0]
+    found = formula.read(formula.text([operation, NUMBER, bound]))
+    sizes = {"b": 1, "h": 1, "i": 128, "j": 256}
+    every, some = block_visibility(found, sizes, [numbers], torch.device("cpu"))
+    assert every.flatten().tolist() == [False, True] and some.all()
 
 
 EXACT = ["causal", "window", "padding", "causal and padding", "lengths", "chunks", "near", "nothing"]
@@ -167,11 +234,11 @@ def test_fixed_tables_are_kept_and_copied() -> None:
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Block tables on the CPU too: FlexAttention's own plain mathematics takes them, gradients included."""
 
-    def refuse(spec: Attention, target: Target) -> str | None:
-        return flex.FLEX.refuse(spec, replace(target, training=False))
+    def more(spec: Attention, target: Target) -> str | None:
+        return flex.FLEX.more(spec, replace(target, training=False))
 
     monkeypatch.setattr(flex, "takes_tables", lambda device: True)
-    monkeypatch.setitem(BY_NAME, "flex", replace(flex.FLEX, refuse=refuse))
+    monkeypatch.setitem(BY_NAME, "flex", replace(flex.FLEX, more=more))
 
 
 # Uncompiled, FlexAttention drops the gradients of what it captures: those are tested on a GPU.

@@ -15,6 +15,7 @@ from fusepass.report import SiteReport, collect
 from fusepass.rewrite import rewrite_graph
 from fusepass.rule import Peel, Rule, Scope, Term
 from fusepass.spec import Mask, Scale
+from fusepass.validate import is_random, site_error
 
 
 def broken(name: str, change: Callable[[Peel], Peel]) -> Rules:
@@ -121,3 +122,101 @@ def test_real_programs_pass(program: Callable[..., Tensor], dtype: torch.dtype, 
         torch.compile(program, backend="fusepass", options=options, dynamic=dynamic)(q, k, v, keep)
     assert [site.fused for site in seen.sites] == [True], [site.reason for site in seen.sites]
     assert all(site.max_error is not None and site.max_error <= 1.0 for site in seen.sites)
+
+
+# ---------------------------------------------------------------------------------------- what is allowed
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def judged(original: Callable[..., Tensor], replacement: Callable[..., Tensor]) -> float:
+    """The error of a replacement, both being functions of a tensor ``x`` of 4 by 8."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = torch.empty(4, 8)
+    first, second = graph.call_function(original, (x,)), graph.call_function(replacement, (x,))
+    first.meta["example_value"] = torch.empty(4, 8)
+    return site_error(first, second)
+
+
+def like_ones(x: Tensor) -> Tensor:
+    """Exact in every dtype."""
+    return torch.ones_like(x)
+
+
+def off_by(roundings: float) -> Callable[[Tensor], Tensor]:
+    """One element is wrong by so many units in the last place."""
+
+    def almost(x: Tensor) -> Tensor:
+        out = torch.ones_like(x)
+        out[1, 2] += roundings * EPS
+        return out
+
+    return almost
+
+
+@pytest.mark.parametrize(
+    ("roundings", "ratio"), [(0, 0.0), (4, 0.25), (16, 1.0), (18, 1.125), (160, 10.0), (1e6, 62500.0)]
+)
+def test_sixteen_roundings_are_allowed(roundings: float, ratio: float) -> None:
+    assert judged(like_ones, off_by(roundings)) == pytest.approx(ratio, rel=1e-3, abs=0)
+
+
+def rounded(by: float) -> Callable[[Tensor], Tensor]:
+    """Wrong by a number in its own dtype, and exact in float64."""
+
+    def almost(x: Tensor) -> Tensor:
+        return torch.ones_like(x) + (0.0 if x.dtype is torch.float64 else by)
+
+    return almost
+
+
+@pytest.mark.parametrize(("ours", "passes"), [(0.5, True), (1.9, True), (-1.9, True), (2.1, False)])
+def test_twice_the_error_of_the_original_is_allowed(ours: float, passes: bool) -> None:
+    assert (judged(rounded(1e-2), rounded(ours * 1e-2)) <= 1.0) is passes
+
+
+def hidden(value: float) -> Callable[[Tensor], Tensor]:
+    """One element is no finite number."""
+
+    def with_hole(x: Tensor) -> Tensor:
+        out = torch.ones_like(x)
+        out[0, 0] = value
+        return out
+
+    return with_hole
+
+
+WRONG: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "a shape": (like_ones, lambda x: torch.ones(4, 1)),
+    "a NaN": (like_ones, hidden(float("nan"))),
+    "an infinity": (like_ones, hidden(float("inf"))),
+    "a number for a NaN": (hidden(float("nan")), like_ones),
+    "everything": (torch.sin, torch.cos),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_is_wrong(name: str) -> None:
+    assert judged(*WRONG[name]) > 1.0
+
+
+def test_what_is_not_finite_in_both_is_not_compared() -> None:
+    assert judged(hidden(float("nan")), hidden(float("nan"))) == 0.0
+    assert judged(lambda x: x / 0 * 0, lambda x: x / 0 * 0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "random"),
+    [
+        ((0.1,), {}, True),
+        ((0.1, True), {}, True),
+        ((0.1, False), {}, False),
+        ((0.1,), {"training": False}, False),
+        ((0.1,), {"training": True}, True),
+    ],
+)
+def test_what_is_drawn_is_not_run(args: tuple[Any, ...], kwargs: dict[str, Any], random: bool) -> None:
+    graph = fx.Graph()
+    node = graph.call_function(torch.nn.functional.dropout, (graph.placeholder("x"), *args), kwargs)
+    assert is_random(node) is random

@@ -81,6 +81,8 @@ class Blocks:
     def _walk(self, formula: Formula) -> Interval:
         operation = formula[0]
         if operation == "const":
+            if formula[1] != formula[1]:
+                return self.unknown
             number = self._number(formula[1])
             return number, number
         if operation == "index":
@@ -198,21 +200,17 @@ class Blocks:
     # -- arithmetic --------------------------------------------------------------------------
 
     def _add(self, x: Interval, y: Interval) -> Interval:
-        return x[0] + y[0], x[1] + y[1]
+        return _bounds(x[0] + y[0], x[1] + y[1])
 
     def _sub(self, x: Interval, y: Interval) -> Interval:
-        return x[0] - y[1], x[1] - y[0]
+        return _bounds(x[0] - y[1], x[1] - y[0])
 
     def _neg(self, x: Interval) -> Interval:
         return -x[1], -x[0]
 
     def _mul(self, x: Interval, y: Interval) -> Interval:
         corners = [a * b for a in x for b in y]
-        low, high = (functools.reduce(pick, corners) for pick in (torch.minimum, torch.maximum))
-        if not low.is_floating_point():
-            return low, high
-        odd = torch.isnan(low) | torch.isnan(high)  # infinity times zero
-        return torch.where(odd, -math.inf, low), torch.where(odd, math.inf, high)
+        return _bounds(*(functools.reduce(pick, corners) for pick in (torch.minimum, torch.maximum)))
 
     def _divided(self, operation: str, x: Interval, divisor: Formula) -> Interval:
         """Quotient or rest of a division by a positive number."""
@@ -229,13 +227,13 @@ class Blocks:
         low = torch.where(
             (x[0] <= 0) & (x[1] >= 0), torch.zeros_like(x[0]), torch.minimum(*map(torch.abs, x))
         )
-        return low, torch.maximum(*map(torch.abs, x))
+        return _unless_nan((low, torch.maximum(*map(torch.abs, x))), x)
 
     def _max(self, x: Interval, y: Interval) -> Interval:
-        return torch.maximum(x[0], y[0]), torch.maximum(x[1], y[1])
+        return _unless_nan((torch.maximum(x[0], y[0]), torch.maximum(x[1], y[1])), x, y)
 
     def _min(self, x: Interval, y: Interval) -> Interval:
-        return torch.minimum(x[0], y[0]), torch.minimum(x[1], y[1])
+        return _unless_nan((torch.minimum(x[0], y[0]), torch.minimum(x[1], y[1])), x, y)
 
     def _where(self, c: Interval, x: Interval, y: Interval) -> Interval:
         always, sometimes = _truth(c)
@@ -250,7 +248,16 @@ class Blocks:
             return _numbers(x)
         if x[0].is_floating_point() and not dtype.is_floating_point:
             return self.unknown  # of infinity there is no integer
+        if not dtype.is_floating_point:
+            return _wrapped(x, dtype)
         return x[0].to(dtype), x[1].to(dtype)
+
+
+def _wrapped(x: Interval, dtype: torch.dtype) -> Interval:
+    """Integers as narrower ones: anything, where some do not fit."""
+    limits = torch.iinfo(dtype)
+    fits = (x[0] >= limits.min) & (x[1] <= limits.max)
+    return torch.where(fits, x[0], limits.min), torch.where(fits, x[1], limits.max)
 
 
 def _truth(x: Interval) -> Interval:
@@ -262,6 +269,23 @@ def _truth(x: Interval) -> Interval:
 
 def _numbers(x: Interval) -> Interval:
     return (x[0].to(torch.int64), x[1].to(torch.int64)) if x[0].dtype is torch.bool else x
+
+
+def _bounds(low: Tensor, high: Tensor) -> Interval:
+    """Bounds that are no numbers (infinity less infinity, or times zero) bound nothing."""
+    if not low.is_floating_point() and not high.is_floating_point():
+        return low, high
+    odd = torch.isnan(low) | torch.isnan(high)
+    return torch.where(odd, -math.inf, low), torch.where(odd, math.inf, high)
+
+
+def _unless_nan(found: Interval, *given: Interval) -> Interval:
+    """Bounds of what gives NaN for NaN, which infinite bounds on both sides stand for."""
+    for low, high in given:
+        if low.is_floating_point():
+            nothing = (torch.isneginf(low) & torch.isposinf(high)) | torch.isnan(found[0])
+            found = torch.where(nothing, -math.inf, found[0]), torch.where(nothing, math.inf, found[1])
+    return found
 
 
 def _known(x: Interval) -> Tensor | bool:
