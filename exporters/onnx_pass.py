@@ -70,6 +70,7 @@ def _fuse_graph(
     """One graph, and those within it; ``holder`` is the node of the parent's graph that holds it."""
     reader = OnnxReader(graph, setting.opsets, setting.shapes, parent, holder)
     setting.report.nodes += len(reader.order)
+    setting.report.notes.extend(n for n in reader.faults.notes if n not in setting.report.notes)
     setting.report.sites.extend(_Pass(reader, setting).run())
     for node in list(graph):
         for inner in inner_graphs(node):

@@ -91,7 +91,7 @@ class ExportReport:
             f"{self.fused} of {self.sites} attention sites fused ({written or 'no fused operator'}), "
             f"{self.softmaxes} softmaxes left"
         )
-        for note in self.notes:
+        for note in dict.fromkeys((*self.graph.notes, *self.notes)):
             yield f"[dim]note: {escape(note)}[/dim]"
         yield self._summary()
 

@@ -1,7 +1,6 @@
 """The torch.compile backend: a captured graph in; the rewritten graph, compiled by an inner backend, out."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,6 +10,7 @@ import torch
 
 from fusepass.assumptions import Original, guarded, static_inputs
 from fusepass.config import Options
+from fusepass.faults import first_line, strict
 from fusepass.report import GraphReport, publish
 
 log = logging.getLogger("fusepass")
@@ -50,20 +50,20 @@ def compile_fused(
     try:
         compiled = compiler(gm, example_inputs)
     except Exception as error:
-        if _strict() or _is_control_flow(error) or not any(site.fused for site in report.sites):
+        if strict() or _is_control_flow(error) or not any(site.fused for site in report.sites):
             raise
         fault = (
-            f"the inner compiler failed on the fused graph, which is compiled as it was: {_first_line(error)}"
+            f"the inner compiler failed on the fused graph, which is compiled as it was: {first_line(error)}"
         )
         log.warning("fusepass: %s", fault)
         report.notes.append(fault)
         original.restore()
         compiled = compiler(gm, example_inputs)
         return compiled
-    if not report.assumed:
+    if not report.assumed and not report.apart:
         return compiled
     backend = partial(compile_fused, options=options, compiler=compiler, assume=False)
-    return guarded(compiled, gm, example_inputs, report.assumed, original, backend)
+    return guarded(compiled, gm, example_inputs, report, original, backend)
 
 
 def _is_control_flow(error: Exception) -> bool:
@@ -71,15 +71,6 @@ def _is_control_flow(error: Exception) -> bool:
     from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
     return isinstance(error, TorchDynamoException) and not isinstance(error, BackendCompilerFailed)
-
-
-def _strict() -> bool:
-    """Are faults raised, for tests?"""
-    return os.environ.get("FUSEPASS_STRICT") == "1"
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 def run_pass(
@@ -101,7 +92,7 @@ def run_pass(
     try:
         report: GraphReport = rewrite_graph(gm, options, example_inputs, static=static, compiled=True)
     except Exception as error:
-        if _strict():
+        if strict():
             raise
         gm.recompile()
         fault = f"the pass failed on a graph, which stays as it was: {type(error).__name__}: {error}"

@@ -1,39 +1,87 @@
-"""What resembles attention: the softmaxes that a report must account for, fused or not."""
+"""What resembles attention: the softmaxes that a report must account for, fused or not.
+
+Sites share much of what is behind them, so what is found behind an expression is kept for as long as the
+expression lives: together, all questions about a graph look at each of its nodes once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 from fusepass.ir import Expr
 from fusepass.patterns.scores import holds_product
 
+T = TypeVar("T")
+
+_SOFTMAXES = frozenset({"softmax", "log_softmax"})
+_ENDS = frozenset({"input", "dot"})
+
+#: For an expression, the softmaxes and exponentials below it, itself left out, up to the next products.
+_behind: WeakKeyDictionary[Expr, tuple[Expr, ...]] = WeakKeyDictionary()
+#: Is there a product of two tensors of rank 3 or more below, up to the next products?
+_active: WeakKeyDictionary[Expr, bool] = WeakKeyDictionary()
+
+
+def _upwards(
+    root: Expr,
+    known: MutableMapping[Expr, T],
+    ends: frozenset[str],
+    made: Callable[[Expr, Sequence[Expr]], T],
+) -> T:
+    """What ``made`` makes of an expression, and first of all below it that is not known and behind no end.
+
+    Args:
+        ends: the operations whose arguments are not looked at.
+        made: gets an expression and those of its arguments that are looked at, which are known by then.
+    """
+    todo = [root]
+    while todo:
+        node = todo[-1]
+        below = () if node.op in ends else node.args
+        unknown = [] if node in known else [a for a in below if a not in known]
+        if unknown:
+            todo.extend(unknown)
+            continue
+        todo.pop()
+        if node not in known:
+            known[node] = made(node, below)
+    return known[root]
+
+
+def _at_or_behind(node: Expr) -> tuple[Expr, ...]:
+    """The softmaxes and exponentials at an expression, or next behind it."""
+    if node.op in _SOFTMAXES:
+        return (node,)
+    found = _upwards(node, _behind, _ENDS | _SOFTMAXES, _joined)
+    return (node, *found) if node.op == "exp" else found
+
+
+def _joined(node: Expr, below: Sequence[Expr]) -> tuple[Expr, ...]:
+    parts = [p for p in dict.fromkeys(map(_at_or_behind, below)) if p]
+    if len(parts) < 2:
+        return parts[0] if parts else ()
+    return tuple(dict.fromkeys(e for p in parts for e in p))
+
 
 def softmaxes_behind(anchor: Expr) -> set[Expr]:
     """The softmax nodes directly behind a product, whatever was made of them."""
-    found: set[Expr] = set()
-    todo = list(anchor.args)
-    for _ in range(64):
-        if not todo:
-            break
-        node = todo.pop()
-        if node.op in ("softmax", "exp", "log_softmax"):
-            found.add(node)
-        elif node.op not in ("input", "dot"):
-            todo.extend(node.args)
-    return found
+    return {e for a in anchor.args for e in _at_or_behind(a)}
 
 
 def products_behind(anchor: Expr) -> list[Expr]:
     """The score products behind the softmaxes that a sum of products is made of."""
     found: dict[Expr, None] = {}
-    todo = [s.args[0] for part in anchor.args for s in softmaxes_behind(part)]
+    behind = dict.fromkeys(s for part in anchor.args for a in part.args for s in _at_or_behind(a))
+    todo = list(dict.fromkeys(s.args[0] for s in behind))
     seen = set(todo)
     while todo:
         node = todo.pop()
         if node.op == "dot":
             found[node] = None
         elif node.op != "input":
-            fresh = [a for a in node.args if a not in seen]
+            fresh = [a for a in dict.fromkeys(node.args) if a not in seen]
             seen.update(fresh)
             todo.extend(fresh)
     return list(found)
@@ -41,19 +89,13 @@ def products_behind(anchor: Expr) -> list[Expr]:
 
 def of_activations(scores: Expr) -> bool:
     """Do the scores come from a product of two tensors of rank 3 or more?"""
-    if not holds_product(scores):
-        return False
-    todo = [scores]
-    for _ in range(200):
-        if not todo:
-            return False
-        node = todo.pop()
-        if node.op == "dot":
-            if min(a.rank for a in node.args) >= 3:
-                return True
-        elif node.op != "input":
-            todo.extend(node.args)
-    return False
+    return holds_product(scores) and _upwards(scores, _active, _ENDS, _of_rank_three)
+
+
+def _of_rank_three(node: Expr, below: Sequence[Expr]) -> bool:
+    if node.op == "dot":
+        return min(a.rank for a in node.args) >= 3
+    return any(_active[a] for a in below)
 
 
 def were_scores(softmax: Expr, before: Mapping[Expr, Expr]) -> bool:
@@ -63,12 +105,13 @@ def were_scores(softmax: Expr, before: Mapping[Expr, Expr]) -> bool:
         softmax: the softmax.
         before: what leaves that were written to stood for.
     """
-    todo, seen = [softmax.args[0]], set[Expr]()
-    while todo:
+    todo, seen = list(softmax.args[:1]), set(softmax.args[:1])
+    while todo and before:
         node = todo.pop()
         if node in before and of_activations(before[node]):
             return True
-        if node not in seen and node.op != "dot":
-            seen.add(node)
-            todo.extend(node.args)
+        if node.op != "dot":
+            fresh = [a for a in node.args if a not in seen]
+            seen.update(fresh)
+            todo.extend(fresh)
     return False

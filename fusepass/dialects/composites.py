@@ -2,11 +2,13 @@
 
 Dynamo records ``torch.nn.functional.multi_head_attention_forward`` as a single call.  Its steps are
 written in front of it so that the pass can read them; where nothing in them is fused, they are taken
-out again and the call stays.
+out again and the call stays.  A call that cannot be written out stays as well, with the reason.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
 import math
 import operator
 from collections.abc import Callable
@@ -17,7 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fusepass.dialects.fx_nodes import value_of
+from fusepass.dialects.fx_nodes import size_of, value_of
+from fusepass.faults import first_line, strict
+
+log = logging.getLogger("fusepass")
 
 
 @dataclass
@@ -88,18 +93,49 @@ def _reaching_output(graph: fx.Graph) -> set[fx.Node]:
 def _expand(call: fx.Node, steps: Callable[..., Any], live: set[fx.Node]) -> Expansion | str:
     if not all(u.target is operator.getitem and isinstance(u.args[1], int) for u in call.users):
         return "its results are passed on as a tuple"
-    read = {u.args[1] for u in call.users if u in live}
     before = set(call.graph.nodes)
+    try:
+        results = _written(call, steps, before, any(u in live and int(u.args[1]) != 0 for u in call.users))  # type: ignore[arg-type]
+    except Exception as error:
+        _erase_new(call.graph, before)
+        if strict():
+            raise
+        reason = f"writing it out failed: {first_line(error)}"
+        log.warning("fusepass: '%s' stays: %s", call.name, reason, exc_info=True)
+        return reason
+    if isinstance(results, str):
+        _erase_new(call.graph, before)
+        return results
+    made = [n for n in call.graph.nodes if n not in before]
+    return Expansion(call, made, tuple(r.node if isinstance(r, fx.Proxy) else None for r in results))
+
+
+def _written(
+    call: fx.Node, steps: Callable[..., Any], before: set[fx.Node], others_read: bool
+) -> tuple[Any, ...] | str:
+    """The results of the steps, written in front of the call with their fake values, or why they are not.
+
+    The arguments are those of the function itself, however the call gives them.
+    """
+    mode = next((m for n in call.all_input_nodes if (m := getattr(value_of(n), "fake_mode", None))), None)
+    if mode is None:
+        return "the types of its arguments are not recorded"
+    given = inspect.signature(call.target).bind(*call.args, **call.kwargs)  # type: ignore[arg-type]
+    given.apply_defaults()
     with call.graph.inserting_before(call):
         tracer = fx.proxy.GraphAppendingTracer(call.graph)
-        args, kwargs = fx.node.map_aggregate((call.args, call.kwargs), lambda a: _argument(a, tracer))
-        results = steps(1 in read, *args, **kwargs)
-    made = [n for n in call.graph.nodes if n not in before]
-    if isinstance(results, str) or not _give_values(call, made):
-        for node in reversed(made):
-            call.graph.erase_node(node)
-        return results if isinstance(results, str) else "its arguments are of a form that is not written out"
-    return Expansion(call, made, tuple(r.node if isinstance(r, fx.Proxy) else None for r in results))
+        arguments = {
+            k: fx.node.map_aggregate(v, lambda a: _argument(a, tracer)) for k, v in given.arguments.items()
+        }
+        results: tuple[Any, ...] | str = steps(others_read, **arguments)
+    if not isinstance(results, str):
+        _give_values(call, [n for n in call.graph.nodes if n not in before], mode)
+    return results
+
+
+def _erase_new(graph: fx.Graph, before: set[fx.Node]) -> None:
+    for node in reversed([n for n in graph.nodes if n not in before]):
+        graph.erase_node(node)
 
 
 def _argument(value: Any, tracer: Any) -> Any:
@@ -112,30 +148,23 @@ def _argument(value: Any, tracer: Any) -> Any:
     return fx.Proxy(value, tracer)
 
 
-def _give_values(call: fx.Node, made: list[fx.Node]) -> bool:
-    """Compute the fake values of new nodes; False where a step does not apply."""
+def _give_values(call: fx.Node, made: list[fx.Node], mode: Any) -> None:
+    """Compute the fake values of new nodes."""
     key = "example_value" if "example_value" in call.meta else "val"
-    mode = next((m for n in call.all_input_nodes if (m := getattr(value_of(n), "fake_mode", None))), None)
-    if mode is None:
-        return False
-    try:
-        with mode:
-            for node in made:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
-                if node.op == "call_method":
-                    node.meta[key] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                else:
-                    node.meta[key] = node.target(*args, **kwargs)  # type: ignore[operator]
-                for name in ("stack_trace", "nn_module_stack"):
-                    if name in call.meta:
-                        node.meta[name] = call.meta[name]
-    except (RuntimeError, TypeError):
-        return False
-    return True
+    with mode:
+        for node in made:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+            if node.op == "call_method":
+                node.meta[key] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                node.meta[key] = node.target(*args, **kwargs)  # type: ignore[operator]
+            for name in ("stack_trace", "nn_module_stack"):
+                if name in call.meta:
+                    node.meta[name] = call.meta[name]
 
 
 def multi_head_attention(
-    weights_read: bool, query: Any, key: Any, value: Any, embed_dim: int, heads: int,
+    weights_read: bool, query: Any, key: Any, value: Any, embed_dim_to_check: Any, num_heads: Any,
     in_proj_weight: Any, in_proj_bias: Any, bias_k: Any, bias_v: Any, add_zero_attn: bool, dropout_p: float,
     out_proj_weight: Any, out_proj_bias: Any, training: bool = True, key_padding_mask: Any = None,
     need_weights: bool = True, attn_mask: Any = None, use_separate_proj_weight: bool = False,
@@ -144,7 +173,8 @@ def multi_head_attention(
 ) -> tuple[Any, Any] | str:  # fmt: skip
     """The steps of ``multi_head_attention_forward`` (documentation of ``torch.nn.MultiheadAttention``).
 
-    query: ``[Q, B, E]`` or ``[Q, E]``; key and value: ``[K, B, ...]`` or ``[K, ...]``.
+    query: ``[Q, B, E]`` or ``[Q, E]``; key and value: ``[K, B, ...]`` or ``[K, ...]``.  A call whose
+    ``embed_dim_to_check`` is not ``E`` fails by itself.
     """
     if not training:
         dropout_p = 0.0
@@ -154,6 +184,9 @@ def multi_head_attention(
         return "its dropout probability is not known"
     if static_k is not None or static_v is not None:
         return "its keys or values are given projected"
+    embed_dim, heads = size_of(value_of(query.node).shape[-1]), num_heads
+    if not isinstance(embed_dim, int) or not isinstance(heads, int):
+        return "its width or the number of its heads is not known when it is compiled"
     dtype, alone = value_of(query.node).dtype, value_of(query.node).dim() == 2
     if alone:
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))

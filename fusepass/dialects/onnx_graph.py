@@ -8,8 +8,8 @@ describe gives a leaf of the shape that the model records for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import onnx_ir as ir
 import sympy
@@ -17,13 +17,16 @@ import torch
 
 from fusepass.contents import Contents
 from fusepass.dialects import onnx_sizes
-from fusepass.dialects.handlers import as_expr, reshape, view
+from fusepass.dialects.handlers import as_expr, call_handler, reshape, view
 from fusepass.dialects.onnx_constants import closed_form
 from fusepass.dialects.onnx_ops import DTYPES, HANDLERS, Call, Meaning
 from fusepass.dialects.onnx_sizes import BINARY, DimFacts, Known
 from fusepass.dialects.torch_views import slice_dim
+from fusepass.faults import Faults
 from fusepass.index import Size
 from fusepass.ir import Expr, Shape, leaf
+
+T = TypeVar("T")
 
 #: Integer tensors with more elements are no shapes.
 _MOST = 64
@@ -75,6 +78,7 @@ class OnnxReader:
         home: for an expression, the first value that holds it.
         order: the position of every node.
         contents: the elements of constants that have no closed form of their own.
+        faults: the operators that failed when they were read.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class OnnxReader:
         self._tables = _Tables()
         self.contents = Contents(self._tables)
         self._smallest: dict[ir.Value, float] = {}
+        self.faults = Faults()
         if parent is not None:
             self._inherit(parent, holder)
         self.facts = DimFacts()
@@ -222,14 +227,22 @@ class OnnxReader:
             self.sources,
             self.home,
         )
-        self._know(call)
-        made = self._meaning(call)
+        self._guarded(call, self._know)
+        made = self._guarded(call, self._meaning)
         parts = made if isinstance(made, tuple) else (made,)
         for position, value in enumerate(node.outputs):
             part = parts[position] if position < len(parts) else None
             if part is None and value in self.known:
                 part = _numbers(self.known[value])
             self._bind(value, part if part is not None else self._opaque(value))
+
+    def _guarded(self, call: Call, read: Callable[[Call], T]) -> T | None:
+        """What ``read`` says of a node; a fault in it costs that node alone."""
+        try:
+            return read(call)
+        except Exception as fault:
+            self.faults.met(call.node.op_type, fault)
+            return None
 
     def _meaning(self, call: Call) -> Meaning:
         handler = HANDLERS.get((call.node.domain, call.node.op_type))
@@ -238,10 +251,8 @@ class OnnxReader:
         given = zip(call.inputs, call.node.inputs, strict=True)
         if any(meaning is None and value is not None for meaning, value in given):
             return None
-        try:
-            return handler(call, *call.inputs)
-        except (TypeError, AttributeError, ValueError, IndexError, KeyError):
-            return None  # a form that the table does not describe: not looked into
+        found: Meaning = call_handler(handler, call, call.inputs)
+        return found
 
     # -- integers ----------------------------------------------------------------------------
 
