@@ -15,13 +15,22 @@ import ast
 import math
 import re
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import sympy
 import torch
 
+from fusepass.arithmetic import Number, converted, held, is_integer, opmath
+from fusepass.arithmetic import folded as folded_number
 from fusepass.index import Affine, Size, simplify_size
+
+__all__ = [
+    "DTYPES", "DTYPE_NAMES", "LEAVES", "OPS", "OTHERS", "POINTWISE", "SCALAR", "VIEWS", "Expr", "Number",
+    "Shape", "affine", "broadcast", "cast", "const", "converted", "expr", "folded", "held",
+    "is_constant", "is_integer", "leaf", "number_of", "opmath", "parse", "pointwise", "scalar_of", "to_text",
+    "type_text", "under_casts", "walk",
+]  # fmt: skip
 
 Shape = tuple[Size, ...]
 
@@ -79,7 +88,7 @@ class Expr:
 
 
 def _attr_key(value: Hashable) -> Hashable:
-    return repr(value) if isinstance(value, (bool, int, float)) else value
+    return repr(value) if isinstance(value, (bool, int, float, complex)) else value
 
 
 _table: weakref.WeakValueDictionary[tuple[Any, ...], Expr] = weakref.WeakValueDictionary()
@@ -110,15 +119,16 @@ def expr(
     return node
 
 
-def const(value: float | int | bool, dtype: torch.dtype = torch.float32) -> Expr:
-    """A scalar constant."""
-    if dtype is torch.bool:
-        value = bool(value)
-    elif not dtype.is_floating_point:
-        value = int(value)
-    else:
-        value = float(value)
-    return expr("const", (), (value,), (), dtype)
+def const(value: Number, dtype: torch.dtype = torch.float32) -> Expr:
+    """A scalar constant: the number that ``dtype`` holds.
+
+    A value that has no meaning in the dtype (NaN as an integer) is a cast that nobody looks into.
+    """
+    held = converted(value, dtype)
+    if held is not None:
+        return expr("const", (), (held,), (), dtype)
+    wide = torch.complex128 if isinstance(value, complex) else torch.float64
+    return expr("cast", (expr("const", (), (value,), (), wide),), (dtype,), (), dtype)
 
 
 def leaf(name: str, shape: Shape, dtype: torch.dtype) -> Expr:
@@ -134,13 +144,27 @@ def affine(index: Affine) -> Expr:
 
 
 def pointwise(op: str, *args: Expr, dtype: torch.dtype | None = None) -> Expr:
-    """An element-wise node whose shape is broadcast from its arguments'."""
+    """An element-wise node whose shape is broadcast from its arguments'.
+
+    It is computed in ``dtype``, but for comparisons.  Arithmetic takes constants in the precision of the
+    computation, a choice in the dtype of its result.
+    """
     if dtype is None:
         boolean = op in ("lt", "le", "gt", "ge", "eq", "ne", "not", "and", "or", "xor", "isnan", "isinf")
         dtype = (
             torch.bool if boolean else max(args, key=lambda a: (a.is_float, a.rank, a.dtype.itemsize)).dtype
         )
+    if op == "where":
+        args = (args[0], *(cast(a, dtype) if a.op == "const" else a for a in args[1:]))
     return expr(op, args, (), broadcast(*(a.shape for a in args)), dtype)
+
+
+def folded(op: str, args: tuple[Expr, ...], dtype: torch.dtype, attrs: tuple[Any, ...] = ()) -> Expr | None:
+    """The constant that an operation makes of constants, as PyTorch computes it; else None."""
+    if any(a.op != "const" for a in args):
+        return None
+    value = folded_number(op, tuple((a.attrs[0], a.dtype) for a in args), dtype, attrs)
+    return None if value is None else const(value, dtype)
 
 
 def broadcast(*shapes: Shape) -> Shape:
@@ -187,11 +211,32 @@ def cast(x: Expr, dtype: torch.dtype) -> Expr:
     return expr("cast", (x,), (dtype,), x.shape, dtype)
 
 
-def scalar_of(node: Expr) -> float | int | bool | None:
-    """The value of a constant, seen through broadcasting views and casts; else None."""
-    while node.op in VIEWS or (node.op == "cast" and node.args[0].op in VIEWS | {"const", "cast"}):
+def number_of(node: Expr, known: Callable[[Expr], Number | None] | None = None) -> Number | None:
+    """The number that every element of a node is, in its dtype, seen through views and casts; else None.
+
+    Args:
+        node: the expression.
+        known: the number that a leaf holds throughout, where it does.
+    """
+    dtypes = []
+    while node.op in VIEWS or node.op == "cast":
+        if node.op == "cast":
+            dtypes.append(node.dtype)
         node = node.args[0]
-    return node.attrs[0] if node.op == "const" else None
+    value: Number | None = None
+    if node.op == "const":
+        value = node.attrs[0]
+    elif node.op == "input" and known is not None:
+        value = known(node)
+    for dtype in reversed(dtypes):
+        value = None if value is None else converted(value, dtype)
+    return value
+
+
+def scalar_of(node: Expr) -> float | int | bool | None:
+    """The real number behind a constant, seen through broadcasting views and casts; else None."""
+    value = number_of(node)
+    return None if isinstance(value, complex) else value
 
 
 # ---------------------------------------------------------------------------------------- text

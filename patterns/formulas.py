@@ -8,13 +8,14 @@ simplified.  Equal meanings give equal formulas, whatever the spelling.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
+import sympy
 import torch
 
 from fusepass.contents import Form, Ramp, Uniform
 from fusepass.index import Affine, AxisSpace, Size, simplify_size
-from fusepass.ir import POINTWISE, Expr, affine, const, expr, scalar_of
+from fusepass.ir import POINTWISE, Expr, affine, const, converted, expr, folded, is_integer, scalar_of
+from fusepass.patterns.ranges import Ranges
 from fusepass.rule import Scope, Term
 
 __all__ = ["FALSE", "TRUE", "Formulas", "against_zero", "index_of", "terms_of"]
@@ -22,16 +23,12 @@ __all__ = ["FALSE", "TRUE", "Formulas", "against_zero", "index_of", "terms_of"]
 TRUE = const(True, torch.bool)
 FALSE = const(False, torch.bool)
 _INVERSE = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
-_PYTHON: dict[str, Callable[..., float | int | bool]] = {
-    "neg": lambda a: -a, "not": lambda a: not a, "abs": abs, "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "floordiv": lambda a, b: a // b,
-    "mod": lambda a, b: a % b,
-    "max": max, "min": min, "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b,
-    "ge": lambda a, b: a >= b, "eq": lambda a, b: a == b, "ne": lambda a, b: a != b,
-    "and": lambda a, b: a and b, "or": lambda a, b: a or b, "xor": lambda a, b: a != b,
-    "log": lambda a: math.log(a) if a > 0 else -math.inf if a == 0 else math.nan, "exp": math.exp,
-    "div": lambda a, b: a / b, "isnan": lambda a: a != a, "isinf": lambda a: abs(a) == math.inf,
-}  # fmt: skip
+#: Integer operations that may leave the range of their dtype.
+_GROWING = frozenset("neg abs add sub mul pow floordiv".split())
+#: Operations that tell zero from minus zero.
+_SIGNED = frozenset("div pow rsqrt floordiv mod".split())
+#: Narrow integers that positions are counted in hold any length times a factor up to this.
+_FACTOR, _LENGTH = 1 << 6, 1 << 24
 
 
 class Formulas:
@@ -41,6 +38,7 @@ class Formulas:
         self.scope = scope
         self.space: AxisSpace = scope.space
         self._lifted: dict[Term, Expr] = {}
+        self._ranges = Ranges(scope.contents, scope.facts, scope.space)
 
     # -- lifting -----------------------------------------------------------------------------
 
@@ -77,7 +75,7 @@ class Formulas:
         """``cumsum`` of a constant integer: ``c * (i + 1)``."""
         x, dim = term.expr.args[0], term.expr.attrs[0]
         value = scalar_of(self.lift(Term(x, tuple(self.space.fresh("n", n) for n in x.shape))))
-        if value is None or int(value) != value:
+        if value is None or not math.isfinite(value) or int(value) != value:
             return None
         return self._cast(affine((term.index[dim] + 1) * int(value)), term.expr.dtype)
 
@@ -173,36 +171,43 @@ class Formulas:
         self, op: str, args: tuple[Expr, ...], dtype: torch.dtype, attrs: tuple[object, ...] = ()
     ) -> Expr:
         """``op(args)`` in simplest form."""
-        values = [a.attrs[0] if a.op == "const" else None for a in args]
         if op == "where":
             return self._where(args[0], args[1], args[2], dtype)
         if op == "cast":
             return self._cast(args[0], dtype)
-        if all(v is not None for v in values) and op in _PYTHON:
-            return self._fold(op, values, dtype, args)
+        known = folded(op, args, dtype, attrs)
+        if known is not None:
+            return known
         if op in ("and", "or", "not", "xor"):
             return self._logic(op, args)
         for rewrite in (self._arithmetic, self._boolean_product, self._distribute, self._compare):
             found = rewrite(op, args, dtype)
             if found is not None:
                 return found
+        return self._in_range(op, args, attrs, dtype)
+
+    def _in_range(
+        self, op: str, args: tuple[Expr, ...], attrs: tuple[object, ...], dtype: torch.dtype
+    ) -> Expr:
+        """An operation as it is; one on narrow integers among wide numbers says that it wraps."""
+        narrow = is_integer(dtype) and dtype is not torch.int64
+        mixed = narrow and any(a.dtype is torch.int64 or a.op == "const" for a in args)
+        if mixed and op in _GROWING and not self._stays(op, args, dtype):
+            wide = expr(op, args, attrs, (), torch.int64)
+            return expr("cast", (wide,), (dtype,), (), dtype)
         return expr(op, args, attrs, (), dtype)
 
-    def _fold(self, op: str, values: list[object], dtype: torch.dtype, args: tuple[Expr, ...]) -> Expr:
-        try:
-            value = _PYTHON[op](*values)
-        except ZeroDivisionError:
-            return expr(op, args, (), (), dtype)
-        if dtype.is_floating_point and value == value and abs(value) > torch.finfo(dtype).max:
-            value = math.copysign(math.inf, value)
-        return const(value, dtype)
+    def _stays(self, op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> bool:
+        """Is the result within the range of a dtype because the operands are?"""
+        if op == "abs" and args[0].op == "affine":
+            return self._exact(affine(args[0].attrs[0] * -1), dtype)
+        return op == "floordiv" and args[1].op == "const" and args[1].attrs[0] > 0
 
     def _cast(self, x: Expr, dtype: torch.dtype) -> Expr:
         if x.dtype is dtype:
             return x
         if x.op == "const":
-            value = x.attrs[0]
-            return const(bool(value) if dtype is torch.bool else value, dtype)
+            return const(x.attrs[0], dtype)
         if x.op == "affine" and dtype is not torch.bool and self._exact(x, dtype):
             return x
         if x.op == "where":
@@ -213,20 +218,43 @@ class Formulas:
 
     def _exact(self, x: Expr, dtype: torch.dtype) -> bool:
         """Does an index value survive a cast?  Floats hold integers up to a bound exactly."""
-        if not dtype.is_floating_point:
-            return dtype.itemsize >= 4
-        reach = self.space.bounds(self.space.resolve(x.attrs[0]))
-        most = 2 ** {torch.float64: 53, torch.float32: 24, torch.float16: 11}.get(dtype, 8)
-        return (
-            reach is not None
-            and self.scope.facts.at_most(-most, reach[0])
-            and self.scope.facts.at_most(reach[1], most)
-        )
+        if dtype is torch.int64:
+            return True
+        if dtype.is_complex:
+            return False
+        if dtype.is_floating_point:
+            most = 2 ** {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}.get(
+                dtype, 3
+            )
+            least = -most
+        else:
+            least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+        index = self.space.resolve(x.attrs[0])
+        reach, at_most = self.space.bounds(index), self.scope.facts.at_most
+        if reach is not None and at_most(least, reach[0]) and at_most(reach[1], most):
+            return True
+        return is_integer(dtype) and dtype.is_signed and dtype.itemsize >= 4 and self._counts(index)
+
+    def _held(self, x: Expr, dtype: torch.dtype) -> bool:
+        """Is an index value, or a number, itself in a dtype?"""
+        if x.op == "const":
+            return bool(converted(x.attrs[0], dtype) == x.attrs[0])
+        return self._exact(x, dtype)
+
+    def _counts(self, index: Affine) -> bool:
+        """Is it a position, a sum of few lengths of unknown size?"""
+        factors = [c for _, c in index.terms]
+        if not all(isinstance(c, int) and abs(c) <= _FACTOR for c in factors):
+            return False
+        unknown = any(not isinstance(self.space.sizes[a], int) for a, _ in index.terms)
+        if isinstance(index.const, int):
+            return unknown and abs(index.const) <= _LENGTH
+        return all(abs(c) <= _FACTOR for c in _coefficients(index.const))
 
     def _where(self, c: Expr, a: Expr, b: Expr, dtype: torch.dtype) -> Expr:
         if c.op == "const":
             return self._cast(a if c.attrs[0] else b, dtype)
-        a, b = self._cast(a, dtype) if a.op == "const" else a, self._cast(b, dtype) if b.op == "const" else b
+        a, b = self._cast(a, dtype), self._cast(b, dtype)
         a, b = self._under(c, True, a), self._under(c, False, b)
         if a is b or self._same_on_edge(c, a, b):
             return b
@@ -261,18 +289,18 @@ class Formulas:
             return found + self._pinned(c.args[0], truth) + self._pinned(c.args[1], truth)
         x, value = c.args[0] if c.args else c, None
         if c.op == ("eq" if truth else "ne"):
-            value = scalar_of(c.args[1])
+            value = _pin(x, c.args[1])
         elif c.op == "cast" and not truth:
-            value = 0
+            value = const(0, x.dtype)
         if value is not None and x.op not in ("const", "affine"):
-            found.append((x, const(value, x.dtype)))
+            found.append((x, value))
         return found
 
     def _put(self, node: Expr, known: dict[Expr, Expr]) -> Expr:
-        """``node`` with known values put in; zeros lose their sign, so nothing is put into a divisor."""
+        """``node`` with known values put in; zeros lose their sign, so nothing is put where that matters."""
         if node in known:
             return known[node]
-        if not node.args or node.op in ("load", "div", "pow"):
+        if not node.args or node.op == "load" or node.op in _SIGNED:
             return node
         args = tuple(self._put(a, known) for a in node.args)
         return node if args == node.args else self.make(node.op, args, node.dtype, node.attrs)
@@ -349,25 +377,19 @@ class Formulas:
         return reach is not None and self.scope.facts.at_most(reach[1], 0)
 
     def _arithmetic(self, op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
-        """Affine arithmetic on integers."""
+        """Affine arithmetic on integers, brought to the range of their dtype."""
         if dtype is torch.bool or op not in ("add", "sub", "mul", "neg"):
             return None
         parts = [index_of(a) for a in args]
         if any(p is None for p in parts) or any(a.op != "affine" and a.is_float for a in args):
             return None
-        if op == "neg":
-            assert parts[0] is not None
-            return affine(parts[0] * -1)
-        a, b = parts
-        assert a is not None and b is not None
-        if op == "mul":
-            if not (a.is_const or b.is_const):
-                return None
-            return affine(b * a.const if a.is_const else a * b.const)
-        return affine(a + b if op == "add" else a - b)
+        if dtype.is_floating_point and not all(self._held(a, dtype) for a in args):
+            return None
+        made = _affine_sum(op, *parts)  # type: ignore[arg-type]
+        return None if made is None else self._cast(affine(made), dtype)
 
     def _boolean_product(self, op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
-        """``where(c, 1, 0) * x = where(c, x, 0)``."""
+        """``where(c, 1, 0) * x = where(c, x, 0)`` of finite numbers."""
         if op != "mul":
             return None
         for a, b in (args, args[::-1]):
@@ -376,6 +398,7 @@ class Formulas:
                 and scalar_of(a.args[1]) == 1
                 and scalar_of(a.args[2]) == 0
                 and b.op != "const"
+                and self._ranges.is_finite(b)
             ):
                 return self._where(a.args[0], self._cast(b, dtype), const(0, dtype), dtype)
         return None
@@ -387,6 +410,8 @@ class Formulas:
             return None
         c, yes, no = args[chosen[0]].args
         if "const" not in (yes.op, no.op):
+            return None
+        if op == "nan_to_num":
             return None
         branches = [
             self.make(op, tuple(x if i == chosen[0] else a for i, a in enumerate(args)), dtype)
@@ -405,7 +430,7 @@ class Formulas:
         if op in ("le", "lt", "gt", "ge") and "abs" in (a.op, b.op):
             return self._compare_abs(op, a, b)
         x, y = index_of(a), index_of(b)
-        if x is None or y is None:
+        if x is None or y is None or not self._compared_exactly(a, b):
             return None
         if op in ("gt", "ge"):
             op, x, y = ("lt" if op == "gt" else "le"), y, x
@@ -416,11 +441,21 @@ class Formulas:
             return expr(op, (affine(difference), const(0, torch.int64)), (), (), torch.bool)
         return self.at_most_zero(difference + 1 if op == "lt" else difference)
 
+    def _compared_exactly(self, a: Expr, b: Expr) -> bool:
+        """Are two index values compared as integers, or as floats that hold them?"""
+        dtype = next((x.dtype for x in (a, b) if x.is_float), torch.int64)
+        return all(self._held(x, dtype) for x in (a, b))
+
     def _compare_bits(self, op: str, a: Expr, b: Expr) -> Expr | None:
+        """``x == 1`` of a bool is ``x``; whatever is equal to zero is false."""
         if op not in ("eq", "ne"):
             return None
         for x, y in ((a, b), (b, a)):
-            if y.op == "const":
+            if y.op != "const":
+                continue
+            if y.attrs[0] not in (0, 1):
+                return (FALSE if op == "eq" else TRUE) if x.dtype is torch.bool else None
+            if x.dtype is torch.bool or y.attrs[0] == 0:
                 wanted = bool(y.attrs[0]) is (op == "eq")
                 x = self._cast(x, torch.bool)
                 return x if wanted else self._not(x)
@@ -432,7 +467,7 @@ class Formulas:
             flipped = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt"}[op]
             return self._compare_abs(flipped, b, a) if a.op != "abs" else None
         inside, width = index_of(a.args[0]), index_of(b)
-        if inside is None or width is None:
+        if inside is None or width is None or not self._compared_exactly(a.args[0], b):
             return None
         if op in ("ge", "gt"):
             return self._not(self._compare_abs("lt" if op == "ge" else "le", a, b) or FALSE)
@@ -469,11 +504,37 @@ def index_of(node: Expr) -> Affine | None:
     if node.op == "affine":
         index: Affine = node.attrs[0]
         return index
-    if node.op == "const" and not node.is_float:
-        return Affine((), int(node.attrs[0]))
-    if node.op == "const" and float(node.attrs[0]).is_integer():
+    if node.op == "const" and not node.dtype.is_complex and float(node.attrs[0]).is_integer():
         return Affine((), int(node.attrs[0]))
     return None
+
+
+def _affine_sum(op: str, a: Affine, b: Affine | None = None) -> Affine | None:
+    """``-a``, or the sum, difference or product of two index expressions where that is one."""
+    if b is None:
+        return a * -1
+    if op == "mul":
+        return b * a.const if a.is_const else a * b.const if b.is_const else None
+    return a + b if op == "add" else a - b
+
+
+def _coefficients(size: Size) -> list[int]:
+    """The integers before each length of a sum of lengths; a large one for anything else."""
+    poly = sympy.Poly(size) if isinstance(size, sympy.Expr) and size.is_polynomial() else None
+    if poly is None or poly.total_degree() > 1 or not all(c.is_Integer for c in poly.coeffs()):
+        return [_FACTOR + 1]
+    return [int(c) for m, c in poly.terms() if any(m)]
+
+
+def _pin(x: Expr, value: Expr) -> Expr | None:
+    """The constant that ``x`` is where it equals ``value``; None where others are equal to it too."""
+    number = scalar_of(value)
+    if number is None or x.dtype.is_complex:
+        return None
+    if not x.is_float and value.is_float and abs(number) > 256:
+        return None
+    pinned = const(number, x.dtype)
+    return pinned if pinned.op == "const" and pinned.attrs[0] == number else None
 
 
 def terms_of(formula: Expr, op: str) -> list[Expr]:

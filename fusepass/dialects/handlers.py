@@ -1,20 +1,25 @@
 """The registry of operations, and what every handler is made of.
 
 A handler gets the operands as values (an ``Expr`` for a tensor, Python numbers, sympy sizes) and the result's
-shape and dtype, and returns the meaning of the node, or None where it is not looked into.
+shape and dtype, and returns the meaning of the node, or None where it is not looked into.  Its signature says
+which forms of the call it describes: how many arguments, of which names and types (``Value`` is any).  What
+it raises is a fault.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import sympy
 import torch
 
-from fusepass.index import Facts
-from fusepass.ir import Expr, Shape, const, expr
+from fusepass.index import Facts, Size
+from fusepass.ir import Expr, Shape, cast, const, expr, is_integer, opmath
 
 Value = Any
 Handler = Callable[..., Value]
@@ -45,8 +50,67 @@ def handles(*names: str) -> Callable[[H], H]:
     return register
 
 
-def as_expr(value: Value, like: torch.dtype = torch.float32) -> Expr | None:
-    """A tensor operand or a number as an expression."""
+def call_handler(
+    handler: Handler, result: Any, args: Sequence[Value], kwargs: Mapping[str, Value] | None = None
+) -> Value:
+    """What a handler makes of a call.
+
+    Args:
+        handler: a handler of a table.
+        result: its first argument, what is known of the result.
+        args: the call's arguments, as values.
+        kwargs: those by name.
+
+    Returns:
+        The handler's answer, or None where it does not describe such a call: the arguments do not bind to its
+        signature, or one is not of the type that is annotated there.
+
+    Raises:
+        Exception: whatever the handler raises, which is a fault of the handler.
+    """
+    named = dict(kwargs or {})
+    signature, accepted = _form(handler)
+    try:
+        bound = signature.bind(result, *args, **named)
+    except TypeError:
+        return None
+    for name, (several, allowed) in accepted.items():
+        if name in bound.arguments:
+            given = bound.arguments[name]
+            if not all(isinstance(v, allowed) for v in (given if several else (given,))):
+                return None
+    return handler(result, *args, **named)
+
+
+@functools.cache
+def _form(handler: Handler) -> tuple[inspect.Signature, dict[str, tuple[bool, tuple[type, ...]]]]:
+    """A handler's signature; for its typed parameters, whether they take several values, and which types."""
+    signature, hints = inspect.signature(handler), get_type_hints(handler)
+    accepted: dict[str, tuple[bool, tuple[type, ...]]] = {}
+    for name, parameter in list(signature.parameters.items())[1:]:
+        allowed = _types(hints.get(name, Any))
+        if allowed is not None and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            accepted[name] = parameter.kind is inspect.Parameter.VAR_POSITIONAL, allowed
+    return signature, accepted
+
+
+def _types(hint: Any) -> tuple[type, ...] | None:
+    """The types of a hint; None where it takes anything.  Integers are floats too."""
+    if get_origin(hint) in (Union, types.UnionType):
+        parts = [_types(part) for part in get_args(hint)]
+        return None if any(p is None for p in parts) else tuple(t for p in parts if p is not None for t in p)
+    if hint is float:
+        return float, int
+    kind = get_origin(hint) or hint
+    return (kind,) if isinstance(kind, type) and kind is not Any else None
+
+
+def as_expr(value: Value, like: torch.dtype = torch.float64) -> Expr | None:
+    """A tensor operand or a number as an expression.
+
+    A Python float is taken in the precision in which the tensor that it meets, of dtype ``like``, is computed
+    with; without one, in its own.
+    """
     if isinstance(value, Expr):
         return value
     if isinstance(value, bool):
@@ -54,7 +118,7 @@ def as_expr(value: Value, like: torch.dtype = torch.float32) -> Expr | None:
     if isinstance(value, int):
         return const(value, torch.int64)
     if isinstance(value, float):
-        return const(value, like if like.is_floating_point else torch.float32)
+        return const(value, opmath(like if like.is_floating_point else torch.get_default_dtype()))
     if isinstance(value, sympy.Expr):
         return expr("iota", (), (value, 0), (), torch.int64)  # a size as a rank-0 number: start + 0*n
     return None
@@ -85,6 +149,16 @@ def permute(x: Expr, dims: tuple[int, ...]) -> Expr:
     return view("permute", x, tuple(x.shape[d] for d in dims), dims)
 
 
+def whole(values: Sequence[Value]) -> TypeGuard[Sequence[int]]:
+    """Are all of them known integers?"""
+    return all(isinstance(v, int) for v in values)
+
+
+def are_sizes(values: Sequence[Value]) -> TypeGuard[Sequence[Size]]:
+    """Are all of them integers, known or symbolic?"""
+    return all(isinstance(v, (int, sympy.Expr)) for v in values)
+
+
 def dim_of(dim: int, rank: int) -> int:
     """A dimension counted from the front."""
     return dim % rank if rank else 0
@@ -99,6 +173,28 @@ def ints(values: tuple[Value, ...]) -> tuple[Value, ...]:
 
 def arg_exprs(r: Result, *values: Value) -> tuple[Expr, ...] | None:
     """Every operand as an expression, or None where one is not."""
-    like = next((v.dtype for v in values if isinstance(v, Expr) and v.is_float), torch.float32)
+    tensors = [v.dtype for v in values if isinstance(v, Expr)]
+    like = next((d for d in (r.dtype, *tensors) if d.is_floating_point), r.dtype)
     out = tuple(as_expr(v, like) for v in values)
     return None if any(o is None for o in out) else out  # type: ignore[return-value]
+
+
+def in_common(args: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """Operands of a comparison in the integers they are compared in: ``x < 300`` of bytes is ``x < 44``."""
+    common = common_dtype(args)
+    if not is_integer(common):
+        return args
+    weak = [a.op == "const" or (a.rank == 0 and common.itemsize < 4) for a in args]
+    return tuple(cast(a, common) if w else a for a, w in zip(args, weak, strict=True))
+
+
+def common_dtype(args: tuple[Expr, ...]) -> torch.dtype:
+    """The dtype that operands are brought to: what has no dimensions gives way to tensors of its kind."""
+    strong = [a.dtype for a in args if a.rank]
+    weak = [a.dtype for a in args if not a.rank]
+    found = [functools.reduce(torch.promote_types, dtypes) for dtypes in (strong, weak) if dtypes]
+    return max(found, key=_kind, default=torch.float32)
+
+
+def _kind(dtype: torch.dtype) -> int:
+    return 3 if dtype.is_complex else 2 if dtype.is_floating_point else int(dtype is not torch.bool)
