@@ -21,6 +21,7 @@ from fusepass.exporters.onnx_builder import ONNX_DTYPES, OnnxBuilder
 from fusepass.exporters.onnx_cache import Cache, find_cache
 from fusepass.exporters.onnx_lengths import find_lengths, of_lengths
 from fusepass.exporters.onnx_operands import (
+    CAPPED,
     Added,
     Operands,
     added_mask,
@@ -30,9 +31,8 @@ from fusepass.exporters.onnx_operands import (
     laid_out,
     mend_rows,
     muted,
-    refuse_modifiers,
+    row_operand,
     scaled,
-    score_operand,
     softcap_of,
 )
 from fusepass.exporters.onnx_operators import Operator, Target
@@ -49,10 +49,9 @@ def refuse(spec: Attention, target: Target) -> str | None:
         return f"Attention needs opset 23, and the model has {target.opset}"
     if spec.dtype not in _FLOATS:
         return f"it does not compute in {str(spec.dtype).removeprefix('torch.')}"
-    reason = refuse_modifiers(replace(spec, sink=None), softcap=target.name != "tensorrt")
-    if reason is not None and target.name == "tensorrt" and softcap_of(spec):
+    if target.name == "tensorrt" and softcap_of(spec):
         return "TensorRT's importer reads no softcap"
-    return reason
+    return None
 
 
 def emit(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
@@ -99,9 +98,7 @@ def _sunk(site: Site, build: OnnxBuilder, x: Operands, extra: Added) -> tuple[Op
     """The sink as one more key of zeros, whose score is zero and whose bias is the sink's logit."""
     assert site.spec.sink is not None
     spec, dtype = site.spec, build.dtype_of(x.q)
-    logit = build.cast(score_operand(site, build, site.spec.sink.slot), dtype)
-    if build.shape_of(logit)[3] != 1:
-        logit = build.cut(logit, 3, 0, 1)
+    logit = build.cast(row_operand(site, build, site.spec.sink.slot), dtype)
     mask = extra.mask if extra.mask is not None else build.constant([[[[0.0]]]], dtype)
     wide = [
         a if a != 1 else b for a, b in zip(build.shape_of(mask)[:2], build.shape_of(logit)[:2], strict=True)
@@ -149,4 +146,4 @@ def _call(
     return out
 
 
-ATTENTION = Operator("Attention", refuse, emit)
+ATTENTION = Operator("Attention", CAPPED, emit, refuse)

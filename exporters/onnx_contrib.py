@@ -18,6 +18,7 @@ from fusepass.exporters.onnx_builder import OnnxBuilder
 from fusepass.exporters.onnx_cache import find_cache
 from fusepass.exporters.onnx_lengths import find_lengths
 from fusepass.exporters.onnx_operands import (
+    PLAIN,
     Added,
     Operands,
     Refused,
@@ -30,7 +31,6 @@ from fusepass.exporters.onnx_operands import (
     mend_rows,
     muted,
     packed,
-    refuse_modifiers,
     repeated,
     scaled,
     times,
@@ -45,13 +45,11 @@ HALVES = (torch.float16, torch.bfloat16)
 
 def refuse_mha(spec: Attention, target: Target) -> str | None:
     """Why MultiHeadAttention cannot compute ``spec``."""
-    if spec.sink is not None:
-        return "it has no sink"
     if spec.dtype not in (torch.float32, *HALVES):
         return f"it does not compute in {str(spec.dtype).removeprefix('torch.')}"
     if not isinstance(spec.heads, int):
         return "the number of heads is not known"
-    return refuse_modifiers(spec, softcap=False)
+    return None
 
 
 def refuse_masked(spec: Attention, target: Target) -> str | None:
@@ -113,5 +111,5 @@ def _finished(site: Site, build: OnnxBuilder, out: ir.Value, extra: Added) -> ir
     return build.restore(build.cast(out, spec.out_dtype), (r.batch, r.heads, r.query, r.value_dim), site.out)
 
 
-MASKED_HALF = Operator("MultiHeadAttention", refuse_masked, emit_masked)
-MULTI_HEAD = Operator("MultiHeadAttention", refuse_mha, emit_mha)
+MASKED_HALF = Operator("MultiHeadAttention", PLAIN, emit_masked, refuse_masked)
+MULTI_HEAD = Operator("MultiHeadAttention", PLAIN, emit_mha, refuse_mha)

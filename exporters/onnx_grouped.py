@@ -9,7 +9,6 @@ Source: ONNX Runtime, docs/ContribOperators.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -20,6 +19,7 @@ from fusepass.exporters.onnx_builder import OnnxBuilder
 from fusepass.exporters.onnx_cache import Cache, find_cache
 from fusepass.exporters.onnx_contrib import DOMAIN, HALVES
 from fusepass.exporters.onnx_operands import (
+    CAPPED,
     Operands,
     Refused,
     added_mask,
@@ -28,7 +28,6 @@ from fusepass.exporters.onnx_operands import (
     has_gates,
     laid_out_over,
     packed,
-    refuse_modifiers,
     scaled,
     score_operand,
     softcap_of,
@@ -57,9 +56,6 @@ def refuse(spec: Attention, target: Target) -> str | None:
         return "the number of heads is not known"
     if has_gates(spec):
         return "scores or weights have a factor of the keys, and its keys and values are those of the cache"
-    reason = refuse_modifiers(replace(spec, sink=None), softcap=True)
-    if reason is not None:
-        return reason
     if spec.sink is not None:
         return None if spec.sink.axes in ("", "h") else "its sink varies over heads only"
     if spec.dtype not in HALVES:
@@ -89,7 +85,8 @@ def _reach(spec: Attention) -> int | str | None:
 
 def _only_bands(spec: Attention) -> bool:
     """Is nothing added to the scores besides bands?"""
-    return all(isinstance(m, Mask) for m in spec.added) and all(isinstance(a, Band) for a in spec.atoms)
+    hide = all(isinstance(m, Mask) and spec.hides(m) for m in spec.added)
+    return hide and all(isinstance(a, Band) for a in spec.atoms)
 
 
 def emit(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
@@ -213,4 +210,4 @@ def _restored(site: Site, build: OnnxBuilder, out: ir.Value, merged: bool) -> ir
     return build.restore(out, (r.batch, r.heads, r.query, r.value_dim), site.out)
 
 
-GROUP_QUERY = Operator("GroupQueryAttention", refuse, emit)
+GROUP_QUERY = Operator("GroupQueryAttention", CAPPED, emit, refuse)

@@ -25,7 +25,12 @@ _NEGATED = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
 def find_lengths(site: Site) -> Term | None:
     """The integers ``lengths[b]``, where all that hides keys is ``j < lengths[b]``."""
     added = site.spec.added
-    if len(added) != 1 or not isinstance(added[0], Mask) or added[0].additive:
+    if (
+        len(added) != 1
+        or not isinstance(added[0], Mask)
+        or added[0].additive
+        or not site.spec.hides(added[0])
+    ):
         return None
     mask = added[0]
     if mask.atoms != (KeyPadding(),) or len(site.roles.batch) != 1 or len(site.roles.key) != 1:
@@ -84,7 +89,7 @@ def of_lengths(
     given = build.cast(build.as_tensor(lengths.expr), torch.int64)
     keys, zero = build.length(spec.keys), build.constant([0], torch.int64)
     least = build.pointwise("Max", zero, build.pointwise("Min", keys, given))
-    if spec.rows_seen:
+    if not spec.unseen_rows:
         return least, x, Added(None)
     some = build.pointwise("Greater", given, zero)
     seen = build.reshape(some, (spec.batch, 1, 1, 1))

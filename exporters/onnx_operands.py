@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 import torch
@@ -20,7 +20,6 @@ from fusepass.spec import (
     Attention,
     Band,
     Bias,
-    Dropout,
     Keep,
     KeyGate,
     Mask,
@@ -30,8 +29,8 @@ from fusepass.spec import (
     WeightScale,
     ZeroEmptyRows,
     empty_rows,
-    negligible,
 )
+from fusepass.takes import Takes
 
 _CAUSAL = Band(None, 0)
 #: A fill of half precision that vanishes (:func:`fusepass.spec.negligible`) and is not its lowest number.
@@ -54,38 +53,13 @@ class Operands:
 # ---------------------------------------------------------------------------------------- what fits
 
 
-def refuse_modifiers(spec: Attention, softcap: bool) -> str | None:
-    """Why ``softmax(softcap(scale * qk) + mask)`` is not what ``spec`` computes.
-
-    Args:
-        spec: the specification.
-        softcap: does the operator have one?
-    """
-    stage = 0
-    for mod in spec.scores:
-        match mod:
-            case ScaleBy(axes=axes) if {"i", "j"} <= set(axes):
-                return "the scores are multiplied by a tensor that varies over queries and keys"
-            case Scale() | ScaleBy():
-                at = 0
-            case SoftCap() if softcap:
-                at = 1
-            case Bias() | Mask():
-                at = 2
-            case _:
-                return f"it has no '{mod}'"
-        if at < stage or (at == stage == 1):
-            return f"'{mod}' comes after another modifier, and the operator has a fixed order"
-        stage = at
-        if isinstance(mod, Mask) and not mod.additive and not negligible(mod.fill, spec.score_dtype):
-            return f"hidden scores are set to {mod.fill:g}, which is within reach of real scores"
-    return _refuse_weights(spec)
-
-
-def _refuse_weights(spec: Attention) -> str | None:
-    if spec.dropout:
-        return "the weights are dropped out: export the model in eval mode"
-    return spec.refuse_weights(Dropout, Keep, WeightScale, KeyGate, ZeroEmptyRows)
+#: Biases and masks are added as tensors; factors over the keys are multiplied into the keys.
+PLAIN = Takes(
+    ((Scale, ScaleBy), (Bias, Mask)), (Keep, WeightScale, KeyGate, ZeroEmptyRows), factors="keys",
+    fills="added", rows="levels", hiding_biases=True,
+    no_keys=True,  # a named dimension may always be zero
+)  # fmt: skip
+CAPPED = replace(PLAIN, scores=((Scale, ScaleBy), SoftCap, (Bias, Mask)), sink=True)
 
 
 def softcap_of(spec: Attention) -> float:
@@ -211,7 +185,7 @@ def scaled(site: Site, build: OnnxBuilder, x: Operands, packed: bool = False) ->
         elif isinstance(mod, ScaleBy) and not _scales_keys(mod):
             if packed and mod.axes:
                 raise Refused("the scores are multiplied by a tensor over heads or queries")
-            by = _row(build, score_operand(site, build, mod.slot))
+            by = row_operand(site, build, mod.slot)
             by = build.reshape(by, (1, 1, 1)) if packed else by
             q = build.cast(build.pointwise("Mul", by, q), build.dtype_of(x.q))
     if not (0 < factor < math.inf):
@@ -230,8 +204,15 @@ def score_operand(site: Site, build: OnnxBuilder, slot: int) -> ir.Value:
     return build.layout(build.reach(term, site.scope), groups, full=False)
 
 
-def _row(build: OnnxBuilder, value: ir.Value) -> ir.Value:
-    """A tensor that does not vary over the keys, ``[..., 1]``."""
+def row_operand(site: Site, build: OnnxBuilder, slot: int) -> ir.Value:
+    """A tensor that does not vary over the keys, ``[..., 1]``.
+
+    Raises:
+        Refused: it does vary.
+    """
+    if site.scope.varies_over_keys(site.operands[slot]):
+        raise Refused("a tensor of queries varies over the keys")
+    value = score_operand(site, build, slot)
     return value if build.shape_of(value)[-1] == 1 else build.cut(value, 3, 0, 1)
 
 
@@ -243,11 +224,11 @@ def after_weights(site: Site, build: OnnxBuilder, out: ir.Value) -> ir.Value:
             factor = (
                 build.constant(mod.factor, dtype)
                 if mod.slot is None
-                else build.cast(_row(build, score_operand(site, build, mod.slot)), dtype)
+                else build.cast(row_operand(site, build, mod.slot), dtype)
             )
             out = build.pointwise("Mul", factor, out)
         elif isinstance(mod, Keep) and "j" not in mod.axes:
-            kept = _row(build, score_operand(site, build, mod.slot))
+            kept = row_operand(site, build, mod.slot)
             zero = build.constant(0.0, dtype)
             if mod.product:
                 kept = kept if mod.attends else build.pointwise("Not", kept)
@@ -295,14 +276,15 @@ def added_mask(
     extra = spec.added
     if not extra:
         return Added(None)
-    if mild and dtype is torch.float16 and spec.rows_seen and all(isinstance(m, Mask) for m in extra):
+    hide = all(isinstance(m, Mask) and spec.hides(m) for m in extra)
+    if mild and dtype is torch.float16 and spec.rows_seen and hide:
         visible = _conjunction(site, build, spec.masks)
         levels = [build.constant(level, dtype) for level in (0.0, _MILD)]
         mask = build.call("Where", [visible, *levels], build.shape_of(visible), dtype)
         return Added(full_mask(site, build, mask))
     if spec.sink is not None:  # every row sees it
         return Added(full_mask(site, build, _total(site, build, extra, dtype, -math.inf)))
-    rows_differ = not spec.rows_seen and bool(spec.masks)
+    rows_differ = spec.unseen_rows
     if rows_differ and len({m.fill == -math.inf for m in spec.masks}) > 1:
         raise Refused(
             "a row may see no key, under fills of -inf and finite fills (use one fill for all masks)"

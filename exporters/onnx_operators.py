@@ -10,6 +10,7 @@ import onnx_ir as ir
 from fusepass.exporters.onnx_builder import OnnxBuilder
 from fusepass.recognize import Site
 from fusepass.spec import Attention
+from fusepass.takes import Takes
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,30 @@ class Target:
     opset: int
 
 
+def nothing_more(spec: Attention, target: Target) -> str | None:
+    """What an operator refuses that takes all it declares."""
+    return None
+
+
 @dataclass(frozen=True)
 class Operator:
     """A fused operator.
 
-    ``refuse`` answers None or the reason from the specification alone; ``emit`` writes the nodes and returns
-    the result in the layout of the one it replaces, or raises
-    :class:`fusepass.exporters.onnx_operands.Refused`.
+    Attributes:
+        name: what ONNX calls it.
+        takes: the specifications that it computes; all others are refused.
+        emit: writes the nodes and returns the result in the layout of the one it replaces, or raises
+            :class:`fusepass.exporters.onnx_operands.Refused`.
+        more: the reason for which it refuses one that it takes.
     """
 
     name: str
-    refuse: Callable[[Attention, Target], str | None]
+    takes: Takes
     emit: Callable[[Site, OnnxBuilder, Target], ir.Value]
+    more: Callable[[Attention, Target], str | None] = nothing_more
+
+    def refuse(self, spec: Attention, target: Target) -> str | None:
+        """None, or why it does not compute ``spec``, from the specification alone."""
+        if spec.dropout:
+            return "the weights are dropped out: export the model in eval mode"
+        return self.takes.refuse(spec) or self.more(spec, target)

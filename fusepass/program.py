@@ -15,44 +15,8 @@ from typing import Any
 import torch
 
 from fusepass.ir import DTYPE_NAMES, DTYPES
-from fusepass.spec import (
-    Attention,
-    Band,
-    Bias,
-    Dropout,
-    Finite,
-    Floor,
-    Keep,
-    KeyGate,
-    Mask,
-    Scale,
-    ScaleBy,
-    ScoreModifier,
-    Sink,
-    SoftCap,
-    WeightModifier,
-    WeightScale,
-    ZeroEmptyRows,
-)
-
-_KINDS: dict[str, Any] = {
-    k.__name__: k
-    for k in (
-        Scale,
-        ScaleBy,
-        SoftCap,
-        Bias,
-        Mask,
-        Floor,
-        Finite,
-        Dropout,
-        Keep,
-        WeightScale,
-        KeyGate,
-        ZeroEmptyRows,
-        Sink,
-    )
-}
+from fusepass.modifiers import KINDS
+from fusepass.spec import Attention, Band, Mask, Modifier, ScoreModifier, Sink, WeightModifier
 
 
 @dataclass(frozen=True)
@@ -84,13 +48,10 @@ def known_bands(mask: Mask) -> bool:
 
 def slots(spec: Attention, bands: bool = False) -> list[int]:
     """The operand slots a computation reads; with ``bands``, masks that are known bands need none."""
-    used = []
-    for mod in (*spec.scores, *spec.weights, spec.sink):
-        if bands and isinstance(mod, Mask) and known_bands(mod):
-            continue
-        slot = getattr(mod, "slot", None)
-        if slot is not None and slot not in used:
-            used.append(slot)
+    used: list[int] = []
+    for mod in spec.modifiers:
+        if not (bands and isinstance(mod, Mask) and known_bands(mod)):
+            used += [slot for slot in mod.slots() if slot not in used]
     return used
 
 
@@ -107,13 +68,14 @@ def encode(spec: Attention, bands: bool = False) -> str:
     return json.dumps(table, separators=(",", ":"))
 
 
-def _encode(mod: Any, number: dict[int, int], bands: bool) -> dict[str, Any]:
+def _encode(mod: Modifier, number: dict[int, int], bands: bool) -> dict[str, Any]:
+    """The fields of a modifier by name; a slot that the computation does not read is -1."""
     out: dict[str, Any] = {"is": type(mod).__name__}
-    for f in fields(mod):
+    for f in fields(mod):  # type: ignore[arg-type]
         value = getattr(mod, f.name)
-        if f.name == "slot":
-            value = number.get(value) if value is not None else None
-        if f.name == "atoms":
+        if f.name in mod.slot_fields():
+            value = None if value is None else number.get(value, -1)
+        elif isinstance(mod, Mask) and f.name == "atoms":
             value = [[a.left, a.right] for a in value] if bands and known_bands(mod) else []
         out[f.name] = value
     return out
@@ -133,10 +95,8 @@ def decode(text: str) -> Program:
 
 
 def _decode(entry: dict[str, Any]) -> Any:
-    entry = dict(entry)
-    kind = _KINDS[entry.pop("is")]
-    if "atoms" in entry:
-        entry["atoms"] = tuple(Band(*bounds) for bounds in entry["atoms"])
-    if kind is Mask and entry["slot"] is None:
-        entry["slot"] = -1
-    return kind(**entry)
+    """The modifier of its fields; JSON has lists for tuples."""
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items() if name != "is"}
+    if "atoms" in given:
+        given["atoms"] = tuple(Band(*bounds) for bounds in given["atoms"])
+    return KINDS[entry["is"]](**given)

@@ -12,238 +12,31 @@ and ``j`` (key).  In a boolean mask True means *attends*.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fusepass.index import Facts, Size
-
-# ---------------------------------------------------------------------------------------- mask atoms
-
-
-@dataclass(frozen=True)
-class Band:
-    """``i - left <= j <= i + right``; None is unbounded.  ``Band(None, 0)`` is causal, aligned top-left."""
-
-    left: Size | None
-    right: Size | None
-
-    def __str__(self) -> str:
-        if self.left is None and self.right == 0:
-            return "causal"
-        if self.left is None:
-            return f"causal+{self.right}"
-        if self.right == 0 and self.left != 0:
-            return f"window({self.left})"
-        return f"band({self.left}, {'' if self.right is None else self.right})"
-
-
-@dataclass(frozen=True)
-class KeyPadding:
-    """Keys are hidden by a tensor that varies over ``b`` and ``j`` alone (or ``j`` alone)."""
-
-    def __str__(self) -> str:
-        return "key padding"
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """Causal, except that every query sees the keys below a bound."""
-
-    def __str__(self) -> str:
-        return "prefix"
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Queries see the keys of their own block of ``size`` positions."""
-
-    size: int
-
-    def __str__(self) -> str:
-        return f"chunk({self.size})"
-
-
-@dataclass(frozen=True)
-class Document:
-    """Queries see the keys that carry the same label."""
-
-    def __str__(self) -> str:
-        return "document"
-
-
-@dataclass(frozen=True)
-class Dense:
-    """Any other visibility, given as a tensor over the letters in ``axes``."""
-
-    axes: str
-
-    def __str__(self) -> str:
-        return f"mask[{self.axes}]"
-
-
-Atom = Band | KeyPadding | Prefix | Chunk | Document | Dense
-
-# ---------------------------------------------------------------------------------------- modifiers
-
-
-@dataclass(frozen=True)
-class Scale:
-    """``s * factor``."""
-
-    factor: float
-
-    def __str__(self) -> str:
-        return f"scale {self.factor:.6g}"
-
-
-@dataclass(frozen=True)
-class ScaleBy:
-    """``s * tensor``; ``axes`` are the letters the tensor varies over."""
-
-    slot: int
-    axes: str = ""
-
-    def __str__(self) -> str:
-        return f"scale by [{self.axes}]"
-
-
-@dataclass(frozen=True)
-class SoftCap:
-    """``cap * tanh(s / cap)``  (Gemma 2, arXiv 2408.00118)."""
-
-    cap: float
-
-    def __str__(self) -> str:
-        return f"softcap {self.cap:.6g}"
-
-
-@dataclass(frozen=True)
-class Bias:
-    """``s + factor * tensor``.  ``hides``: the tensor may hold fills, and hide all keys of a row."""
-
-    slot: int
-    axes: str = ""
-    factor: float = 1.0
-    hides: bool = False
-
-    def __str__(self) -> str:
-        return f"bias[{self.axes}]" + ("" if self.factor == 1 else f" * {self.factor:.6g}")
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Hide the pairs outside the conjunction of ``atoms``.
-
-    ``additive``: the operand in ``slot`` is a floating tensor of zeros and ``fill`` that is *added*;
-    otherwise it is boolean, True where ``attends``, and hidden scores are *replaced* by ``fill``.
-    """
-
-    slot: int
-    fill: float
-    additive: bool = False
-    attends: bool = True
-    atoms: tuple[Atom, ...] = ()
-
-    def __str__(self) -> str:
-        return " & ".join(map(str, self.atoms)) or "mask"
-
-
-@dataclass(frozen=True)
-class Floor:
-    """``max(s, bound)`` with a negligible bound: what was hidden by ``-inf`` is hidden by ``bound``."""
-
-    bound: float
-
-    def __str__(self) -> str:
-        return f"floor {self.bound:.4g}"
-
-
-@dataclass(frozen=True)
-class Finite:
-    """``nan_to_num(s)``: NaN becomes ``nan``, minus infinity ``low`` and infinity ``high``."""
-
-    nan: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"nan to {self.nan:.6g}"
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """Weights dropped with probability ``p`` and the rest scaled by ``1 / (1 - p)``."""
-
-    p: float
-
-    def __str__(self) -> str:
-        return f"dropout {self.p:.6g}"
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Weights set to zero where the boolean operand hides, *after* the softmax, without renormalising."""
-
-    slot: int
-    attends: bool = True
-    axes: str = ""
-    implied: bool = False  # the score masks hide at least these pairs
-    product: bool = False  # written as a multiplication by zero, which keeps NaN
-
-    def __str__(self) -> str:
-        return f"kept where [{self.axes}]"
-
-
-@dataclass(frozen=True)
-class WeightScale:
-    """Weights times a number or a tensor that does not vary over the keys."""
-
-    factor: float = 1.0
-    slot: int | None = None
-    axes: str = ""
-
-    def __str__(self) -> str:
-        return f"weights * {self.factor:.6g}" if self.slot is None else f"weights * [{self.axes}]"
-
-
-@dataclass(frozen=True)
-class KeyGate:
-    """Weights times a tensor of the keys, not of the queries: ``(w * t) . v = w . (t * v)``."""
-
-    slot: int
-    axes: str = ""
-
-    def __str__(self) -> str:
-        return f"weights * [{self.axes}]"
-
-
-@dataclass(frozen=True)
-class ZeroEmptyRows:
-    """NaN weights (rows that see no key) become zero."""
-
-    def __str__(self) -> str:
-        return "empty rows zero"
-
-
-@dataclass(frozen=True)
-class Sink:
-    """One more logit in every row's softmax, of no key: ``exp(s) / (sum(exp(s)) + exp(sink))``.
-
-    The operand is a tensor ``[B | 1, H | 1, Q | 1, 1]``.  Source: Xiao et al. (arXiv 2309.17453); gpt-oss.
-    """
-
-    slot: int
-    axes: str = ""
-
-    def __str__(self) -> str:
-        return f"sink[{self.axes}]"
-
-
-ScoreModifier = Scale | ScaleBy | SoftCap | Bias | Mask | Floor | Finite
-WeightModifier = Dropout | Keep | WeightScale | KeyGate | ZeroEmptyRows
+from fusepass.atoms import (
+    Atom,
+    Band,
+    Chunk,
+    Dense,
+    Document,
+    KeyPadding,
+    Prefix,
+    absorbs,
+    intersect,
+    negligible,
+)
+from fusepass.index import Size
+from fusepass.modifiers import Modifier, ScoreModifier, WeightModifier, kinds
+from fusepass.score_modifiers import Bias, Cast, Finite, Floor, Mask, Scale, ScaleBy, SoftCap, finite
+from fusepass.weight_modifiers import Dropout, Keep, KeyGate, Sink, WeightScale, ZeroEmptyRows
+
+#: Scores beyond this are rare; fills that absorb them count as absorbing all.
+USUAL_SCORES = 32.0
 
 
 @dataclass(frozen=True)
@@ -263,8 +56,9 @@ class Attention:
     softmax_dtype: torch.dtype = torch.float32
     out_dtype: torch.dtype = torch.float32
     sink: Sink | None = None
-    rows_seen: bool = True  # proved: every query sees at least one key
+    rows_seen: bool = True  # proved: every query sees at least one key, or a sink that is finite
     operands: int = 0
+    keys_exist: bool = True  # proved: there is at least one key
 
     def __str__(self) -> str:
         sizes = (
@@ -282,42 +76,49 @@ class Attention:
         return f"attention({sizes}; {kind}{soft}; {', '.join(mods) or 'plain'})"
 
     @property
+    def modifiers(self) -> tuple[Modifier, ...]:
+        """All modifiers."""
+        return (*self.scores, *self.weights, *(() if self.sink is None else (self.sink,)))
+
+    @property
     def masks(self) -> tuple[Mask, ...]:
         """The score masks."""
         return tuple(m for m in self.scores if isinstance(m, Mask))
 
     @property
     def atoms(self) -> tuple[Atom, ...]:
-        """All atoms of all masks; their conjunction is the visibility."""
-        return tuple(a for m in self.masks for a in m.atoms)
+        """All atoms of the masks that hide; their conjunction is the visibility."""
+        return tuple(a for m in self.masks if self.hides(m) for a in m.atoms)
 
     @property
     def added(self) -> tuple[Bias | Mask, ...]:
         """What is added to the scores or hides some."""
         return tuple(m for m in self.scores if isinstance(m, (Bias, Mask)))
 
+    def hides(self, mask: Mask) -> bool:
+        """Do the pairs outside a mask get no weight, whatever their scores?
+
+        Only then is it a visibility.  Any other mask (its fill within reach of real scores, NaN or no low
+        number at all, or brought back by a later modifier) sets scores to a number like another.
+        """
+        levels = [mask.fill, *fates(self.scores, self.scores.index(mask), mask.fill)]
+        return all(n is not None and negligible(n, self.score_dtype) for n in levels)
+
+    @property
+    def unseen_rows(self) -> bool:
+        """May a query see no key?"""
+        return not self.rows_seen and any(map(self.hides, self.masks))
+
     def is_causal(self, offset: object = 0) -> bool:
         """Is the whole visibility ``j <= i + offset``, with no other term added to the scores?"""
-        only = (isinstance(m, Mask) and m.atoms == (Band(None, offset),) for m in self.added)  # type: ignore[arg-type]
+        band = (Band(None, offset),)  # type: ignore[arg-type]
+        only = (isinstance(m, Mask) and m.atoms == band and self.hides(m) for m in self.added)
         return bool(self.added) and all(only)
 
     @property
     def score_dtype(self) -> torch.dtype:
         """The dtype whose lowest number is a fill."""
         return self.softmax_dtype if self.softmax_dtype.itemsize < 4 else self.dtype
-
-    def refuse_weights(self, *taken: type) -> str | None:
-        """Why the weights are not those of a softmax, but for what can be done before or after the products.
-
-        Args:
-            taken: the kinds of weight modifiers that the caller does.
-        """
-        for weight in self.weights:
-            if not isinstance(weight, taken):
-                return f"it has no '{weight}'"
-            if isinstance(weight, Keep) and not weight.implied and "j" in weight.axes:
-                return "weights are hidden after the softmax without renormalising"
-        return None
 
     @property
     def dropout(self) -> float:
@@ -326,7 +127,7 @@ class Attention:
 
     def kind(self) -> str:
         """A few words for tables."""
-        words = [str(a) for a in dict.fromkeys(self.atoms)]
+        words = [str(a) for a in dict.fromkeys(a for m in self.masks for a in m.atoms)]
         words += ["softcap" for m in self.scores if isinstance(m, SoftCap)][:1]
         words += [f"bias[{m.axes}]" for m in self.scores if isinstance(m, Bias)]
         words += [] if self.sink is None else ["sink"]
@@ -344,8 +145,7 @@ class Attention:
 def merge_scales(mods: Sequence[ScoreModifier]) -> tuple[ScoreModifier, ...]:
     """Move every constant scale as far in as it goes, and merge those that meet.
 
-    ``(s + f*t) * c = s*c + (f*c)*t``; ``where(m, s, fill) * c = where(m, s*c, fill*c)``;
-    ``(s * t) * c = (s * c) * t``; a softcap stops it.
+    It passes what says so (:meth:`ScoreModifier.scaled`), and stops at everything else.
     """
     before: tuple[ScoreModifier, ...] = ()
     now = tuple(mods)
@@ -361,11 +161,12 @@ def _merged(mods: Sequence[ScoreModifier]) -> tuple[ScoreModifier, ...]:
             out.append(mod)
             continue
         at = len(out)
-        while at > 0 and not isinstance(out[at - 1], (SoftCap, Scale, Floor, Finite)):
-            if isinstance(out[at - 1], Mask) and mod.factor <= 0:
-                break  # a hidden score would change sides
+        while at > 0 and not isinstance(out[at - 1], Scale):
+            passed = out[at - 1].scaled(mod.factor)
+            if passed is None:
+                break
             at -= 1
-        out[at:] = [_scaled(m, mod.factor) for m in out[at:]]
+            out[at] = passed
         if at > 0 and isinstance(before := out[at - 1], Scale):
             out[at - 1] = Scale(before.factor * mod.factor)
         else:
@@ -373,112 +174,85 @@ def _merged(mods: Sequence[ScoreModifier]) -> tuple[ScoreModifier, ...]:
     return tuple(m for m in out if m != Scale(1.0))
 
 
-def _scaled(mod: ScoreModifier, factor: float) -> ScoreModifier:
-    if isinstance(mod, Bias):
-        return replace(mod, factor=mod.factor * factor)
-    if isinstance(mod, Mask):
-        if mod.additive and factor != 1:
-            return Bias(mod.slot, "bhij", factor)
-        return replace(mod, fill=mod.fill * factor)
-    return mod
+def fates(scores: Sequence[ScoreModifier], at: int, fill: float) -> Iterator[float | None]:
+    """What becomes of a score that the modifier at a position sets to ``fill``, after each one that follows.
 
-
-def intersect(bands: Sequence[Band], facts: Facts) -> Band | None:
-    """The band that is the conjunction of several; None where two bounds cannot be ordered."""
-    left: Size | None = None
-    right: Size | None = None
-    for band in bands:
-        for mine, theirs in ((left, band.left), (right, band.right)):
-            if (
-                mine is not None
-                and theirs is not None
-                and not (facts.at_most(mine, theirs) or facts.at_most(theirs, mine))
-            ):
-                return None
-        if band.left is not None and (left is None or facts.at_most(band.left, left)):
-            left = band.left
-        if band.right is not None and (right is None or facts.at_most(band.right, right)):
-            right = band.right
-    return Band(left, right)
-
-
-def negligible(fill: float, dtype: torch.dtype) -> bool:
-    """Does ``exp`` of a score replaced by ``fill`` vanish beside any score of ordinary size?
-
-    True for ``-inf``, for the most negative number of the dtype, and below ``-1e8``.  Fills such as
-    ``-1e4`` are within reach of real scores and are kept as they are.
+    It ends with None where that is not known.
     """
-    lowest = torch.finfo(dtype).min if dtype.is_floating_point else -1e8
-    return fill == -math.inf or fill <= max(-1e8, lowest * 0.99)
+    for mod in scores[at + 1 :]:
+        after = mod.hidden(fill)
+        yield after
+        if after is None:
+            return
+        fill = after
+
+
+def rounds_softmax(softmax_dtype: torch.dtype, operands: torch.dtype) -> bool:
+    """Is a softmax computed in a narrower dtype than its operands have?"""
+    return softmax_dtype.itemsize < operands.itemsize
 
 
 def empty_rows(spec: Attention) -> str:
-    """What a row that sees no key gives: ``"zero"``, ``"nan"`` or ``"mean"`` (of the values)."""
+    """What a row that sees no key gives.
+
+    Returns:
+        ``"zero"``; ``"nan"``; ``"mean"``: of the values of the keys with the highest fill, which is all of
+        them where :func:`one_level` holds; ``"unknown"``: it depends on scores, biases or a sink.
+    """
+    if spec.sink is not None or not all(map(spec.hides, spec.masks)) or not _keeps_levels(spec):
+        return "unknown"
     infinite = any(m.fill == -math.inf for m in spec.masks)
-    if any(isinstance(w, Keep) and w.implied and not (w.product and infinite) for w in spec.weights):
-        return "zero"
+    for weight in spec.weights:
+        if isinstance(weight, Keep) and weight.implied and not (weight.product and infinite):
+            return "zero" if weight.covers else "unknown"
     if not infinite:
         return "mean"
     return "zero" if any(isinstance(w, ZeroEmptyRows) for w in spec.weights) else "nan"
 
 
+def _keeps_levels(spec: Attention) -> bool:
+    """Is a fill the same for all keys of a row after all that follows?
+
+    Other masks, and biases that may hide, have fills of their own, which are compared.  Scores of usual size,
+    and biases, that an additive mask is added to are absorbed by it.
+    """
+    dtype = min((spec.dtype, spec.softmax_dtype), key=lambda d: torch.finfo(d).eps)
+    for at, mask in enumerate(spec.scores):
+        if not isinstance(mask, Mask):
+            continue
+        level: float | None = mask.fill
+        if mask.additive and not absorbs(mask.fill, dtype, USUAL_SCORES):
+            return False
+        for mod, after in zip(spec.scores[at + 1 :], fates(spec.scores, at, mask.fill), strict=False):
+            own = isinstance(mod, Mask) or (isinstance(mod, Bias) and (mod.hides or mask.additive))
+            if level is None or not (own or mod.keeps_level(level, dtype)):
+                return False
+            level = after
+    return True
+
+
+def one_level(spec: Attention) -> bool:
+    """Have all keys of a row that sees none the same fill?"""
+    if any(isinstance(m, Bias) and m.hides for m in spec.scores) and not _all_infinite(spec):
+        return False
+    same = len({m.fill for m in spec.masks}) <= 1
+    return same and (len(spec.masks) <= 1 or _all_infinite(spec) or not any(m.additive for m in spec.masks))
+
+
+def _all_infinite(spec: Attention) -> bool:
+    return all(m.fill == -math.inf for m in spec.masks)
+
+
 # ---------------------------------------------------------------------------------------- reference
-
-
-def finite(s: Tensor, nan: float, low: float, high: float) -> Tensor:
-    """``nan_to_num(s, nan, high, low)``, its numbers within the range of the dtype of ``s``."""
-    most = torch.finfo(s.dtype).max
-    s = torch.where(s == math.inf, min(high, most) if high < math.inf else high, s)
-    s = torch.where(s == -math.inf, max(low, -most) if low > -math.inf else low, s)
-    return torch.where(s != s, nan, s)
-
-
-def apply_score(mod: ScoreModifier, s: Tensor, operands: Sequence[Tensor]) -> Tensor:
-    """``s`` (``[B, H, Q, K]``) after one score modifier."""
-    match mod:
-        case Scale(factor):
-            return s * factor
-        case ScaleBy(slot):
-            return s * operands[slot]
-        case SoftCap(cap):
-            return cap * torch.tanh(s / cap)
-        case Bias(slot, _, factor):
-            bias = operands[slot]
-            return s + (bias if factor == 1 else bias * factor)
-        case Floor(bound):
-            return s.clamp(min=max(bound, torch.finfo(s.dtype).min))
-        case Finite(nan, low, high):
-            return finite(s, nan, low, high)
-        case Mask(slot, fill, additive, attends):
-            if additive:
-                return s + operands[slot]
-            hidden = ~operands[slot] if attends else operands[slot]
-            return s.masked_fill(hidden, max(fill, torch.finfo(s.dtype).min) if fill != -math.inf else fill)
-
-
-def apply_weight(mod: WeightModifier, w: Tensor, operands: Sequence[Tensor]) -> Tensor:
-    """``w`` (``[B, H, Q, K]``) after one weight modifier; dropout must have been made an operand."""
-    match mod:
-        case Keep(slot, attends, product=True):
-            return w * (operands[slot] if attends else ~operands[slot])
-        case Keep(slot, attends):
-            return w.masked_fill(~operands[slot] if attends else operands[slot], 0.0)
-        case WeightScale(factor, slot):
-            return w * (factor if slot is None else operands[slot])
-        case KeyGate(slot):
-            return w * operands[slot]
-        case ZeroEmptyRows():
-            return torch.nan_to_num(w, nan=0.0)
-        case Dropout():
-            raise ValueError(
-                "dropout in a reference computation: expected its drawn mask as a WeightScale operand"
-            )
 
 
 def softmax(spec: Attention, s: Tensor, operands: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The weights of scores ``s`` (``[B, H, Q, K]``), computed in ``dtype``."""
     if spec.sink is None:
-        return torch.softmax(s, -1, dtype=dtype)
+        found = torch.softmax(s, -1, dtype=dtype)
+        if not any(isinstance(w, ZeroEmptyRows) and not w.every for w in spec.weights):
+            return found
+        return found.masked_fill((s == -math.inf).all(-1, keepdim=True), 0.0)
     sink = operands[spec.sink.slot].to(s.dtype).expand(*s.shape[:-1], 1)
     return torch.softmax(torch.cat([s, sink], -1), -1, dtype=dtype)[..., :-1]
 
@@ -508,12 +282,21 @@ def reference(
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         operands = [t.to(dtype) if t.is_floating_point() else t for t in operands]
-    group = q.shape[1] // k.shape[1]
+    group = q.shape[1] // max(k.shape[1], 1) or 1
     k, v = (t if group == 1 else t.repeat_interleave(group, 1) for t in (k, v))
     s = q @ k.transpose(-2, -1)
     for mod in spec.scores:
-        s = apply_score(mod, s, operands)
+        s = mod.apply(s, operands)
     w = softmax(spec, s, operands, soft)
     for weight in spec.weights:
-        w = apply_weight(weight, w, operands)
+        w = weight.apply(w, operands)
     return (w.to(v.dtype) @ v).to(out)
+
+
+__all__ = [
+    "Atom", "Attention", "Band", "Bias", "Cast", "Chunk", "Dense", "Document", "Dropout", "Finite", "Floor",
+    "Keep", "KeyGate", "KeyPadding", "Mask", "Modifier", "Prefix", "Scale", "ScaleBy", "ScoreModifier",
+    "Sink", "SoftCap", "WeightModifier", "WeightScale", "ZeroEmptyRows", "absorbs", "empty_rows", "fates",
+    "finite", "intersect", "kinds", "merge_scales", "negligible", "one_level", "reference",
+    "rounds_softmax", "softmax",
+]  # fmt: skip

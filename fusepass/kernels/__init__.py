@@ -18,8 +18,14 @@ from fusepass.kernels.sdpa import SDPA
 KERNELS: tuple[Kernel, ...] = (SDPA, FLASH3, FLASH4, FLASH2, CUDNN, FLEX, FLEX_FLASH, REFERENCE)
 BY_NAME: dict[str, Kernel] = {k.name: k for k in KERNELS}
 
+
+def rounds(name: str) -> bool:
+    """Does the kernel of a name round more than the dtype does?"""
+    return any(k.rounds for k in (*KERNELS, FP8) if k.name == name)
+
+
 __all__ = [
     "BY_NAME", "CUDNN", "FLASH2", "FLASH3", "FLASH4", "FLEX", "FLEX_FLASH",
     "FP8", "KERNELS", "REFERENCE", "SDPA",
-    "Kernel", "Refused", "Target",
+    "Kernel", "Refused", "Target", "rounds",
 ]  # fmt: skip

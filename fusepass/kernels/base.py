@@ -14,9 +14,32 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from fusepass.contents import FILL
 from fusepass.dialects.fx_nodes import size_of
 from fusepass.emit import Builder
+from fusepass.ir import Expr, opmath
 from fusepass.program import slots
 from fusepass.recognize import Site
-from fusepass.spec import Attention, Bias, Keep, KeyGate, Mask, Scale, ScaleBy, WeightScale, empty_rows
+from fusepass.spec import (
+    USUAL_SCORES,
+    Attention,
+    Band,
+    Bias,
+    Keep,
+    KeyGate,
+    KeyPadding,
+    Mask,
+    Scale,
+    ScaleBy,
+    WeightModifier,
+    WeightScale,
+    ZeroEmptyRows,
+    empty_rows,
+)
+from fusepass.takes import Takes
+
+#: Weight modifiers that are done to the values or to the result: by :func:`operands`, :func:`after_weights`
+#: and, for rows that see no key, :func:`finish_rows`.
+AROUND: tuple[type[WeightModifier], ...] = (Keep, WeightScale, KeyGate, ZeroEmptyRows)
+#: What :func:`scaled`, :func:`operands` and :func:`after_weights` compute in operations of their own.
+IN_GRAPH = (ScaleBy, WeightScale, KeyGate)
 
 
 @dataclass(frozen=True)
@@ -35,19 +58,57 @@ class Refused(Exception):
     """Found out while writing nodes: this kernel cannot serve the site."""
 
 
+def nothing_more(spec: Attention, target: Target) -> str | None:
+    """What a kernel refuses that takes all it declares."""
+    return None
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A way to compute a specification.
 
-    ``refuse`` answers None or the reason from the specification alone; ``emit`` writes the nodes and
-    returns the result ``[B, H, Q, Dv]``, or raises :class:`Refused`.  ``of_torch``: it is made of operators
-    whose derivatives PyTorch itself knows.
+    Attributes:
+        name: what users call it.
+        takes: the specifications that it computes; all others are refused.
+        emit: writes the nodes and returns the result ``[B, H, Q, Dv]``, or raises :class:`Refused`.
+        more: the reason for which it refuses one that it takes: the machine, sizes, dtypes.
+        of_torch: is it made of operators whose derivatives PyTorch itself knows?
+        rounds: does it round more than the dtype does, so that its error says nothing of its rightness?
     """
 
     name: str
-    refuse: Callable[[Attention, Target], str | None]
+    takes: Takes
     emit: Callable[[Site, Builder, Target], fx.Node]
+    more: Callable[[Attention, Target], str | None] = nothing_more
     of_torch: bool = False
+    rounds: bool = False
+
+    def refuse(self, spec: Attention, target: Target) -> str | None:
+        """None, or why it does not compute ``spec``, from the specification alone."""
+        return self.takes.refuse(spec, target.training) or self.more(spec, target)
+
+    def write(self, site: Site, build: Builder, target: Target) -> fx.Node:
+        """Write the nodes of a site that is not refused.
+
+        Raises:
+            Refused: its operands show a reason.
+        """
+        for mod in site.spec.modifiers if target.training else ():
+            if not isinstance(mod, self.takes.learned):
+                for slot in mod.slots():
+                    if needs_gradient(build, site.operands[slot].expr):
+                        name = "a bias" if isinstance(mod, Bias) else f"'{mod}'"
+                        raise Refused(f"it has no gradient of {name} that needs a gradient")
+        out = self.emit(site, build, target)
+        return out if self.takes.rows == "written" else with_infinite_rows(site, build, target, out)
+
+
+def needs_gradient(build: Builder, node: Expr) -> bool:
+    """Is a tensor, or what it would be made of, one that needs a gradient?"""
+    held = build.home(node)
+    if held is not None:
+        return bool(getattr(build.value(held), "requires_grad", False))
+    return any(needs_gradient(build, argument) for argument in node.args)
 
 
 @dataclass(frozen=True)
@@ -107,6 +168,23 @@ def _gated_values(site: Site, build: Builder, v: fx.Node, mod: KeyGate) -> fx.No
     return build.cast(build.op("mul", v, gate), build.value(v).dtype)
 
 
+def without_hidden_keys(site: Site, build: Builder, target: Target, x: Operands) -> Operands:
+    """Keys that are hidden from every query set to zero, for kernels that add their masks.
+
+    A mask that replaces scores hides NaN as well, which memory that nobody has written may hold.  On a GPU
+    only where a mask of the keys alone says so; over one query it would cost another reading of the keys.
+    """
+    spec = site.spec
+    masks = [m for m in spec.masks if not m.additive and not all(isinstance(a, Band) for a in m.atoms)]
+    if target.device != "cpu":
+        masks = [m for m in masks if all(isinstance(a, KeyPadding) for a in m.atoms)]
+    if not masks or spec.queries == 1 or spec.heads != spec.kv_heads:
+        return x
+    seen = build.op("any", conjunction(site, build, masks), 2, True)
+    zero = build.op("scalar_tensor", 0.0, dtype=build.value(x.k).dtype, device=build.value(x.k).device)
+    return Operands(x.q, build.op("where", build.op("transpose", seen, 2, 3), x.k, zero), x.v)
+
+
 def may_empty_rows(spec: Attention, target: Target) -> bool:
     """Has the site rows to mend: a row may see no key, and adding the fills as they are does not do?
 
@@ -115,7 +193,7 @@ def may_empty_rows(spec: Attention, target: Target) -> bool:
     """
     if target.training and any(isinstance(m, Bias) and m.hides for m in spec.scores):
         return True
-    return bool(spec.masks) and not spec.rows_seen
+    return spec.unseen_rows
 
 
 def score_operand(site: Site, build: Builder, slot: int) -> Any:
@@ -128,11 +206,20 @@ def score_operand(site: Site, build: Builder, slot: int) -> Any:
     ):
         return made  # a number
     groups = (r.batch, r.heads, r.query, r.key)
-    return build.layout(build.reach(term, site.scope), groups, full=False)
+    laid = build.layout(build.reach(term, site.scope), groups, full=False)
+    if term.expr.rank == 0 and build.value(laid).dtype is torch.float64:
+        return build.cast(laid, opmath(site.spec.dtype))  # a number widens nothing
+    return laid
 
 
 def row_operand(site: Site, build: Builder, slot: int) -> Any:
-    """A tensor that does not vary over the keys, ``[B | 1, H | 1, Q | 1, 1]``, or a number."""
+    """A tensor that does not vary over the keys, ``[B | 1, H | 1, Q | 1, 1]``, or a number.
+
+    Raises:
+        Refused: it does vary.
+    """
+    if site.scope.varies_over_keys(site.operands[slot]):
+        raise Refused("a tensor of queries varies over the keys")
     tensor = score_operand(site, build, slot)
     if (
         isinstance(tensor, fx.Node)
@@ -168,7 +255,9 @@ def tensor_operand(site: Site, build: Builder, slot: int) -> fx.Node:
     made = score_operand(site, build, slot)
     if isinstance(made, fx.Node) and isinstance(build.value(made), torch.Tensor):
         return made
-    return build.op("scalar_tensor", made, dtype=site.spec.dtype, device=build.value(build.anchor).device)
+    dtype, device = site.operands[slot].expr.dtype, build.value(build.anchor).device
+    dtype = dtype if dtype is torch.bool else opmath(site.spec.dtype)
+    return build.op("scalar_tensor", made, dtype=dtype, device=device)
 
 
 def after_weights(site: Site, build: Builder, out: fx.Node) -> fx.Node:
@@ -179,17 +268,31 @@ def after_weights(site: Site, build: Builder, out: fx.Node) -> fx.Node:
             out = build.op(
                 "mul" if isinstance(factor, fx.Node) or not build.is_aten else "mul_scalar", out, factor
             )
-        elif isinstance(mod, Keep) and "j" not in mod.axes:
+        elif isinstance(mod, Keep) and mod.product and "j" not in mod.axes:
             kept = row_operand(site, build, mod.slot)
-            if mod.product:
-                keeps = kept if mod.attends else build.op("logical_not", kept)
-                out = build.op("mul", out, build.cast(keeps, build.value(out).dtype))
-                continue
-            zero = build.op(
-                "scalar_tensor", 0.0, dtype=build.value(out).dtype, device=build.value(out).device
-            )
+            keeps = kept if mod.attends else build.op("logical_not", kept)
+            out = build.op("mul", out, build.cast(keeps, build.value(out).dtype))
+        elif isinstance(mod, ZeroEmptyRows) and mod.every:
+            out = _without_nan_rows(build, out)
+    return _kept(site, build, out)
+
+
+def _kept(site: Site, build: Builder, out: fx.Node) -> fx.Node:
+    """Zero in the rows whose weights were all set to zero after the softmax, NaN or not."""
+    for mod in site.spec.weights:
+        if isinstance(mod, Keep) and not mod.product and "j" not in mod.axes:
+            kept, value = row_operand(site, build, mod.slot), build.value(out)
+            zero = build.op("scalar_tensor", 0.0, dtype=value.dtype, device=value.device)
             out = build.op("where", kept, out, zero) if mod.attends else build.op("where", kept, zero, out)
     return out
+
+
+def _without_nan_rows(build: Builder, out: fx.Node) -> fx.Node:
+    """Zero in the rows whose weights were NaN, whatever the reason: they are NaN throughout."""
+    value = build.value(out)
+    nan = build.op("all", build.op("isnan", out), -1, True)
+    zero = build.op("scalar_tensor", 0.0, dtype=value.dtype, device=value.device)
+    return build.op("where", nan, zero, out)
 
 
 def visible(site: Site, build: Builder, mask: Mask) -> fx.Node:
@@ -228,22 +331,50 @@ def rows_of(site: Site, build: Builder, dtype: torch.dtype) -> Rows:
     uniform over the keys with the highest fill.  With the queries of such rows set to zero and the
     highest level moved to zero, every kernel computes just that, in any precision.
     """
-    level: fx.Node | None = None
-    for mod in hiders(site.spec):
-        level = _hide(site, build, level, mod)
-    assert level is not None
+    level = _levels(site, build)
     top = build.op("amax", level, [-1], True)
     value = build.value(top)
     zero = build.op("scalar_tensor", 0.0, dtype=value.dtype, device=value.device)
     if len(site.spec.masks) == len(hiders(site.spec)):
         seen = build.op("eq_scalar", top, 0)
     else:
-        bound = max(-FILL, 0.99 * torch.finfo(value.dtype).min)
-        seen = build.op("gt", top, build.op("scalar_tensor", bound, dtype=value.dtype, device=value.device))
+        known = torch.finfo(value.dtype)
+        bound = min(
+            max(FILL, 2 * USUAL_SCORES / known.eps), 0.99 * known.max
+        )  # beyond it scores are absorbed
+        seen = build.op(
+            "lt",
+            build.op("abs", top),
+            build.op("scalar_tensor", bound, dtype=value.dtype, device=value.device),
+        )
     hidden = build.op("logical_and", build.op("isfinite", top), build.op("logical_not", seen))
     level = build.cast(build.op("sub", level, build.op("where", hidden, top, zero)), dtype)
     lowest = build.op("scalar_tensor", torch.finfo(dtype).min, dtype=dtype, device=value.device)
     return Rows(build.op("maximum", level, lowest), top, seen)
+
+
+def with_infinite_rows(site: Site, build: Builder, target: Target, out: fx.Node) -> fx.Node:
+    """NaN where biases that are added as they are hide all keys of a row by minus infinity.
+
+    Kernels give zero there, as SDPA defines it; rows that see no key for other reasons are mended already.
+    """
+    spec = site.spec
+    added = any(isinstance(m, Bias) and m.hides for m in spec.scores) and not may_empty_rows(spec, target)
+    if not added or spec.sink is not None or any(isinstance(w, ZeroEmptyRows) for w in spec.weights):
+        return out
+    top = build.op("amax", _levels(site, build), [-1], True)
+    value = build.value(out)
+    nan = build.op("scalar_tensor", math.nan, dtype=value.dtype, device=value.device)
+    return _kept(site, build, build.op("where", build.op("eq_scalar", top, -math.inf), nan, out))
+
+
+def _levels(site: Site, build: Builder) -> fx.Node:
+    """What the masks, and the biases that may hide, make of scores of zero, in the order of computation."""
+    level: fx.Node | None = None
+    for mod in hiders(site.spec):
+        level = _hide(site, build, level, mod)
+    assert level is not None
+    return level
 
 
 def hiders(spec: Attention) -> list[Mask | Bias]:
@@ -260,7 +391,11 @@ def _hide(site: Site, build: Builder, level: fx.Node | None, mod: Mask | Bias) -
         return tensor if level is None else build.op("add", level, tensor)
     if mod.additive:
         return tensor if level is None else build.op("add", level, tensor)
-    dtype, device = site.product.dtype, build.value(build.anchor).device
+    dtype = site.product.dtype if level is None else build.value(level).dtype
+    if math.isfinite(mod.fill):
+        wide = (d for d in (torch.float32, torch.float64) if mod.fill >= torch.finfo(d).min)
+        dtype = dtype if mod.fill >= torch.finfo(dtype).min else next(wide, torch.float64)
+    level, device = level if level is None else build.cast(level, dtype), build.value(build.anchor).device
     fill = build.op("scalar_tensor", mod.fill, dtype=dtype, device=device)
     before = level if level is not None else build.op("scalar_tensor", 0.0, dtype=dtype, device=device)
     return build.op("where", visible(site, build, mod), before, fill)
@@ -288,6 +423,8 @@ def finish_rows(
             "where", rows.seen, out, build.op("scalar_tensor", 0.0, dtype=value.dtype, device=value.device)
         )
     opaque = any(isinstance(m, Bias) for m in fills)
+    if target.training and policy != "zero" and 0 < len(additive) < len(fills):
+        raise Refused("gradients of rows that see no key under masks that are added and masks that are not")
     if target.training and additive and (policy == "mean" or opaque):
         if len(fills) > 1:
             raise Refused("gradients of rows that see no key under several masks (join them into one)")
@@ -295,10 +432,29 @@ def finish_rows(
             "where", rows.seen, out, build.cast(_with_gradients(site, build, x, scale, out), value.dtype)
         )
     if policy != "mean" or len(fills) > 1 or opaque:  # finite fills may add up to -inf
-        number = 0.0 if policy == "zero" else math.nan
+        finite = build.op("isfinite", rows.top)
+        zero = policy == "zero" or any(isinstance(w, ZeroEmptyRows) for w in spec.weights)
+        number = 0.0 if zero else math.nan
         other = build.op("scalar_tensor", number, dtype=value.dtype, device=value.device)
-        out = build.op("where", build.op("isfinite", rows.top), out, other)
+        if target.training and not zero:
+            one = build.op("scalar_tensor", 1.0, dtype=value.dtype, device=value.device)
+            nan = build.op("where", finite, one, other)  # a number where the row's gradient is zero
+            other = build.op(
+                "mul", build.cast(_nan_row(site, build, x, scale, bool(additive)), value.dtype), nan
+            )
+        out = build.op("where", finite, out, other)
     return out
+
+
+def _nan_row(site: Site, build: Builder, x: Operands, scale: float, additive: bool) -> fx.Node:
+    """What depends on all that the weights of a row that sees no key depend on: all of it gets NaN gradients.
+
+    A mask that replaces scores stops them before queries and keys, one that is added does not.
+    """
+    mean = build.op("mean", x.v, [2], True)
+    if site.roles.group:
+        mean = repeat_heads(site, build, mean)
+    return _with_gradients(site, build, x, scale, mean) if additive else mean
 
 
 def mean_of_values(site: Site, build: Builder, x: Operands, scale: float, training: bool) -> fx.Node:

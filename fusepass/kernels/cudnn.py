@@ -8,13 +8,23 @@ Source: ``aten::_scaled_dot_product_cudnn_attention`` (``native_functions.yaml``
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 
 import torch
 from torch import fx
 
 from fusepass.emit import Builder
 from fusepass.kernels import sdpa
-from fusepass.kernels.base import Kernel, Refused, Target, after_weights, operands, scaled
+from fusepass.kernels.base import (
+    IN_GRAPH,
+    Kernel,
+    Refused,
+    Target,
+    after_weights,
+    may_empty_rows,
+    operands,
+    scaled,
+)
 from fusepass.kernels.gates import gate_refuses
 from fusepass.recognize import Site
 from fusepass.spec import Attention
@@ -22,16 +32,14 @@ from fusepass.spec import Attention
 operator_of_cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 
 
+TAKES = replace(sdpa.TAKES, sink=False, learned=IN_GRAPH, rows="seen")
+
+
 def refuse(spec: Attention, target: Target) -> str | None:
     """Why cuDNN, through torch, cannot compute ``spec``."""
-    reason = gate_refuses("cudnn", spec, target.device, target.training) or sdpa.refuse(spec, target)
-    if reason is not None:
-        return reason
-    if spec.sink is not None:
-        return "it has no sink"
-    if not spec.rows_seen and spec.masks:
+    if may_empty_rows(spec, target):
         return "a query may see no key"
-    return None
+    return gate_refuses("cudnn", spec, target.device, target.training)
 
 
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
@@ -43,8 +51,6 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     causal = spec.is_causal()
     mask = None if causal else sdpa.attn_mask(site, build, target, x)
     if mask is not None:
-        if build.value(mask).requires_grad:
-            raise Refused("a bias that needs a gradient")
         mask = _full(site, build, mask)
     found = build.call(
         operator_of_cudnn, x.q, x.k, x.v, mask, target.training, spec.dropout, causal, False, scale=scale
@@ -66,4 +72,4 @@ def _full(site: Site, build: Builder, mask: fx.Node) -> fx.Node:
     return build.op("expand", build.cast(mask, dtype), sizes)
 
 
-CUDNN = Kernel("cudnn", refuse, emit, of_torch=True)
+CUDNN = Kernel("cudnn", TAKES, emit, refuse, of_torch=True)

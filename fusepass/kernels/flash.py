@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import sympy
@@ -22,6 +22,8 @@ from fusepass.index import simplify_size
 from fusepass.kernels import flash4_mods, flash_ops, fp8_ops
 from fusepass.kernels import formula as fm
 from fusepass.kernels.base import (
+    AROUND,
+    IN_GRAPH,
     Kernel,
     Refused,
     Target,
@@ -37,16 +39,13 @@ from fusepass.spec import (
     Band,
     Bias,
     Dropout,
-    Keep,
-    KeyGate,
     Mask,
     Scale,
     ScaleBy,
+    Sink,
     SoftCap,
-    WeightScale,
-    ZeroEmptyRows,
-    negligible,
 )
+from fusepass.takes import Takes
 
 
 @dataclass(frozen=True)
@@ -59,49 +58,32 @@ class Call:
     dropout: float = 0.0
 
 
+#: What the libraries compute themselves.  The biases of flash 2 are ALiBi.
+NATIVE = {
+    "flash2": Takes(
+        ((Scale, ScaleBy), SoftCap, (Bias, Mask)), (Dropout, *AROUND), learned=IN_GRAPH, hiding_biases=True
+    ),
+    "flash3": Takes(((Scale, ScaleBy), SoftCap, Mask), AROUND, learned=IN_GRAPH),
+    "flash4": Takes(((Scale, ScaleBy), SoftCap, Mask), AROUND, sink=True, learned=(*IN_GRAPH, Sink)),
+}
+
+
 def describe(spec: Attention, name: str) -> Call | str:
     """The call that computes ``spec``, or why there is none."""
-    biases = [m for m in spec.scores if isinstance(m, Bias)]
-    call = _scores(replace(spec, scores=tuple(m for m in spec.scores if m not in biases)))
-    if isinstance(call, str):
-        return call
-    if biases and (name != "flash2" or len(biases) > 1 or call.right != 0 or _scale_follows(spec)):
-        return f"it has no '{biases[0]}'"
-    if spec.sink is not None and (name != "flash4" or not set(spec.sink.axes) <= {"h"}):
-        return "it has no sink" if name != "flash4" else "its sink is one number a head"
-    reason = spec.refuse_weights(Dropout, Keep, WeightScale, KeyGate, ZeroEmptyRows)
-    if reason is not None:
+    if (reason := NATIVE[name].refuse(spec)) is not None:
         return reason
-    if spec.dropout and name != "flash2":
-        return "it has no dropout"
-    return replace(call, dropout=spec.dropout)
-
-
-def _scale_follows(spec: Attention) -> bool:
-    """Is something other than masks done to the scores after the first bias?"""
-    first = next(n for n, m in enumerate(spec.scores) if isinstance(m, Bias))
-    return not all(isinstance(m, (Bias, Mask)) for m in spec.scores[first:])
-
-
-def _scores(spec: Attention) -> Call | str:
-    softcap = 0.0
-    for position, mod in enumerate(spec.scores):
-        before = spec.scores[:position]
-        if isinstance(mod, (Scale, ScaleBy)):
-            if not all(isinstance(m, (Scale, ScaleBy)) for m in before):
-                return f"'{mod}' comes after '{before[-1]}'"
-            if isinstance(mod, ScaleBy) and "j" in mod.axes:
-                return "the scores are multiplied by a tensor that varies over the keys"
-        elif isinstance(mod, SoftCap):
-            if not all(isinstance(m, (Scale, ScaleBy)) for m in before):
-                return f"'{mod}' comes after '{before[-1]}'"
-            softcap = mod.cap
-        elif not isinstance(mod, Mask):
-            return f"it has no '{mod}'"
-    if softcap < 0:
+    caps = [m.cap for m in spec.scores if isinstance(m, SoftCap)]
+    if any(cap < 0 for cap in caps):
         return "its softcap is positive"
     window = bottom_right(spec)
-    return window if isinstance(window, str) else Call(*window, softcap=softcap)
+    if isinstance(window, str):
+        return window
+    biases = [m for m in spec.scores if isinstance(m, Bias)]
+    if biases and (len(biases) > 1 or window[1] != 0):
+        return f"it has no '{biases[0]}'"
+    if spec.sink is not None and not set(spec.sink.axes) <= {"h"}:
+        return "its sink is one number a head"
+    return Call(*window, softcap=sum(caps), dropout=spec.dropout)
 
 
 def bottom_right(spec: Attention) -> tuple[int | None, int | None] | str:
@@ -110,7 +92,7 @@ def bottom_right(spec: Attention) -> tuple[int | None, int | None] | str:
     for mask in spec.masks:
         if not all(isinstance(a, Band) for a in mask.atoms) or not mask.atoms:
             return f"its masks are bands, and this is '{mask}'"
-        if not negligible(mask.fill, spec.score_dtype):
+        if not spec.hides(mask):
             return f"hidden scores are set to {mask.fill:g}, which is within reach of real scores"
         bands += [a for a in mask.atoms if isinstance(a, Band)]
     if not bands:
@@ -146,7 +128,7 @@ def kernel(name: str) -> Kernel:
         if reason is not None:
             return reason
         call = describe(spec, name)
-        if isinstance(call, str) and name == "flash4" and flash4_mods.may(spec):
+        if isinstance(call, str) and name == "flash4" and flash4_mods.TAKES.refuse(spec) is None:
             return None
         return call if isinstance(call, str) else None
 
@@ -155,7 +137,8 @@ def kernel(name: str) -> Kernel:
             return flash4_mods.emit(site, build, target, bottom_right)
         return _emit(name, site, build)
 
-    return Kernel(name, refuse, emit)
+    takes = flash4_mods.OR_NATIVE if name == "flash4" else NATIVE[name]
+    return Kernel(name, takes, emit, refuse)
 
 
 def _emit(name: str, site: Site, build: Builder) -> fx.Node:
@@ -199,7 +182,7 @@ def _slopes(site: Site, build: Builder, bias: Bias) -> fx.Node:
     Under a causal mask flash 2 adds ``slope * (j - i)`` and a number a row, which the softmax does not see.
 
     Raises:
-        Refused: the bias is of another form, or its slopes learn.
+        Refused: the bias is of another form.
     """
     writer = fm.Writer(site)
     refusal = Refused(f"it has no '{bias}' but ALiBi")
@@ -216,7 +199,7 @@ def _slopes(site: Site, build: Builder, bias: Bias) -> fx.Node:
         if not terms:
             node = build.op("select", node, dim, constant)
     value = build.value(node)
-    if value.requires_grad or value.dim() != 1:
+    if value.dim() != 1:
         raise refusal
     return build.op("mul_scalar", build.cast(node, torch.float32), step[1] * bias.factor)
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor, fx
 from fusepass.emit import Builder
 from fusepass.kernels import blocks, cute_mods, flash_ops, flex_blocks
 from fusepass.kernels import formula as fm
-from fusepass.kernels.base import Operands, Refused, Target, after_weights, operands
+from fusepass.kernels.base import AROUND, IN_GRAPH, Operands, Refused, Target, after_weights, operands
 from fusepass.recognize import Site
 from fusepass.spec import (
     Attention,
@@ -39,10 +40,11 @@ from fusepass.spec import (
     Mask,
     Scale,
     ScaleBy,
+    Sink,
     SoftCap,
     empty_rows,
-    negligible,
 )
+from fusepass.takes import Takes
 
 _LOADED = (torch.bool, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
 
@@ -194,12 +196,13 @@ torch.library.register_autograd(
 # ---------------------------------------------------------------------------------------- sites
 
 
-def may(spec: Attention) -> bool:
-    """May a specification be computed by formulas, as far as it says itself?"""
-    known = all(isinstance(m, (Scale, ScaleBy, SoftCap, Bias, Mask)) for m in spec.scores)
-    hidden = all(negligible(m.fill, spec.dtype) for m in spec.masks)
-    after = spec.refuse_weights(*flex_blocks.AFTER) is None
-    return known and hidden and after and spec.sink is None and not spec.dropout
+#: What may be computed by formulas, as far as a specification says itself.
+TAKES = Takes(
+    ((Scale, ScaleBy, SoftCap, Bias, Mask),), AROUND, learned=IN_GRAPH, factors="pairs", rows="one level",
+    hiding_biases=True,
+)  # fmt: skip
+#: The same, and what the library computes itself, which has sinks.
+OR_NATIVE = replace(TAKES, sink=True, learned=(*IN_GRAPH, Sink))
 
 
 def fills_first_rows(spec: Attention, training: bool) -> bool:
@@ -213,8 +216,7 @@ def fills_first_rows(spec: Attention, training: bool) -> bool:
         bounds = (a.left is None if isinstance(a, Band) else isinstance(a, KeyPadding) for a in mask.atoms)
         return bool(mask.atoms) and all(bounds) and not (training and mask.additive)
 
-    may_be_empty = bool(spec.masks) and not spec.rows_seen
-    return may_be_empty and all(map(grows, spec.masks)) and empty_rows(spec) == "mean"
+    return spec.unseen_rows and all(map(grows, spec.masks)) and empty_rows(spec) == "mean"
 
 
 def emit(
@@ -225,8 +227,6 @@ def emit(
     Args:
         band: the window of a specification, aligned at the last query and key, or why it is none.
     """
-    if not flex_blocks.mendable(site):
-        raise Refused("rows that see no key under several masks")
     made = flex_blocks.plan(site, build)
     if made is None:
         raise Refused("its modifiers have no formula")
@@ -253,7 +253,7 @@ def emit(
         *(window if native else (None, None)),
     )  # fmt: skip
     out = build.call(operator.getitem, found, 0)
-    if site.spec.masks and not site.spec.rows_seen and not filled and empty_rows(site.spec) != "zero":
+    if site.spec.unseen_rows and not filled and empty_rows(site.spec) != "zero":
         lse = build.call(operator.getitem, found, 1)
         out = flex_blocks.mended(site, build, target, x, out, lse, major="rows")
     out = build.op("transpose", out, 1, 2)
@@ -289,4 +289,4 @@ def _check(
             raise Refused("its formulas read truth values, integers and floats on the same GPU")
 
 
-__all__ = ["emit", "fills_first_rows", "may"]
+__all__ = ["OR_NATIVE", "TAKES", "emit", "fills_first_rows"]

@@ -22,6 +22,7 @@ from fusepass.emit import Builder
 from fusepass.kernels import flex_blocks
 from fusepass.kernels import formula as fm
 from fusepass.kernels.base import (
+    AROUND,
     Kernel,
     Operands,
     Refused,
@@ -37,6 +38,7 @@ from fusepass.kernels.base import (
     refuse_far_elements,
     rows_of,
     tensor_operand,
+    without_hidden_keys,
 )
 from fusepass.kernels.flex_blocks import representable
 from fusepass.kernels.gates import gate_refuses
@@ -45,17 +47,17 @@ from fusepass.recognize import Site
 from fusepass.spec import (
     Attention,
     Bias,
-    Dropout,
     Finite,
     Floor,
     Mask,
+    Modifier,
     Scale,
     ScaleBy,
     ScoreModifier,
     SoftCap,
     finite,
-    negligible,
 )
+from fusepass.takes import Takes
 
 
 def flex_attention(
@@ -190,14 +192,6 @@ def refuse(spec: Attention, target: Target) -> str | None:
         return "FlexAttention takes no size that depends on data"
     if spec.sink is not None and not takes_tables(target.device):
         return f"a sink takes the log-sum-exp, which FlexAttention does not return on {target.device}"
-    if any(isinstance(w, Dropout) for w in spec.weights):
-        return "FlexAttention has no dropout"
-    for mod in spec.scores:
-        if not isinstance(mod, (Scale, ScaleBy, SoftCap, Bias, Mask, Floor, Finite)):
-            return f"FlexAttention has no '{mod}'"
-    reason = spec.refuse_weights(*flex_blocks.AFTER)
-    if reason is not None:
-        return reason
     if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"FlexAttention does not compute in {str(spec.dtype).removeprefix('torch.')}"
     return None
@@ -229,10 +223,8 @@ def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
         raise Refused("a sink with scores that have no formula")
     x, spec, rows = operands(site, build), site.spec, None
     original, scale = x, 1.0
-    within_reach = [m for m in spec.masks if not negligible(m.fill, spec.dtype)]
-    if within_reach and len(within_reach) < len(spec.masks) and not spec.rows_seen:
-        raise Refused("a row may see no key, under fills that vanish and fills that do not")
-    if may_empty_rows(spec, target) and not within_reach:
+    if may_empty_rows(spec, target):
+        original = x = without_hidden_keys(site, build, target, x)
         rows = rows_of(site, build, build.value(x.q).dtype)
         scale = math.prod(m.factor for m in spec.scores if isinstance(m, Scale))
         x = Operands(muted(build, rows, x.q), x.k, x.v)
@@ -266,11 +258,10 @@ def _with_levels(site: Site, build: Builder, rows: Rows) -> tuple[Attention, lis
         before = site.spec.scores[: site.spec.scores.index(mod)]
         if any(m in hiding for m in before) and not isinstance(mod, Bias):
             raise Refused(f"'{mod}' comes after a mask under which a row may see no key")
-        slot = getattr(mod, "slot", None)
-        if slot is not None:
-            tensor = tensor_operand(site, build, slot)
+        if isinstance(mod, (Bias, ScaleBy)):
+            tensor = tensor_operand(site, build, mod.slot)
             tensors.append(muted(build, rows, tensor) if isinstance(mod, Bias) else tensor)
-            mod = replace(mod, slot=len(tensors) - 1)  # type: ignore[arg-type]
+            mod = replace(mod, slot=len(tensors) - 1)
         kept.append(mod)
     tensors.append(rows.level)
     return replace(site.spec, scores=(*kept, Bias(len(tensors) - 1))), tensors
@@ -279,11 +270,6 @@ def _with_levels(site: Site, build: Builder, rows: Rows) -> tuple[Attention, lis
 def refuse_flash(spec: Attention, target: Target) -> str | None:
     """Why FlexAttention's kernels of flash-attn 4 cannot compute ``spec``."""
     reason = gate_refuses("flex_flash", spec, target.device, target.training) or refuse(spec, target)
-    cleaned = next((m for m in spec.scores if isinstance(m, Finite)), None)
-    if reason is None and spec.sink is not None:
-        return "its log-sum-exp has no gradient, which a sink needs"
-    if reason is None and cleaned is not None:
-        return f"it has no '{cleaned}'"
     if reason is None and target.training and torch.are_deterministic_algorithms_enabled():
         return "its backward pass is not deterministic on this GPU"
     sizes = [size for size in (spec.head_dim, spec.value_dim) if isinstance(size, int)]
@@ -300,5 +286,10 @@ def emit_flash(site: Site, build: Builder, target: Target) -> fx.Node:
     return build.cast(after_weights(site, build, out), site.spec.out_dtype)
 
 
-FLEX = Kernel("flex", refuse, emit)
-FLEX_FLASH = Kernel("flex_flash", refuse_flash, emit_flash)
+TAKES = Takes(
+    ((Scale, ScaleBy, SoftCap, Bias, Mask, Floor, Finite),), AROUND, sink=True, learned=(Modifier,),
+    factors="pairs", fills="written", lowest=flex_blocks.EXTREME, rows="levels", hiding_biases=True,
+)  # fmt: skip
+OF_FORMULAS = replace(TAKES, scores=((Scale, ScaleBy, SoftCap, Bias, Mask),), sink=False, fills="hidden")
+FLEX = Kernel("flex", TAKES, emit, refuse)
+FLEX_FLASH = Kernel("flex_flash", replace(OF_FORMULAS, rows="one level"), emit_flash, refuse_flash)

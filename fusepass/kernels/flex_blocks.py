@@ -43,21 +43,15 @@ from fusepass.spec import (
     Attention,
     Bias,
     Finite,
-    Keep,
-    KeyGate,
     Mask,
     Scale,
     ScaleBy,
     SoftCap,
-    WeightScale,
-    ZeroEmptyRows,
     empty_rows,
     finite,
-    negligible,
+    one_level,
 )
 
-AFTER = (Keep, WeightScale, KeyGate, ZeroEmptyRows)
-"""What is done to weights or results after the kernel."""
 TILED_HEAD_DIM = 128
 """Beyond this head size the tiles of flash-attn 4 are no blocks of 128 keys."""
 SMALL_HEAD_DIM = SMALL_TILE = 64
@@ -189,7 +183,7 @@ def plan(site: Site, build: Builder) -> Plan | None:
         try:
             if isinstance(mod, Mask):
                 masked = True
-                if not negligible(mod.fill, spec.dtype):
+                if not spec.hides(mod):
                     return None
                 made.visible.append(_visible(made.of_masks, mod))
             elif isinstance(mod, Scale) and position == 0:
@@ -286,7 +280,7 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
             q.new_empty(q.shape[:3], dtype=torch.float32),
         )
     sink = site.spec.sink
-    reads = sink is not None or (bool(site.spec.masks) and not site.spec.rows_seen)
+    reads = sink is not None or site.spec.unseen_rows
     if reads:  # without gradients the kernel writes no log-sum-exp, unless told that somebody reads it
         options = options | {"OUTPUT_LOGSUMEXP": True}
     if not flash:
@@ -388,12 +382,7 @@ def tables_of(
 
 def mendable(site: Site) -> bool:
     """Is the answer of rows that see no key known from the log-sum-exp alone?"""
-    spec = site.spec
-    if spec.rows_seen or not spec.masks or empty_rows(spec) != "mean":
-        return True
-    return len(spec.masks) == 1 or (
-        len({m.fill for m in spec.masks}) == 1 and not any(m.additive for m in spec.masks)
-    )
+    return not site.spec.unseen_rows or one_level(site.spec)
 
 
 def mended(
@@ -421,6 +410,6 @@ def mended(
 
 
 __all__ = [
-    "AFTER", "GROUPED", "Plan", "block_attention", "emit", "mendable", "mended", "plan",
+    "GROUPED", "Plan", "block_attention", "emit", "mendable", "mended", "plan",
     "scores_by_position", "tables_of", "thin_biases", "tile",
 ]  # fmt: skip

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, fx
 
 from fusepass.emit import Builder
-from fusepass.kernels import fp8_ops, sdpa
-from fusepass.kernels.base import Kernel, Refused, Target, after_weights, operands, scaled
+from fusepass.kernels import fp8_ops
+from fusepass.kernels.base import AROUND, Kernel, Refused, Target, after_weights, operands, scaled
 from fusepass.kernels.flash import shard_where_used
 from fusepass.kernels.gates import FLASH3, GATES, gate_refuses, import_refuses, installed
 from fusepass.recognize import Site
 from fusepass.spec import Attention, Mask, Scale, ScaleBy
+from fusepass.takes import Takes
 
 _SMALL = 1e-12
 
@@ -121,13 +122,9 @@ def refuse(spec: Attention, target: Target) -> str | None:
         return "FP8 is not written into exported graphs"
     if target.training:
         return "FP8 is for inference, and this site needs gradients"
-    reason = gate_refuses("fp8", spec, target.device, target.training) or sdpa.refuse(spec, target)
+    reason = gate_refuses("fp8", spec, target.device, target.training)
     if reason is not None:
         return reason
-    if spec.sink is not None or spec.dropout:
-        return "it has no sink and no dropout"
-    if not all(isinstance(m, (Scale, ScaleBy, Mask)) for m in spec.scores):
-        return "it adds nothing to the scores"
     if spec.masks and not spec.is_causal():
         return f"its masks are causal, and this is '{', '.join(map(str, spec.masks))}'"
     if library() == "flash3" and spec.masks and spec.queries != spec.keys:
@@ -147,4 +144,4 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     return build.cast(after_weights(site, build, out), spec.out_dtype)
 
 
-FP8 = Kernel("fp8", refuse, emit)
+FP8 = Kernel("fp8", Takes(((Scale, ScaleBy), Mask), AROUND), emit, refuse, rounds=True)

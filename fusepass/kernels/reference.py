@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -15,8 +16,19 @@ from fusepass.emit import Builder
 from fusepass.kernels.base import Kernel, Target, all_operands, operands
 from fusepass.program import decode, encode, slots
 from fusepass.recognize import Site
-from fusepass.spec import Attention, Dropout, WeightScale, reference
+from fusepass.spec import (
+    Attention,
+    Cast,
+    Dropout,
+    Modifier,
+    ScoreModifier,
+    WeightModifier,
+    WeightScale,
+    reference,
+    rounds_softmax,
+)
 from fusepass.spec_grad import gradients
+from fusepass.takes import Takes
 
 
 def compute(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> Tensor:
@@ -34,49 +46,43 @@ def compute_gradients(
     return [g.to(t.dtype).contiguous() for g, t in zip(grads, (q, k, v, *tensors), strict=True)]
 
 
-@torch.library.custom_op("fusepass::attention", mutates_args=())
-def attention(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> Tensor:
-    """Attention in plain mathematics: the semantics of :func:`fusepass.spec.reference`.
+def _operator(name: str) -> tuple[Any, Any]:
+    """The semantics of :func:`fusepass.spec.reference` as ``fusepass::name``, and its gradients as another.
 
-    Args:
+    Arguments of the operator, after which those of its backward follow the gradient of the result:
         q: ``[B, H, Q, D]``; k: ``[B, G, K, D]``; v: ``[B, G, K, Dv]``.
         tensors: operands of the program, broadcastable to ``[B, H, Q, K]``.
         program: modifiers as written by :func:`fusepass.program.encode`.
     """
-    return compute(q, k, v, tensors, program)
+    forward = torch.library.custom_op(f"fusepass::{name}", compute, mutates_args=())
+    backward = torch.library.custom_op(f"fusepass::{name}_backward", compute_gradients, mutates_args=())
+
+    @forward.register_fake
+    def _(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> Tensor:
+        shape = (q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+        return q.new_empty(shape, dtype=decode(program).out_dtype)
+
+    @backward.register_fake
+    def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> list[Tensor]:
+        return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v, *tensors)]
+
+    def setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        q, k, v, tensors, ctx.program = inputs
+        ctx.save_for_backward(q, k, v, *tensors)
+
+    def differentiate(ctx, grad):  # type: ignore[no-untyped-def]
+        q, k, v, *tensors = ctx.saved_tensors
+        grads = backward(grad, q, k, v, tensors, ctx.program)
+        given = [g if t.is_floating_point() else None for g, t in zip(grads[3:], tensors, strict=True)]
+        return grads[0], grads[1], grads[2], given, None
+
+    forward.register_autograd(differentiate, setup_context=setup)
+    return forward, backward
 
 
-@attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> Tensor:
-    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]), dtype=decode(program).out_dtype)
-
-
-@torch.library.custom_op("fusepass::attention_backward", mutates_args=())
-def attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str
-) -> list[Tensor]:
-    """Gradients of :func:`attention` for q, k, v and every operand (zeros for boolean ones)."""
-    return compute_gradients(grad, q, k, v, tensors, program)
-
-
-@attention_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> list[Tensor]:
-    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v, *tensors)]
-
-
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, tensors, ctx.program = inputs
-    ctx.save_for_backward(q, k, v, *tensors)
-
-
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    q, k, v, *tensors = ctx.saved_tensors
-    grads = attention_backward(grad, q, k, v, tensors, ctx.program)
-    given = [g if t.is_floating_point() else None for g, t in zip(grads[3:], tensors, strict=True)]
-    return grads[0], grads[1], grads[2], given, None
-
-
-attention.register_autograd(_backward, setup_context=_setup)
+attention, attention_backward = _operator("attention")
+#: The same, which compilers keep as it is: written out, TorchInductor would leave out what it rounds.
+rounded, rounded_backward = _operator("attention_rounded")
 
 
 def let_inductor_inline() -> None:
@@ -98,11 +104,20 @@ SHORT, SHORT_IN_TRAINING, SHORT_WITH_MASK = 128, 256, 32
 def refuse(spec: Attention, target: Target) -> str | None:
     """It computes every specification; where nobody asked for it, it serves training, and short sequences.
 
-    Plain mathematics is not faster than the graph as it was, but in training it keeps no weights.
+    Plain mathematics is not faster than the graph as it was, but in training it keeps no weights.  And it
+    rounds as the program says, where the compiler that follows keeps wider numbers.
     """
     if target.requested or target.training or beats_sdpa(spec, target):
         return None
+    if target.compiled and rounds(spec):
+        return None
     return "plain mathematics is what the graph has already"
+
+
+def rounds(spec: Attention) -> bool:
+    """Does the original round scores or weights to less than its operands hold?"""
+    casts = any(isinstance(m, Cast) for m in spec.scores)
+    return casts or rounds_softmax(spec.softmax_dtype, spec.dtype)
 
 
 def beats_sdpa(spec: Attention, target: Target) -> bool:
@@ -136,7 +151,8 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     if spec.dropout:
         spec, drawn = _drawn(site, build, spec)
         tensors = [*tensors, drawn]
-    return build.call(torch.ops.fusepass.attention.default, x.q, x.k, x.v, tensors, encode(spec))
+    operator = (rounded if rounds(spec) else attention)._opoverload
+    return build.call(operator, x.q, x.k, x.v, tensors, encode(spec))
 
 
 def _drawn(site: Site, build: Builder, spec: Attention) -> tuple[Attention, fx.Node]:
@@ -150,4 +166,8 @@ def _drawn(site: Site, build: Builder, spec: Attention) -> tuple[Attention, fx.N
     return replace(spec, weights=(*weights, WeightScale(1.0, slot, "bhij"))), drawn
 
 
-REFERENCE = Kernel("reference", refuse, emit)
+TAKES = Takes(
+    ((ScoreModifier,),), (WeightModifier,), sink=True, learned=(Modifier,), factors="pairs", fills="written",
+    rows="written", hiding_biases=True, no_keys=True,
+)  # fmt: skip
+REFERENCE = Kernel("reference", TAKES, emit, refuse)

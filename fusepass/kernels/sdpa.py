@@ -22,6 +22,7 @@ from fusepass.dialects.fx_nodes import size_of
 from fusepass.emit import Builder
 from fusepass.kernels import torch_flash
 from fusepass.kernels.base import (
+    AROUND,
     Kernel,
     Operands,
     Refused,
@@ -30,6 +31,7 @@ from fusepass.kernels.base import (
     after_weights,
     conjunction,
     finish_rows,
+    hiders,
     may_empty_rows,
     muted,
     operands,
@@ -39,39 +41,28 @@ from fusepass.kernels.base import (
     scaled,
     score_operand,
     visible,
+    without_hidden_keys,
 )
+from fusepass.kernels.flex import stored_op
 from fusepass.recognize import Site
 from fusepass.spec import (
     Attention,
     Bias,
     Dropout,
-    Keep,
-    KeyGate,
     Mask,
+    Modifier,
     Scale,
     ScaleBy,
     ScoreModifier,
-    WeightScale,
-    ZeroEmptyRows,
+    absorbs,
     empty_rows,
-    negligible,
 )
+from fusepass.takes import Takes
 
-
-def refuse(spec: Attention, target: Target) -> str | None:
-    """Why SDPA cannot compute ``spec``."""
-    for position, mod in enumerate(spec.scores):
-        before = spec.scores[:position]
-        if isinstance(mod, (Scale, ScaleBy)):
-            if not all(isinstance(m, (Scale, ScaleBy)) for m in before):
-                return f"'{mod}' comes after '{before[-1]}'"
-            if isinstance(mod, ScaleBy) and "j" in mod.axes:
-                return "the scores are multiplied by a tensor that varies over the keys"
-        elif not isinstance(mod, (Bias, Mask)):
-            return f"it has no '{mod}'"
-        elif isinstance(mod, Mask) and not mod.additive and not negligible(mod.fill, spec.score_dtype):
-            return f"hidden scores are set to {mod.fill:g}, which is within reach of real scores"
-    return spec.refuse_weights(Dropout, Keep, WeightScale, KeyGate, ZeroEmptyRows)
+TAKES = Takes(
+    ((Scale, ScaleBy), (Bias, Mask)), (Dropout, *AROUND), sink=True, learned=(Modifier,), fills="added",
+    rows="levels", hiding_biases=True,
+)  # fmt: skip
 
 
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
@@ -82,6 +73,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     if bounds is not None:
         out = torch_flash.emit(site, build, x, scale, bounds)
         return build.cast(after_weights(site, build, out), spec.out_dtype)
+    x = without_hidden_keys(site, build, target, x)
     original = x
     causal = spec.is_causal() and spec.sink is None
     rows: Rows | None = None
@@ -186,11 +178,13 @@ def _representable(build: Builder, added: fx.Node) -> fx.Node:
 def _absorbs(spec: Attention, target: Target, dtype: torch.dtype) -> bool:
     """Does adding the masks as they are give the original's answer for rows that see no key?
 
-    ``score + finfo.min`` rounds to ``finfo.min`` in float32 and bfloat16, so that such a row is uniform.
-    That holds for one mask, for the CPU kernel (CUDA's compute in powers of two, where ``finfo.min``
-    overflows) and without gradients (the backward's ``exp(s - logsumexp)`` loses the row's length).
+    ``score + finfo.min`` rounds to ``finfo.min`` in float32 and bfloat16, so that such a row is uniform; a
+    higher fill does not absorb all scores, which is right only where the original adds it too.  That holds
+    for one mask, for the CPU kernel (CUDA's compute in powers of two, where ``finfo.min`` overflows) and
+    without gradients (the backward's ``exp(s - logsumexp)`` loses the row's length).
     """
-    one = len(spec.masks) == 1 and empty_rows(spec) == "mean"
+    one = len(spec.masks) == 1 == len(hiders(spec)) and empty_rows(spec) == "mean"
+    one = one and (spec.masks[0].additive or absorbs(spec.masks[0].fill, dtype))
     return one and target.device == "cpu" and not target.training and dtype is not torch.float16
 
 
@@ -214,6 +208,11 @@ def _call(
         mask = build.op(
             "detach", mask
         )  # PyTorch asks whether it requires gradients, not whether any are kept
+    x = Operands(*(_as_written(build, n) for n in (x.q, x.k, x.v)))
+    if mask is not None and target.device != "cpu" and build.value(mask).shape[-1] == 1:
+        shape = [build.size(size_of(n)) for n in build.value(mask).shape[:-1]]
+        wide = build.op("expand", mask, [*shape, build.size(size_of(build.value(x.k).shape[2]))])
+        mask = build.op("contiguous", wide)  # kernels of a GPU read the keys' numbers side by side
     forms = _forms(site, build, x)
     chosen = next((f for f in forms if not _is_math(build, f[0], mask, p, causal, scale, f[1])), None)
     if chosen is None:
@@ -237,6 +236,15 @@ def _call(
         function, y.q, y.k, y.v, **{k: v for k, v in kwargs.items() if v not in (None, False, 0.0)}
     )
     return out if cut is None else build.op("slice", out, 3, 0, cut, 1)
+
+
+def _as_written(build: Builder, node: fx.Node) -> fx.Node:
+    """A copy of a tensor that the graph writes to through a transposed view.
+
+    AOTAutograd of torch 2.13 hands SDPA, written by hand too, such a tensor as it was before the write.
+    """
+    turned = not build.reader.turned.isdisjoint(build.reader.memory.of(node))
+    return build.call(stored_op, node) if turned else node
 
 
 def _forms(site: Site, build: Builder, x: Operands) -> Iterator[tuple[Operands, bool, int | None]]:
@@ -326,4 +334,4 @@ def _repeated(site: Site, build: Builder, x: Operands) -> Operands:
     return Operands(x.q, repeat_heads(site, build, x.k), repeat_heads(site, build, x.v))
 
 
-SDPA = Kernel("sdpa", refuse, emit, of_torch=True)
+SDPA = Kernel("sdpa", TAKES, emit, of_torch=True)

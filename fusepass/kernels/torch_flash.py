@@ -14,11 +14,13 @@ from torch import fx
 
 from fusepass.emit import Builder
 from fusepass.kernels import gates
-from fusepass.kernels.base import Operands, Target
+from fusepass.kernels.base import AROUND, Operands, Target
 from fusepass.kernels.flash import bottom_right
 from fusepass.recognize import Site
 from fusepass.spec import Attention, Mask, Scale, ScaleBy
+from fusepass.takes import Takes
 
+TAKES = Takes(((Scale, ScaleBy), Mask), AROUND)
 _MAJORS = (8, 9, 10, 12)
 
 
@@ -27,11 +29,9 @@ def window(spec: Attention, target: Target, dtype: torch.dtype) -> tuple[int | N
     have, sizes = gates.capability(), (spec.head_dim, spec.value_dim)
     if target.device != "cuda" or target.aten or have is None or have[0] not in _MAJORS:
         return None
-    if dtype not in gates.HALF or spec.sink is not None or spec.dropout:
+    if dtype not in gates.HALF or TAKES.refuse(spec) is not None:
         return None
     if sizes[0] != sizes[1] or not isinstance(sizes[0], int) or sizes[0] % 8 or sizes[0] > 256:
-        return None
-    if not all(isinstance(m, (Scale, ScaleBy, Mask)) for m in spec.scores):
         return None
     found = bottom_right(spec)
     return None if isinstance(found, str) or found[0] is None else found
