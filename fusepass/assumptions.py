@@ -1,7 +1,8 @@
-"""Buffers whose elements a compiled graph relies on, and what happens when they change.
+"""What a compiled graph relies on beyond Dynamo's guards, and what happens when it does not hold.
 
-A guard compares them at every call.  While it holds, the graph that was fused with that knowledge runs;
-once it does not, the original graph runs, compiled anew with nothing assumed.
+Buffers are compared at every call, and arguments that must not overlap are asked for their storages.
+While all of it holds, the graph that was fused with that knowledge runs; otherwise the original graph runs,
+compiled anew with nothing assumed of buffers, and with the arguments as they overlap now.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fusepass.contents import Snapshot
+from fusepass.report import GraphReport
 
 log = logging.getLogger("fusepass")
 
@@ -88,32 +90,47 @@ def guarded(
     compiled: Compiled,
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
-    assumed: Sequence[str],
+    report: GraphReport,
     original: Original,
     backend: Compiled,
 ) -> Compiled:
-    """``compiled`` as long as the ``assumed`` inputs hold what they held, the original graph otherwise.
+    """``compiled`` as long as what the report says it relies on holds, the original graph otherwise.
 
     Args:
         compiled: the fused graph; gm: the module it was compiled from; example_inputs: its inputs.
-        assumed: names of placeholders.
+        report: names the placeholders whose elements are ``assumed``, and those that must lie ``apart``.
         original: the graph before the pass.
         backend: compiles the original, when it is needed.
     """
     names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
-    snapshots = [(names.index(n), Snapshot(example_inputs[names.index(n)])) for n in assumed]
+    snapshots = [(names.index(n), Snapshot(example_inputs[names.index(n)])) for n in report.assumed]
+    apart = [(names.index(n), group) for group, listed in enumerate(report.apart) for n in listed]
     otherwise: list[Compiled] = []
 
     def run(*args: Any) -> Any:
-        if all(snapshot.holds(args[at]) for at, snapshot in snapshots):
+        changed = not all(snapshot.holds(args[at]) for at, snapshot in snapshots)
+        if not changed and not _overlap(args, apart):
             return compiled(*args)
         if not otherwise:
-            log.warning("fusepass: a buffer changed that a fused graph relied on; compiling without it")
+            if changed:
+                log.warning("fusepass: a buffer changed that a fused graph relied on; compiling without it")
             module = original.module()
             otherwise.append(module if original.has_regions() else torch.compile(module, backend=backend))
         return otherwise[0](*args)
 
     return run
+
+
+def _overlap(args: Sequence[Any], apart: Sequence[tuple[int, int]]) -> bool:
+    """Do tensors of different groups share a storage?  Tensors without memory of their own do not."""
+    groups: dict[int, int] = {}
+    for at, group in apart:
+        value = args[at]
+        if isinstance(value, Tensor) and not isinstance(value, FakeTensor) and value.layout is torch.strided:
+            address = value.untyped_storage().data_ptr()
+            if address and groups.setdefault(address, group) != group:
+                return True
+    return False
 
 
 __all__ = ["Original", "guarded", "static_inputs"]

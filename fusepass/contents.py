@@ -18,6 +18,8 @@ from fusepass.ir import Expr
 
 #: Larger buffers are not looked at.
 LARGEST = 1 << 26
+#: Integers of this size or more are no positions: sums of them may wrap.
+LARGEST_POSITION = 1 << 48
 #: Values of this size or more are fills, not scores.
 FILL = 1e8
 
@@ -56,7 +58,7 @@ def describe(tensor: Tensor) -> Form | None:
     """The closed form that every element of ``tensor`` fits, or None."""
     if not 0 < tensor.numel() <= LARGEST or tensor.is_complex():
         return None
-    x = tensor.detach().cpu()
+    x = _comparable(tensor.detach().cpu())
     dims = [d for d in range(x.dim()) if x.shape[d] > 1]
     for d in list(dims):
         first = x.narrow(d, 0, 1)
@@ -72,6 +74,8 @@ def _uniform(x: Tensor, dims: list[int]) -> Form | None:
 
 def _ramp(x: Tensor, dims: list[int]) -> Form | None:
     if x.is_floating_point() or x.dtype is torch.bool:
+        return None
+    if max(abs(int(n)) for n in torch.aminmax(x)) >= LARGEST_POSITION:
         return None
     start = int(x.reshape(-1)[0])
     steps = [int(x.select(d, 1).reshape(-1)[0]) - start if d in dims else 0 for d in range(x.dim())]
@@ -109,13 +113,16 @@ class Contents:
     Attributes:
         tensors: leaves that keep their elements as long as their guard holds.
         ordinary: leaves of learned or computed numbers, which are no fills.
+        values: leaves that hold an expression's value without its gradient.
         used: the leaves whose elements somebody has relied on.
     """
 
     tensors: Mapping[Expr, Tensor] = field(default_factory=dict)
     ordinary: set[Expr] = field(default_factory=set)
+    values: dict[Expr, Expr] = field(default_factory=dict)
     used: set[Expr] = field(default_factory=set)
     _forms: dict[Expr, Form | None] = field(default_factory=dict)
+    _extremes: dict[Expr, tuple[float, float]] = field(default_factory=dict)
 
     def form(self, leaf: Expr) -> Form | None:
         """The closed form of a leaf; asking for one that exists counts as relying on it."""
@@ -126,13 +133,23 @@ class Contents:
             self.used.add(leaf)
         return self._forms[leaf]
 
-    def is_ordinary(self, leaf: Expr) -> bool:
-        """May the leaf's elements be taken for scores, and not for fills?"""
+    def extremes(self, leaf: Expr) -> tuple[float, float] | None:
+        """The least and the greatest element of a known leaf (NaN where one is); asking counts as relying."""
         tensor = self.tensors.get(leaf)
-        if tensor is None or not tensor.is_floating_point():
-            return leaf in self.ordinary or not leaf.is_float
+        if tensor is None or tensor.is_complex() or tensor.numel() == 0:
+            return None
         self.used.add(leaf)
-        return tensor.numel() == 0 or bool(tensor.detach().abs().amax() < FILL)
+        if leaf not in self._extremes:
+            low, high = torch.aminmax(_comparable(tensor.detach()))
+            self._extremes[leaf] = (float(low), float(high))
+        return self._extremes[leaf]
+
+
+def _comparable(x: Tensor) -> Tensor:
+    """A tensor of a dtype that PyTorch compares and subtracts."""
+    if x.is_floating_point():
+        return x.float() if x.element_size() < 2 else x
+    return x if x.dtype is torch.bool or x.dtype.is_signed or x.element_size() == 1 else x.long()
 
 
 class Snapshot:

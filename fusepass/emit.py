@@ -17,6 +17,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from fusepass.dialects.fx_graph import Reader
+from fusepass.dialects.fx_memory import written_operands
 from fusepass.dialects.fx_nodes import size_of, value_of
 from fusepass.index import AxisSpace, Size
 from fusepass.ir import DTYPES, Expr
@@ -39,7 +40,9 @@ _ATEN: dict[str, Any] = {
     "eq_scalar": aten.eq.Scalar, "mul_scalar": aten.mul.Scalar, "sigmoid": aten.sigmoid.default,
     "pow": aten.pow.Tensor_Tensor, "ne": aten.ne.Tensor, "logical_or": aten.logical_or.default,
     "relu": aten.relu.default, "cat": aten.cat.default, "detach": aten.detach.default,
-    "amax": aten.amax.default, "isfinite": aten.isfinite.default, "matmul": aten.matmul.default,
+    "amax": aten.amax.default, "isfinite": aten.isfinite.default,
+    "isnan": aten.isnan.default, "all": aten.all.dim, "matmul": aten.matmul.default,
+    "clone": aten.clone.default, "sum": aten.sum.default,
     "transpose": aten.transpose.int, "div_number": aten.div.Scalar, "contiguous": aten.contiguous.default,
 }  # fmt: skip
 _POINTWISE = {
@@ -109,6 +112,22 @@ class Builder(Layouts[fx.Node]):
                 return self.call(_ATEN["to"], args[0], dtype=args[1])
             return self.call(_ATEN[name], *args, **kwargs)
         return self.call(_torch_function(name), *args, **kwargs)
+
+    def written_where(self, node: fx.Node, out: fx.Node) -> fx.Node:
+        """``out``, written into the tensor that ``node`` writes its result to (``out=``), if it does."""
+        targets = written_operands(node)
+        if not targets:
+            return out
+        copy = aten.copy_.default if self.is_aten else torch.Tensor.copy_
+        return self.call_with(self.value(node), copy, targets[0], out)
+
+    def before(self, user: fx.Node, target: Callable[..., Any], node: fx.Node) -> fx.Node:
+        """A call on a node of the graph, written in front of ``user``, which is new itself."""
+        made = self.call(target, node)
+        user.prepend(made)
+        self.made.remove(made)
+        self.made.insert(self.made.index(user), made)
+        return made
 
     def value(self, node: Any) -> torch.Tensor:
         """The fake tensor of a node."""
@@ -242,7 +261,7 @@ class Builder(Layouts[fx.Node]):
 
     def _pointwise(self, node: Expr) -> Any:
         args = [self.tensor(a) for a in node.args]
-        numbers_only = not any(isinstance(a, fx.Node) for a in args)
+        numbers_only = not any(isinstance(a, fx.Node) and isinstance(value_of(a), torch.Tensor) for a in args)
         if self.is_aten or numbers_only or node.op in ("where", "max", "min", "and", "or", "not", "pow"):
             args = [self.as_tensor(a) for a in node.args]
         return self.op(_POINTWISE[node.op], *args)

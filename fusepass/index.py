@@ -199,6 +199,8 @@ class AxisSpace:
 
     def divmod(self, index: Affine, n: Size) -> tuple[Affine, Affine] | None:
         """Quotient and remainder by ``n``, splitting axes as needed; None where they are not affine."""
+        if n == 0:
+            return None  # there is no element
         for _ in range(16):
             index = self.resolve(index)
             high: dict[str, Size] = {}

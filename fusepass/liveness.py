@@ -1,14 +1,15 @@
-"""Which nodes of a graph matter, and what else looks at a site's scores and weights."""
+"""What else looks at a site's scores and weights, and what nobody needs once a site is replaced."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import fx
 
 from fusepass.dialects.fx_graph import Reader
-from fusepass.dialects.fx_nodes import ALIASES, first_operand, operation, value_of, writes_in_place
+from fusepass.dialects.fx_memory import Memory, is_type_check, live_nodes
+from fusepass.dialects.fx_nodes import operation, value_of
 from fusepass.ir import POINTWISE, VIEWS, Expr, under_casts
 
 _LIGHT = (
@@ -18,20 +19,6 @@ _LIGHT = (
 )
 #: Views that mean nothing by themselves: who reads them is what matters.
 _OPAQUE_VIEWS = frozenset({"detach", "diagonal"})
-
-
-def live_nodes(graph: fx.Graph, reader: Reader) -> set[fx.Node]:
-    """The nodes that the output, or a write that somebody can see, depends on."""
-    live: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if node.op in ("output", "placeholder") or any(u in live for u in node.users):
-            live.add(node)
-        elif writes_in_place(node):
-            root = reader.root(node)
-            sharing = [root, *reader.members(root)]
-            if root.op in ("placeholder", "get_attr") or any(u in live for m in sharing for u in m.users):
-                live.add(node)
-    return live
 
 
 def outside_reader(
@@ -93,7 +80,7 @@ def _computing(
             meaning = reader.defined.get(source)
             if meaning is product:
                 found.append(source)
-            if _passes_on(reader, source, product) or source in inner or _is_light(source, meaning):
+            if _passes_on(reader, source, product) or source in inner or _is_light(reader, source, meaning):
                 todo.append(source)
     return found
 
@@ -105,9 +92,9 @@ def _passes_on(reader: Reader, node: fx.Node, product: Expr) -> bool:
     )
 
 
-def _is_light(node: fx.Node, meaning: object) -> bool:
+def _is_light(reader: Reader, node: fx.Node, meaning: object) -> bool:
     """Element-wise operations, views, reductions, writes: what lies between the two products of a site."""
-    if isinstance(meaning, tuple) or writes_in_place(node) or operation(node)[0] in _OPAQUE_VIEWS:
+    if isinstance(meaning, tuple) or reader.memory.written(node) or operation(node)[0] in _OPAQUE_VIEWS:
         return True
     return isinstance(meaning, Expr) and meaning.op in _LIGHT
 
@@ -125,13 +112,15 @@ def _reader_of(
     seen, todo = {start}, [start]
     while todo:
         node = todo.pop()
-        for user in node.users:
+        if node in live and not reader.memory.external.isdisjoint(reader.memory.written(node)):
+            return node  # the caller sees what it writes
+        for user in _readers(reader, node):
             if user is anchor or user in seen or user not in live or _reads_type(user):
                 continue
             light = (
                 user in inner
                 or _passes_on(reader, user, product)
-                or _is_light(user, reader.defined.get(user))
+                or _is_light(reader, user, reader.defined.get(user))
             )
             if not light and shares(user):
                 seen.add(user)
@@ -143,51 +132,33 @@ def _reader_of(
     return None
 
 
-def _writes_into(user: fx.Node, node: fx.Node) -> bool:
-    return writes_in_place(user) and bool(user.args) and user.args[0] is node
+def _readers(reader: Reader, node: fx.Node) -> Iterator[fx.Node]:
+    """Who reads a node: its users and, where it writes, who is later given a tensor on that memory."""
+    yield from node.users
+    if reader.memory.written(node):
+        yield from reader.given_later(node)
 
 
 def _reads_type(user: fx.Node) -> bool:
     """Does it read the shape, dtype or device of a tensor, and not its elements?"""
     kinds = (torch.dtype, torch.device, torch.Size, torch.SymInt, int)
-    return _asserts(user) or (isinstance(value_of(user), kinds) and operation(user)[0] != "item")
+    return is_type_check(user) or (isinstance(value_of(user), kinds) and operation(user)[0] != "item")
 
 
-def _asserts(user: fx.Node) -> bool:
-    """An assertion on the type of a value, which says nothing once nobody computes the value."""
-    return operation(user)[0] == "_assert_tensor_metadata"
+def erase_dead(graph: fx.Graph, memory: Memory, before: set[fx.Node], replaced: Collection[fx.Node]) -> None:
+    """Remove what nobody needs any more, and what reads it in vain.
 
-
-def erase_dead(graph: fx.Graph, start: fx.Node) -> None:
-    """Remove ``start`` and what only it needed; writes into tensors that nobody reads any more go too."""
-    todo = [start]
-    while todo:
-        node = todo.pop()
-        if node._erased or node.op not in ("call_function", "call_method"):
-            continue
-        writers = _only_writers(node)
-        if writers is None or (writes_in_place(node) and node.users):
-            continue
-        inputs = [i for n in (node, *writers) for i in n.all_input_nodes]
-        for writer in writers:
-            graph.erase_node(writer)
-        if writes_in_place(node):
-            continue  # it may still be seen through its target; its target decides
-        graph.erase_node(node)
-        todo.extend(i for i in inputs if i is not node)
-
-
-def _only_writers(node: fx.Node) -> list[fx.Node] | None:
-    """The users of a node and of its views, last first, if all they do is write into it; else None."""
-    found: list[fx.Node] = []
-    for user in node.users:
-        if not user.users and (_asserts(user) or _writes_into(user, node)):
-            found.append(user)
-        elif operation(user)[0] in ALIASES and first_operand(user) is node and not writes_in_place(user):
-            below = _only_writers(user)
-            if below is None:
-                return None
-            found += [*below, user]
-        else:
-            return None
-    return found
+    Args:
+        graph: the graph, after sites were replaced.
+        memory: its storages.
+        before: the nodes that were live before; what was dead already is left to others.
+        replaced: the nodes that others have replaced.
+    """
+    live = live_nodes(graph, memory, replaced)
+    gone: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node not in live and (node in before or any(n in gone for n in node.all_input_nodes)):
+            gone.add(node)
+    for node in reversed(list(graph.nodes)):
+        if node in gone:
+            graph.erase_node(node)

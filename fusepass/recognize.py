@@ -7,8 +7,9 @@ to a product of queries and keys, gives every axis its role, and understands the
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,21 +17,34 @@ import torch
 
 from fusepass.contents import Contents
 from fusepass.index import Affine, AxisSpace, Facts, Size, prod
-from fusepass.ir import Expr, const, expr, pointwise, scalar_of
+from fusepass.ir import DTYPES, Expr, const, expr, pointwise, scalar_of
 from fusepass.patterns import formulas, heads, masks
 from fusepass.patterns.joined import JOINED, joined, taken_apart
 from fusepass.patterns.layout import LAYOUT
 from fusepass.patterns.products import PRODUCTS, factors, normalised_late
+from fusepass.patterns.ranges import range_of
 from fusepass.patterns.scores import SCORES, holds_product
 from fusepass.patterns.softmax import SOFTMAX
 from fusepass.patterns.weights import WEIGHTS, holds_softmax, parts
 from fusepass.program import slots
-from fusepass.rule import STEP_LIMIT, Core, Peel, Product, Refuse, Rule, Scope, Term, always, applied
+from fusepass.rule import (
+    STEP_LIMIT,
+    Core,
+    Peel,
+    Product,
+    Refuse,
+    Rule,
+    Scope,
+    Term,
+    always,
+    applied,
+)
 from fusepass.spec import (
     Atom,
     Attention,
     Band,
     Bias,
+    Cast,
     Finite,
     Floor,
     Keep,
@@ -43,9 +57,15 @@ from fusepass.spec import (
     WeightModifier,
     WeightScale,
     ZeroEmptyRows,
+    fates,
     merge_scales,
     negligible,
 )
+
+#: Exponentials of usual scores do not overflow in a dtype that holds this number.
+LARGE = 1e30
+#: Exponentials of numbers up to this size neither vanish nor overflow beside a row's other terms.
+SMALL = 64.0
 
 
 @dataclass(frozen=True)
@@ -223,7 +243,8 @@ class _Reading:
             self._extent(self.summed[0]), core.scores.expr.shape[core.dim]
         ):
             raise Refuse("the softmax runs over more keys than are summed with the values", core.scores.expr)
-        self.scope.sunk = core.sink is not None
+        rounds = torch.finfo(core.dtype).eps > torch.finfo(core.scores.expr.dtype).eps
+        self.scope.sunk = core.sink is not None or core.form == "bare" or rounds
         found = self._peel_scores(core.scores, [])
         if isinstance(found, Miss):
             return found
@@ -238,18 +259,34 @@ class _Reading:
     def _peel_weights(self) -> tuple[list[WeightModifier], Core] | None:
         term = self.weights
         mods: list[Any] = []
+        rounded: list[torch.dtype] = []
         for _ in range(STEP_LIMIT):
+            if term.expr.op == "cast":
+                rounded.append(term.expr.dtype)
             found = applied((*self.rules.softmax, *self.rules.weights, *self.rules.layout), term, self.scope)
             if not found:
                 return None
             layer = found[0]
             if isinstance(layer, Core):
+                self._check_weights(rounded, layer.dtype)
                 return list(reversed(mods)), layer
             assert isinstance(layer, Peel)
             if layer.modifier is not None:
                 mods.append(layer.modifier)
             term = layer.inner
         raise Refuse(f"more than {STEP_LIMIT} layers between the softmax and the values", self.out.expr)
+
+    def _check_weights(self, rounded: Sequence[torch.dtype], softmax: torch.dtype) -> None:
+        """Weights that are rounded to less than softmax and values hold would be other ones.
+
+        Raises:
+            Refuse: they are.
+        """
+        kinds = [d for d in (softmax, self.values.expr.dtype) if d.is_floating_point]
+        most = max(torch.finfo(d).eps for d in kinds)
+        coarse = next((d for d in rounded if torch.finfo(d).eps > most), None)
+        if coarse is not None:
+            raise Refuse(f"the weights are rounded to {coarse}, less than the values are", self.out.expr)
 
     def _peel_scores(self, term: Term, mods: list[ScoreModifier]) -> _Scores | Miss:
         """Depth first through the ways to peel; the first that ends in a product of queries and keys wins."""
@@ -316,30 +353,77 @@ class _Reading:
             scope, core.scores, core.dim, query, key, self.values, found.product.axes, value_axes
         )
         self._settle(roles)
-        scores = merge_scales([Scale(f) for f in (*query_scales, *key_scales)] + found.modifiers)
-        scores = self._floored(self._finite(self._filled([self._understood(m, roles) for m in scores])))
+        written = [Scale(f) for f in (*query_scales, *key_scales)] + found.modifiers
+        scores = merge_scales(_without_exact_casts(written, found.node.dtype))
+        rounded = {} if any(isinstance(m, Cast) for m in scores) else _roundings(written)
+        scores = tuple(self._overflown(m, core.dtype, found.node.dtype) for m in scores)
+        understood = [self._rounded(self._understood(m, roles), m, rounded) for m in scores]
+        scores = self._floored(self._finite(self._filled(understood)))
         atoms = [a for m in scores if isinstance(m, Mask) for a in m.atoms]
         sizes = {
             name: self._size(getattr(roles, name))
             for name in ("batch", "heads", "kv_heads", "query", "key", "head_dim", "value_dim")
         }
+        rows_seen = self._rows_seen(scores, atoms, sizes, roles)
+        scores = self._as_normalised(core, scores, rows_seen)
         spec = Attention(
             sizes["batch"], sizes["heads"], sizes["kv_heads"], sizes["query"], sizes["key"],
             sizes["head_dim"], sizes["value_dim"],
             dtype=query_chain[-1].expr.dtype,
             scores=_without_empty(scores),
-            weights=tuple(w for m in weights if (w := self._weight(m, roles, scores)) is not None),
             softmax_dtype=core.dtype,
             out_dtype=self.out.expr.dtype,
             sink=None if core.sink is None else Sink(scope.slot(core.sink), self._letters(core.sink, roles)),
-            rows_seen=core.sink is not None or self._rows_seen(scores, atoms, sizes, roles),
+            rows_seen=rows_seen or self._finite_sink(core),
             operands=len(scope.operands),
+            keys_exist=scope.facts.at_most(1, sizes["key"]),
         )  # fmt: skip
+        kept = tuple(w for m in weights if (w := self._weight(m, roles, spec)) is not None)
+        spec = replace(spec, weights=kept)
         self._check_operands(spec, found.node)
         return Site(
             spec, roles, scope.space, query_chain, key_chain, value_chain, scope.operands, self.out,
             found.node, scope,
         )  # fmt: skip
+
+    def _as_normalised(
+        self, core: Core, scores: tuple[ScoreModifier, ...], rows_seen: bool
+    ) -> tuple[ScoreModifier, ...]:
+        """The scores of a softmax that is written out: what a low fill does there in rows that see no key.
+
+        Raises:
+            Refuse: it depends on numbers.
+        """
+        hiding = next((m for m in scores if isinstance(m, Bias) and m.hides), None)
+        if core.form == "softmax" or (rows_seen and core.form != "bare" and hiding is None):
+            return scores
+        large = core.form == "bare" and (
+            not all(self._is_small(m) for m in scores if isinstance(m, Bias))
+            or any(isinstance(m, Scale) and abs(m.factor) > 1 for m in scores)
+            or torch.finfo(core.scores.expr.dtype).max < LARGE
+        )
+        infinite = any(isinstance(m, Mask) and not math.isfinite(m.fill) for m in scores)
+        if core.form == "gated" and not infinite and hiding is None and self._finite_sink(core):
+            return scores
+        if hiding is not None or core.form != "bare" or large:
+            raise Refuse(
+                "its softmax is written out, and what a query that sees no key gives depends on numbers",
+                core.scores.expr,
+            )
+        if rows_seen:
+            return scores
+        return tuple(self._filled_with(m, -math.inf) if isinstance(m, Mask) else m for m in scores)
+
+    def _is_small(self, mod: Bias) -> bool:
+        """Is a bias so small that no exponential of a whole row vanishes or overflows because of it?"""
+        found = range_of(self.scope.operands[mod.slot].expr, self.scope.contents, self.scope.facts)
+        return found is not None and max(map(abs, found)) * abs(mod.factor) <= SMALL
+
+    def _finite_sink(self, core: Core) -> bool:
+        """Is there a sink that every row sees, since it is a learned or constant number of ordinary size?"""
+        return core.sink is not None and not masks.may_hide(
+            core.sink.expr, self.scope.contents, self.scope.facts
+        )
 
     def _check_operands(self, spec: Attention, product: Expr) -> None:
         """A modifier made of the scores would compute them a second time."""
@@ -409,12 +493,37 @@ class _Reading:
         term = scope.operands[mod.slot]
         scaled = term
         if mod.factor != 1:
-            scaled = Term(pointwise("mul", term.expr, const(mod.factor, term.expr.dtype)), term.index)
+            dtype = term.expr.dtype if term.expr.is_float else torch.float32
+            factor = const(mod.factor, dtype)  # not in the dtype of integers, which would truncate it
+            scaled = Term(pointwise("mul", term.expr, factor, dtype=dtype), term.index)
         hidden = masks.additive_mask(self.formulas, self.formulas.lift(scaled), term.expr.dtype)
         if hidden is None:
-            hides = masks.may_hide(term.expr, scope.contents)
+            hides = masks.may_hide(term.expr, scope.contents, scope.facts)
             return replace(mod, axes=self._letters(term, roles), hides=hides)
         return Mask(self.scope.slot(scaled), hidden.fill, True, True, self._atoms(hidden.attends, roles))
+
+    @staticmethod
+    def _overflown(mod: ScoreModifier, *dtypes: torch.dtype) -> ScoreModifier:
+        """A mask whose scaled fill is below all that the scores may be: it is minus infinity."""
+        lowest = min(torch.finfo(d).min for d in dtypes)
+        return replace(mod, fill=-math.inf) if isinstance(mod, Mask) and mod.fill < lowest else mod
+
+    def _rounded(
+        self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, tuple[Any, list[Any]]]
+    ) -> ScoreModifier:
+        """A mask whose fill overflows where the scores are rounded to a narrower dtype: minus infinity."""
+        if not isinstance(mod, Mask) or not isinstance(merged, (Mask, Bias)) or not math.isfinite(mod.fill):
+            return mod
+        written, steps = rounded.get(merged.slot, (None, []))
+        if isinstance(written, Mask):
+            fill = written.fill
+        elif isinstance(written, Bias) and isinstance(merged, Bias) and merged.factor:
+            fill = mod.fill * written.factor / merged.factor
+        else:
+            return mod
+        for step in steps:
+            fill = fill * step.factor if isinstance(step, Scale) else step.hidden(fill)
+        return self._filled_with(mod, -math.inf) if fill == -math.inf else mod
 
     def _filled(self, scores: list[ScoreModifier]) -> list[ScoreModifier]:
         """``s * c + (0 if c else fill) = where(c, s, fill)`` for a factor ``c`` of zeros and ones."""
@@ -443,9 +552,13 @@ class _Reading:
             return tuple(scores)
         floor = scores[at]
         assert isinstance(floor, Floor)
-        before = [self._refilled(m, floor.bound) if isinstance(m, Mask) else m for m in scores[:at]]
-        kept = [floor] if any(isinstance(m, Bias) for m in before) else []
-        return (*before, *kept, *self._floored(scores[at + 1 :]))
+        before, rest = scores[:at], self._floored(scores[at + 1 :])
+        infinite = [n for n, m in enumerate(before) if isinstance(m, Mask) and m.fill == -math.inf]
+        if any(level != -math.inf for n in infinite for level in fates(before, n, -math.inf)):
+            return (*before, floor, *rest)
+        before = [self._refilled(m, floor.bound) if isinstance(m, Mask) else m for m in before]
+        kept = [] if all(isinstance(m, (Scale, Mask)) for m in before) else [floor]
+        return (*before, *kept, *rest)
 
     def _finite(self, scores: list[ScoreModifier]) -> list[ScoreModifier]:
         """``nan_to_num(where(m, s, -inf)) = where(m, nan_to_num(s), low)``: under the masks before it."""
@@ -460,7 +573,11 @@ class _Reading:
 
     def _refilled(self, mod: Mask, fill: float) -> Mask:
         """A mask of ``-inf`` with another fill."""
-        if mod.fill != -math.inf:
+        return self._filled_with(mod, fill) if mod.fill == -math.inf else mod
+
+    def _filled_with(self, mod: Mask, fill: float) -> Mask:
+        """A mask with another fill, which replaces scores."""
+        if mod.fill == fill:
             return mod
         if not mod.additive:
             return replace(mod, fill=fill)
@@ -494,9 +611,7 @@ class _Reading:
                 found = [whole, *(a for a in found if not isinstance(a, Band))]
         return tuple(dict.fromkeys(found))
 
-    def _weight(
-        self, mod: WeightModifier, roles: heads.Roles, scores: tuple[ScoreModifier, ...]
-    ) -> WeightModifier | None:
+    def _weight(self, mod: WeightModifier, roles: heads.Roles, spec: Attention) -> WeightModifier | None:
         if isinstance(mod, WeightScale) and mod.slot is not None:
             axes = self._letters(self.scope.operands[mod.slot], roles)
             if {"i", "j"} <= set(axes):
@@ -508,13 +623,10 @@ class _Reading:
         kept = set(masks.conjuncts(self._visible(mod.slot, mod.attends)))
         if not kept:
             return None  # it hides nothing
-        hidden = {
-            c
-            for m in scores
-            if isinstance(m, Mask) and negligible(m.fill, self.out.expr.dtype)
-            for c in masks.conjuncts(self._mask_visible(m))
-        }
-        return replace(mod, axes=axes, implied=kept <= hidden)
+        visible = [masks.conjuncts(self._mask_visible(m)) for m in spec.masks if spec.hides(m)]
+        hidden = {c for parts in visible for c in parts}
+        covers = hidden <= kept and all(visible)
+        return replace(mod, axes=axes, implied=kept <= hidden, covers=covers)
 
     def _visible(self, slot: int, attends: bool) -> Expr:
         formula = self.formulas.lift(self.scope.operands[slot])
@@ -554,6 +666,24 @@ def _factor(node: Expr) -> tuple[int, float] | None:
     if node.op == "div" and (value := scalar_of(node.args[1])):
         return 0, 1.0 / float(value)
     return None
+
+
+def _without_exact_casts(mods: Sequence[ScoreModifier], product: torch.dtype) -> list[ScoreModifier]:
+    """Casts count from the first on that holds less than the product does; from there all are kept."""
+    eps = torch.finfo(product).eps
+    coarse = (n for n, m in enumerate(mods) if isinstance(m, Cast) and torch.finfo(DTYPES[m.dtype]).eps > eps)
+    first = next(coarse, len(mods))
+    return [m for n, m in enumerate(mods) if n >= first or not isinstance(m, Cast)]
+
+
+def _roundings(mods: Sequence[ScoreModifier]) -> dict[int, tuple[Any, list[Any]]]:
+    """For every slot of a mask or bias: the modifier as written, and the scales and roundings after it."""
+    found = {}
+    for at, mod in enumerate(mods):
+        if isinstance(mod, (Mask, Bias)):
+            known = itertools.takewhile(lambda m: isinstance(m, (Scale, Cast, Mask, Bias)), mods[at + 1 :])
+            found[mod.slot] = mod, [m for m in known if isinstance(m, (Scale, Cast))]
+    return found
 
 
 def _without_empty(scores: tuple[ScoreModifier, ...]) -> tuple[ScoreModifier, ...]:

@@ -47,6 +47,8 @@ class GraphReport:
     notes: list[str] = field(default_factory=list)
     assumed: list[str] = field(default_factory=list)
     """Buffers whose elements the fused sites rely on, under a guard."""
+    apart: list[list[str]] = field(default_factory=list)
+    """Arguments of different lists must share no memory: one is read after another was written to."""
 
 
 @dataclass

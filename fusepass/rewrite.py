@@ -18,12 +18,15 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from fusepass.config import Options
 from fusepass.dialects.composites import Expansion, expand_all
 from fusepass.dialects.fx_graph import Known, Reader
+from fusepass.dialects.fx_memory import live_nodes
 from fusepass.dialects.fx_nodes import operation, value_of
 from fusepass.emit import Builder, CannotEmit
+from fusepass.gradients import given_to, keep_for_backward, learns, tie
 from fusepass.ir import VIEWS, Expr, walk
-from fusepass.kernels import BY_NAME, FP8, KERNELS, Kernel, Refused, Target
+from fusepass.kernels import BY_NAME, FP8, KERNELS, Kernel, Refused, Target, rounds
+from fusepass.kernels.base import may_empty_rows
 from fusepass.kernels.gates import library_refuses
-from fusepass.liveness import erase_dead, inner_products, live_nodes, outside_reader
+from fusepass.liveness import erase_dead, inner_products, outside_reader
 from fusepass.patterns.products import factors
 from fusepass.recognize import RULES, Miss, Rules, Site, as_product, recognise_sum
 from fusepass.report import GraphReport, SiteReport, source_of
@@ -56,7 +59,8 @@ def rewrite_graph(
         constants: the values of placeholders that are constants of an exported program.
         static: the tensors behind placeholders (buffers) whose elements may be relied on, if the caller
             guards those that ``GraphReport.assumed`` names.
-        compiled: whether a compiler follows (kernels are measured with one).
+        compiled: whether a compiler follows (kernels are measured with one), and a guard that the arguments
+            in ``GraphReport.apart`` share no memory.
     """
     start = time.perf_counter()
     report = GraphReport(nodes=0)
@@ -73,9 +77,11 @@ def rewrite_graph(
         one = _Pass(graph_module, options, rules, known, compiled, around)
         passes[graph_module] = one
         report.sites.extend(one.run())
+        report.notes.extend(one.reader.faults.notes)
         static = None  # those are inputs of the outermost graph
     if any(one.replaced for one in passes.values()):
         report.assumed = passes[gm].assumed()
+        report.apart = passes[gm].apart()
     report.seconds = time.perf_counter() - start
     return report
 
@@ -98,13 +104,14 @@ class _Pass:
         self.settled: set[Expr] = set()
         self.shared: dict[Any, Any] = {}
         self.sharing: dict[fx.Node, Expr | None] = {}
+        self.overtaken: set[Any] = set()
 
     def run(self) -> list[SiteReport]:
         """Every site's report, in program order."""
         expansions, stay = expand_all(self.graph)
         self.transforms = Transforms(self.graph, self.around)
         self.reader = Reader(self.graph, self.gm, self.known)
-        self.live = live_nodes(self.graph, self.reader)
+        self.live = live_nodes(self.graph, self.reader.memory)
         reports = [self._report(call, None, reason=reason) for call, reason in stay]
         for node in list(self.graph.nodes):
             meaning = self.reader.defined.get(node)
@@ -124,8 +131,7 @@ class _Pass:
         reports.extend(self._left_over())
         self._close(expansions)
         if self.replaced:
-            for old in self.replaced:
-                erase_dead(self.graph, old)
+            erase_dead(self.graph, self.reader.memory, self.live, self.replaced)
             self.graph.lint()
             self.gm.recompile()
         return reports
@@ -140,6 +146,12 @@ class _Pass:
         """The placeholders whose elements sites rely on."""
         names = {str(e.attrs[0]) for e in self.reader.contents.used}
         return [n.name for n in self.graph.find_nodes(op="placeholder") if n.name in names]
+
+    def apart(self) -> list[list[str]]:
+        """The placeholders on each of the storages that must not be one memory in a later call."""
+        placeholders = self.graph.find_nodes(op="placeholder")
+        found = ([n.name for n in placeholders if s in self.reader.memory.of(n)] for s in self.overtaken)
+        return sorted(filter(None, found))
 
     def _close(self, expansions: list[Expansion]) -> None:
         """Keep the steps of a call where something in them was fused."""
@@ -162,10 +174,10 @@ class _Pass:
             reader = self._outside_reader(node, site)
             if reader is not None:
                 return [self._report(node, s, reason=_also_read(reader)) for s in sites]
-        if reason := self.transforms.refuse(node):
+        if reason := _REBOUND if self.reader.memory.rebinds else self.transforms.refuse(node):
             return [self._report(node, s, reason=reason) for s in sites]
         native = self.options.precision == "native" and self.options.kernel != "reference"
-        if len(sites) == 1 and native and as_good(node, sites[0]):
+        if len(sites) == 1 and native and as_good(node, sites[0], self._target(node, sites[0])):
             return [self._report(node, sites[0], "sdpa", reason="a call to SDPA already; nothing to improve")]
         return self._fuse(node, found)
 
@@ -215,11 +227,19 @@ class _Pass:
                 for _, build, _ in reversed(made):
                     build.discard()
                 return [self._stays(node, s, r) for (_, s), r in zip(parts, rejected, strict=True)]
+            overtaken = overtaken_by([n for _, build, _ in made for n in build.made], self.reader, node)
+            if overtaken and not self.compiled:
+                for _, build, _ in reversed(made):
+                    build.discard()
+                return [self._report(node, site, reason=_MAY_OVERLAP) for _, site in parts]
             out = self._summed(node, [sign for sign, _ in parts], made)
-            rounded = any(kernel == FP8.name for _, _, kernel in made)
+            if target.training:
+                out = tie(made[-1][1], out, [n for _, build, _ in made for n in build.made])
+            rounded = any(rounds(kernel) for _, _, kernel in made)
             error = None if rounded else self._validated(parts[0][1], node, out)
             if error is None or error <= 1.0:
-                self._replace(node, out)
+                self._replace(node, made[-1][1].written_where(node, out))
+                self.overtaken |= overtaken
                 return [
                     self._report(node, site, kernel, _aside(r), r, max_error=error)
                     for (_, site), (_, _, kernel), r in zip(parts, made, rejected, strict=True)
@@ -261,7 +281,7 @@ class _Pass:
         for mod in site.spec.scores:
             if isinstance(mod, Bias):
                 homes = (self.reader.home(e, node) for e in walk(site.operands[mod.slot].expr))
-                if any(getattr(value_of(home), "requires_grad", False) for home in homes if home is not None):
+                if any(learns(home) for home in homes if home is not None):
                     found.add(mod.slot)
         return frozenset(found)
 
@@ -275,8 +295,9 @@ class _Pass:
             return reason
         build = Builder(self.reader, node, self.replaced, site.space, self.shared)
         try:
-            out = build.restore(kernel.emit(site, build, target), _result_groups(site), site.out)
-            return laid_out_as(build, node, out), build
+            out = build.restore(kernel.write(site, build, target), _result_groups(site), site.out)
+            out = laid_out_as(build, node, out)
+            return (keep_for_backward(build, site.product, out) if target.training else out), build
         except (Refused, CannotEmit) as refusal:
             build.discard()
             return str(refusal)
@@ -318,6 +339,7 @@ class _Pass:
 
     def _replace(self, node: fx.Node, out: fx.Node) -> None:
         node.replace_all_uses_with(out, propagate_meta=False)
+        self.reader.memory.stand_in(out, node)
         self.replaced[node] = out
 
     # -- reporting ---------------------------------------------------------------------------
@@ -396,6 +418,8 @@ class _Pass:
         )
 
 
+_REBOUND = "the graph puts a tensor on another storage (set_), so that what was read before is not known"
+_MAY_OVERLAP = "an argument is written to before it, which may share memory with one that it reads"
 _LOST = "the scores are written to in a way no rule follows"
 
 
@@ -410,10 +434,31 @@ def _aside(rejected: Sequence[tuple[str, str]]) -> str | None:
     return next((f"not in FP8: {reason}" for name, reason in rejected if name == FP8.name), None)
 
 
-def as_good(node: fx.Node, site: Site) -> bool:
-    """Is the node a call to SDPA that a new call would not improve on?"""
+def overtaken_by(made: Sequence[fx.Node], reader: Reader, anchor: fx.Node) -> set[Any]:
+    """Storages of arguments of which one is written to before new nodes read another, which was read earlier.
+
+    Each is known to be one memory or another in this call alone.
+    """
+    memory, end = reader.memory, reader.order[anchor]
+    found: set[Any] = set()
+    for node in given_to(made):
+        mine = memory.of(node) & memory.external
+        since = reader.order.get(node, end)
+        others = {s for s in memory.external - mine if reader.written_between(frozenset({s}), since, end)}
+        if mine and others:
+            found |= mine | others
+    return found
+
+
+def as_good(node: fx.Node, site: Site, target: Target) -> bool:
+    """Is the node a call to SDPA that a new call would not improve on?
+
+    Gradients of rows that see no key are what PyTorch's own kernel makes of them.
+    """
     if operation(node)[0] != "scaled_dot_product_attention":
         return False
+    if target.training and may_empty_rows(site.spec, target):
+        return True
     given = (
         dict(
             zip(

@@ -8,16 +8,16 @@ their order is the order of their list.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from fusepass.contents import Contents
 from fusepass.index import Affine, AxisSpace, Facts
 from fusepass.ir import POINTWISE, Expr
-from fusepass.spec import Bias, Mask, Scale, ScoreModifier, WeightModifier
+from fusepass.spec import ScoreModifier, WeightModifier
 
 STEP_LIMIT = 200
 
@@ -63,12 +63,21 @@ class Peel:
 
 @dataclass(frozen=True)
 class Core:
-    """A softmax found: its scores, the position of its axis in their index, the dtype it computes in."""
+    """A softmax found: its scores, the position of its axis in their index, the dtype it computes in.
+
+    Attributes:
+        sink: one more logit of every row.
+        form: what rows of nothing but low fills give.  ``"softmax"``: the same weight for all keys;
+            ``"bare"``: NaN, since exponentials from which no maximum was subtracted are all zero;
+            ``"relative"``: something else, since a logsumexp or an unknown shift was subtracted;
+            ``"gated"``: zero, or NaN where the fill is infinite, in spite of a sink.
+    """
 
     scores: Term
     dim: int
     dtype: torch.dtype
-    sink: Term | None = None  # one more logit of every row
+    sink: Term | None = None
+    form: Literal["softmax", "bare", "relative", "gated"] = "softmax"
 
 
 @dataclass(frozen=True)
@@ -111,8 +120,8 @@ class Scope:
     views: Sequence[Rule] = ()
     contents: Contents = field(default_factory=Contents)
     readable: Callable[[Expr], bool] = always  # whether a kernel can still be given an expression's value
-    sunk: bool = False  # the softmax has a sink
-    above: Sequence[ScoreModifier | WeightModifier] = ()  # what has been peeled off the scores so far
+    sunk: bool = False  # the softmax has a sink, or exponentials without a maximum subtracted
+    above: Sequence[ScoreModifier] = ()  # what has been peeled off the scores so far
 
     @property
     def facts(self) -> Facts:
@@ -128,22 +137,21 @@ class Scope:
 
     def axes(self, term: Term) -> frozenset[str]:
         """The axes a term really varies over, seen through views and element-wise operations."""
-        memo: dict[Term, frozenset[str]] = {}
-
-        def visit(t: Term) -> frozenset[str]:
-            if t not in memo:
-                memo[t] = compute(t)
-            return memo[t]
-
-        def compute(t: Term) -> frozenset[str]:
-            if t.expr.op in POINTWISE:
-                return frozenset().union(*(visit(t.of(a)) for a in t.expr.args))
-            inner = self.step(t)
-            if inner is not None:
-                return visit(inner)
-            return frozenset().union(*(self.space.resolve(i).axes for i in t.index))
-
-        return self.finest(visit(term))
+        found: set[str] = set()
+        todo, seen = [term], {term}
+        while todo:
+            at = todo.pop()
+            if at.expr.op in POINTWISE:
+                below = [at.of(a) for a in at.expr.args]
+            else:
+                inner = self.step(at)
+                below = [] if inner is None else [inner]
+                if inner is None:
+                    found.update(a for i in at.index for a in self.space.resolve(i).axes)
+            fresh = [t for t in dict.fromkeys(below) if t not in seen]
+            seen.update(fresh)
+            todo.extend(reversed(fresh))
+        return self.finest(frozenset(found))
 
     def finest(self, axes: frozenset[str]) -> frozenset[str]:
         """Axes as of now: looking into a tensor may split some that were named before."""
@@ -160,13 +168,9 @@ class Scope:
     def shifts_cancel(self) -> bool:
         """Does a shift of whole rows, below what has been peeled so far, cancel in the softmax?
 
-        It commutes with scales, biases and masks of ``-inf``, not with softcaps, tensor factors over the
-        keys, finite fills, or a sink.
+        Modifiers that keep it say so; beside a sink it does not.
         """
-        harmless = (
-            isinstance(m, (Scale, Bias)) or (isinstance(m, Mask) and m.fill == -math.inf) for m in self.above
-        )
-        return not self.sunk and all(harmless)
+        return not self.sunk and all(m.keeps_shift for m in self.above)
 
     def varies_over_keys(self, term: Term) -> bool:
         """Does the term depend on the key position?"""

@@ -150,7 +150,8 @@ def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel])
     if not dense and spec.sink is None:
         return list(kernels)
     native = not isinstance(flash.describe(spec, "flash4"), str)
-    hidden = all(isinstance(a, (Band, KeyPadding, Document)) for a in spec.atoms)
+    hidden = all(map(spec.hides, spec.masks))
+    hidden = hidden and all(isinstance(a, (Band, KeyPadding, Document)) for a in spec.atoms)
     windows = native and spec.sink is None  # with a sink, SDPA's own are a dense mask
 
     def place(kernel: Kernel) -> int:
@@ -196,6 +197,8 @@ def _visibility(spec: Attention) -> str:
     """The kind of what is visible."""
     if not spec.masks:
         return "one query" if spec.queries == 1 else "full"
+    if not all(map(spec.hides, spec.masks)):
+        return "mask"
     atoms = spec.atoms
     bands = [a for a in atoms if isinstance(a, Band)]
     if len(bands) < len(atoms):

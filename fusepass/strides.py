@@ -15,7 +15,8 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fusepass.dialects.fx_nodes import operation, value_of, writes_in_place
+from fusepass.dialects.fx_memory import writes
+from fusepass.dialects.fx_nodes import operation, value_of
 from fusepass.emit import Builder, CannotEmit
 
 #: Operations that ask for the layout itself.
@@ -82,10 +83,26 @@ def _observed(build: Builder, node: fx.Node, value: torch.Tensor) -> bool:
             new = _run(build, user, changed)
         except Exception:
             return True
+        if _aliases_otherwise(build, user, new, changed):
+            return True
         if not _same(value_of(user), new):
             changed[user] = new
             for reader in user.users:
                 heapq.heappush(todo, (order.get(reader, -1), reader))
+    return False
+
+
+def _aliases_otherwise(build: Builder, user: fx.Node, new: Any, changed: dict[fx.Node, Any]) -> bool:
+    """Is a view now a copy, or a copy a view, of something that is written to?"""
+    memory = build.reader.memory
+    if not isinstance(new, torch.Tensor):
+        return False
+    for source in user.all_input_nodes:
+        if isinstance(given := changed.get(source), torch.Tensor):
+            before = not memory.of(source).isdisjoint(memory.of(user))
+            now = given.untyped_storage()._cdata == new.untyped_storage()._cdata
+            if before != now and (build.reader.was_written(source) or build.reader.was_written(user)):
+                return True
     return False
 
 
@@ -95,7 +112,7 @@ def _must_keep(user: fx.Node) -> bool:
         return True
     if isinstance(user.target, torch._ops.HigherOrderOperator):
         return True
-    return operation(user)[0] in _ASKING or writes_in_place(user)
+    return operation(user)[0] in _ASKING or writes(user)
 
 
 def _run(build: Builder, user: fx.Node, changed: dict[fx.Node, Any]) -> Any:

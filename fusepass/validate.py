@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fusepass.dialects.fx_nodes import value_of, writes_in_place
+from fusepass.dialects.fx_memory import written_operands
+from fusepass.dialects.fx_nodes import value_of
 
 
 def site_error(original: fx.Node, replacement: fx.Node) -> float:
@@ -68,11 +69,7 @@ def between(original: fx.Node, replacement: fx.Node, order: dict[fx.Node, int]) 
             continue
         found.add(node)
         todo.extend(node.all_input_nodes)
-        todo.extend(
-            u
-            for u in node.users
-            if writes_in_place(u) and u.args and u.args[0] is node and order[u] < order[original]
-        )
+        todo.extend(u for u in node.users if node in written_operands(u) and order[u] < order[original])
     return found
 
 

@@ -6,14 +6,16 @@ them, and ``every_row_sees`` proves that no row is left without a key.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from fusepass.contents import FILL, Contents
-from fusepass.index import Affine, AxisSpace, Size, simplify_size
-from fusepass.ir import Expr, affine, expr, scalar_of
-from fusepass.patterns.formulas import TRUE, Formulas, against_zero, terms_of
+from fusepass.contents import Contents
+from fusepass.index import Affine, AxisSpace, Facts, Size, simplify_size
+from fusepass.ir import Expr, affine, expr, held, scalar_of
+from fusepass.patterns.formulas import FALSE, TRUE, Formulas, against_zero, terms_of
+from fusepass.patterns.ranges import is_ordinary
 from fusepass.rule import Scope
 from fusepass.spec import Atom, Band, Chunk, Dense, Document, KeyPadding, Prefix, intersect, negligible
 
@@ -31,14 +33,20 @@ class Hidden:
 def additive_mask(formulas: Formulas, formula: Expr, dtype: torch.dtype) -> Hidden | None:
     """Is this bias a mask, that is, only ever zero or a negligible fill?"""
     if formula.op == "cast" and formula.is_float and formula.args[0].is_float:
-        return additive_mask(formulas, formula.args[0], dtype)
+        inner = additive_mask(formulas, formula.args[0], dtype)
+        return None if inner is None else Hidden(inner.attends, held(inner.fill, formula.dtype))
     if formula.op == "const":
-        return Hidden(TRUE, 0.0) if formula.attrs[0] == 0 else None
+        value = float(formula.attrs[0])
+        if value != 0 and not negligible(value, dtype):
+            return None
+        return Hidden(TRUE, 0.0) if value == 0 else Hidden(FALSE, value)
     if formula.op == "add":
         a, b = (additive_mask(formulas, x, dtype) for x in formula.args)
         if a is None or b is None:
             return None
-        return Hidden(formulas.make("and", (a.attends, b.attends), torch.bool), min(a.fill, b.fill))
+        both = held(a.fill + b.fill, formula.dtype)
+        least = both if both == -math.inf else min(a.fill, b.fill)
+        return Hidden(formulas.make("and", (a.attends, b.attends), torch.bool), least)
     if formula.op == "where":
         condition, yes, no = formula.args
         for wanted, kept, filler in (
@@ -55,19 +63,9 @@ def additive_mask(formulas: Formulas, formula: Expr, dtype: torch.dtype) -> Hidd
     return None
 
 
-def may_hide(bias: Expr, contents: Contents) -> bool:
+def may_hide(bias: Expr, contents: Contents, facts: Facts) -> bool:
     """May an added tensor hold fills?  Not one made of learned numbers, positions and small constants."""
-    todo, seen = [bias], {bias}
-    while todo:
-        node = todo.pop()
-        if node.op == "const" and node.is_float and not abs(node.attrs[0]) < FILL:
-            return True
-        if node.op == "input" and not contents.is_ordinary(node):
-            return True
-        fresh = [a for a in node.args if a not in seen]
-        seen.update(fresh)
-        todo.extend(fresh)
-    return False
+    return not is_ordinary(bias, contents, facts)
 
 
 def conjuncts(formula: Expr) -> list[Expr]:

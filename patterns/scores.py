@@ -7,10 +7,23 @@ import math
 import torch
 
 from fusepass.contents import Uniform
-from fusepass.ir import POINTWISE, VIEWS, Expr, const, expr, pointwise, scalar_of, under_casts
+from fusepass.ir import (
+    DTYPE_NAMES,
+    POINTWISE,
+    VIEWS,
+    Expr,
+    Number,
+    const,
+    expr,
+    number_of,
+    opmath,
+    pointwise,
+    under_casts,
+)
 from fusepass.patterns import examples as eg
+from fusepass.patterns.ranges import is_ordinary
 from fusepass.rule import Peel, Refuse, Rule, Scope, Term, rule
-from fusepass.spec import Bias, Finite, Floor, Mask, Scale, ScaleBy, SoftCap, negligible
+from fusepass.spec import Bias, Cast, Finite, Floor, Mask, Scale, ScaleBy, SoftCap, negligible
 
 
 def holds_product(node: Expr) -> bool:
@@ -39,19 +52,27 @@ def score_sides(term: Term) -> list[int]:
 
 
 def number(node: Expr, scope: Scope) -> float | None:
-    """A constant as a float; also that of a buffer that holds one number."""
-    value, bare = scalar_of(node), under_casts(node)
-    if value is None and bare.op == "input" and isinstance(form := scope.contents.form(bare), Uniform):
-        value = torch.tensor(form.value, dtype=bare.dtype).to(node.dtype).item()
-    return None if value is None else float(value)
+    """A constant as a float, in its dtype; also that of a buffer that holds one number."""
+
+    def uniform(leaf: Expr) -> Number | None:
+        form = scope.contents.form(leaf)
+        return form.value if isinstance(form, Uniform) else None
+
+    value = number_of(node, uniform)
+    return None if value is None or isinstance(value, complex) else float(value)
 
 
 @rule("cast(x) changes the precision alone", lambda: eg.cast(eg.scores()))
 def cast(term: Term, scope: Scope) -> Peel | None:
-    """A change of floating dtype; the softmax records the dtype it computes in."""
+    """A change of floating dtype; the softmax records the dtype it computes in.
+
+    It counts only where scores are rounded to less than the product of queries and keys holds.
+    """
     if term.expr.op != "cast" or not (term.expr.is_float and term.expr.args[0].is_float):
         return None
-    return Peel(term.argument(0))
+    to, since = torch.finfo(term.expr.dtype), torch.finfo(term.expr.args[0].dtype)
+    narrow = to.max < since.max or to.eps > since.eps
+    return Peel(term.argument(0), Cast(DTYPE_NAMES[term.expr.dtype], narrow))
 
 
 @rule(
@@ -77,7 +98,7 @@ def _capped(tanh: Term, cap: float) -> Peel:
     inner = tanh.argument(0)
     if cap == 1.0:
         return Peel(inner, SoftCap(1.0))
-    scaled = pointwise("mul", inner.expr, const(cap, inner.expr.dtype), dtype=inner.expr.dtype)
+    scaled = pointwise("mul", inner.expr, const(cap, opmath(inner.expr.dtype)), dtype=inner.expr.dtype)
     return Peel(Term(scaled, inner.index), SoftCap(cap))
 
 
@@ -106,10 +127,16 @@ def scale(term: Term, scope: Scope) -> Peel | None:
         for position in (0, 1):
             factor = number(node.args[1 - position], scope)
             if factor is not None:
-                return Peel(term.argument(position), Scale(factor))
+                return Peel(term.argument(position), _scale(factor, node))
     if node.op == "div" and (divisor := number(node.args[1], scope)) is not None and divisor != 0:
-        return Peel(term.argument(0), Scale(1.0 / divisor))
+        return Peel(term.argument(0), _scale(1.0 / divisor, node))
     return None
+
+
+def _scale(factor: float, node: Expr) -> Scale:
+    if not math.isfinite(factor) or (holds_product(node) and abs(factor) > torch.finfo(node.dtype).max):
+        raise Refuse(f"the scores are multiplied by {factor:g}", node)
+    return Scale(factor)
 
 
 @rule(
@@ -131,18 +158,46 @@ def scale_by(term: Term, scope: Scope) -> list[Peel] | None:
 
 
 @rule(
-    "softmax(x + t) = softmax(x) where t does not vary over the keys",
+    "softmax(x + t) = softmax(x) where t is of ordinary size and does not vary over the keys",
     lambda: eg.binary("sub", eg.scores(), eg.reduced("amax", eg.scores())),
 )
 def shift(term: Term, scope: Scope) -> list[Peel] | None:
-    """A shift of whole rows cancels in the softmax: the usual subtraction of the maximum."""
+    """A shift of whole rows cancels in the softmax: the usual subtraction of the maximum.
+
+    One that is infinite, NaN, or so large that the scores are absorbed makes another row of it.
+    """
     if term.expr.op not in ("add", "sub") or not scope.shifts_cancel():
         return None
-    sides = [i for i in score_sides(term) if term.expr.op == "add" or i == 0]
-    free = [Peel(term.argument(i)) for i in sides if not scope.varies_over_keys(term.argument(1 - i))]
-    if term.expr.op == "sub" and 1 in score_sides(term) and not scope.varies_over_keys(term.argument(0)):
+    sides = [i for i in score_sides(term) if _cancels(term.argument(1 - i), term.argument(i), scope)]
+    free = [Peel(term.argument(i)) for i in sides if term.expr.op == "add" or i == 0]
+    if term.expr.op == "sub" and 1 in sides:
         free.append(Peel(Term(pointwise("neg", term.expr.args[1]), term.argument(1).index)))
     return free or None
+
+
+def _cancels(t: Term, x: Term, scope: Scope) -> bool:
+    if scope.varies_over_keys(t):
+        return False
+    return _is_row_maximum(t, x, scope) or is_ordinary(t.expr, scope.contents, scope.facts)
+
+
+def _is_row_maximum(t: Term, x: Term, scope: Scope) -> bool:
+    """Is ``t`` the maximum of the very row of ``x``, or of more?
+
+    A row's maximum is infinite or NaN only where the softmax of the row is NaN without the shift.
+    """
+    while t.expr.op != "amax":
+        below = t.argument(0) if t.expr.op == "cast" and t.expr.is_float else scope.step(t)
+        if below is None and (value := scope.contents.values.get(t.expr)) is not None:
+            below = Term(value, t.index)
+        if below is None:
+            return False
+        t = below
+    if under_casts(t.expr.args[0]) is not under_casts(x.expr):
+        return False
+    resolve, kept = scope.space.resolve, [d for d in range(x.expr.rank) if d not in t.expr.attrs[0]]
+    over_keys = any(resolve(x.index[d]) == resolve(scope.keys) for d in t.expr.attrs[0])
+    return over_keys and all(resolve(t.index[d]) == resolve(x.index[d]) for d in kept)
 
 
 @rule(
@@ -178,7 +233,7 @@ def mask(term: Term, scope: Scope) -> Peel | None:
     for attends, kept, filler in ((True, 1, no), (False, 2, yes)):
         fill = number(filler, scope)
         if fill is not None and holds_product(term.expr.args[kept]):
-            if fill > -1e3:
+            if not fill <= -1e3:
                 raise Refuse(
                     f"hidden scores are set to {fill:g}, which leaves them visible to the softmax", term.expr
                 )

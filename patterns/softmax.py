@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Literal
 
 import torch
 
 from fusepass.index import Affine
-from fusepass.ir import Expr, const, expr, pointwise, scalar_of, under_casts
+from fusepass.ir import Expr, const, expr, opmath, pointwise, scalar_of, under_casts
 from fusepass.patterns import examples as eg
 from fusepass.patterns.formulas import Formulas
 from fusepass.patterns.masks import visibility_factor
@@ -20,7 +22,7 @@ def _exponential(node: Expr) -> Expr | None:
     if node.op == "exp":
         return node.args[0]
     if node.op == "exp2":
-        return pointwise("mul", node.args[0], const(math.log(2.0), node.dtype), dtype=node.dtype)
+        return pointwise("mul", node.args[0], const(math.log(2.0), opmath(node.dtype)), dtype=node.dtype)
     return None
 
 
@@ -63,12 +65,40 @@ def quotient(term: Term, scope: Scope) -> Core | None:
     if scores is None:
         return None
     if (dim := _row_sum_of(_unclamped(denominator, numerator, scores), numerator)) is not None:
-        return _core(term, scores, dim)
+        return replace(_core(term, scores, dim), form=_form(scores, dim, scope))
     sunk = _with_sink(term, scores, denominator, numerator)
     if sunk is None and holds_product(scores):
         op = under_casts(denominator).op
         raise Refuse(f"exponentials are divided by {op!r}, which is not provably their row sum", term.expr)
     return sunk
+
+
+def _form(scores: Expr, dim: int, scope: Scope) -> Literal["softmax", "bare", "relative"]:
+    """What was subtracted from the logits of exponentials that are divided by their sum."""
+    node = under_casts(scores)
+    while True:
+        if node.op == "where" and scalar_of(node.args[2]) == -math.inf:
+            node = under_casts(node.args[1])
+        elif node.op == "where" and scalar_of(node.args[1]) == -math.inf:
+            node = under_casts(node.args[2])
+        elif node.op == "mul" and (scalar_of(node.args[1]) or 0) > 0:
+            node = under_casts(node.args[0])
+        else:
+            break
+    if node.op != "sub" or not holds_product(node.args[0]):
+        return "bare"
+    return "softmax" if _subtracts_maximum(node, dim, scope) else "relative"
+
+
+def _subtracts_maximum(node: Expr, dim: int, scope: Scope) -> bool:
+    shift = node.args[1]
+    while shift.op in ("cast", "expand") or shift in scope.contents.values:
+        shift = scope.contents.values.get(shift) or shift.args[0]
+    return (
+        shift.op == "amax"
+        and dim in shift.attrs[0]
+        and under_casts(shift.args[0]) is under_casts(node.args[0])
+    )
 
 
 def _logits(node: Expr, scope: Scope) -> Expr | None:
@@ -147,7 +177,8 @@ def _with_sink(term: Term, scores: Expr, denominator: Expr, numerator: Expr) -> 
         if sink.rank >= from_end and sink.shape[sink.rank - from_end] != 1:
             raise Refuse("the denominator adds a tensor that varies over the keys", term.expr)
         row = tuple(Affine() if d == dim else i for d, i in enumerate(term.index))
-        return Core(Term(rest, term.index), dim, term.expr.dtype, Term(rest, row).of(sink))
+        form: Literal["softmax", "bare"] = "softmax" if rest is not scores else "bare"
+        return Core(Term(rest, term.index), dim, term.expr.dtype, Term(rest, row).of(sink), form)
     return None
 
 
@@ -155,7 +186,7 @@ def _extra_logit(scores: Expr, extra: Expr) -> tuple[Expr, Expr] | None:
     """The scores, and the logit whose exponential is ``extra``; a shift that both share cancels."""
     constant, logit = scalar_of(extra), _exponential(under_casts(extra))
     if constant is not None:
-        return (scores, const(math.log(constant), scores.dtype)) if constant > 0 else None
+        return (scores, const(math.log(constant), opmath(scores.dtype))) if constant > 0 else None
     if logit is None:
         return None
     if scores.op == "sub" and logit.op == "sub" and scores.args[1] is logit.args[1]:
@@ -247,12 +278,12 @@ def exp_minus_logsumexp(term: Term, scope: Scope) -> Core | None:
         return None
     scores, norm = term.expr.args[0].args
     if norm.op == "logsumexp" and norm.args[0] is scores and len(norm.attrs[0]) == 1:
-        return _core(term, scores, norm.attrs[0][0])
+        return replace(_core(term, scores, norm.attrs[0][0]), form="relative")
     if (
         norm.op == "log"
         and (dim := _row_sum_of(norm.args[0], pointwise("exp", scores, dtype=scores.dtype))) is not None
     ):
-        return _core(term, scores, dim)
+        return replace(_core(term, scores, dim), form="relative")
     return None
 
 
@@ -280,7 +311,7 @@ def gated_by_logsumexp(term: Term, scope: Scope) -> Core | None:
             norm = _below(inner.argument(0), scope)
             if _is_norm_of(norm, weights, dim, scope) and not scope.varies_over_keys(inner.argument(1)):
                 scores = Term(weights.expr.args[0], weights.index)
-                return Core(scores, dim, weights.expr.dtype, inner.argument(1))
+                return Core(scores, dim, weights.expr.dtype, inner.argument(1), "gated")
     return None
 
 

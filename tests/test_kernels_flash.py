@@ -40,6 +40,10 @@ CAUSAL = Mask(0, -INF, atoms=(Band(None, 0),))
 FLASHES = (FLASH2, FLASH3, FLASH4)
 
 
+#: What float32 makes of 0.1.
+TENTH = torch.tensor(0.1).item()
+
+
 def spec(*scores: Any, **more: Any) -> Attention:
     made = Attention(2, 4, 2, 64, 64, 64, 64, torch.bfloat16, scores, out_dtype=torch.bfloat16)
     return replace(made, **more)
@@ -56,7 +60,7 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 REFUSED: dict[str, tuple[Attention, Target, str]] = {
     "float32": (spec(dtype=torch.float32), CUDA, "float16 and bfloat16, and this is float32"),
-    "float64": (spec(dtype=torch.float64), CUDA, "this is float64"),
+    "float64": (spec(dtype=torch.float64, softmax_dtype=torch.float64), CUDA, "this is float64"),
     "cpu": (spec(), replace(CUDA, device="cpu"), "NVIDIA GPUs, and this is cpu"),
     "odd head size": (
         spec(head_dim=60, value_dim=60),
@@ -235,10 +239,10 @@ def test_a_windowed_call(name: str, everything: None) -> None:
     if name == "sdpa":
         call = arguments(graph, "_flash_attention_forward")
         assert call.args[3:] == (None, None, 320, 320, 0.0, False, False)
-        assert call.kwargs == {"scale": 0.1, "window_size_left": 63, "window_size_right": 0}
+        assert call.kwargs == {"scale": TENTH, "window_size_left": 63, "window_size_right": 0}
     else:
         call = arguments(graph, f"fusepass.{name}")
-        assert call.args[3:] == (None, 0.1, 63, 0, 0.0, 0.0)
+        assert call.args[3:] == (None, TENTH, 63, 0, 0.0, 0.0)
     q, k, v = (n.meta["example_value"] for n in call.args[:3])
     assert (q.shape, k.shape, v.shape) == SHAPES and q.is_contiguous() and k.is_contiguous()
     assert "contiguous" not in targets(graph), "memory order is kept: no copy on the way out"
@@ -288,7 +292,7 @@ def test_cudnn_is_called_by_name(everything: None) -> None:
     graph, site = rewritten(plain, "cudnn", *[(2, 4, 64, 64)] * 3)
     assert site.kernel == "cudnn"
     call = arguments(graph, "_scaled_dot_product_cudnn_attention")
-    assert call.args[3:] == (None, False, 0.0, False, False) and call.kwargs == {"scale": 0.1}
+    assert call.args[3:] == (None, False, 0.0, False, False) and call.kwargs == {"scale": TENTH}
     assert "a query may see no key" in str(CUDNN.refuse(spec(CAUSAL, rows_seen=False), CUDA))
 
 

@@ -145,7 +145,7 @@ REFUSED = {
     "cpu": (spec(), replace(CUDA, device="cpu"), "NVIDIA"),
     "head size": (spec(head_dim=64, value_dim=64), CUDA, "its head sizes are"),
     "float32": (spec(dtype=torch.float32), CUDA, "float16 and bfloat16"),
-    "bias": (spec(Bias(0, "hij")), CUDA, "adds nothing"),
+    "bias": (spec(Bias(0, "hij")), CUDA, "it has no 'bias[hij]'"),
     "softcap": (spec(SoftCap(5.0)), CUDA, "softcap"),
     "window": (spec(replace(CAUSAL, atoms=(Band(7, 0),))), CUDA, "its masks are causal"),
     "dropout": (spec(weights=(Dropout(0.1),)), CUDA, "no dropout"),

@@ -1,13 +1,14 @@
 """Reads a captured ``torch.fx`` graph into expressions: Dynamo's, ``symbolic_trace``'s, ``torch.export``'s.
 
-The reader goes through the nodes in program order and gives each its meaning at that point.  It
-knows aliasing, writes and what surrounds the graph, and nothing else: an operation that writes into a
-tensor gives that tensor a new meaning, tensors that share its memory lose theirs, and a node whose memory
-was written to after it was read can no longer be used to stand for its old value.
+The reader goes through the nodes in program order and gives each its meaning at that point.  A write makes
+a new version of a storage (:mod:`fusepass.dialects.fx_memory` says of which): the tensor that is written to
+gets a new meaning, the others on that storage lose theirs, and a node whose memory was written to after it
+was read can no longer be used to stand for its old value.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusepass.contents import Contents
 from fusepass.dialects import joins
+from fusepass.dialects.fx_memory import Memory, Storages
 from fusepass.dialects.fx_nodes import (
-    ALIASES,
-    MAY_COPY,
     first_operand,
     operation,
     positional,
@@ -28,14 +29,20 @@ from fusepass.dialects.fx_nodes import (
     shape_of,
     size_of,
     value_of,
-    writes_by_schema,
 )
-from fusepass.dialects.handlers import Result, Value, as_expr, reshape, view
+from fusepass.dialects.handlers import Result, Value, as_expr, call_handler, reshape, view
 from fusepass.dialects.torch_creation import diagonal_filled
 from fusepass.dialects.torch_ops import HANDLERS
 from fusepass.dialects.torch_views import getitem, parts_of
+from fusepass.faults import Faults
 from fusepass.index import Facts
 from fusepass.ir import POINTWISE, VIEWS, Expr, Shape, cast, const, is_constant, leaf, pointwise
+
+#: Operations that are not looked into, and give finite numbers of ordinary size for such operands.
+_FINITE = frozenset(
+    "conv1d conv2d conv3d layer_norm group_norm batch_norm instance_norm rms_norm native_layer_norm gelu "
+    "silu normalize interpolate".split()
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,8 @@ class Reader:
         before: for a leaf that stands for a tensor after a write nobody followed, what it was.
         facts: what is known of symbolic sizes.
         contents: what is known of the elements of leaves.
+        faults: nodes that could not be read, each of which is a leaf.
+        turned: the storages that are written to through views whose last dimension is strided.
     """
 
     def __init__(
@@ -89,26 +98,36 @@ class Reader:
         self.definer: dict[Expr, fx.Node] = {}
         self.holders: dict[Expr, list[tuple[fx.Node, int]]] = {}
         self.order: dict[fx.Node, int] = {}
-        self._root: dict[fx.Node, fx.Node] = {}
-        self._members: dict[fx.Node, list[fx.Node]] = {}
-        self._writes: dict[fx.Node, list[int]] = {}
+        self.memory = Memory(graph, owner)
+        self._members: dict[Any, list[fx.Node]] = {}
+        self._writes: dict[Any, list[int]] = {}
         self.before: dict[Expr, Expr] = {}
         self._held: dict[tuple[Expr, joins.Window], Expr] = {}
         self._no_grad = False
         self._reshaped = self._last_reshaping()
         self.facts = Facts(self._shape_env())
+        self.faults = Faults()
+        self.turned: set[Any] = set()
         for position, node in enumerate(graph.nodes):
             self.order[node] = position
-            self._read(node, position)
+            try:
+                self._read(node, position)
+            except Exception as error:
+                self.faults.met(operation(node)[0] or str(node.target), error)
+                self._forget(self.memory.written(node), position)
+                self.meaning.pop(node, None)
+                self._bind(node, self._opaque(node))
 
     # -- public ------------------------------------------------------------------------------
 
     def usable(self, node: fx.Node, since: int, until: fx.Node) -> bool:
         """Does ``node``, read at position ``since``, still hold the same value just before ``until``?"""
         end = self.order[until]
-        return self.order[node] < end and not any(
-            since < w < end for w in self._writes.get(self._root[node], ())
-        )
+        return self.order[node] < end and not self.written_between(self.memory.of(node), since, end)
+
+    def written_between(self, storages: Storages, since: int, end: float = math.inf) -> bool:
+        """Is one of the storages written to after position ``since`` and before ``end``?"""
+        return any(since < w < end for s in storages for w in self._writes.get(s, ()))
 
     def home(self, meaning: Expr, until: fx.Node) -> fx.Node | None:
         """A node that holds an expression's value just before ``until``."""
@@ -134,15 +153,12 @@ class Reader:
 
     def was_written(self, node: fx.Node) -> bool:
         """Does anything write into the memory of ``node``?"""
-        return bool(self._writes.get(self.root(node)))
+        return any(s in self._writes for s in self.memory.of(node))
 
-    def root(self, node: fx.Node) -> fx.Node:
-        """The node whose memory ``node`` shares."""
-        return self._root.get(node, node)
-
-    def members(self, root: fx.Node) -> list[fx.Node]:
-        """The nodes that share a root's memory."""
-        return self._members.get(root, [])
+    def given_later(self, writer: fx.Node) -> list[fx.Node]:
+        """The nodes after ``writer`` that are given a tensor on what it writes to."""
+        found = {u: None for n in self._on(self.memory.written(writer)) for u in n.users}
+        return [u for u in found if self.order.get(u, -1) > self.order[writer]]
 
     def _shape_env(self) -> Any:
         for node in self.graph.nodes:
@@ -172,7 +188,8 @@ class Reader:
     # -- reading -----------------------------------------------------------------------------
 
     def _read(self, node: fx.Node, position: int) -> None:
-        self._root[node] = node
+        for storage in self.memory.of(node):
+            self._members.setdefault(storage, []).append(node)
         if node.op in ("placeholder", "get_attr"):
             self._bind(node, self._opaque(node))
             return
@@ -180,21 +197,16 @@ class Reader:
             return
         if node.target is torch._C._set_grad_enabled:
             self._no_grad = node.args[0] is False
-        name, writes = operation(node)
+        name, _ = operation(node)
         if node.target is operator.setitem or name == "__setitem__":
             self._set_item(node, position)
             return
-        if writes or "out" in node.kwargs or writes_by_schema(node):
-            self._write_in_place(node, name, position)
+        if written := self.memory.written(node):
+            self._write_in_place(node, name, written, position)
             return
-        if name in ALIASES and isinstance(first_operand(node), fx.Node):
-            self._alias(node, first_operand(node))
+        if not self.has_its_shape(node, position):
+            return  # the record is of a later shape
         self._bind(node, self._meaning(node, name))
-
-    def _alias(self, node: fx.Node, base: Any) -> None:
-        root = self._root[base]
-        self._root[node] = root
-        self._members.setdefault(root, []).append(node)
 
     def _bind(self, node: fx.Node, meaning: Value) -> None:
         if meaning is None or not self.has_its_shape(node, self.order[node]):
@@ -235,7 +247,7 @@ class Reader:
         made = self._named(node.name, shape_of(value), value.dtype)
         if node.op == "placeholder" and node.name in self.known.static:
             self._tensors[made] = self.known.static[node.name]
-        elif _learned(value) or (operation(node)[0] == "detach" and _learned(value_of(first_operand(node)))):
+        elif isinstance(value, torch.nn.Parameter) or operation(node)[0] in _FINITE:
             self.contents.ordinary.add(made)
         return made
 
@@ -247,10 +259,15 @@ class Reader:
         ):
             return self._opaque(node)
         out = self._try(node, name, value)
-        if self._stops_gradients(node, value) and not (isinstance(out, Expr) and is_constant(out)):
-            out = None
+        if self._stops_gradients(node, value) and isinstance(out, Expr) and not is_constant(out):
+            opaque = self._opaque(node)
+            self.contents.values[opaque] = out
+            return opaque
         if out is None and isinstance(value, torch.Tensor):
-            return self._opaque(node)
+            opaque, source = self._opaque(node), self.meaning.get(first_operand(node))
+            if name == "detach" and isinstance(opaque, Expr) and isinstance(source, Expr):
+                self.contents.values[opaque] = source
+            return opaque
         return out
 
     def _stops_gradients(self, node: fx.Node, value: Any) -> bool:
@@ -306,10 +323,7 @@ class Reader:
             "_stacklevel",
         ):
             kwargs.pop(name, None)
-        try:
-            return handler(self._result(node, value), *args, **kwargs)
-        except (TypeError, AttributeError, ValueError, IndexError):
-            return None  # an overload or argument form that the table does not describe: not looked into
+        return call_handler(handler, self._result(node, value), args, kwargs)
 
     def _values(self, node: fx.Node) -> tuple[tuple[Value, ...], dict[str, Value]]:
         def convert(a: Any) -> Value:
@@ -380,12 +394,11 @@ class Reader:
 
     # -- mutation ----------------------------------------------------------------------------
 
-    def _write_in_place(self, node: fx.Node, name: str, position: int) -> None:
+    def _write_in_place(self, node: fx.Node, name: str, written: Storages, position: int) -> None:
         """``x.op_(...)``: from here on ``x`` means ``op(x, ...)``."""
         target = node.kwargs.get("out", first_operand(node))
-        if not isinstance(target, fx.Node) or name == "":
-            for a in node.all_input_nodes:
-                self._forget(a, position)
+        if not isinstance(target, fx.Node) or name == "" or self.memory.of(target) != written:
+            self._forget(written, position)
             self._bind(node, self._opaque(node))
             return
         value = value_of(target)
@@ -396,7 +409,6 @@ class Reader:
             out = self._call(HANDLERS[name], node, value)
             if "out" in node.kwargs and (not isinstance(out, Expr) or out.dtype is not value.dtype):
                 out = None
-        self._alias(node, target)
         self._rewrite(target, node, out, position)
 
     def _wholes(self, target: fx.Node, out: Expr) -> list[tuple[fx.Node, Expr]]:
@@ -404,11 +416,11 @@ class Reader:
         part, holder, found = self.meaning[target], target, []
         if operation(target)[0] == "diagonal":
             return self._diagonal_filled(target, out)
-        while holder is not self._root[target] and operation(holder)[0] not in MAY_COPY:
-            holder = first_operand(holder)
+        storages = self.memory.of(target)
+        while isinstance(holder := first_operand(holder), fx.Node) and self.memory.of(holder) == storages:
             base = self.meaning.get(holder)
             window = joins.window_of_view(part, base) if isinstance(base, Expr) else None
-            if not isinstance(base, Expr) or window is None:
+            if not isinstance(base, Expr) or window is None or not self._learns_alike(holder, target):
                 continue
             whole = joins.written(base, window, out, self.facts)
             if whole is not None:
@@ -432,27 +444,54 @@ class Reader:
         source = cast(source, value.dtype)
         return source if source.shape == shape_of(value) else view("expand", source, shape_of(value))
 
-    def _rewrite(self, target: fx.Node, node: fx.Node | None, out: Value, position: int) -> None:
-        """``target``'s memory now holds ``out``; everything that shares it is forgotten."""
-        before = self.meaning.get(target)
-        if not isinstance(out, Expr) or not isinstance(before, Expr) or out.shape != before.shape:
-            self._forget(target, position)
+    def _rewrite(self, target: fx.Node, node: fx.Node, out: Value, position: int) -> None:
+        """``target``'s memory now holds ``out``; everything else that shares it is forgotten."""
+        value = value_of(target)
+        if (
+            isinstance(value, torch.Tensor)
+            and value.dim()
+            and not statically_known_true(value.stride(-1) == 1)
+        ):
+            self.turned |= self.memory.of(target)
+        before, storages = self.meaning.get(target), self.memory.of(target)
+        lost = self._stops_gradients(node, value_of(target))
+        if lost or not (isinstance(out, Expr) and isinstance(before, Expr) and out.shape == before.shape):
+            self._forget(storages, position)
+            if isinstance(value_of(node), torch.Tensor):
+                self._bind(node, self.meaning.get(target))
             return
         out = cast(out, before.dtype)
-        wholes = self._wholes(target, out)
-        self._forget(target, position)
-        for holder, meaning in wholes:
+        held = [(n, out) for n in self._on(storages) if self._is_same(n, target)]
+        held += self._wholes(target, out)
+        self._forget(storages, position)
+        for holder, meaning in held:
             self.meaning[holder] = meaning
             self._hold(meaning, holder, position)
-        self.meaning[target] = out
-        if node is not None:
+        if isinstance(value_of(node), torch.Tensor):
             self._bind(node, out)
-        self._hold(out, target, position)
 
-    def _forget(self, target: fx.Node, position: int) -> None:
-        root = self._root[target]
-        self._writes.setdefault(root, []).append(position)
-        for member in [root, *self._members.get(root, [])]:
+    def _is_same(self, node: fx.Node, target: fx.Node) -> bool:
+        """Is it another name of ``target``, for its elements and for gradients?"""
+        return node is target or (
+            node in self.meaning
+            and self.memory.same_elements(node, target)
+            and self._learns_alike(node, target)
+        )
+
+    def _learns_alike(self, a: fx.Node, b: fx.Node) -> bool:
+        """Do gradients flow to both or to neither?  Autograd does not see a write through ``.data``."""
+        x, y = (bool(getattr(value_of(n), "requires_grad", False)) for n in (a, b))
+        return x == y or not self.known.gradients or self.known.own_gradient
+
+    def _on(self, storages: Storages) -> list[fx.Node]:
+        """The nodes so far that share one of some storages, in program order."""
+        found = {n: None for s in storages for n in self._members.get(s, ())}
+        return sorted(found, key=self.order.__getitem__)
+
+    def _forget(self, storages: Storages, position: int) -> None:
+        for storage in storages:
+            self._writes.setdefault(storage, []).append(position)
+        for member in self._on(storages):
             value = value_of(member)
             if not self.has_its_shape(member, position):
                 self.meaning.pop(member, None)
@@ -468,9 +507,10 @@ class Reader:
         target = node.args[0]
         if not isinstance(target, fx.Node):
             return
-        self._alias(node, target)
         args, _ = self._values(node)
         x, key, new = args[0], args[1], args[2]
+        if isinstance(node.args[1], list):
+            key = (key,)  # a list of indices is one index, of one dimension
         out = None
         if isinstance(x, Expr):
             selected = self._selection(x, key)
@@ -481,7 +521,7 @@ class Reader:
             elif window is not None and value is not None:
                 own = self._held.get((x, window)) is value  # ``x[key] += y`` puts back what x holds
                 out = x if own else joins.written(x, window, value, self.facts)
-        self._rewrite(target, None, out, position)
+        self._rewrite(target, node, out, position)
 
     def _selection(self, x: Expr, key: Value) -> Expr | None:
         """A boolean tensor that is true where ``x[key]`` writes."""
@@ -502,8 +542,3 @@ class Reader:
             shape += [1] * (x.rank - len(shape))
             return reshape(masks[0], tuple(shape))
         return None
-
-
-def _learned(value: Any) -> bool:
-    """A parameter, or something computed from one."""
-    return isinstance(value, torch.nn.Parameter) or bool(getattr(value, "requires_grad", False))

@@ -6,7 +6,6 @@ Functions, methods, operators, ATen overloads and what Dynamo makes of them have
 from __future__ import annotations
 
 import functools
-import operator
 from typing import Any
 
 import torch
@@ -16,18 +15,6 @@ from fusepass.dialects.handlers import Value
 from fusepass.dialects.torch_ops import HANDLERS
 from fusepass.index import simplify_size
 
-#: Nodes that are views of their first argument as far as memory is concerned.
-ALIASES = frozenset(
-    "view reshape flatten unflatten unsqueeze squeeze view_as reshape_as permute transpose swapaxes swapdims "
-    "t T mT mH movedim moveaxis expand expand_as broadcast_to slice narrow select unbind split "
-    "split_with_sizes chunk tensor_split getitem contiguous to type_as float half bfloat16 double "
-    "alias detach _unsafe_view diagonal as_strided unfold ravel real imag "
-    "numpy_T adjoint requires_grad_ view_copy lift_fresh unsafe_split unsafe_chunk".split()
-)
-#: Those that are a copy where the layout or the dtype asks for one.
-MAY_COPY = frozenset(
-    "contiguous reshape reshape_as flatten ravel to type_as float half bfloat16 double view_copy".split()
-)
 #: Those that, written with a trailing underscore, change the shape of the tensor they are called on.
 _SHAPES = frozenset("transpose swapaxes swapdims t squeeze unsqueeze resize resize_as as_strided set".split())
 _INPLACE_OPERATORS = {
@@ -124,29 +111,7 @@ def first_operand(node: fx.Node) -> Any:
     return node.kwargs.get("input", node.kwargs.get("self"))
 
 
-def writes_by_schema(node: fx.Node) -> bool:
-    """Operators whose schema says they write into an argument under a plain name."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None:
-        return bool(schema.is_mutable)
-    return bool(node.kwargs.get("inplace"))
-
-
 def reshapes_in_place(node: fx.Node) -> bool:
     """Does the node change the shape of its first argument (``x.unsqueeze_(0)``)?"""
     name, writes = operation(node)
     return writes and name in _SHAPES
-
-
-def writes_in_place(node: fx.Node) -> bool:
-    """Does the node write into its first argument?"""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name, writes = operation(node)
-    return (
-        writes
-        or node.target is operator.setitem
-        or name == "__setitem__"
-        or "out" in node.kwargs
-        or writes_by_schema(node)
-    )

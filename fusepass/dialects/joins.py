@@ -27,7 +27,7 @@ def joined(parts: Sequence[Expr], dim: int, r: Result) -> Expr | None:
 
 
 @handles("cat", "concat", "concatenate")
-def _cat(r: Result, tensors: Value, dim: int = 0, **kw: Value) -> Expr | None:
+def _cat(r: Result, tensors: tuple[Value, ...], dim: int = 0, **kw: Value) -> Expr | None:
     if not all(isinstance(t, Expr) for t in tensors):
         return None
     rank = len(r.shape)
@@ -38,7 +38,7 @@ def _cat(r: Result, tensors: Value, dim: int = 0, **kw: Value) -> Expr | None:
 
 
 @handles("stack")
-def _stack(r: Result, tensors: Value, dim: int = 0) -> Expr | None:
+def _stack(r: Result, tensors: tuple[Value, ...], dim: int = 0) -> Expr | None:
     if not all(isinstance(t, Expr) for t in tensors):
         return None
     d = dim_of(dim, len(r.shape))
@@ -46,7 +46,7 @@ def _stack(r: Result, tensors: Value, dim: int = 0) -> Expr | None:
 
 
 def _stack_of_rank(shape: Callable[[Shape], Shape], dim: int) -> Callable[..., Expr | None]:
-    def handler(r: Result, tensors: Value) -> Expr | None:
+    def handler(r: Result, tensors: tuple[Value, ...]) -> Expr | None:
         if not all(isinstance(t, Expr) for t in tensors):
             return None
         return joined([reshape(t, shape(t.shape)) for t in tensors], dim if len(r.shape) > 1 else 0, r)
@@ -97,7 +97,12 @@ def padded(x: Expr, dim: int, before: Size, after: Size, fill: float, facts: Fac
 
 @handles("pad")
 def _pad(
-    r: Result, x: Expr, pad: Value, mode: str = "constant", value: Value = None, fill: Value = None
+    r: Result,
+    x: Expr,
+    pad: tuple[Value, ...],
+    mode: str = "constant",
+    value: Value = None,
+    fill: Value = None,
 ) -> Expr | None:
     """Widths come in pairs, the last dimension first."""
     value = 0 if value is None else value
@@ -113,7 +118,7 @@ def _pad(
 
 
 @handles("constant_pad_nd")
-def _constant_pad(r: Result, x: Expr, pad: Value, value: Value = 0) -> Expr | None:
+def _constant_pad(r: Result, x: Expr, pad: tuple[Value, ...], value: Value = 0) -> Expr | None:
     return _pad(r, x, pad, "constant", value)
 
 
@@ -139,6 +144,8 @@ def window_of_key(x: Expr, key: Value) -> Window | None:
     if Ellipsis in keys:
         at = keys.index(Ellipsis)
         keys[at : at + 1] = [slice(None)] * (x.rank - len(keys) + 1)
+    if len(keys) > x.rank:
+        return None
     keys += [slice(None)] * (x.rank - len(keys))
     ranges: list[tuple[Size, Size] | None] = []
     for k, size in zip(keys, x.shape, strict=True):

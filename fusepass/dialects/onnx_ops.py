@@ -8,12 +8,12 @@ that cannot be proved equal are never taken for equal.  Nothing here knows atten
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import onnx_ir as ir
 import sympy
 import torch
 
+from fusepass import arithmetic
 from fusepass.dialects import onnx_views, torch_creation, torch_ops, torch_products
 from fusepass.dialects.handlers import dim_of, permute, reshape, view
 from fusepass.dialects.onnx_call import DTYPES, HANDLERS, Call, Handler, Meaning, broadcast, fitted, handles
@@ -34,23 +34,17 @@ def _pointwise(c: Call, op: str, *args: Expr, dtype: torch.dtype | None = None) 
     return _folded(op, made) or made
 
 
-_FOLDS: dict[str, Callable[..., float]] = {
-    "neg": lambda a: -a, "abs": abs, "sqrt": math.sqrt, "log": math.log, "exp": math.exp, "tanh": math.tanh,
-    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
-    "div": lambda a, b: a / b, "pow": lambda a, b: a**b, "max": max, "min": min,
-}  # fmt: skip
+_FOLDED = frozenset("neg abs sqrt log exp tanh add sub mul div pow max min".split())
 
 
 def _folded(op: str, made: Expr) -> Expr | None:
     """Arithmetic on numbers, done."""
     values = [scalar_of(a) for a in made.args]
-    if op not in _FOLDS or not made.is_float or any(v is None for v in values):
+    if op not in _FOLDED or not made.is_float or any(v is None for v in values):
         return None
-    try:
-        value = torch.tensor(_FOLDS[op](*values), dtype=torch.float64).to(made.dtype).item()
-    except (ArithmeticError, ValueError, TypeError):
-        return None
-    return view("expand", const(value, made.dtype), made.shape)
+    dtypes = [a.dtype for a in made.args]
+    value = arithmetic.folded(op, tuple(zip(values, dtypes, strict=True)), made.dtype)
+    return None if value is None else view("expand", const(value, made.dtype), made.shape)
 
 
 # ---------------------------------------------------------------------------------------- pointwise
@@ -224,7 +218,7 @@ for _name in (
 
 
 @handles("ConstantOfShape")
-def _constant_of_shape(c: Call, *_: Expr) -> Expr | None:
+def _constant_of_shape(c: Call, *_: Expr | None) -> Expr | None:
     shape = c.numbers(0)
     if shape is None:
         shape = c.recorded[0]
@@ -236,7 +230,7 @@ def _constant_of_shape(c: Call, *_: Expr) -> Expr | None:
 
 
 @handles("Range")
-def _range(c: Call, *_: Expr) -> Expr | None:
+def _range(c: Call, *_: Expr | None) -> Expr | None:
     bounds = [c.numbers(n) for n in range(3)]
     if any(b is None or len(b) != 1 for b in bounds):
         return None
@@ -259,7 +253,7 @@ def _eye(c: Call, x: Expr) -> Expr | None:
 
 
 @handles("Trilu")
-def _trilu(c: Call, x: Expr, *_: Expr) -> Expr | None:
+def _trilu(c: Call, x: Expr, *_: Expr | None) -> Expr | None:
     k = c.numbers(1) if not c.missing(1) else (0,)
     if k is None:
         return None
@@ -339,7 +333,7 @@ def _einsum(c: Call, *tensors: Expr) -> Expr | None:
 
 
 def _reduce(op: str) -> Handler:
-    def handler(c: Call, x: Expr, *_: Expr) -> Expr | None:
+    def handler(c: Call, x: Expr, *_: Expr | None) -> Expr | None:
         axes = c.numbers(1, "axes")
         if axes is None or not axes:
             if not c.missing(1) and axes is None:
@@ -363,14 +357,14 @@ HANDLERS["", "ReduceLogSumExp"] = _reduce("logsumexp")
 
 
 @handles("ReduceMean", "ReduceMin", "ReduceProd", "ReduceL2", "ReduceSumSquare", "ReduceL1")
-def _reduced(c: Call, x: Expr, *_: Expr) -> Expr | None:
+def _reduced(c: Call, x: Expr, *_: Expr | None) -> Expr | None:
     """Only its shape is known."""
     found = _reduce("sum")(c, x)
     return _unread(c, found) if isinstance(found, Expr) else None
 
 
 @handles("CumSum")
-def _cumsum(c: Call, x: Expr, *_: Expr) -> Expr | None:
+def _cumsum(c: Call, x: Expr, *_: Expr | None) -> Expr | None:
     axis = c.numbers(1)
     if axis is None or not isinstance(axis[0], int) or c.attr("exclusive", 0) or c.attr("reverse", 0):
         return None

@@ -21,7 +21,7 @@ def _transpose(c: Call, x: Expr) -> Expr:
 
 
 @handles("Reshape")
-def _reshape(c: Call, x: Expr, *_: Expr) -> Expr | None:
+def _reshape(c: Call, x: Expr, *_: Expr | None) -> Expr | None:
     wanted = c.numbers(1, "shape")
     shape = c.recorded[0] if wanted is None else _target(c, x, wanted)
     return None if shape is None else reshape(x, shape)
@@ -51,7 +51,7 @@ def _flatten(c: Call, x: Expr) -> Expr:
 
 
 @handles("Unsqueeze")
-def _unsqueeze(c: Call, x: Expr, *_: Expr) -> Expr | None:
+def _unsqueeze(c: Call, x: Expr, *_: Expr | None) -> Expr | None:
     axes = c.numbers(1, "axes")
     if axes is None or not all(isinstance(a, int) for a in axes):
         return None
@@ -62,7 +62,7 @@ def _unsqueeze(c: Call, x: Expr, *_: Expr) -> Expr | None:
 
 
 @handles("Squeeze")
-def _squeeze(c: Call, x: Expr, *_: Expr) -> Expr | None:
+def _squeeze(c: Call, x: Expr, *_: Expr | None) -> Expr | None:
     axes = c.numbers(1, "axes")
     if axes is None:
         if not c.missing(1) or any(not isinstance(n, int) for n in x.shape):
@@ -73,7 +73,7 @@ def _squeeze(c: Call, x: Expr, *_: Expr) -> Expr | None:
 
 
 @handles("Expand")
-def _expand(c: Call, x: Expr, *_: Expr) -> Expr | None:
+def _expand(c: Call, x: Expr, *_: Expr | None) -> Expr | None:
     wanted = c.numbers(1)
     shape = None if wanted is None else broadcast(c, x.shape, wanted)
     shape = shape or c.recorded[0]
@@ -81,7 +81,7 @@ def _expand(c: Call, x: Expr, *_: Expr) -> Expr | None:
 
 
 @handles("Tile")
-def _tile(c: Call, x: Expr, *_: Expr) -> Expr | None:
+def _tile(c: Call, x: Expr, *_: Expr | None) -> Expr | None:
     repeats = c.numbers(1)
     if repeats is None or len(repeats) != x.rank:
         return None
@@ -91,7 +91,7 @@ def _tile(c: Call, x: Expr, *_: Expr) -> Expr | None:
 
 
 @handles("Slice")
-def _slice(c: Call, x: Expr, *_: Expr) -> Expr | None:
+def _slice(c: Call, x: Expr, *_: Expr | None) -> Expr | None:
     starts, ends = c.numbers(1, "starts"), c.numbers(2, "ends")
     if starts is None or ends is None:
         return None
@@ -144,7 +144,7 @@ def _bound(c: Call, at: Size, size: Size) -> Size | None:
 
 
 @handles("Split")
-def _split(c: Call, x: Expr, *_: Expr) -> Meaning:
+def _split(c: Call, x: Expr, *_: Expr | None) -> Meaning:
     dim = dim_of(c.attr("axis", 0), x.rank)
     count = len(c.node.outputs)
     sizes = c.numbers(1, "split")

@@ -54,6 +54,8 @@ HANDLERS["new_full"] = lambda r, x, first, *args, **kw: _full(r, first, *args[:1
 
 @handles("scalar_tensor", "tensor", "as_tensor", "new_tensor")
 def _tensor(r: Result, *args: Value, **_: Value) -> Expr | None:
+    if not args:
+        return None
     value = args[-1] if len(args) < 3 else args[0]
     return filled(r, value) if isinstance(value, (int, float)) and not r.shape else None
 
@@ -86,18 +88,22 @@ def _zero(r: Result, x: Expr) -> Expr:
 
 @handles("eye")
 def _eye(r: Result, *_: Value, **__: Value) -> Expr | None:
+    if len(r.shape) != 2:
+        return None
     rows, columns = r.shape
     row = reshape(expr("iota", (), (0, 1), (rows,), torch.int64), (rows, 1))
     same = pointwise("eq", row, expr("iota", (), (0, 1), (columns,), torch.int64))
     return cast(same, r.dtype)
 
 
-@handles("tril", "triu")
+@handles("tril")
 def _tril(r: Result, x: Expr, diagonal: Value = 0) -> Expr | None:
     return triangle(r, x, diagonal, "le")
 
 
-HANDLERS["triu"] = lambda r, x, diagonal=0: triangle(r, x, diagonal, "ge")
+@handles("triu")
+def _triu(r: Result, x: Expr, diagonal: Value = 0) -> Expr | None:
+    return triangle(r, x, diagonal, "ge")
 
 
 def triangle(r: Result, x: Expr, diagonal: Value, op: str) -> Expr | None:

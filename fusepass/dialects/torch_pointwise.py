@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fusepass.dialects.handlers import HANDLERS, Handler, Result, Value, arg_exprs, handles
-from fusepass.ir import Expr, cast, const, expr, pointwise
+from fusepass.arithmetic import COMPARISONS
+from fusepass.dialects.handlers import HANDLERS, Handler, Result, Value, arg_exprs, handles, in_common
+from fusepass.ir import Expr, cast, const, converted, expr, is_integer, pointwise
 
 _SAME = {
     "neg": "neg", "negative": "neg", "logical_not": "not", "abs": "abs", "absolute": "abs", "exp": "exp",
@@ -22,9 +23,24 @@ _SAME = {
 def _pointwise_handler(op: str) -> Handler:
     def handler(r: Result, *values: Value, **_: Value) -> Expr | None:
         args = arg_exprs(r, *values)
-        return None if args is None else pointwise(op, *args, dtype=r.dtype)
+        if args is None:
+            return None
+        if op in COMPARISONS:
+            args = in_common(args)
+        elif op in ("floordiv", "mod", "max", "min", "pow"):
+            args = _held(args, r.dtype)
+        return pointwise(op, *args, dtype=r.dtype)
 
     return handler
+
+
+def _held(args: tuple[Expr, ...], dtype: torch.dtype) -> tuple[Expr, ...]:
+    """Numbers among integers as the integers hold them, where that is not what they are."""
+    if not is_integer(dtype):
+        return args
+    return tuple(
+        cast(a, dtype) if a.op == "const" and converted(a.attrs[0], dtype) != a.attrs[0] else a for a in args
+    )
 
 
 for _name, _op in _SAME.items():
@@ -69,7 +85,9 @@ def _div(r: Result, a: Value, b: Value, rounding_mode: str | None = None) -> Exp
     args = arg_exprs(r, a, b)
     if args is None or rounding_mode not in (None, "floor"):
         return None
-    return pointwise("floordiv" if rounding_mode else "div", *args, dtype=r.dtype)
+    if rounding_mode:
+        return pointwise("floordiv", *_held(args, r.dtype), dtype=r.dtype)
+    return pointwise("div", *args, dtype=r.dtype)
 
 
 @handles("reciprocal")
@@ -106,7 +124,7 @@ def _masked_fill(r: Result, x: Expr, mask: Expr, value: Value) -> Expr | None:
     return _where(r, mask, value, x)
 
 
-@handles("clamp", "clip", "clamp_min", "clamp_max")
+@handles("clamp", "clip")
 def _clamp(r: Result, x: Expr, min: Value = None, max: Value = None) -> Expr | None:
     out: Expr = x
     for op, bound in (("max", min), ("min", max)):
@@ -114,12 +132,18 @@ def _clamp(r: Result, x: Expr, min: Value = None, max: Value = None) -> Expr | N
             args = arg_exprs(r, out, bound)
             if args is None:
                 return None
-            out = pointwise(op, *args, dtype=r.dtype)
+            out = pointwise(op, *(cast(a, r.dtype) if a.op == "const" else a for a in args), dtype=r.dtype)
     return out
 
 
-HANDLERS["clamp_min"] = lambda r, x, min: _clamp(r, x, min)
-HANDLERS["clamp_max"] = lambda r, x, max: _clamp(r, x, None, max)
+@handles("clamp_min")
+def _clamp_min(r: Result, x: Expr, min: Value) -> Expr | None:
+    return _clamp(r, x, min)
+
+
+@handles("clamp_max")
+def _clamp_max(r: Result, x: Expr, max: Value) -> Expr | None:
+    return _clamp(r, x, None, max)
 
 
 @handles("nan_to_num")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusepass.dialects.handlers import HANDLERS, Result, Value, handles, permute, reshape
-from fusepass.ir import Expr, cast, const, expr, pointwise
+from fusepass.ir import Expr, cast, const, expr, opmath, pointwise
 
 
 def dot(a: Expr, b: Expr, la: str, lb: str, lo: str, r: Result, dtype: torch.dtype | None = None) -> Expr:
@@ -65,7 +65,7 @@ def _contracted(r: Result, a: Expr, b: Expr, first: tuple[int, ...], second: tup
 
 
 @handles("linear")
-def _linear(r: Result, x: Expr, w: Expr, bias: Value = None) -> Expr | None:
+def _linear(r: Result, x: Expr, w: Expr, bias: Expr | None = None) -> Expr | None:
     if w.rank != 2 or x.rank == 0:
         return None
     batch = batch_labels(x.rank - 1)
@@ -81,11 +81,11 @@ def _baddbmm(r: Result, base: Expr, a: Expr, b: Expr, *, beta: Value = 1, alpha:
     if out is None or not all(isinstance(v, (int, float)) for v in (alpha, beta)):
         return None
     if alpha != 1:
-        out = pointwise("mul", out, const(alpha, r.dtype), dtype=r.dtype)
+        out = pointwise("mul", out, const(alpha, opmath(r.dtype)), dtype=r.dtype)
     if beta == 0:
         return out
     if beta != 1:
-        base = pointwise("mul", base, const(beta, r.dtype), dtype=r.dtype)
+        base = pointwise("mul", base, const(beta, opmath(r.dtype)), dtype=r.dtype)
     return pointwise("add", out, base, dtype=r.dtype)
 
 
@@ -96,6 +96,8 @@ HANDLERS["addbmm"] = lambda r, *_, **__: None
 def _einsum(r: Result, equation: Value, *operands: Value, **_: Value) -> Expr | None:
     tensors = list(operands[0]) if operands and isinstance(operands[0], (tuple, list)) else list(operands)
     if not isinstance(equation, str) or len(tensors) not in (1, 2):
+        return None
+    if not all(isinstance(t, Expr) for t in tensors):
         return None
     labels = einsum_labels(equation, [t.rank for t in tensors])
     if labels is None:

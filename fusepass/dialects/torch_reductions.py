@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from fusepass.dialects.handlers import HANDLERS, Handler, Result, Value, dim_of, handles, reshape
+from fusepass.dialects.handlers import HANDLERS, Handler, Result, Value, dim_of, handles, reshape, whole
 from fusepass.dialects.torch_views import slice_dim
 from fusepass.index import simplify_size
 from fusepass.ir import Expr, cast, expr, pointwise
 
 
-def _dims(dim: Value, rank: int) -> tuple[int, ...]:
+def _dims(dim: Value, rank: int) -> tuple[int, ...] | None:
+    """The dimensions that are reduced, in order; None where they are not known."""
     if dim is None:
         return tuple(range(rank))
-    return tuple(sorted(dim_of(d, rank) for d in (dim if isinstance(dim, (tuple, list)) else (dim,))))
+    given = dim if isinstance(dim, (tuple, list)) else (dim,)
+    return tuple(sorted(dim_of(d, rank) for d in given)) if whole(given) else None
 
 
 def _reduce(op: str) -> Handler:
     def handler(r: Result, x: Expr, dim: Value = None, keepdim: bool = False, **kw: Value) -> Expr | None:
         dims = _dims(kw.get("axis", dim), x.rank)
+        if dims is None:
+            return None
         wide = tuple(1 if d in dims else n for d, n in enumerate(x.shape))
         reduced = expr(op, (cast(x, r.dtype) if op == "sum" else x,), (dims,), wide, r.dtype)
         return reshape(reduced, r.shape)
@@ -55,13 +59,11 @@ def _diff(
     )
 
 
-@handles("max", "min")
-def _max(r: Result, x: Expr, *args: Value, **kw: Value) -> Value:
-    if args and isinstance(args[0], Expr):
-        return pointwise("max", x, args[0], dtype=r.dtype)
-    return None  # max(dim) returns two results: see the reader
+def _extreme(op: str) -> Handler:
+    def handler(r: Result, x: Expr, other: Expr) -> Expr:
+        return pointwise(op, x, other, dtype=r.dtype)  # max(dim) returns two results: see the reader
+
+    return handler
 
 
-HANDLERS["min"] = lambda r, x, *args, **kw: (
-    pointwise("min", x, args[0], dtype=r.dtype) if args and isinstance(args[0], Expr) else None
-)
+HANDLERS["max"], HANDLERS["min"] = _extreme("max"), _extreme("min")

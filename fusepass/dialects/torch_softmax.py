@@ -11,17 +11,17 @@ from fusepass.dialects.torch_creation import filled, triangle
 from fusepass.dialects.torch_products import batch_labels, dot
 from fusepass.dialects.torch_views import repeat_interleave
 from fusepass.index import Size
-from fusepass.ir import Expr, cast, const, expr, pointwise
+from fusepass.ir import Expr, cast, const, expr, opmath, pointwise
 
 #: The attributes of ``nan_to_num`` where infinities stay.
 NAN_TO_ZERO = (0.0, -math.inf, math.inf)
 
 
-@handles("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "special_softmax")
+@handles("softmax", "_softmax", "special_softmax")
 def _softmax(
     r: Result, x: Expr, dim: Value = None, *rest: Value, op: str = "softmax", **_: Value
 ) -> Expr | None:
-    if dim is None or x.rank == 0:
+    if not isinstance(dim, int) or x.rank == 0:
         return None
     x = cast(x, r.dtype)
     return expr(op, (x,), (dim_of(dim, x.rank),), x.shape, r.dtype)
@@ -32,8 +32,9 @@ def _softmin(r: Result, x: Expr, dim: Value = None, *_: Value, **__: Value) -> E
     return _softmax(r, pointwise("neg", cast(x, r.dtype), dtype=r.dtype), dim)
 
 
-HANDLERS["log_softmax"] = lambda r, x, dim=None, *rest, **kw: _softmax(r, x, dim, op="log_softmax")
-HANDLERS["_log_softmax"] = HANDLERS["log_softmax"]
+@handles("log_softmax", "_log_softmax")
+def _log_softmax(r: Result, x: Expr, dim: Value = None, *_: Value, **__: Value) -> Expr | None:
+    return _softmax(r, x, dim, op="log_softmax")
 
 
 @handles("_safe_softmax")
@@ -83,12 +84,15 @@ def sdpa(
     if not isinstance(factor, (int, float)) or not isinstance(dropout_p, (int, float)) or q.rank < 3:
         return None
     if enable_gqa:
-        k, v = (_grouped(r, t, q.shape[-3]) for t in (k, v))
+        wide_k, wide_v = (_grouped(r, t, q.shape[-3]) for t in (k, v))
+        if wide_k is None or wide_v is None:
+            return None
+        k, v = wide_k, wide_v
     batch = batch_labels(q.rank - 2)
     kv_batch, v_batch = (batch[len(batch) - (t.rank - 2) :] for t in (k, v))
     weights = Result((*r.shape[:-2], q.shape[-2], k.shape[-2]), r.dtype, r.facts, r.unique)
     scores = dot(q, k, batch + "mk", kv_batch + "nk", batch + "mn", weights)
-    scores = pointwise("mul", scores, const(factor, r.dtype), dtype=r.dtype)
+    scores = pointwise("mul", scores, const(factor, opmath(r.dtype)), dtype=r.dtype)
     hidden = const(-math.inf, r.dtype)
     if is_causal:
         ones = filled(Result(weights.shape, torch.bool, r.facts, r.unique), True)
@@ -107,13 +111,13 @@ def sdpa(
     return dot(p, v, batch + "mn", v_batch + "nd", batch + "md", r)
 
 
-def _grouped(r: Result, x: Expr, heads: Size) -> Expr:
-    """Key/value heads repeated so that there is one a query head."""
+def _grouped(r: Result, x: Expr, heads: Size) -> Expr | None:
+    """Key/value heads repeated so that there is one a query head; None where their number is not known."""
     count = r.facts.quotient(heads, x.shape[-3])
     if count is None:
-        raise ValueError("query heads are no multiple of key/value heads")
+        return None
     wide = Result((*x.shape[:-3], heads, *x.shape[-2:]), x.dtype, r.facts, r.unique)
-    return repeat_interleave(wide, x, count, x.rank - 3) or x
+    return repeat_interleave(wide, x, count, x.rank - 3)
 
 
 def _default_scale(size: Size) -> Value:

@@ -5,7 +5,19 @@ from __future__ import annotations
 import sympy
 import torch
 
-from fusepass.dialects.handlers import Result, Value, arg_exprs, dim_of, handles, ints, permute, reshape, view
+from fusepass.dialects.handlers import (
+    Result,
+    Value,
+    are_sizes,
+    arg_exprs,
+    dim_of,
+    handles,
+    ints,
+    permute,
+    reshape,
+    view,
+    whole,
+)
 from fusepass.index import Size, simplify_size
 from fusepass.ir import Expr, Shape, expr
 
@@ -30,8 +42,9 @@ def _reshape(r: Result, x: Expr, *args: Value, **_: Value) -> Expr | None:
 
 
 @handles("permute")
-def _permute(r: Result, x: Expr, *dims: Value, **kw: Value) -> Expr:
-    return permute(x, ints(dims or (kw["dims"],)))
+def _permute(r: Result, x: Expr, *dims: Value, **kw: Value) -> Expr | None:
+    order = ints(dims or tuple(kw.values()))
+    return permute(x, tuple(order)) if whole(order) else None
 
 
 @handles("transpose", "swapaxes", "swapdims")
@@ -54,11 +67,11 @@ def _mt(r: Result, x: Expr) -> Expr:
 
 
 @handles("movedim", "moveaxis")
-def _movedim(r: Result, x: Expr, source: Value, destination: Value) -> Expr:
-    src = [dim_of(d, x.rank) for d in (source if isinstance(source, (tuple, list)) else (source,))]
-    dst = [
-        dim_of(d, x.rank) for d in (destination if isinstance(destination, (tuple, list)) else (destination,))
-    ]
+def _movedim(r: Result, x: Expr, source: Value, destination: Value) -> Expr | None:
+    given = [d if isinstance(d, (tuple, list)) else (d,) for d in (source, destination)]
+    if not all(map(whole, given)) or x.rank == 0:
+        return x if x.rank == 0 else None
+    src, dst = ([dim_of(d, x.rank) for d in dims] for dims in given)
     rest = [d for d in range(x.rank) if d not in src]
     order = [-1] * x.rank
     for s, d in zip(src, dst, strict=True):
@@ -74,6 +87,8 @@ def _expand(r: Result, x: Expr, *_: Value, **__: Value) -> Expr:
 @handles("repeat", "tile")
 def _repeat(r: Result, x: Expr, *sizes: Value, **kw: Value) -> Expr | None:
     repeats = ints(sizes or tuple(kw.values()))
+    if not are_sizes(repeats) or len(repeats) < x.rank:
+        return None
     repeats = (1,) * (x.rank - len(repeats)) + tuple(repeats)
     padded = reshape(x, (1,) * (len(repeats) - x.rank) + x.shape)
     wide: list[Size] = []
@@ -86,7 +101,7 @@ def _repeat(r: Result, x: Expr, *sizes: Value, **kw: Value) -> Expr | None:
 
 @handles("repeat_interleave")
 def repeat_interleave(r: Result, x: Expr, repeats: Value, dim: int | None = None, **_: Value) -> Expr | None:
-    if dim is None or isinstance(repeats, Expr):
+    if dim is None or not are_sizes((repeats,)):
         return None
     d = dim_of(dim, x.rank)
     thin = reshape(x, (*x.shape[: d + 1], 1, *x.shape[d + 1 :]))
@@ -117,7 +132,7 @@ def _slice(
     r: Result, x: Expr, dim: int = 0, start: Value = None, end: Value = None, step: Value = 1
 ) -> Expr | None:
     d = dim_of(dim, x.rank)
-    first = slice_start(start, x.shape[d])
+    first = slice_start(start, x.shape[d]) if are_sizes((step,)) else None
     return None if first is None else slice_dim(x, d, first, r.shape[d], step)
 
 
@@ -166,8 +181,9 @@ def parts_of(x: Expr, shapes: list[Shape], dim: int) -> tuple[Expr, ...]:
 
 
 @handles("flip")
-def _flip(r: Result, x: Expr, *dims: Value) -> Expr:
-    return view("flip", x, x.shape, tuple(dim_of(d, x.rank) for d in ints(dims)))
+def _flip(r: Result, x: Expr, *dims: Value) -> Expr | None:
+    given = ints(dims)
+    return view("flip", x, x.shape, tuple(dim_of(d, x.rank) for d in given)) if whole(given) else None
 
 
 def getitem(r: Result, x: Expr, key: Value) -> Expr | None:
@@ -208,6 +224,8 @@ def _basic(r: Result, x: Expr, keys: list[Value]) -> Expr | None:
             out = expr("select", (out,), (dim, at), out.shape[:dim] + out.shape[dim + 1 :], out.dtype)
         else:
             return None
+    if out.rank + keys.count(None) != len(r.shape):
+        return None  # ``x[[0, 1]]``: a list of indices, and no index of two dimensions
     return reshape(out, r.shape)
 
 
@@ -225,7 +243,7 @@ def _advanced(r: Result, x: Expr, keys: list[Value]) -> Expr | None:
 
 
 @handles("index")
-def _index(r: Result, x: Expr, indices: Value) -> Expr | None:
+def _index(r: Result, x: Expr, indices: tuple[Value, ...]) -> Expr | None:
     return getitem(r, x, tuple(slice(None) if i is None else i for i in indices))
 
 

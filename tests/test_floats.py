@@ -1,0 +1,280 @@
+"""Laws of the reals that floats do not keep: each program equals eager, to the last NaN, fused or not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusepass import report
+from tests import checking  # noqa: F401  (faults of the pass are raised)
+
+INF, NAN = math.inf, math.nan
+LOW = torch.finfo(torch.float32).min
+B, H, N, D = 2, 2, 4, 8
+ROWS = torch.tensor([False, True, True, True])[:, None]
+KEYS = torch.tensor([True, False, True, True])
+CAUSAL = torch.ones(N, N, dtype=torch.bool).tril()
+KERNELS = ["auto", "reference", "sdpa", "flex"]
+
+Scores = Callable[[Tensor], Tensor]
+FUSED: list[Any] = []
+UNSOUND: list[Any] = []
+
+
+def fused(program: Scores) -> Scores:
+    """From scores to weights: attention, whatever the numbers."""
+    FUSED.append(pytest.param(program, id=program.__name__))
+    return program
+
+
+def unsound(program: Scores) -> Scores:
+    """A look-alike, which only a kernel that computes it as written may take."""
+    UNSOUND.append(pytest.param(program, id=program.__name__))
+    return program
+
+
+# ---------------------------------------------------------------------------------------- shifts of rows
+
+
+@fused
+def shifted_by_a_number(s: Tensor) -> Tensor:
+    return (s + 3.5).softmax(-1)
+
+
+@fused
+def shifted_by_the_row_maximum(s: Tensor) -> Tensor:
+    s = s.masked_fill(~CAUSAL, -INF)
+    return (s - s.amax(-1, keepdim=True)).softmax(-1)
+
+
+@fused
+def shifted_by_positions(s: Tensor) -> Tensor:
+    return (s + torch.arange(N)[:, None] * 0.5).softmax(-1)
+
+
+@fused
+def shifted_by_minus_infinity(s: Tensor) -> Tensor:
+    return (s + torch.where(ROWS, 0.0, -INF)).softmax(-1)
+
+
+@fused
+def shifted_by_the_lowest_number(s: Tensor) -> Tensor:
+    return (s + (~ROWS).float() * LOW).softmax(-1)
+
+
+@unsound
+def shifted_by_nan(s: Tensor) -> Tensor:
+    return (s + torch.where(ROWS, 0.0, NAN)).softmax(-1)
+
+
+@unsound
+def shifted_by_zero_times_infinity(s: Tensor) -> Tensor:
+    return (s + (~ROWS).float() * -INF).softmax(-1)
+
+
+@unsound
+def shifted_beside_a_sink(s: Tensor) -> Tensor:
+    wide = torch.cat([s + torch.arange(N)[:, None] * 1.0, torch.zeros(B, H, N, 1)], -1)
+    return wide.softmax(-1)[..., :-1]
+
+
+# ---------------------------------------------------------------------------------------- fills
+
+
+@fused
+def hidden_rows_are_nan(s: Tensor) -> Tensor:
+    return s.masked_fill(~ROWS, -INF).softmax(-1)
+
+
+@fused
+def hidden_rows_are_means(s: Tensor) -> Tensor:
+    return s.masked_fill(~ROWS, -1e9).softmax(-1)
+
+
+@fused
+def scaled_after_the_mask(s: Tensor) -> Tensor:
+    return (s.masked_fill(~(CAUSAL & ROWS), -INF) * 0.25).softmax(-1)
+
+
+@unsound
+def hidden_rows_biased(s: Tensor) -> Tensor:
+    return (torch.where(ROWS, s, -1e9) + (~KEYS).float() * -1e4).softmax(-1)
+
+
+@unsound
+def negated_after_the_mask(s: Tensor) -> Tensor:
+    return (-s.masked_fill(~CAUSAL, -INF)).clamp(min=-1e9).softmax(-1)
+
+
+@unsound
+def infinite_fill_times_zero(s: Tensor) -> Tensor:
+    return (s.masked_fill(~CAUSAL, -INF) * 0.0).softmax(-1)
+
+
+@unsound
+def fill_capped(s: Tensor) -> Tensor:
+    return torch.tanh(s.masked_fill(~CAUSAL, -1e9)).softmax(-1).masked_fill(~CAUSAL, 0.0)
+
+
+@unsound
+def fill_times_a_tensor(s: Tensor) -> Tensor:
+    return (s.masked_fill(~CAUSAL, -1e9) * torch.zeros(())).softmax(-1).masked_fill(~CAUSAL, 0.0)
+
+
+@unsound
+def fill_of_nan(s: Tensor) -> Tensor:
+    return s.masked_fill(~CAUSAL, NAN).nan_to_num(0.0).softmax(-1)
+
+
+@unsound
+def fill_that_overflows_in_half(s: Tensor) -> Tensor:
+    return s.masked_fill(~(CAUSAL & ROWS), -1e9).half().softmax(-1).float()
+
+
+# ---------------------------------------------------------------------------------------- written out
+
+
+@fused
+def exponentials_over_their_sum(s: Tensor) -> Tensor:
+    e = s.masked_fill(~CAUSAL, LOW).exp()
+    return e / e.sum(-1, keepdim=True)
+
+
+@fused
+def exponentials_of_hidden_rows(s: Tensor) -> Tensor:
+    e = s.masked_fill(~ROWS, LOW).exp()  # their sum is zero
+    return e / e.sum(-1, keepdim=True)
+
+
+@fused
+def exponentials_less_their_maximum(s: Tensor) -> Tensor:
+    s = s.masked_fill(~ROWS, LOW)
+    e = (s - s.amax(-1, keepdim=True)).exp()  # their sum is the number of keys
+    return e / e.sum(-1, keepdim=True)
+
+
+@unsound
+def exponentials_of_absorbed_rows(s: Tensor) -> Tensor:
+    e = (s + (~ROWS).float() * -1e4).exp()
+    return e / e.sum(-1, keepdim=True)
+
+
+@unsound
+def less_a_logsumexp_that_absorbs(s: Tensor) -> Tensor:
+    s = s.masked_fill(~ROWS, LOW)
+    return (s - s.logsumexp(-1, keepdim=True)).exp()  # each weight is one
+
+
+@unsound
+def sink_of_minus_infinity(s: Tensor) -> Tensor:
+    return F.pad(s.masked_fill(~ROWS, -INF), (0, 1), value=-INF).softmax(-1)[..., :-1]
+
+
+@fused
+def weights_without_nan(s: Tensor) -> Tensor:
+    return s.masked_fill(~ROWS, -INF).softmax(-1).nan_to_num(0.0)
+
+
+def inputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {name: torch.randn(B, H, N, D, generator=generator) for name in "qkv"}
+
+
+def agrees(program: Callable[..., Tensor], kernel: str, **changed: Tensor) -> report.Collector:
+    given = inputs() | changed
+    expected = program(**given)
+    torch._dynamo.reset()
+    call: Any = torch.compile(program, backend="fusepass", options={"inner": "aot_eager", "kernel": kernel})
+    with report.collect() as seen:
+        got = call(**given)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert len(seen.sites) <= 1 and not seen.notes
+    return seen
+
+
+def whole(program: Scores) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda q, k, v: program(q @ k.mT) @ v
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("program", FUSED)
+def test_attention_is_fused_and_right(program: Scores, kernel: str) -> None:
+    seen = agrees(whole(program), kernel)
+    if kernel in ("auto", "reference"):
+        assert [s.fused for s in seen.sites] == [True], seen.sites
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("program", UNSOUND)
+def test_a_look_alike_is_right_fused_or_not(program: Scores, kernel: str) -> None:
+    seen = agrees(whole(program), kernel)
+    if kernel == "sdpa":
+        assert not any(s.fused and s.kind == "full" for s in seen.sites)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nobody_sees_nan_in_a_hidden_key(kernel: str) -> None:
+    keys = inputs()["k"].index_fill(2, torch.tensor([1]), NAN)
+    agrees(whole(lambda s: s.masked_fill(~KEYS, -INF).softmax(-1)), kernel, k=keys)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_of_nan_become_zero(kernel: str) -> None:
+    queries = inputs()["q"].index_fill(2, torch.tensor([1]), NAN)
+    agrees(whole(lambda s: s.softmax(-1).nan_to_num(0.0)), kernel, q=queries)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("low", [-INF, NAN])
+def test_sdpa_s_own_rule_is_about_hidden_rows_alone(kernel: str, low: float) -> None:
+    mask = torch.zeros(N, N).masked_fill(~ROWS, low)
+    agrees(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("fill", [-INF, LOW, -1e9, -1e4])
+def test_a_bias_from_outside_may_hide_rows(kernel: str, fill: float) -> None:
+    bias = torch.zeros(N, N).masked_fill(~(CAUSAL & ROWS), fill)
+
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        return (q @ k.mT + b).softmax(-1) @ v
+
+    agrees(program, kernel, b=bias)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(4, 0), (0, 4), (0, 0), (1, 1)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_sizes_of_zero_and_one(kernel: str, queries: int, keys: int) -> None:
+    given = inputs()
+    agrees(
+        whole(lambda s: s.softmax(-1)), kernel,
+        q=given["q"][:, :, :queries], k=given["k"][:, :, :keys], v=given["v"][:, :, :keys],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize("replaced", [True, False])
+def test_gradients_of_rows_of_nan_are_nan_where_eager_s_are(kernel: str, replaced: bool) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.mT
+        hidden = ~ROWS.expand(N, N)
+        s = s.masked_fill(hidden, -INF) if replaced else s + torch.zeros(N, N).masked_fill(hidden, -INF)
+        return s.softmax(-1) @ v
+
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        given = {n: t.requires_grad_() for n, t in inputs().items()}
+        options: Any = {"inner": "aot_eager", "kernel": kernel}
+        call: Any = torch.compile(program, backend="fusepass", options=options) if compiled else program
+        call(**given).sum().backward()
+        found.append([t.grad for t in given.values()])
+    for mine, theirs in zip(*found, strict=True):
+        assert mine is not None and theirs is not None
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
