@@ -36,7 +36,7 @@ from fusepass.score_modifiers import Bias, Cast, Finite, Floor, Mask, Scale, Sca
 from fusepass.weight_modifiers import Dropout, Keep, KeyGate, Sink, WeightScale, ZeroEmptyRows
 
 #: Scores beyond this are rare; fills that absorb them count as absorbing all.
-USUAL_SCORES = 32.0
+USUAL_SCORES = 31.0  # half precision's lowest number absorbs these
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,8 @@ def _keeps_levels(spec: Attention) -> bool:
         if not isinstance(mask, Mask):
             continue
         level: float | None = mask.fill
-        if mask.additive and not absorbs(mask.fill, dtype, USUAL_SCORES):
+        added_in = spec.dtype if mask.fill >= torch.finfo(spec.dtype).min else dtype
+        if mask.additive and not absorbs(mask.fill, added_in, USUAL_SCORES):
             return False
         for mod, after in zip(spec.scores[at + 1 :], fates(spec.scores, at, mask.fill), strict=False):
             own = isinstance(mod, Mask) or (isinstance(mod, Bias) and (mod.hides or mask.additive))
