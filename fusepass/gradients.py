@@ -87,7 +87,7 @@ def tie(build: Builder, out: fx.Node, made: Sequence[fx.Node]) -> fx.Node:
 def unreached(anchor: fx.Node, used: Iterable[fx.Node], order: dict[fx.Node, int]) -> list[fx.Node]:
     """The nodes nearest to ``anchor`` that gradients reach from it and do not reach through ``used``."""
     through = {n for n in used if learns(n)}
-    first = min((order[n] for n in through if n.op in ("call_function", "call_method")), default=0)
+    first = min((order.get(n, 0) for n in through if n.op in ("call_function", "call_method")), default=0)
     leads: dict[fx.Node, bool] = dict.fromkeys(through, True)
     todo: list[tuple[fx.Node, bool]] = [(anchor, False)]
     while todo:
@@ -96,7 +96,7 @@ def unreached(anchor: fx.Node, used: Iterable[fx.Node], order: dict[fx.Node, int
             leads[node] = any(leads.get(n, False) for n in node.all_input_nodes)
         elif node not in leads:
             leads[node] = False
-            if order.get(node, -1) >= first:
+            if order.get(node, first) >= first:  # what replaced an earlier site has no place of its own
                 todo.append((node, True))
                 todo.extend((n, False) for n in node.all_input_nodes if learns(n))
     on_the_way = [n for n, leads_there in leads.items() if n is anchor or (leads_there and n not in through)]
@@ -112,7 +112,9 @@ def _is_behind(node: fx.Node, through: set[fx.Node], order: dict[fx.Node, int]) 
         at = todo.pop()
         if at is node:
             return True
-        fresh = [n for n in at.all_input_nodes if n not in seen and learns(n) and order[n] >= order[node]]
+        since = order.get(node, 0)
+        given = (n for n in at.all_input_nodes if n not in seen and learns(n))
+        fresh = [n for n in given if order.get(n, since) >= since]
         seen.update(fresh)
         todo.extend(fresh)
     return False
