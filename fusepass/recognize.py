@@ -58,6 +58,7 @@ from fusepass.spec import (
     WeightScale,
     ZeroEmptyRows,
     fates,
+    holds_less,
     merge_scales,
     negligible,
 )
@@ -243,7 +244,7 @@ class _Reading:
             self._extent(self.summed[0]), core.scores.expr.shape[core.dim]
         ):
             raise Refuse("the softmax runs over more keys than are summed with the values", core.scores.expr)
-        rounds = torch.finfo(core.dtype).eps > torch.finfo(core.scores.expr.dtype).eps
+        rounds = holds_less(core.dtype, core.scores.expr.dtype)
         self.scope.sunk = core.sink is not None or core.form == "bare" or rounds
         found = self._peel_scores(core.scores, [])
         if isinstance(found, Miss):
@@ -356,8 +357,8 @@ class _Reading:
         written = [Scale(f) for f in (*query_scales, *key_scales)] + found.modifiers
         scores = merge_scales(_without_exact_casts(written, found.node.dtype))
         rounded = {} if any(isinstance(m, Cast) for m in scores) else _roundings(written)
-        scores = tuple(self._overflown(m, core.dtype, found.node.dtype) for m in scores)
         understood = [self._rounded(self._understood(m, roles), m, rounded) for m in scores]
+        understood = [self._overflown(m, core.dtype, found.node.dtype) for m in understood]
         scores = self._floored(self._finite(self._filled(understood)))
         atoms = [a for m in scores if isinstance(m, Mask) for a in m.atoms]
         sizes = {
@@ -370,7 +371,7 @@ class _Reading:
             sizes["batch"], sizes["heads"], sizes["kv_heads"], sizes["query"], sizes["key"],
             sizes["head_dim"], sizes["value_dim"],
             dtype=query_chain[-1].expr.dtype,
-            scores=_without_empty(scores),
+            scores=merge_scales(_without_empty(scores)),
             softmax_dtype=core.dtype,
             out_dtype=self.out.expr.dtype,
             sink=None if core.sink is None else Sink(scope.slot(core.sink), self._letters(core.sink, roles)),
@@ -395,6 +396,11 @@ class _Reading:
             Refuse: it depends on numbers.
         """
         hiding = next((m for m in scores if isinstance(m, Bias) and m.hides), None)
+        if core.form != "softmax" and not all(_stays_low(scores, m) for m in scores if isinstance(m, Mask)):
+            raise Refuse(
+                "its softmax is written out, and scores that a mask sets to a low number do not stay low",
+                core.scores.expr,
+            )
         if core.form == "softmax" or (rows_seen and core.form != "bare" and hiding is None):
             return scores
         large = core.form == "bare" and (
@@ -502,11 +508,10 @@ class _Reading:
             return replace(mod, axes=self._letters(term, roles), hides=hides)
         return Mask(self.scope.slot(scaled), hidden.fill, True, True, self._atoms(hidden.attends, roles))
 
-    @staticmethod
-    def _overflown(mod: ScoreModifier, *dtypes: torch.dtype) -> ScoreModifier:
-        """A mask whose scaled fill is below all that the scores may be: it is minus infinity."""
+    def _overflown(self, mod: ScoreModifier, *dtypes: torch.dtype) -> ScoreModifier:
+        """A mask whose fill is below all that the scores may be: it is minus infinity."""
         lowest = min(torch.finfo(d).min for d in dtypes)
-        return replace(mod, fill=-math.inf) if isinstance(mod, Mask) and mod.fill < lowest else mod
+        return self._filled_with(mod, -math.inf) if isinstance(mod, Mask) and mod.fill < lowest else mod
 
     def _rounded(
         self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, tuple[Any, list[Any]]]
@@ -654,6 +659,12 @@ class _Reading:
         return masks.every_row_sees_itself(parts, at, queries, keys, self.formulas)
 
 
+def _stays_low(scores: Sequence[ScoreModifier], mask: Mask) -> bool:
+    """Is what a mask sets scores to no large number after all that follows?"""
+    levels = [mask.fill, *fates(scores, scores.index(mask), mask.fill)]
+    return all(level is not None and level <= SMALL for level in levels)
+
+
 def _factor(node: Expr) -> tuple[int, float] | None:
     """The position of the tensor and the constant, where a node is a tensor times a constant."""
     if node.op == "neg":
@@ -670,9 +681,8 @@ def _factor(node: Expr) -> tuple[int, float] | None:
 
 def _without_exact_casts(mods: Sequence[ScoreModifier], product: torch.dtype) -> list[ScoreModifier]:
     """Casts count from the first on that holds less than the product does; from there all are kept."""
-    eps = torch.finfo(product).eps
-    coarse = (n for n, m in enumerate(mods) if isinstance(m, Cast) and torch.finfo(DTYPES[m.dtype]).eps > eps)
-    first = next(coarse, len(mods))
+    less = (n for n, m in enumerate(mods) if isinstance(m, Cast) and holds_less(DTYPES[m.dtype], product))
+    first = next(less, len(mods))
     return [m for n, m in enumerate(mods) if n >= first or not isinstance(m, Cast)]
 
 

@@ -189,7 +189,13 @@ def fates(scores: Sequence[ScoreModifier], at: int, fill: float) -> Iterator[flo
 
 def rounds_softmax(softmax_dtype: torch.dtype, operands: torch.dtype) -> bool:
     """Is a softmax computed in a narrower dtype than its operands have?"""
-    return softmax_dtype.itemsize < operands.itemsize
+    return holds_less(softmax_dtype, operands)
+
+
+def holds_less(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Does a dtype round what another one holds, or does it overflow earlier?"""
+    mine, theirs = torch.finfo(dtype), torch.finfo(other)
+    return mine.eps > theirs.eps or mine.max < theirs.max
 
 
 def empty_rows(spec: Attention) -> str:
@@ -254,8 +260,9 @@ def softmax(spec: Attention, s: Tensor, operands: Sequence[Tensor], dtype: torch
         if not any(isinstance(w, ZeroEmptyRows) and not w.every for w in spec.weights):
             return found
         return found.masked_fill((s == -math.inf).all(-1, keepdim=True), 0.0)
-    sink = operands[spec.sink.slot].to(s.dtype).expand(*s.shape[:-1], 1)
-    return torch.softmax(torch.cat([s, sink], -1), -1, dtype=dtype)[..., :-1]
+    wide = torch.promote_types(s.dtype, dtype)  # finfo.min of the one may be infinite in the other
+    sink = operands[spec.sink.slot].to(wide).expand(*s.shape[:-1], 1)
+    return torch.softmax(torch.cat([s.to(wide), sink], -1), -1, dtype=dtype)[..., :-1]
 
 
 def reference(
@@ -298,6 +305,6 @@ __all__ = [
     "Atom", "Attention", "Band", "Bias", "Cast", "Chunk", "Dense", "Document", "Dropout", "Finite", "Floor",
     "Keep", "KeyGate", "KeyPadding", "Mask", "Modifier", "Prefix", "Scale", "ScaleBy", "ScoreModifier",
     "Sink", "SoftCap", "WeightModifier", "WeightScale", "ZeroEmptyRows", "absorbs", "empty_rows", "fates",
-    "finite", "intersect", "kinds", "merge_scales", "negligible", "one_level", "reference",
+    "finite", "holds_less", "intersect", "kinds", "merge_scales", "negligible", "one_level", "reference",
     "rounds_softmax", "softmax",
 ]  # fmt: skip

@@ -93,15 +93,20 @@ def _observed(build: Builder, node: fx.Node, value: torch.Tensor) -> bool:
 
 
 def _aliases_otherwise(build: Builder, user: fx.Node, new: Any, changed: dict[fx.Node, Any]) -> bool:
-    """Is a view now a copy, or a copy a view, of something that is written to?"""
-    memory = build.reader.memory
+    """Is a view now a copy, or a copy a view, where that is seen?
+
+    It is where one of them is written to, and where no gradients are recorded: a view of what has a gradient
+    has it there too, a copy does not.
+    """
+    reader, memory = build.reader, build.reader.memory
     if not isinstance(new, torch.Tensor):
         return False
     for source in user.all_input_nodes:
         if isinstance(given := changed.get(source), torch.Tensor):
             before = not memory.of(source).isdisjoint(memory.of(user))
             now = given.untyped_storage()._cdata == new.untyped_storage()._cdata
-            if before != now and (build.reader.was_written(source) or build.reader.was_written(user)):
+            seen = user in reader.without_gradients
+            if before != now and (seen or reader.was_written(source) or reader.was_written(user)):
                 return True
     return False
 

@@ -5,6 +5,7 @@ The declaration is checked before anything else of a kernel is asked, so that a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
@@ -19,6 +20,7 @@ from fusepass.spec import (
     ScaleBy,
     ScoreModifier,
     WeightModifier,
+    ZeroEmptyRows,
     empty_rows,
     fates,
     negligible,
@@ -145,6 +147,8 @@ class Takes:
         mended = training and hiding is not None and self.rows == "levels"
         if not spec.unseen_rows and not mended:
             return None
+        if training and _zeroes_nan(spec):
+            return "a query may see no key; its weights, which are NaN, become zero, its gradients do not"
         if self.rows == "seen":
             return "a query may see no key"
         if empty_rows(spec) == "unknown":
@@ -152,6 +156,25 @@ class Takes:
         if self.rows == "one level" and not one_level(spec):
             return "a query may see no key, under several fills"
         return None
+
+
+def _zeroes_nan(spec: Attention) -> bool:
+    """Are weights that may be NaN set to zero, while gradients of scores, biases or values are NaN?
+
+    The softmax's own gradient is NaN there. A mask that replaces scores stops it, one that is added does not.
+    """
+    kept = any(isinstance(w, Keep) and not w.product for w in spec.weights)
+    if not kept and not any(isinstance(w, ZeroEmptyRows) and w.every for w in spec.weights):
+        return False
+    hidden = False
+    for mod in spec.scores:
+        if isinstance(mod, Bias) and (mod.hides or hidden):
+            return True
+        if isinstance(mod, Mask) and mod.fill == -math.inf:
+            if mod.additive:
+                return True
+            hidden = True
+    return kept and hidden and empty_rows(spec) == "nan"
 
 
 __all__ = ["Stage", "Takes"]

@@ -137,6 +137,29 @@ def fill_that_overflows_in_half(s: Tensor) -> Tensor:
     return s.masked_fill(~(CAUSAL & ROWS), -1e9).half().softmax(-1).float()
 
 
+@unsound
+def scalar_fill_that_overflows_in_half(s: Tensor) -> Tensor:
+    s = s.half()
+    return (s + torch.zeros(()).masked_fill(torch.tensor(True), -1e9)).softmax(-1).float()
+
+
+@unsound
+def rows_that_overflow_in_half(s: Tensor) -> Tensor:
+    s = s.bfloat16() * ROWS + (1 - ROWS.bfloat16()) * torch.finfo(torch.bfloat16).min
+    return (-s / 2).half().softmax(-1).float()
+
+
+@unsound
+def infinity_negated(s: Tensor) -> Tensor:
+    return (-(s + torch.zeros(ROWS.shape).masked_fill(~ROWS, INF))).softmax(-1)
+
+
+@unsound
+def infinity_negated_below_a_mask(s: Tensor) -> Tensor:
+    s = s + torch.zeros(ROWS.shape).masked_fill(~ROWS, INF)
+    return (-s.masked_fill(~CAUSAL, LOW)).softmax(-1)
+
+
 # ---------------------------------------------------------------------------------------- written out
 
 
@@ -169,6 +192,12 @@ def exponentials_of_absorbed_rows(s: Tensor) -> Tensor:
 def less_a_logsumexp_that_absorbs(s: Tensor) -> Tensor:
     s = s.masked_fill(~ROWS, LOW)
     return (s - s.logsumexp(-1, keepdim=True)).exp()  # each weight is one
+
+
+@unsound
+def less_a_logsumexp_of_negated_fills(s: Tensor) -> Tensor:
+    s = -s.masked_fill(torch.eye(N, dtype=torch.bool).logical_not(), LOW)
+    return (s - s.logsumexp(-1, keepdim=True)).exp()  # three weights of one in each row
 
 
 @unsound
@@ -248,6 +277,24 @@ def test_a_bias_from_outside_may_hide_rows(kernel: str, fill: float) -> None:
     agrees(program, kernel, b=bias)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("fill", [-1e8, -1e9, LOW, -INF])
+def test_a_mask_hides_a_row_whatever_a_bias_from_outside_holds(kernel: str, fill: float) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        return torch.where(ROWS, q @ k.mT * 8 + b, fill).softmax(-1) @ v
+
+    agrees(program, kernel, b=torch.randn(N, N, generator=torch.Generator().manual_seed(7)))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_lowest_number_stays_finite_in_a_sink(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q @ k.mT).masked_fill(~ROWS, -INF).float()
+        return F.pad(s, (0, 1), value=LOW).softmax(-1)[..., :-1].to(v.dtype) @ v
+
+    agrees(program, kernel, **{name: t.bfloat16() for name, t in inputs().items()})
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(4, 0), (0, 4), (0, 0), (1, 1)])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_sizes_of_zero_and_one(kernel: str, queries: int, keys: int) -> None:
@@ -258,14 +305,33 @@ def test_sizes_of_zero_and_one(kernel: str, queries: int, keys: int) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kernel", ["auto", "reference"])
-@pytest.mark.parametrize("replaced", [True, False])
-def test_gradients_of_rows_of_nan_are_nan_where_eager_s_are(kernel: str, replaced: bool) -> None:
-    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def nothing(w: Tensor) -> Tensor:
+    return w
+
+
+def without_nan(w: Tensor) -> Tensor:
+    return w.nan_to_num()
+
+
+def without_hidden_rows(w: Tensor) -> Tensor:
+    return w.masked_fill(~ROWS, 0.0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("after", [nothing, without_nan, without_hidden_rows])
+@pytest.mark.parametrize("written", ["replaced", "added", "given"])
+def test_gradients_of_rows_of_nan_are_nan_where_eager_s_are(
+    kernel: str, written: str, after: Callable[[Tensor], Tensor]
+) -> None:
+    hidden = ~ROWS.expand(N, N)
+
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
         s = q @ k.mT
-        hidden = ~ROWS.expand(N, N)
-        s = s.masked_fill(hidden, -INF) if replaced else s + torch.zeros(N, N).masked_fill(hidden, -INF)
-        return s.softmax(-1) @ v
+        if written == "replaced":
+            s = s.masked_fill(hidden, -INF)
+        else:
+            s = s + (b if written == "given" else torch.zeros(N, N).masked_fill(hidden, -INF))
+        return after(s.softmax(-1)) @ v
 
     found = []
     for compiled in (False, True):
@@ -273,7 +339,7 @@ def test_gradients_of_rows_of_nan_are_nan_where_eager_s_are(kernel: str, replace
         given = {n: t.requires_grad_() for n, t in inputs().items()}
         options: Any = {"inner": "aot_eager", "kernel": kernel}
         call: Any = torch.compile(program, backend="fusepass", options=options) if compiled else program
-        call(**given).sum().backward()
+        call(**given, b=torch.zeros(N, N).masked_fill(hidden, -INF)).sum().backward()
         found.append([t.grad for t in given.values()])
     for mine, theirs in zip(*found, strict=True):
         assert mine is not None and theirs is not None

@@ -268,6 +268,27 @@ def test_a_value_that_was_overwritten_is_not_read_again(program: Program, grads:
     assert not any(s.fused for s in seen.sites)
 
 
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("read", [Tensor.flatten, lambda x: x.transpose(1, 2).reshape(2, 4, 16)])
+def test_a_view_without_gradients_is_no_copy(read: Callable[[Tensor], Tensor], transposed: bool) -> None:
+    """A view of what has gradients has them in a ``no_grad`` region too, a copy has none."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        out = (v.mT @ weights.mT).mT if transposed else weights @ v
+        with torch.no_grad():
+            return read(out)
+
+    given = {n: t.requires_grad_() for n, t in inputs().items() if n != "b"}
+    expected = program(**given)
+    for kernel in ("reference", "sdpa"):
+        torch._dynamo.reset()
+        options: Any = {"inner": "eager", "kernel": kernel}
+        got = torch.compile(program, backend="fusepass", options=options)(**given)
+        assert got.requires_grad == expected.requires_grad
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_copy_for_the_backward_pass_survives_inductor() -> None:
     agrees(keys_overwritten_where_only_values_learn, "v", "inductor", "auto")
 

@@ -104,6 +104,7 @@ class Reader:
         self.before: dict[Expr, Expr] = {}
         self._held: dict[tuple[Expr, joins.Window], Expr] = {}
         self._no_grad = False
+        self.without_gradients: set[fx.Node] = set()  # nodes of ``no_grad`` regions of the graph
         self._reshaped = self._last_reshaping()
         self.facts = Facts(self._shape_env())
         self.faults = Faults()
@@ -190,6 +191,8 @@ class Reader:
     def _read(self, node: fx.Node, position: int) -> None:
         for storage in self.memory.of(node):
             self._members.setdefault(storage, []).append(node)
+        if self._no_grad:
+            self.without_gradients.add(node)
         if node.op in ("placeholder", "get_attr"):
             self._bind(node, self._opaque(node))
             return

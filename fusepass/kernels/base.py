@@ -22,12 +22,15 @@ from fusepass.spec import (
     Attention,
     Band,
     Bias,
+    Finite,
+    Floor,
     Keep,
     KeyGate,
     KeyPadding,
     Mask,
     Scale,
     ScaleBy,
+    SoftCap,
     WeightModifier,
     WeightScale,
     ZeroEmptyRows,
@@ -338,19 +341,24 @@ def rows_of(site: Site, build: Builder, dtype: torch.dtype) -> Rows:
     if len(site.spec.masks) == len(hiders(site.spec)):
         seen = build.op("eq_scalar", top, 0)
     else:
-        known = torch.finfo(value.dtype)
-        bound = min(
-            max(FILL, 2 * USUAL_SCORES / known.eps), 0.99 * known.max
-        )  # beyond it scores are absorbed
-        seen = build.op(
-            "lt",
-            build.op("abs", top),
-            build.op("scalar_tensor", bound, dtype=value.dtype, device=value.device),
-        )
+        seen = _reached(site, build, top)
     hidden = build.op("logical_and", build.op("isfinite", top), build.op("logical_not", seen))
     level = build.cast(build.op("sub", level, build.op("where", hidden, top, zero)), dtype)
     lowest = build.op("scalar_tensor", torch.finfo(dtype).min, dtype=dtype, device=value.device)
     return Rows(build.op("maximum", level, lowest), top, seen)
+
+
+def _reached(site: Site, build: Builder, top: fx.Node) -> fx.Node:
+    """Are the highest levels of rows higher than the fills of masks, and no numbers that absorb scores?"""
+    value = build.value(top)
+    known = torch.finfo(value.dtype)
+    bound = min(max(FILL, 2 * USUAL_SCORES / known.eps), 0.99 * known.max)
+    highest = max((m.fill for m in site.spec.masks if site.spec.hides(m)), default=-math.inf)
+    low, high = (
+        build.op("scalar_tensor", n, dtype=value.dtype, device=value.device)
+        for n in (max(-bound, 0.99 * highest), bound)
+    )
+    return build.op("logical_and", build.op("lt", low, top), build.op("lt", top, high))
 
 
 def with_infinite_rows(site: Site, build: Builder, target: Target, out: fx.Node) -> fx.Node:
@@ -362,6 +370,9 @@ def with_infinite_rows(site: Site, build: Builder, target: Target, out: fx.Node)
     added = any(isinstance(m, Bias) and m.hides for m in spec.scores) and not may_empty_rows(spec, target)
     if not added or spec.sink is not None or any(isinstance(w, ZeroEmptyRows) for w in spec.weights):
         return out
+    after = spec.scores[max(n for n, m in enumerate(spec.scores) if isinstance(m, Bias) and m.hides) :]
+    if any(isinstance(m, (SoftCap, Floor, Finite)) for m in after):
+        return out  # minus infinity becomes a number
     top = build.op("amax", _levels(site, build), [-1], True)
     value = build.value(out)
     nan = build.op("scalar_tensor", math.nan, dtype=value.dtype, device=value.device)
@@ -369,10 +380,19 @@ def with_infinite_rows(site: Site, build: Builder, target: Target, out: fx.Node)
 
 
 def _levels(site: Site, build: Builder) -> fx.Node:
-    """What the masks, and the biases that may hide, make of scores of zero, in the order of computation."""
+    """What the masks, and the biases that may hide, make of scores of zero, in the order of computation.
+
+    Raises:
+        Refused: something else follows them of which that is not known.
+    """
     level: fx.Node | None = None
-    for mod in hiders(site.spec):
-        level = _hide(site, build, level, mod)
+    for mod in site.spec.scores:
+        if isinstance(mod, Mask) or (isinstance(mod, Bias) and mod.hides):
+            level = _hide(site, build, level, mod)
+        elif level is not None and isinstance(mod, Scale):
+            level = build.op("mul_scalar", level, mod.factor)
+        elif level is not None and not isinstance(mod, Bias):
+            raise Refused(f"'{mod}' follows what may hide all keys of a query")
     assert level is not None
     return level
 

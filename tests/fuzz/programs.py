@@ -63,8 +63,11 @@ class Program:
 
     @property
     def exact_text(self) -> str:
-        """The same in float64."""
-        return self.text.replace("torch.float32", "torch.float64").replace(".float()", ".double()")
+        """The same in float64, of arguments that are rounded as they were."""
+        made, rest = self.text.split("def edit(self):")
+        exact = re.sub(r"\.(float|half|bfloat16)\(\)", ".double()", rest)
+        exact = re.sub(r"torch\.(float32|float16|bfloat16)\b", "torch.float64", exact)
+        return f"{made.replace('torch.float32', 'torch.float64')}def edit(self):{exact}"
 
     @property
     def script(self) -> str:
