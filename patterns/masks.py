@@ -65,7 +65,8 @@ def additive_mask(formulas: Formulas, formula: Expr, dtype: torch.dtype) -> Hidd
 
 def may_hide(bias: Expr, contents: Contents, facts: Facts) -> bool:
     """May an added tensor hold fills?  Not one made of learned numbers, positions and small constants."""
-    return not is_ordinary(bias, contents, facts)
+    dtype = bias.dtype if bias.is_float else torch.float32
+    return not is_ordinary(bias, dtype, contents, facts)
 
 
 def conjuncts(formula: Expr) -> list[Expr]:

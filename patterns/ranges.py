@@ -247,10 +247,14 @@ def range_of(node: Expr, contents: Contents, facts: Facts) -> Interval | None:
     return Ranges(contents, facts).of(node)
 
 
-def is_ordinary(node: Expr, contents: Contents, facts: Facts) -> bool:
-    """Is every element provably a finite number that is no fill, for inputs of usual size?"""
+def is_ordinary(node: Expr, dtype: torch.dtype, contents: Contents, facts: Facts) -> bool:
+    """Is every element provably a finite number that is no fill in ``dtype``, for inputs of usual size?
+
+    The lowest number of half precision absorbs scores there, as ``FILL`` does in others.
+    """
     found = Ranges(contents, facts, scale=USUAL).of(node)
-    return found is not None and found[0] > -FILL and found[1] < FILL
+    most = min(FILL, torch.finfo(dtype).max / 2)
+    return found is not None and found[0] > -most and found[1] < most
 
 
 def _holds_fill(operand: Expr) -> bool:

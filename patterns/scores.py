@@ -168,17 +168,19 @@ def shift(term: Term, scope: Scope) -> list[Peel] | None:
     """
     if term.expr.op not in ("add", "sub") or not scope.shifts_cancel():
         return None
-    sides = [i for i in score_sides(term) if _cancels(term.argument(1 - i), term.argument(i), scope)]
+    sides = [i for i in score_sides(term) if _cancels(term, i, scope)]
     free = [Peel(term.argument(i)) for i in sides if term.expr.op == "add" or i == 0]
     if term.expr.op == "sub" and 1 in sides:
         free.append(Peel(Term(pointwise("neg", term.expr.args[1]), term.argument(1).index)))
     return free or None
 
 
-def _cancels(t: Term, x: Term, scope: Scope) -> bool:
+def _cancels(term: Term, side: int, scope: Scope) -> bool:
+    """Does what is added to the scores, which stand on a side of a sum, cancel in the softmax?"""
+    x, t = term.argument(side), term.argument(1 - side)
     if scope.varies_over_keys(t):
         return False
-    return _is_row_maximum(t, x, scope) or is_ordinary(t.expr, scope.contents, scope.facts)
+    return _is_row_maximum(t, x, scope) or is_ordinary(t.expr, term.expr.dtype, scope.contents, scope.facts)
 
 
 def _is_row_maximum(t: Term, x: Term, scope: Scope) -> bool:

@@ -138,6 +138,11 @@ def fill_that_overflows_in_half(s: Tensor) -> Tensor:
 
 
 @unsound
+def shifted_by_the_lowest_half(s: Tensor) -> Tensor:
+    return (s.half() + (~ROWS).half() * torch.finfo(torch.float16).min).softmax(-1).float()
+
+
+@unsound
 def scalar_fill_that_overflows_in_half(s: Tensor) -> Tensor:
     s = s.half()
     return (s + torch.zeros(()).masked_fill(torch.tensor(True), -1e9)).softmax(-1).float()

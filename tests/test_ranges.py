@@ -125,7 +125,7 @@ def test_what_is_computed_lies_within_the_bounds(drawn: tuple[Expr, Contents, di
     if found is not None:
         assert not value.isnan().any(), (found, value)
         assert float(value.min()) >= found[0] and float(value.max()) <= found[1], (found, value)
-    if is_ordinary(node, contents, Facts()) and inputs["n"].abs().max() <= 64:
+    if is_ordinary(node, torch.float32, contents, Facts()) and inputs["n"].abs().max() <= 64:
         assert value.isfinite().all() and float(value.abs().max()) < FILL
 
 
@@ -216,8 +216,8 @@ def test_what_may_be_nan_has_no_bounds(name: str) -> None:
 
 def test_known_tables_are_relied_upon_where_they_matter_only() -> None:
     known = contents()
-    assert is_ordinary(op("lt", KNOWN, X, dtype=torch.bool), known, Facts()) and not known.used
-    assert is_ordinary(KNOWN, known, Facts()) and known.used == {KNOWN}
+    assert is_ordinary(op("lt", KNOWN, X, dtype=torch.bool), torch.float32, known, Facts()) and not known.used
+    assert is_ordinary(KNOWN, torch.float32, known, Facts()) and known.used == {KNOWN}
 
 
 def test_bounds_of_deep_expressions_are_found() -> None:

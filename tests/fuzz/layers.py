@@ -275,7 +275,7 @@ def _spelled(sk: Sketch, form: str, x: str, ops: Operands) -> str:
         names["odd"] = sk.rng.choice(ODD)
     if "{t}" in form:
         shape = sk.rng.choice([(), (), ("1",)])
-        names["t"] = sk.learned("t", *shape) if sk.chance(0.8) else sk.argument("t", "torch.zeros(())")
+        names["t"] = sk.learned("t", *shape) if sk.chance(0.8) else sk.argument("t", "torch.full((), 0.5)")
     if "{m}" in form:
         names["m"] = mask(sk)
     return form.format(**names)
