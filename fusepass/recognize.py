@@ -18,7 +18,7 @@ import torch
 from fusepass.contents import Contents
 from fusepass.index import Affine, AxisSpace, Facts, Size, prod
 from fusepass.ir import DTYPES, Expr, const, expr, pointwise, scalar_of
-from fusepass.patterns import formulas, heads, masks
+from fusepass.patterns import formulas, heads, masks, ranges
 from fusepass.patterns.joined import JOINED, joined, taken_apart
 from fusepass.patterns.layout import LAYOUT
 from fusepass.patterns.products import PRODUCTS, factors, normalised_late
@@ -223,6 +223,7 @@ class _Reading:
         self.weights, self.values, self.summed = weights, values, summed
         self.formulas = formulas.Formulas(scope)
         self.steps = 0
+        self.computed = out.expr.dtype  # the dtype of the product of queries and keys
 
     def run(self) -> Site | Miss | None:
         if len(self.summed) != 1:
@@ -337,7 +338,7 @@ class _Reading:
     # -- understanding -----------------------------------------------------------------------
 
     def _finish(self, core: Core, found: _Scores, weights: list[WeightModifier]) -> Site:
-        scope = self.scope
+        scope, self.computed = self.scope, found.node.dtype
         left_is_key = self._is_key_side(found.product, 0)
         query, key = (
             (found.product.right, found.product.left)
@@ -366,6 +367,9 @@ class _Reading:
             for name in ("batch", "heads", "kv_heads", "query", "key", "head_dim", "value_dim")
         }
         rows_seen = self._rows_seen(scores, atoms, sizes, roles)
+        sink = None
+        if core.sink is not None:
+            sink = Sink(scope.slot(core.sink), self._letters(core.sink, roles), self._finite_sink(core))
         scores = self._as_normalised(core, scores, rows_seen)
         spec = Attention(
             sizes["batch"], sizes["heads"], sizes["kv_heads"], sizes["query"], sizes["key"],
@@ -374,8 +378,8 @@ class _Reading:
             scores=merge_scales(_without_empty(scores)),
             softmax_dtype=core.dtype,
             out_dtype=self.out.expr.dtype,
-            sink=None if core.sink is None else Sink(scope.slot(core.sink), self._letters(core.sink, roles)),
-            rows_seen=rows_seen or self._finite_sink(core),
+            sink=sink,
+            rows_seen=rows_seen or (sink is not None and sink.finite),
             operands=len(scope.operands),
             keys_exist=scope.facts.at_most(1, sizes["key"]),
         )  # fmt: skip
@@ -401,6 +405,13 @@ class _Reading:
                 "its softmax is written out, and scores that a mask sets to a low number do not stay low",
                 core.scores.expr,
             )
+        if core.form == "relative" and not all(
+            self._is_exact(core, m) for m in scores if isinstance(m, Bias)
+        ):
+            raise Refuse(
+                "its softmax is exp(x - logsumexp(x)), which is another one for large biases",
+                core.scores.expr,
+            )
         if core.form == "softmax" or (rows_seen and core.form != "bare" and hiding is None):
             return scores
         large = core.form == "bare" and (
@@ -424,6 +435,13 @@ class _Reading:
         """Is a bias so small that no exponential of a whole row vanishes or overflows because of it?"""
         found = range_of(self.scope.operands[mod.slot].expr, self.scope.contents, self.scope.facts)
         return found is not None and max(map(abs, found)) * abs(mod.factor) <= SMALL
+
+    def _is_exact(self, core: Core, mod: Bias) -> bool:
+        """Is a bias so small that subtracting a log-sum-exp of its size loses no part of a weight?"""
+        known = ranges.Ranges(self.scope.contents, self.scope.facts, scale=ranges.USUAL)
+        found = known.of(self.scope.operands[mod.slot].expr)
+        most = max(SMALL, 1 / (16 * torch.finfo(core.scores.expr.dtype).eps))
+        return found is not None and max(map(abs, found)) * abs(mod.factor) <= most
 
     def _finite_sink(self, core: Core) -> bool:
         """Is there a sink that every row sees, since it is a learned or constant number of ordinary size?"""
@@ -504,6 +522,8 @@ class _Reading:
             scaled = Term(pointwise("mul", term.expr, factor, dtype=dtype), term.index)
         hidden = masks.additive_mask(self.formulas, self.formulas.lift(scaled), term.expr.dtype)
         if hidden is None:
+            if ranges.absorbs_from_above(scaled.expr, scope.contents, scope.facts):
+                raise Refuse("a bias raises scores so far that others are absorbed", term.expr)
             hides = masks.may_hide(term.expr, scope.contents, scope.facts)
             return replace(mod, axes=self._letters(term, roles), hides=hides)
         return Mask(self.scope.slot(scaled), hidden.fill, True, True, self._atoms(hidden.attends, roles))
@@ -520,6 +540,7 @@ class _Reading:
         if not isinstance(mod, Mask) or not isinstance(merged, (Mask, Bias)) or not math.isfinite(mod.fill):
             return mod
         written, steps = rounded.get(merged.slot, (None, []))
+        most = torch.finfo(self.computed).max
         if isinstance(written, Mask):
             fill = written.fill
         elif isinstance(written, Bias) and isinstance(merged, Bias) and merged.factor:
@@ -527,7 +548,10 @@ class _Reading:
         else:
             return mod
         for step in steps:
+            if isinstance(step, Cast):
+                most = torch.finfo(DTYPES[step.dtype]).max
             fill = fill * step.factor if isinstance(step, Scale) else step.hidden(fill)
+            fill = fill if abs(fill) <= most else math.copysign(math.inf, fill)
         return self._filled_with(mod, -math.inf) if fill == -math.inf else mod
 
     def _filled(self, scores: list[ScoreModifier]) -> list[ScoreModifier]:

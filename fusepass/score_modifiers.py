@@ -287,7 +287,7 @@ class Finite(ScoreModifier):
         return finite(x, self.nan, self.low, self.high)
 
     def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
-        return torch.where(before.isfinite(), grad, 0.0)
+        return grad * before.isfinite()  # as PyTorch has it: what is NaN stays NaN
 
     def hidden(self, fill: float) -> float | None:
         return self.low if fill == -math.inf else fill

@@ -11,6 +11,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from fusepass.spec import (
+    USUAL_SCORES,
     Attention,
     Bias,
     Dropout,
@@ -21,6 +22,7 @@ from fusepass.spec import (
     ScoreModifier,
     WeightModifier,
     ZeroEmptyRows,
+    absorbs,
     empty_rows,
     fates,
     negligible,
@@ -120,7 +122,7 @@ class Takes:
         for at, mask in enumerate(spec.scores):
             if not isinstance(mask, Mask) or spec.hides(mask):
                 continue
-            if self.fills == "written" and (not mask.fill < self.lowest or self._same_fate(spec, at, mask)):
+            if self.fills == "written" and self._writes(spec, at, mask):
                 continue
             if self.fills == "added" and mask.additive:
                 continue
@@ -128,6 +130,12 @@ class Takes:
                 return f"hidden scores come back: '{spec.scores[at + 1]}' follows '{mask}'"
             return f"hidden scores are set to {mask.fill:g}, which is within reach of real scores"
         return None
+
+    def _writes(self, spec: Attention, at: int, mask: Mask) -> bool:
+        """Can the very number be written?  One that is added only where it absorbs the scores."""
+        if mask.additive and self.rows != "written" and not absorbs(mask.fill, spec.dtype, USUAL_SCORES):
+            return False
+        return not mask.fill < self.lowest or self._same_fate(spec, at, mask)
 
     def _same_fate(self, spec: Attention, at: int, mask: Mask) -> bool:
         """Does the lowest fill that can be written become the same as the fill that is to be written?"""

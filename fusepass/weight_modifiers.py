@@ -135,7 +135,7 @@ class ZeroEmptyRows(WeightModifier):
         return torch.nan_to_num(x, nan=0.0) if self.every else x  # rows of fills: in the softmax
 
     def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
-        return torch.where(torch.isnan(before), torch.zeros_like(grad), grad) if self.every else grad
+        return grad * before.isfinite() if self.every else grad
 
     @classmethod
     def samples(cls, draw: Draw) -> list[Sample]:
@@ -151,6 +151,7 @@ class Sink(Modifier):
 
     slot: int
     axes: str = ""
+    finite: bool = False  # proved, and of ordinary size
 
     def __str__(self) -> str:
         return f"sink[{self.axes}]"

@@ -25,7 +25,7 @@ from fusepass.ir import VIEWS, Expr, held, is_integer, opmath
 
 Interval = tuple[float, float]
 
-__all__ = ["Interval", "Ranges", "is_ordinary", "range_of"]
+__all__ = ["USUAL", "Interval", "Ranges", "absorbs_from_above", "is_ordinary", "range_of"]
 
 _BITS = frozenset("lt le gt ge eq ne and or xor not isnan isinf".split())
 _TRUTH: Interval = (0.0, 1.0)
@@ -47,6 +47,8 @@ class Scale:
 WIDEST = Scale(FILL, None, 1 << 40)
 #: What is usual: slopes times distances, and small fills times given bits, stay below a fill.
 USUAL = Scale(64.0, 64.0, 1 << 20)
+#: Small ones: what is large beside them is large because of a constant.
+LEAST = Scale(1.0, 1.0, 2)
 
 
 @dataclass
@@ -257,6 +259,12 @@ def is_ordinary(node: Expr, dtype: torch.dtype, contents: Contents, facts: Facts
     return found is not None and found[0] > -most and found[1] < most
 
 
+def absorbs_from_above(node: Expr, contents: Contents, facts: Facts) -> bool:
+    """Are some elements, for whatever inputs, so high that scores that they are added to are absorbed?"""
+    found = Ranges(contents, facts, scale=LEAST).of(node)
+    return found is not None and found[1] >= FILL
+
+
 def _holds_fill(operand: Expr) -> bool:
     """Is a number that is infinite, NaN or a fill part of what an operand is made of, products apart?"""
     todo, seen = [operand], {operand}
@@ -411,11 +419,19 @@ def _monotone(function: Callable[[float], float]) -> Callable[[Interval], Interv
     return lambda x: (function(x[0]), function(x[1]))
 
 
-def _power_of(base: float, x: float) -> float:
-    try:
-        return math.pow(base, x)
-    except OverflowError:
-        return math.inf
+def _bounded(function: Callable[..., float]) -> Callable[..., float]:
+    """A function that is infinite where Python's overflows."""
+
+    def bounded(*x: float) -> float:
+        try:
+            return function(*x)
+        except OverflowError:
+            return math.inf
+
+    return bounded
+
+
+_power_of = _bounded(math.pow)
 
 
 def _log(x: Interval) -> Interval | None:
@@ -488,6 +504,6 @@ _RULES: dict[str, Callable[..., Interval | None]] = {
     "max": lambda a, b: (max(a[0], b[0]), max(a[1], b[1])),
     "min": lambda a, b: (min(a[0], b[0]), min(a[1], b[1])),
     "relu": lambda x: (max(0.0, x[0]), max(0.0, x[1])),
-    "exp": _monotone(lambda x: _power_of(math.e, x)), "exp2": _monotone(lambda x: _power_of(2.0, x)),
+    "exp": _monotone(_bounded(math.exp)), "exp2": _monotone(_bounded(math.exp2)),
     "tanh": _clipped(_monotone(math.tanh), -1.0, 1.0), "sigmoid": _clipped(_monotone(_logistic), 0.0, 1.0),
 }  # fmt: skip

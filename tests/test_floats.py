@@ -155,6 +155,21 @@ def rows_that_overflow_in_half(s: Tensor) -> Tensor:
 
 
 @unsound
+def raised_by_what_absorbs(s: Tensor) -> Tensor:
+    return (-(s + torch.zeros(N, N).masked_fill(~CAUSAL, -1e9))).softmax(-1)
+
+
+@unsound
+def fill_that_overflows_when_scaled(s: Tensor) -> Tensor:
+    return (s.masked_fill(~ROWS, LOW) * 2 * 0.3).softmax(-1)
+
+
+@unsound
+def fill_times_a_negative_tensor(s: Tensor) -> Tensor:
+    return ((s * 3 + (~CAUSAL).float() * -1e8) * torch.full((), -0.5)).double().softmax(-1).float()
+
+
+@unsound
 def infinity_negated(s: Tensor) -> Tensor:
     return (-(s + torch.zeros(ROWS.shape).masked_fill(~ROWS, INF))).softmax(-1)
 
@@ -206,6 +221,12 @@ def less_a_logsumexp_of_negated_fills(s: Tensor) -> Tensor:
 
 
 @unsound
+def less_a_logsumexp_rounded_to_half(s: Tensor) -> Tensor:
+    s = (s + (~ROWS).float() * -1e4).half()
+    return (s - s.logsumexp(-1, keepdim=True)).exp().float()  # four weights of one in a row
+
+
+@unsound
 def sink_of_minus_infinity(s: Tensor) -> Tensor:
     return F.pad(s.masked_fill(~ROWS, -INF), (0, 1), value=-INF).softmax(-1)[..., :-1]
 
@@ -230,6 +251,20 @@ def agrees(program: Callable[..., Tensor], kernel: str, **changed: Tensor) -> re
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
     assert len(seen.sites) <= 1 and not seen.notes
     return seen
+
+
+def gradients_agree(program: Callable[..., Tensor], kernel: str, **constant: Tensor) -> None:
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        given = {n: t.requires_grad_() for n, t in inputs().items()}
+        options: Any = {"inner": "aot_eager", "kernel": kernel}
+        call: Any = torch.compile(program, backend="fusepass", options=options) if compiled else program
+        call(**given, **constant).sum().backward()
+        found.append([t.grad for t in given.values()])
+    for mine, theirs in zip(*found, strict=True):
+        assert mine is not None and theirs is not None
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def whole(program: Scores) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -292,6 +327,23 @@ def test_a_mask_hides_a_row_whatever_a_bias_from_outside_holds(kernel: str, fill
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_neither_keys_nor_a_sink_are_seen(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        return F.pad(q @ k.mT + b, (0, 1), value=-INF).softmax(-1)[..., :-1] @ v
+
+    agrees(program, kernel, b=torch.zeros(N, N).masked_fill(~ROWS, -INF))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_cleaned_scores_keep_gradients_that_are_nan(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q @ k.mT).masked_fill(~ROWS, -INF).nan_to_num(0.0)
+        return s.masked_fill(~ROWS, -INF).softmax(-1).masked_fill(~ROWS, 0.0) @ v
+
+    gradients_agree(program, kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_the_lowest_number_stays_finite_in_a_sink(kernel: str) -> None:
     def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         s = (q @ k.mT).masked_fill(~ROWS, -INF).float()
@@ -338,14 +390,4 @@ def test_gradients_of_rows_of_nan_are_nan_where_eager_s_are(
             s = s + (b if written == "given" else torch.zeros(N, N).masked_fill(hidden, -INF))
         return after(s.softmax(-1)) @ v
 
-    found = []
-    for compiled in (False, True):
-        torch._dynamo.reset()
-        given = {n: t.requires_grad_() for n, t in inputs().items()}
-        options: Any = {"inner": "aot_eager", "kernel": kernel}
-        call: Any = torch.compile(program, backend="fusepass", options=options) if compiled else program
-        call(**given, b=torch.zeros(N, N).masked_fill(hidden, -INF)).sum().backward()
-        found.append([t.grad for t in given.values()])
-    for mine, theirs in zip(*found, strict=True):
-        assert mine is not None and theirs is not None
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
+    gradients_agree(program, kernel, b=torch.zeros(N, N).masked_fill(hidden, -INF))

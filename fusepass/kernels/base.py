@@ -368,12 +368,19 @@ def with_infinite_rows(site: Site, build: Builder, target: Target, out: fx.Node)
     """
     spec = site.spec
     added = any(isinstance(m, Bias) and m.hides for m in spec.scores) and not may_empty_rows(spec, target)
-    if not added or spec.sink is not None or any(isinstance(w, ZeroEmptyRows) for w in spec.weights):
+    sink = spec.sink
+    if not added or (sink is not None and sink.finite):
+        return out
+    if any(isinstance(w, ZeroEmptyRows) for w in spec.weights):
         return out
     after = spec.scores[max(n for n, m in enumerate(spec.scores) if isinstance(m, Bias) and m.hides) :]
     if any(isinstance(m, (SoftCap, Floor, Finite)) for m in after):
         return out  # minus infinity becomes a number
     top = build.op("amax", _levels(site, build), [-1], True)
+    if sink is not None:
+        top = build.op(
+            "maximum", top, build.cast(tensor_operand(site, build, sink.slot), build.value(top).dtype)
+        )
     value = build.value(out)
     nan = build.op("scalar_tensor", math.nan, dtype=value.dtype, device=value.device)
     return _kept(site, build, build.op("where", build.op("eq_scalar", top, -math.inf), nan, out))

@@ -16,8 +16,8 @@ from torch import Tensor
 from tests.fuzz.harness import compiled, run
 from tests.fuzz.programs import Loaded, Program
 
-#: Scores of up to 1e4 are rounded by this in float64, for which there is no wider judge.
-FINEST = 1e-12
+#: AOT Autograd guards on the sizes of an argument's base, which Dynamo cannot say; it depends on the order.
+SIZE_WITHOUT_SOURCE = "sources must not be empty for symbol"
 
 RIGHT, WRONG, FAILED, SKIPPED, TORCHS_OWN = "right", "wrong", "failed", "skipped", "torch's own"
 _runs = itertools.count()
@@ -102,10 +102,11 @@ def coarseness(program: Program) -> float:
     if re.search(r"float16|half\(", text):
         return torch.finfo(torch.float16).eps / 8
     single = torch.finfo(torch.float32).eps
+    if "torch.float64" in text:
+        return single / 8  # most masks, and softmaxes now and then, are of single precision
     if re.search(r"-1e4|-10000|\* 100\b", text):
         return 1e4 * single / 64  # of scores of that size, and of the log-sum-exp that backwards subtract
-    mixed = "torch.float64" in text and re.search(r"torch\.float32|\.float\(", text)
-    return single / 8 if mixed else 0.0
+    return 0.0
 
 
 def compare(program: Program, expected: Expected, backend: str, **options: str) -> Verdict:
@@ -117,12 +118,13 @@ def compare(program: Program, expected: Expected, backend: str, **options: str) 
         try:
             got = execute(program, program.text, backend, **options)
         except Exception as error:
-            return Verdict(FAILED, (first_line(error),), tuple(site.kind for site in report.fused))
+            kind = TORCHS_OWN if SIZE_WITHOUT_SOURCE in str(error) else FAILED
+            return Verdict(kind, (first_line(error),), tuple(site.kind for site in report.fused))
     fused = tuple(f"{site.kernel}: {site.kind}" for site in report.fused)
     reasons = []
     for name, want in expected.eager.items():
         mine, exact = _seen(name, got.get(name)), expected.exact.get(name)
-        if overflows(program, want, exact):
+        if exact is not None and overflows(program, want, exact):
             want = exact.to(want.dtype)
         if reason := differs(_seen(name, want), mine, exact, expected.eps):
             reasons.append(f"{name}: {reason}")
@@ -190,7 +192,7 @@ def _error(want: Tensor, got: Tensor, exact: Any, eps: float) -> str:
     if not finite.any():
         return ""
     eager, fused = want.double()[finite], got.double()[finite]
-    eps = max(eps, torch.finfo(want.dtype).eps, FINEST)
+    eps = max(eps, torch.finfo(want.dtype).eps)
     comparable = isinstance(exact, Tensor) and exact.shape == want.shape and same_places(want, exact)
     truth = exact.double()[finite] if comparable else eager
     size = max(1.0, truth.abs().max().item())

@@ -292,11 +292,12 @@ def biased(sk: Sketch, s: str) -> str:
         return f"{s} + {distance}{sk.pick('', '.abs()')} * {slope}"
     shape = sk.broadcast()
     value = sk.normal(*shape, learn=False)
-    if sk.chance(sk.spoiled):
+    spoiled = sk.chance(sk.spoiled)
+    if spoiled:
         bad = sk.pick("nan", "-inf", "-inf", "-inf", "inf", "-1e9", "torch.finfo(torch.float32).min")
         value += f".masked_fill({sk.whole(*shape, below=3)} == 0, {bad})"
     b = sk.argument("b", value + (".requires_grad_()" if sk.chance(sk.learns) else ""))
-    if sk.module and sk.chance(0.3):
+    if sk.module and not spoiled and sk.chance(0.3):  # the gradient of a factor of 1e9 is noise
         sk.state.append(f"self.{b} = torch.nn.Parameter(torch.zeros(()))")
         return f"{s} + {b} * self.{b}"
     b = sk.pick(b, b, b, f"{b}.detach()", f"{b} * 2", f"{b}.clone()")
