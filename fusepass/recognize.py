@@ -40,6 +40,7 @@ from fusepass.rule import (
     applied,
 )
 from fusepass.spec import (
+    USUAL_SCORES,
     Atom,
     Attention,
     Band,
@@ -57,6 +58,7 @@ from fusepass.spec import (
     WeightModifier,
     WeightScale,
     ZeroEmptyRows,
+    absorbs,
     fates,
     holds_less,
     merge_scales,
@@ -223,7 +225,6 @@ class _Reading:
         self.weights, self.values, self.summed = weights, values, summed
         self.formulas = formulas.Formulas(scope)
         self.steps = 0
-        self.computed = out.expr.dtype  # the dtype of the product of queries and keys
 
     def run(self) -> Site | Miss | None:
         if len(self.summed) != 1:
@@ -338,7 +339,7 @@ class _Reading:
     # -- understanding -----------------------------------------------------------------------
 
     def _finish(self, core: Core, found: _Scores, weights: list[WeightModifier]) -> Site:
-        scope, self.computed = self.scope, found.node.dtype
+        scope = self.scope
         left_is_key = self._is_key_side(found.product, 0)
         query, key = (
             (found.product.right, found.product.left)
@@ -357,9 +358,14 @@ class _Reading:
         self._settle(roles)
         written = [Scale(f) for f in (*query_scales, *key_scales)] + found.modifiers
         scores = merge_scales(_without_exact_casts(written, found.node.dtype))
-        rounded = {} if any(isinstance(m, Cast) for m in scores) else _roundings(written)
+        rounded = {} if any(isinstance(m, Cast) for m in scores) else _roundings(written, found.node.dtype)
         understood = [self._rounded(self._understood(m, roles), m, rounded) for m in scores]
         understood = [self._overflown(m, core.dtype, found.node.dtype) for m in understood]
+        partly = [
+            m
+            for m, as_merged in zip(understood, scores, strict=True)
+            if _absorbs_in_part(m, as_merged, rounded)
+        ]
         scores = self._floored(self._finite(self._filled(understood)))
         atoms = [a for m in scores if isinstance(m, Mask) for a in m.atoms]
         sizes = {
@@ -367,6 +373,10 @@ class _Reading:
             for name in ("batch", "heads", "kv_heads", "query", "key", "head_dim", "value_dim")
         }
         rows_seen = self._rows_seen(scores, atoms, sizes, roles)
+        if partly and not rows_seen:
+            raise Refuse(
+                f"'{partly[0]}' absorbs scores in part, and they are scaled afterwards", core.scores.expr
+            )
         sink = None
         if core.sink is not None:
             sink = Sink(scope.slot(core.sink), self._letters(core.sink, roles), self._finite_sink(core))
@@ -531,28 +541,42 @@ class _Reading:
     def _overflown(self, mod: ScoreModifier, *dtypes: torch.dtype) -> ScoreModifier:
         """A mask whose fill is below all that the scores may be: it is minus infinity."""
         lowest = min(torch.finfo(d).min for d in dtypes)
-        return self._filled_with(mod, -math.inf) if isinstance(mod, Mask) and mod.fill < lowest else mod
+        return self._infinite(mod) if isinstance(mod, Mask) and mod.fill < lowest else mod
+
+    def _infinite(self, mod: Mask) -> Mask:
+        """A mask whose fill is minus infinity, added as it was, or in place of scores as it was."""
+        if not mod.additive or mod.fill == -math.inf:
+            return replace(mod, fill=-math.inf)
+        term = self.scope.operands[mod.slot]
+        zero, low = (const(n, term.expr.dtype) for n in (0.0, -math.inf))
+        added = pointwise("where", pointwise("eq", term.expr, zero), zero, low, dtype=term.expr.dtype)
+        return replace(mod, slot=self.scope.slot(Term(added, term.index)), fill=-math.inf)
 
     def _rounded(
-        self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, tuple[Any, list[Any]]]
+        self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, _Written]
     ) -> ScoreModifier:
         """A mask whose fill overflows where the scores are rounded to a narrower dtype: minus infinity."""
         if not isinstance(mod, Mask) or not isinstance(merged, (Mask, Bias)) or not math.isfinite(mod.fill):
             return mod
-        written, steps = rounded.get(merged.slot, (None, []))
-        most = torch.finfo(self.computed).max
-        if isinstance(written, Mask):
-            fill = written.fill
-        elif isinstance(written, Bias) and isinstance(merged, Bias) and merged.factor:
-            fill = mod.fill * written.factor / merged.factor
+        written = rounded.get(merged.slot)
+        if written is None:
+            return mod
+        if isinstance(written.modifier, Mask):
+            fill = written.modifier.fill
+        elif isinstance(merged, Bias) and merged.factor:
+            fill = mod.fill * written.modifier.factor / merged.factor
         else:
             return mod
-        for step in steps:
+        operand = self.scope.operands[written.modifier.slot].expr
+        most = torch.finfo(written.dtype).max
+        if operand.is_float and operand.rank:
+            most = max(most, torch.finfo(operand.dtype).max)  # the sum is of the wider dtype
+        for step in written.steps:
             if isinstance(step, Cast):
                 most = torch.finfo(DTYPES[step.dtype]).max
             fill = fill * step.factor if isinstance(step, Scale) else step.hidden(fill)
             fill = fill if abs(fill) <= most else math.copysign(math.inf, fill)
-        return self._filled_with(mod, -math.inf) if fill == -math.inf else mod
+        return self._infinite(mod) if fill == -math.inf else mod
 
     def _filled(self, scores: list[ScoreModifier]) -> list[ScoreModifier]:
         """``s * c + (0 if c else fill) = where(c, s, fill)`` for a factor ``c`` of zeros and ones."""
@@ -710,14 +734,40 @@ def _without_exact_casts(mods: Sequence[ScoreModifier], product: torch.dtype) ->
     return [m for n, m in enumerate(mods) if n >= first or not isinstance(m, Cast)]
 
 
-def _roundings(mods: Sequence[ScoreModifier]) -> dict[int, tuple[Any, list[Any]]]:
-    """For every slot of a mask or bias: the modifier as written, and the scales and roundings after it."""
-    found = {}
+@dataclass(frozen=True)
+class _Written:
+    """A mask or bias as written: the dtype of the scores there, and the scales and roundings after it."""
+
+    modifier: Any
+    dtype: torch.dtype
+    steps: tuple[Any, ...]
+
+
+def _roundings(mods: Sequence[ScoreModifier], product: torch.dtype) -> dict[int, _Written]:
+    """For every slot of a mask or bias, how it was written, on scores that begin in the product's dtype."""
+    found: dict[int, _Written] = {}
+    dtype = product
     for at, mod in enumerate(mods):
+        if isinstance(mod, Cast):
+            dtype = DTYPES[mod.dtype]
         if isinstance(mod, (Mask, Bias)):
             known = itertools.takewhile(lambda m: isinstance(m, (Scale, Cast, Mask, Bias)), mods[at + 1 :])
-            found[mod.slot] = mod, [m for m in known if isinstance(m, (Scale, Cast))]
+            found[mod.slot] = _Written(mod, dtype, tuple(m for m in known if isinstance(m, (Scale, Cast))))
     return found
+
+
+def _absorbs_in_part(mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, _Written]) -> bool:
+    """Are scores that a mask is added to rounded by it, and scaled afterwards by what rounds them again?
+
+    Moved before the mask, the scale would have other scores rounded.
+    """
+    if not isinstance(mod, Mask) or not mod.additive or not isinstance(merged, (Mask, Bias)):
+        return False
+    written = rounded.get(merged.slot)
+    if written is None or not math.isfinite(mod.fill):
+        return False
+    scale = math.prod(abs(step.factor) for step in written.steps if isinstance(step, Scale))
+    return math.frexp(scale)[0] != 0.5 and not absorbs(mod.fill, written.dtype, USUAL_SCORES * scale)
 
 
 def _without_empty(scores: tuple[ScoreModifier, ...]) -> tuple[ScoreModifier, ...]:

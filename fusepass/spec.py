@@ -223,12 +223,14 @@ def _keeps_levels(spec: Attention) -> bool:
     and biases, that an additive mask is added to are absorbed by it.
     """
     dtype = min((spec.dtype, spec.softmax_dtype), key=lambda d: torch.finfo(d).eps)
+    scale = 1.0
     for at, mask in enumerate(spec.scores):
+        scale *= abs(mask.factor) if isinstance(mask, Scale) else 1.0
         if not isinstance(mask, Mask):
             continue
         level: float | None = mask.fill
         added_in = spec.dtype if mask.fill >= torch.finfo(spec.dtype).min else dtype
-        if mask.additive and not absorbs(mask.fill, added_in, USUAL_SCORES):
+        if mask.additive and not absorbs(mask.fill, added_in, USUAL_SCORES * max(scale, 1.0)):
             return False
         for mod, after in zip(spec.scores[at + 1 :], fates(spec.scores, at, mask.fill), strict=False):
             own = isinstance(mod, Mask) or (isinstance(mod, Bias) and (mod.hides or mask.additive))

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
+import torch
+
 from fusepass.spec import (
     USUAL_SCORES,
     Attention,
@@ -133,7 +135,8 @@ class Takes:
 
     def _writes(self, spec: Attention, at: int, mask: Mask) -> bool:
         """Can the very number be written?  One that is added only where it absorbs the scores."""
-        if mask.additive and self.rows != "written" and not absorbs(mask.fill, spec.dtype, USUAL_SCORES):
+        single = absorbs(mask.fill, torch.float32, USUAL_SCORES)  # kernels add in it
+        if mask.additive and self.rows != "written" and not single:
             return False
         return not mask.fill < self.lowest or self._same_fate(spec, at, mask)
 

@@ -163,6 +163,8 @@ class Ranges:
             found = (math.trunc(found[0]), math.trunc(found[1])) if _is_finite(found) else None
         else:
             found = self._real(node, [a for a in args if a is not None])
+            if found is not None and _is_finite(found):
+                found = (math.floor(found[0]), math.ceil(found[1]))  # integers of negative powers
         if found is None or not _is_finite(found) or found[0] < low or found[1] > high:
             return low, high
         return found

@@ -170,6 +170,16 @@ def fill_times_a_negative_tensor(s: Tensor) -> Tensor:
 
 
 @unsound
+def rows_absorbed_in_part(s: Tensor) -> Tensor:
+    return ((s * 3 + (~ROWS).float() * -1e8) * 200).softmax(-1)
+
+
+@unsound
+def scores_absorbed_in_part(s: Tensor) -> Tensor:
+    return ((s * 3 - 1e8) / 0.1 + torch.full((N, N), -INF).triu(1)).softmax(-1)
+
+
+@unsound
 def infinity_negated(s: Tensor) -> Tensor:
     return (-(s + torch.zeros(ROWS.shape).masked_fill(~ROWS, INF))).softmax(-1)
 
@@ -324,6 +334,20 @@ def test_a_mask_hides_a_row_whatever_a_bias_from_outside_holds(kernel: str, fill
         return torch.where(ROWS, q @ k.mT * 8 + b, fill).softmax(-1) @ v
 
     agrees(program, kernel, b=torch.randn(N, N, generator=torch.Generator().manual_seed(7)))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_fill_that_a_wider_dtype_holds_stays_finite(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q @ k.mT).float().masked_fill(~ROWS, -1e9)
+        return F.softmin(-s, -1).to(v.dtype) @ v
+
+    given = {name: t.half() for name, t in inputs().items()}
+    expected = program(**given)
+    torch._dynamo.reset()
+    options: Any = {"inner": "aot_eager", "kernel": kernel}
+    got = torch.compile(program, backend="fusepass", options=options)(**given)
+    torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

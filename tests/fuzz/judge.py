@@ -136,7 +136,7 @@ def overflows(program: Program, want: Any, exact: Any) -> bool:
 
     A softmax that is written out without a maximum is taken for one, whatever the size of its scores.
     """
-    if "torch.exp(" not in program.text or not isinstance(want, Tensor) or not isinstance(exact, Tensor):
+    if "exp(" not in program.text or not isinstance(want, Tensor) or not isinstance(exact, Tensor):
         return False
     return bool((want.isnan() & exact.isfinite()).any()) and want.shape == exact.shape
 
