@@ -225,6 +225,7 @@ class _Reading:
         self.weights, self.values, self.summed = weights, values, summed
         self.formulas = formulas.Formulas(scope)
         self.steps = 0
+        self.computed = out.expr.dtype  # the dtype of the product of queries and keys
 
     def run(self) -> Site | Miss | None:
         if len(self.summed) != 1:
@@ -339,7 +340,7 @@ class _Reading:
     # -- understanding -----------------------------------------------------------------------
 
     def _finish(self, core: Core, found: _Scores, weights: list[WeightModifier]) -> Site:
-        scope = self.scope
+        scope, self.computed = self.scope, found.node.dtype
         left_is_key = self._is_key_side(found.product, 0)
         query, key = (
             (found.product.right, found.product.left)
@@ -531,12 +532,14 @@ class _Reading:
             factor = const(mod.factor, dtype)  # not in the dtype of integers, which would truncate it
             scaled = Term(pointwise("mul", term.expr, factor, dtype=dtype), term.index)
         hidden = masks.additive_mask(self.formulas, self.formulas.lift(scaled), term.expr.dtype)
+        wide = mod.dtype if mod.dtype and holds_less(self.computed, DTYPES[mod.dtype]) else ""
         if hidden is None:
             if ranges.absorbs_from_above(scaled.expr, scope.contents, scope.facts):
                 raise Refuse("a bias raises scores so far that others are absorbed", term.expr)
             hides = masks.may_hide(term.expr, scope.contents, scope.facts)
-            return replace(mod, axes=self._letters(term, roles), hides=hides)
-        return Mask(self.scope.slot(scaled), hidden.fill, True, True, self._atoms(hidden.attends, roles))
+            return replace(mod, axes=self._letters(term, roles), hides=hides, dtype=wide if hides else "")
+        atoms = self._atoms(hidden.attends, roles)
+        return Mask(self.scope.slot(scaled), hidden.fill, True, True, atoms, wide)
 
     def _overflown(self, mod: ScoreModifier, *dtypes: torch.dtype) -> ScoreModifier:
         """A mask whose fill is below all that the scores may be: it is minus infinity."""

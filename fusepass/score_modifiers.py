@@ -105,19 +105,23 @@ class SoftCap(ScoreModifier):
 
 @dataclass(frozen=True)
 class Bias(ScoreModifier):
-    """``s + factor * tensor``.  ``hides``: the tensor may hold fills, and hide all keys of a row."""
+    """``s + factor * tensor``.  ``hides``: the tensor may hold fills, and hide all keys of a row.
+
+    ``dtype``: the short name of the dtype of the sum, where it is wider than that of the scores and matters.
+    """
 
     slot: int
     axes: str = ""
     factor: float = 1.0
     hides: bool = False
+    dtype: str = ""
     repeats = True
 
     def __str__(self) -> str:
         return f"bias[{self.axes}]" + ("" if self.factor == 1 else f" * {self.factor:.6g}")
 
     def apply(self, x: Tensor, operands: Tensors) -> Tensor:
-        bias = operands[self.slot]
+        bias, x = operands[self.slot], _widened(x, self.dtype)
         return x + (bias if self.factor == 1 else bias * self.factor)
 
     def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
@@ -157,6 +161,7 @@ class Mask(ScoreModifier):
     ``additive``: the operand in ``slot`` is a floating tensor of zeros and ``fill`` that is *added*;
     otherwise it is boolean, True where ``attends``, and hidden scores are *replaced* by ``fill``.
     Whether it hides for good depends on the fill and on what follows: ask :meth:`Attention.hides`.
+    ``dtype`` is that of the sum, as for a :class:`Bias`.
     """
 
     slot: int
@@ -164,6 +169,7 @@ class Mask(ScoreModifier):
     additive: bool = False
     attends: bool = True
     atoms: tuple[Atom, ...] = ()
+    dtype: str = ""
     repeats = True
 
     def __str__(self) -> str:
@@ -172,7 +178,7 @@ class Mask(ScoreModifier):
     def apply(self, x: Tensor, operands: Tensors) -> Tensor:
         tensor = operands[self.slot]
         if self.additive:
-            return x + tensor
+            return _widened(x, self.dtype) + tensor
         low = -math.inf if self.fill == -math.inf else max(self.fill, torch.finfo(x.dtype).min)
         return x.masked_fill(~tensor if self.attends else tensor, low)
 
@@ -187,7 +193,7 @@ class Mask(ScoreModifier):
         if factor <= 0:
             return None  # a hidden score would change sides
         if self.additive:
-            return self if factor == 1 else Bias(self.slot, "bhij", factor)
+            return self if factor == 1 else Bias(self.slot, "bhij", factor, dtype=self.dtype)
         return replace(self, fill=self.fill * factor)
 
     def hidden(self, fill: float) -> float | None:
@@ -306,6 +312,11 @@ def finite(s: Tensor, nan: float, low: float, high: float) -> Tensor:
     s = torch.where(s == math.inf, min(high, most) if high < math.inf else high, s)
     s = torch.where(s == -math.inf, max(low, -most) if low > -math.inf else low, s)
     return torch.where(s != s, nan, s)
+
+
+def _widened(s: Tensor, dtype: str) -> Tensor:
+    """Scores in the dtype of a sum, if it is wider than theirs."""
+    return s.to(DTYPES[dtype]) if dtype and s.dtype.itemsize < DTYPES[dtype].itemsize else s
 
 
 def _lower(fill: float, other: float) -> float:

@@ -31,6 +31,7 @@ from fusepass.atoms import (
     negligible,
 )
 from fusepass.index import Size
+from fusepass.ir import DTYPES
 from fusepass.modifiers import Modifier, ScoreModifier, WeightModifier, kinds
 from fusepass.score_modifiers import Bias, Cast, Finite, Floor, Mask, Scale, ScaleBy, SoftCap, finite
 from fusepass.weight_modifiers import Dropout, Keep, KeyGate, Sink, WeightScale, ZeroEmptyRows
@@ -230,6 +231,7 @@ def _keeps_levels(spec: Attention) -> bool:
             continue
         level: float | None = mask.fill
         added_in = spec.dtype if mask.fill >= torch.finfo(spec.dtype).min else dtype
+        added_in = DTYPES[mask.dtype] if mask.dtype else added_in
         if mask.additive and not absorbs(mask.fill, added_in, USUAL_SCORES * max(scale, 1.0)):
             return False
         for mod, after in zip(spec.scores[at + 1 :], fates(spec.scores, at, mask.fill), strict=False):

@@ -155,6 +155,8 @@ class Takes:
         hiding = next((m for m in spec.scores if isinstance(m, Bias) and m.hides), None)
         if hiding is not None and not self.hiding_biases:
             return f"'{hiding}' may hide all keys of a query"
+        if hiding is not None and hiding.dtype == "f64":
+            return f"'{hiding}' may hide all keys of a query, and is added in float64"
         mended = training and hiding is not None and self.rows == "levels"
         if not spec.unseen_rows and not mended:
             return None

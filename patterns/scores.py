@@ -209,20 +209,17 @@ def _is_row_maximum(t: Term, x: Term, scope: Scope) -> bool:
 def bias(term: Term, scope: Scope) -> list[Peel] | None:
     """An added tensor.  Whether it is a mask is decided later, by what it means."""
     node = term.expr
-    if node.op == "add":
-        return [
-            Peel(term.argument(i), Bias(scope.slot(term.argument(1 - i)))) for i in score_sides(term)
-        ] or None
-    if node.op != "sub":
+    if node.op not in ("add", "sub"):
         return None
-    found = (
-        [Peel(term.argument(0), Bias(scope.slot(term.argument(1)), "", -1.0))]
-        if holds_product(node.args[0])
-        else []
-    )
-    if holds_product(node.args[1]):
-        negated = Term(pointwise("neg", node.args[1]), term.argument(1).index)
-        found.append(Peel(negated, Bias(scope.slot(term.argument(0)))))
+    found = []
+    for side in score_sides(term):
+        scores, factor = term.argument(side), 1.0
+        if node.op == "sub" and side == 0:
+            factor = -1.0
+        elif node.op == "sub":
+            scores = Term(pointwise("neg", scores.expr), scores.index)
+        added = Bias(scope.slot(term.argument(1 - side)), factor=factor, dtype=DTYPE_NAMES[node.dtype])
+        found.append(Peel(scores, added))
     return found or None
 
 

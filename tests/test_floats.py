@@ -180,6 +180,13 @@ def scores_absorbed_in_part(s: Tensor) -> Tensor:
 
 
 @unsound
+def nan_where_keys_are_seen(s: Tensor) -> Tensor:
+    below = CAUSAL.tril(-1)
+    s = s * below + (1 - below.float()) * -INF + torch.where(below, 0.0, LOW)
+    return s.softmax(-1).masked_fill(~below, 0.0)
+
+
+@unsound
 def infinity_negated(s: Tensor) -> Tensor:
     return (-(s + torch.zeros(ROWS.shape).masked_fill(~ROWS, INF))).softmax(-1)
 
@@ -348,6 +355,46 @@ def test_a_fill_that_a_wider_dtype_holds_stays_finite(kernel: str) -> None:
     options: Any = {"inner": "aot_eager", "kernel": kernel}
     got = torch.compile(program, backend="fusepass", options=options)(**given)
     torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "wide", "fill"),
+    [(torch.float32, torch.float64, -1e9), (torch.bfloat16, torch.float32, -1e8)],
+)
+def test_a_sum_absorbs_in_its_own_dtype(
+    kind: torch.dtype, wide: torch.dtype, fill: float, known: bool, kernel: str
+) -> None:
+    """Scores are rounded as the dtype has it in which a low number is added to them."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        added = torch.zeros(N, N, dtype=wide).masked_fill(~ROWS, fill) if known else b
+        return ((q @ k.mT).to(wide) + added).softmax(-1).to(v.dtype) @ v
+
+    given = {name: (t * 2).to(kind) for name, t in inputs().items()}
+    given["b"] = torch.zeros(N, N, dtype=wide).masked_fill(~ROWS, fill)
+    expected = program(**given)
+    torch._dynamo.reset()
+    options: Any = {"inner": "aot_eager", "kernel": kernel}
+    got = torch.compile(program, backend="fusepass", options=options)(**given)
+    close = 1e-4 if kind is torch.float32 else 4e-2
+    torch.testing.assert_close(got, expected, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_biases_beside_a_large_one_are_not_rounded_away(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        s = q @ k.mT + torch.zeros(N, N).masked_fill(~ROWS, -30000) + b
+        return s.softmax(-1).to(v.dtype) @ v
+
+    given = {name: t.half() for name, t in inputs().items()}
+    given["b"] = torch.randn(N, N, generator=torch.Generator().manual_seed(3)).half() * 4
+    expected = program(**given)
+    torch._dynamo.reset()
+    options: Any = {"inner": "aot_eager", "kernel": kernel}
+    got = torch.compile(program, backend="fusepass", options=options)(**given)
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -358,7 +358,8 @@ def _reached(site: Site, build: Builder, top: fx.Node) -> fx.Node:
         build.op("scalar_tensor", n, dtype=value.dtype, device=value.device)
         for n in (max(-bound, 0.99 * highest), bound)
     )
-    return build.op("logical_and", build.op("lt", low, top), build.op("lt", top, high))
+    usual = build.op("logical_and", build.op("lt", low, top), build.op("lt", top, high))
+    return build.op("logical_or", usual, build.op("isnan", top))  # kernels give NaN for NaN
 
 
 def with_infinite_rows(site: Site, build: Builder, target: Target, out: fx.Node) -> fx.Node:

@@ -143,9 +143,18 @@ def attn_mask(site: Site, build: Builder, target: Target, x: Operands) -> fx.Nod
             term = _added(site, build, mod)
             total = term if total is None else build.op("add", total, term)
     assert total is not None
+    if len(extra) > 1 and build.value(total).dtype.itemsize > dtype.itemsize:
+        total = _lifted(build, total)
     total = build.cast(total, dtype)
     opaque = target.device != "cpu" and any(isinstance(m, Bias) for m in extra)
     return _representable(build, total) if opaque else total
+
+
+def _lifted(build: Builder, total: fx.Node) -> fx.Node:
+    """A sum less its row maximum: beside a large number a narrower dtype would round small ones away."""
+    top = build.op("amax", total, [-1], True)
+    zero = build.op("scalar_tensor", 0.0, dtype=build.value(top).dtype, device=build.value(top).device)
+    return build.op("sub", total, build.op("where", build.op("isfinite", top), top, zero))
 
 
 def _filled(site: Site, build: Builder, mod: Mask, before: fx.Node | None, dtype: torch.dtype) -> fx.Node:

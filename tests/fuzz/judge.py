@@ -95,18 +95,16 @@ def expect(program: Program) -> Expected:
 
 
 def coarseness(program: Program) -> float:
-    """The rounding of the coarsest dtype that a program mentions, other than in its arguments' numbers."""
-    text = program.text
-    if re.search(r"bfloat16", text):
-        return torch.finfo(torch.bfloat16).eps / 8
-    if re.search(r"float16|half\(", text):
-        return torch.finfo(torch.float16).eps / 8
-    single = torch.finfo(torch.float32).eps
-    if "torch.float64" in text:
-        return single / 8  # most masks, and softmaxes now and then, are of single precision
-    if re.search(r"-1e4|-10000|\* 100\b", text):
-        return 1e4 * single / 64  # of scores of that size, and of the log-sum-exp that backwards subtract
-    return 0.0
+    """The rounding of the coarsest numbers that a program mentions."""
+    single, half, brain = (torch.finfo(d).eps for d in (torch.float32, torch.float16, torch.bfloat16))
+    found = {
+        r"bfloat16": brain / 8,
+        r"(?<!b)float16|half\(": half / 8,
+        r"torch\.float64": single / 8,  # most masks, and softmaxes now and then, are of single precision
+        r"-1e4|-10000|-30000|\* 100\b": 1e4 * single / 64,  # scores so large, and their log-sum-exp
+    }
+    coarse = [eps for text, eps in found.items() if re.search(text, program.text)]
+    return max(coarse, default=2 * single) * max(1, 4 * len(coarse) - 4)
 
 
 def compare(program: Program, expected: Expected, backend: str, **options: str) -> Verdict:
