@@ -35,11 +35,13 @@ from fusepass.select import UNFUSED, candidates
 from fusepass.spec import Bias
 from fusepass.strides import laid_out_as
 from fusepass.subgraphs import graphs_of
+from fusepass.surroundings import clean_context
 from fusepass.transforms import FOREIGN, Transforms, records_gradients
 
 log = logging.getLogger("fusepass")
 
 
+@clean_context()
 def rewrite_graph(
     gm: fx.GraphModule,
     options: Options,

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusepass.dialects.fx_memory import writes
@@ -125,7 +124,7 @@ def _run(build: Builder, user: fx.Node, changed: dict[fx.Node, Any]) -> Any:
         return found
 
     args, kwargs = fx.map_arg((user.args, user.kwargs), value)
-    with build.mode(), enable_python_dispatcher(), torch.no_grad():
+    with build.trial(), torch.no_grad():
         if user.op == "call_method":
             return getattr(args[0], str(user.target))(*args[1:], **kwargs)
         return user.target(*args, **kwargs)  # type: ignore[operator]

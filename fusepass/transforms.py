@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fusepass.dialects.fx_nodes import value_of
+from fusepass.surroundings import settings
 
 _OPEN = {
     "_vmap_increment_nesting": "vmap",
@@ -33,7 +34,7 @@ def records_gradients(gm: fx.GraphModule) -> bool:
 
     ``torch.no_grad`` around a compiled function may hold ``torch.enable_grad`` or ``torch.func.grad`` within.
     """
-    return torch.is_grad_enabled() or any(
+    return settings().grad or any(
         node.target is torch._C._set_grad_enabled and node.args[0] is not False
         for module in gm.modules()
         if isinstance(module, fx.GraphModule)
