@@ -19,10 +19,11 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from fusepass.dialects.fx_graph import Reader
 from fusepass.dialects.fx_memory import written_operands
-from fusepass.dialects.fx_nodes import size_of, value_of
+from fusepass.dialects.fx_nodes import fake_mode_of, size_of, value_of
 from fusepass.index import AxisSpace, Size
 from fusepass.ir import DTYPES, Expr
 from fusepass.layouts import CannotEmit, Groups, Layouts
+from fusepass.sharding import WithStrategies, is_sharded
 from fusepass.surroundings import graph_context
 
 aten = torch.ops.aten
@@ -105,8 +106,10 @@ class Builder(Layouts[fx.Node]):
     @contextlib.contextmanager
     def trial(self) -> Iterator[None]:
         """Within, operations are tried on the fake values of nodes, under what the graph will run under."""
-        mode = getattr(value_of(self.anchor), "fake_mode", None)
-        with graph_context(), mode or contextlib.nullcontext(), enable_python_dispatcher():
+        value = value_of(self.anchor)
+        sharded = WithStrategies() if is_sharded(value) else contextlib.nullcontext()
+        mode = fake_mode_of(value) or contextlib.nullcontext()
+        with graph_context(), mode, enable_python_dispatcher(), sharded:
             yield
 
     def op(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:

@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fusepass.dialects.fx_memory import writes
 from fusepass.dialects.fx_nodes import operation, value_of
 from fusepass.emit import Builder, CannotEmit
+from fusepass.sharding import check_placements
 
 #: Operations that ask for the layout itself.
 _ASKING = frozenset(
@@ -34,6 +35,7 @@ def laid_out_as(build: Builder, node: fx.Node, out: fx.Node) -> fx.Node:
         CannotEmit: such a reader exists, and the layout is none that a permutation of dimensions gives.
     """
     before = value_of(node)
+    check_placements(before, build.value(out))
     if same_strides(before, build.value(out)) or not _observed(build, node, build.value(out)):
         return out
     order = sorted(range(before.dim()), key=lambda d: (-_hint(before.stride(d)), d))

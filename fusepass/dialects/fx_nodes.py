@@ -89,6 +89,13 @@ def value_of(node: fx.Node) -> Any:
     return meta.get("val") if found is None else found
 
 
+def fake_mode_of(value: Any) -> Any:
+    """The fake-tensor mode of a recorded value, or None; a DTensor has that of its shard."""
+    if isinstance(value, torch.Tensor):
+        value = getattr(value, "_local_tensor", value)
+    return getattr(value, "fake_mode", None)
+
+
 def shape_of(value: Any) -> tuple[Any, ...]:
     """A tensor's shape in integers and sympy expressions."""
     return tuple(size_of(s) for s in value.shape)
