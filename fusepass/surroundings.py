@@ -146,7 +146,7 @@ def _under(wanted: Settings) -> Iterator[None]:
 def _device_types() -> tuple[str, ...]:
     """The devices that may be under autocast."""
     accelerator = torch.accelerator.current_accelerator()
-    return ("cpu", "cuda") if accelerator is None else tuple({"cpu", "cuda", accelerator.type})
+    return tuple(sorted({"cpu", "cuda"} | ({accelerator.type} if accelerator else set())))
 
 
 @contextlib.contextmanager
