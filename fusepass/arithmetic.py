@@ -6,17 +6,17 @@ three as a bool is True, 2.9 as an integer is 2, 258 as a byte is 2, and 1e9 in 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from fusepass.surroundings import clean_context
 
 Number = bool | int | float | complex
 #: Values with their dtypes.
@@ -111,15 +111,8 @@ def _single(value: bool | int | float) -> float:
 
 
 def _by_torch(value: float, dtype: torch.dtype) -> float:
-    with _plain():
+    with clean_context(draws=False):
         return float(torch.tensor(value, dtype=torch.float32, device="cpu").to(dtype).item())
-
-
-@contextlib.contextmanager
-def _plain() -> Iterator[None]:
-    """Real tensors, also while a graph is traced on fake ones."""
-    with _disable_current_modes(), torch._C.DisableTorchFunction():
-        yield
 
 
 def folded(op: str, args: Constants, dtype: torch.dtype, attrs: tuple[Any, ...] = ()) -> Number | None:
@@ -163,7 +156,7 @@ def _computed(
     attrs: tuple[Any, ...],
 ) -> Number | None:
     try:
-        with _plain():
+        with clean_context(draws=False):
             given = [torch.tensor(v, dtype=opmath(d), device="cpu").to(within) for v, d in args]
             if op == "nan_to_num":
                 out = torch.nan_to_num(given[0], nan=attrs[0], neginf=attrs[1], posinf=attrs[2])

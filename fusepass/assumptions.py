@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fusepass.contents import Snapshot
 from fusepass.report import GraphReport
+from fusepass.surroundings import clean_context
 
 log = logging.getLogger("fusepass")
 
@@ -103,12 +104,14 @@ def guarded(
         backend: compiles the original, when it is needed.
     """
     names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
-    snapshots = [(names.index(n), Snapshot(example_inputs[names.index(n)])) for n in report.assumed]
+    with clean_context():
+        snapshots = [(names.index(n), Snapshot(example_inputs[names.index(n)])) for n in report.assumed]
     apart = [(names.index(n), group) for group, listed in enumerate(report.apart) for n in listed]
     otherwise: list[Compiled] = []
 
     def run(*args: Any) -> Any:
-        changed = not all(snapshot.holds(args[at]) for at, snapshot in snapshots)
+        with clean_context(draws=False):
+            changed = not all(snapshot.holds(args[at]) for at, snapshot in snapshots)
         if not changed and not _overlap(args, apart):
             return compiled(*args)
         if not otherwise:

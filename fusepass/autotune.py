@@ -24,6 +24,7 @@ from fusepass.dialects.fx_nodes import value_of
 from fusepass.kernels import Kernel
 from fusepass.select import UNFUSED, Write
 from fusepass.spec import Attention
+from fusepass.surroundings import graph_context
 from fusepass.validate import between, random_inputs
 
 log = logging.getLogger("fusepass")
@@ -127,7 +128,7 @@ def milliseconds(original: fx.Node, end: fx.Node, options: Options, training: bo
     compile_inner = inner_compiler(options)
     try:
         # A thread of its own: what is being compiled around us must not be seen from here.
-        with ThreadPoolExecutor(1) as pool:
+        with graph_context(), ThreadPoolExecutor(1) as pool:
             return pool.submit(_timed, compile_inner, graph, given, device, training).result()
     except Exception as error:
         log.info("fusepass: autotune leaves a candidate out: %s: %s", type(error).__name__, error)

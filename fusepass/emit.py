@@ -6,9 +6,10 @@ how it is re-laid, is :class:`fusepass.layouts.Layouts`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import sympy
@@ -18,10 +19,12 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from fusepass.dialects.fx_graph import Reader
 from fusepass.dialects.fx_memory import written_operands
-from fusepass.dialects.fx_nodes import size_of, value_of
+from fusepass.dialects.fx_nodes import fake_mode_of, size_of, value_of
 from fusepass.index import AxisSpace, Size
 from fusepass.ir import DTYPES, Expr
 from fusepass.layouts import CannotEmit, Groups, Layouts
+from fusepass.sharding import WithStrategies, is_sharded
+from fusepass.surroundings import graph_context
 
 aten = torch.ops.aten
 _ATEN: dict[str, Any] = {
@@ -82,7 +85,7 @@ class Builder(Layouts[fx.Node]):
         node = self.call_with(None, target, *args, **kwargs)
         fake_args, fake_kwargs = fx.map_arg((args, kwargs), value_of)
         try:
-            with self.mode(), enable_python_dispatcher():
+            with self.trial():
                 node.meta[self.key] = target(*fake_args, **fake_kwargs)
         except (RuntimeError, TypeError, ValueError) as error:
             why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -100,26 +103,32 @@ class Builder(Layouts[fx.Node]):
         node.meta[self.key] = value
         return node
 
-    def mode(self) -> Any:
-        """The fake-tensor mode of the graph."""
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[None]:
+        """Within, operations are tried on the fake values of nodes, under what the graph will run under."""
         value = value_of(self.anchor)
-        return getattr(value, "fake_mode", None) or torch.no_grad()
+        sharded = WithStrategies() if is_sharded(value) else contextlib.nullcontext()
+        mode = fake_mode_of(value) or contextlib.nullcontext()
+        with graph_context(), mode, enable_python_dispatcher(), sharded:
+            yield
 
     def op(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
-        """A named operation in the graph's own dialect."""
-        if self.is_aten:
-            if name == "to":
-                return self.call(_ATEN["to"], args[0], dtype=args[1])
-            return self.call(_ATEN[name], *args, **kwargs)
-        return self.call(_torch_function(name), *args, **kwargs)
+        """A named operation, as an operator of ATen; in a graph of ATen as the overload that it would choose.
+
+        Functions of ``torch`` and its modules are not written: anybody may have put others in their places.
+        """
+        if not self.is_aten:
+            return self.call(_packet(name), *args, **kwargs)
+        if name == "to":
+            return self.call(_ATEN["to"], args[0], dtype=args[1])
+        return self.call(_ATEN[name], *args, **kwargs)
 
     def written_where(self, node: fx.Node, out: fx.Node) -> fx.Node:
         """``out``, written into the tensor that ``node`` writes its result to (``out=``), if it does."""
         targets = written_operands(node)
         if not targets:
             return out
-        copy = aten.copy_.default if self.is_aten else torch.Tensor.copy_
-        return self.call_with(self.value(node), copy, targets[0], out)
+        return self.call_with(self.value(node), aten.copy_.default, targets[0], out)
 
     def before(self, user: fx.Node, target: Callable[..., Any], node: fx.Node) -> fx.Node:
         """A call on a node of the graph, written in front of ``user``, which is new itself."""
@@ -199,11 +208,7 @@ class Builder(Layouts[fx.Node]):
             if node.op == "placeholder" and isinstance(value, torch.Tensor) and settled:
                 for dim, extent in enumerate(value.shape):
                     if isinstance(extent, torch.SymInt) and extent.node.expr == size:
-                        return (
-                            self.call(aten.sym_size.int, node, dim)
-                            if self.is_aten
-                            else self.call(torch.Tensor.size, node, dim)
-                        )
+                        return self.call(aten.sym_size.int, node, dim)
         return None
 
     # -- tensors -----------------------------------------------------------------------------
@@ -280,14 +285,11 @@ def _int(value: sympy.Expr) -> Size:
 
 
 @functools.cache
-def _torch_function(name: str) -> Callable[..., Any]:
-    special: dict[str, Callable[..., Any]] = {
-        "expand": torch.Tensor.expand, "to": torch.Tensor.to, "contiguous": torch.Tensor.contiguous,
-        "dropout": torch.nn.functional.dropout,
-        "pad": torch.nn.functional.pad, "slice": aten.slice.Tensor, "eq_scalar": torch.eq,
-        "mul_scalar": torch.mul, "div_number": torch.div,
-    }  # fmt: skip
-    return special.get(name) or getattr(torch, name)
+def _packet(name: str) -> Callable[..., Any]:
+    """The operator with all its overloads, of which a call chooses by its arguments."""
+    renamed = {"eq_scalar": "eq", "mul_scalar": "mul", "div_number": "div", "pad": "constant_pad_nd"}
+    packet: Callable[..., Any] = getattr(aten, renamed.get(name, name))
+    return packet
 
 
 __all__ = ["DTYPES", "Builder", "CannotEmit", "Groups", "size_of"]

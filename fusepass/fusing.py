@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from fusepass.config import Options
 from fusepass.dialects.fx_nodes import value_of
 from fusepass.rewrite import rewrite_graph
+from fusepass.surroundings import clean_context, graph_context
 
 
 @overload
@@ -34,13 +35,15 @@ def fuse(graph: Any, *example_inputs: Any, **options: Any) -> Any:
     """
     checked = Options.from_user(**options)
     if isinstance(graph, ExportedProgram):
-        return _fuse_exported(graph, checked)
+        with torch.no_grad(), clean_context():
+            return _fuse_exported(graph, checked)
     if not isinstance(graph, fx.GraphModule):
         raise TypeError(
             f"fuse() takes a torch.fx.GraphModule or an ExportedProgram, got {type(graph).__name__}; "
             "for a module use torch.compile(model, backend='fusepass')"
         )
-    return _fuse_module(graph, example_inputs, checked)
+    with clean_context():
+        return _fuse_module(graph, example_inputs, checked)
 
 
 def _fuse_exported(program: ExportedProgram, options: Options) -> ExportedProgram:
@@ -48,12 +51,11 @@ def _fuse_exported(program: ExportedProgram, options: Options) -> ExportedProgra
 
     out = copy.copy(program)
     graph_module = copy.deepcopy(program.graph_module)
-    with torch.no_grad():
-        lifted = program.graph_signature.inputs_to_lifted_tensor_constants
-        constants = {
-            n: c for n, key in lifted.items() if isinstance(c := program.constants.get(key), torch.Tensor)
-        }
-        publish(rewrite_graph(graph_module, options, constants=constants))
+    lifted = program.graph_signature.inputs_to_lifted_tensor_constants
+    constants = {
+        n: c for n, key in lifted.items() if isinstance(c := program.constants.get(key), torch.Tensor)
+    }
+    publish(rewrite_graph(graph_module, options, constants=constants))
     out._graph_module = graph_module
     out._graph_signature = _renamed_outputs(program, graph_module)
     return out
@@ -100,7 +102,7 @@ def _propagate(gm: fx.GraphModule, example_inputs: tuple[Any, ...]) -> None:
             n.meta["example_value"] = result
             return result
 
-    with mode:
+    with graph_context(), mode:
         Propagate(gm).run(*fakes)
     _insert_check(gm, example_inputs)
 

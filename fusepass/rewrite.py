@@ -34,12 +34,14 @@ from fusepass.resemblance import of_activations, products_behind, softmaxes_behi
 from fusepass.select import UNFUSED, candidates
 from fusepass.spec import Bias
 from fusepass.strides import laid_out_as
-from fusepass.subgraphs import graphs_of
+from fusepass.subgraphs import graphs_of, recompute_nothing
+from fusepass.surroundings import clean_context
 from fusepass.transforms import FOREIGN, Transforms, records_gradients
 
 log = logging.getLogger("fusepass")
 
 
+@clean_context()
 def rewrite_graph(
     gm: fx.GraphModule,
     options: Options,
@@ -79,7 +81,9 @@ def rewrite_graph(
         report.sites.extend(one.run())
         report.notes.extend(one.reader.faults.notes)
         static = None  # those are inputs of the outermost graph
-    if any(one.replaced for one in passes.values()):
+    fused = [module for module, one in passes.items() if one.replaced]
+    if fused:
+        recompute_nothing(gm, fused)
         report.assumed = passes[gm].assumed()
         report.apart = passes[gm].apart()
     report.seconds = time.perf_counter() - start

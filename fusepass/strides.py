@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusepass.dialects.fx_memory import writes
 from fusepass.dialects.fx_nodes import operation, value_of
 from fusepass.emit import Builder, CannotEmit
+from fusepass.sharding import check_placements
 
 #: Operations that ask for the layout itself.
 _ASKING = frozenset(
@@ -35,6 +35,7 @@ def laid_out_as(build: Builder, node: fx.Node, out: fx.Node) -> fx.Node:
         CannotEmit: such a reader exists, and the layout is none that a permutation of dimensions gives.
     """
     before = value_of(node)
+    check_placements(before, build.value(out))
     if same_strides(before, build.value(out)) or not _observed(build, node, build.value(out)):
         return out
     order = sorted(range(before.dim()), key=lambda d: (-_hint(before.stride(d)), d))
@@ -130,7 +131,7 @@ def _run(build: Builder, user: fx.Node, changed: dict[fx.Node, Any]) -> Any:
         return found
 
     args, kwargs = fx.map_arg((user.args, user.kwargs), value)
-    with build.mode(), enable_python_dispatcher(), torch.no_grad():
+    with build.trial(), torch.no_grad():
         if user.op == "call_method":
             return getattr(args[0], str(user.target))(*args[1:], **kwargs)
         return user.target(*args, **kwargs)  # type: ignore[operator]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
+from torch._higher_order_ops.wrap import tag_activation_checkpoint, wrap
+from torch.utils import _pytree as pytree
 
 from fusepass.dialects.fx_graph import Reader
+from fusepass.dialects.fx_nodes import value_of
 from fusepass.ir import Expr
 
 #: The operator that a ``torch.autograd.Function`` is captured as: its forward, its backward, the operands.
@@ -65,6 +69,27 @@ def graphs_of(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, Call | None]
             yield module, mine[0] if len(mine) == 1 else None
 
 
+def recompute_nothing(gm: fx.GraphModule, fused: Collection[fx.GraphModule]) -> None:
+    """Call the bodies of checkpoints plainly that something was fused in, where no gradient flows through.
+
+    Such a checkpoint does nothing, and yet PyTorch 2.13 refuses one with an operator that may draw random
+    numbers, as SDPA is, although nothing will be recomputed.
+    """
+    for module in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
+        for node in module.graph.find_nodes(op="call_function", target=tag_activation_checkpoint):
+            inside = (m for body in _bodies(module, node) for m in body.modules())
+            if any(m in fused for m in inside) and not _learns(value_of(node)):
+                node.target = wrap
+                node.kwargs = tag_activation_checkpoint.divide_kwargs(node.kwargs)[1]
+                module.recompile()
+
+
+def _learns(value: Any) -> bool:
+    """Does a gradient flow to a result, or is that not known?"""
+    tensors = [t for t in pytree.tree_leaves(value) if not isinstance(t, (int, float, torch.SymInt))]
+    return any(t is None or t.requires_grad for t in tensors)
+
+
 def _bodies(module: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
     """The graph modules that a higher-order operator is given."""
     named = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
@@ -77,4 +102,4 @@ def _name(node: fx.Node) -> str:
     return target.name() if isinstance(target, torch._ops.HigherOrderOperator) else ""
 
 
-__all__ = ["Call", "graphs_of"]
+__all__ = ["Call", "graphs_of", "recompute_nothing"]

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fusepass.dialects.fx_nodes import value_of
+from fusepass.surroundings import settings
 
 _OPEN = {
     "_vmap_increment_nesting": "vmap",
@@ -26,6 +27,11 @@ FORWARD_MODE = "it is differentiated in forward mode (torch.func.jvp), which no 
 BATCHED = "torch.vmap runs it, or its gradient, over a dimension that fused kernels would not see"
 FOREIGN = "torch.func.grad differentiates PyTorch's own operators alone"
 TWICE = "it is differentiated twice (torch.func.grad of grad), which no fused kernel can be"
+AGAIN = (
+    "what torch.func.grad makes of it may be differentiated again, because a tensor requires gradients "
+    "outside of it as well (a parameter, say), and no fused kernel can be differentiated twice; detach such "
+    "tensors, or call it under torch.no_grad()"
+)
 
 
 def records_gradients(gm: fx.GraphModule) -> bool:
@@ -33,7 +39,7 @@ def records_gradients(gm: fx.GraphModule) -> bool:
 
     ``torch.no_grad`` around a compiled function may hold ``torch.enable_grad`` or ``torch.func.grad`` within.
     """
-    return torch.is_grad_enabled() or any(
+    return settings().grad or any(
         node.target is torch._C._set_grad_enabled and node.args[0] is not False
         for module in gm.modules()
         if isinstance(module, fx.GraphModule)
@@ -52,6 +58,7 @@ class Transforms:
     def __init__(self, graph: fx.Graph, outer: tuple[Transforms, fx.Node] | None = None) -> None:
         self._base = () if outer is None else outer[0]._levels(outer[1])
         self._batched_backward: bool = outer is not None and outer[0]._batched_backward
+        self._differentiable: bool = outer is not None and outer[0]._differentiable
         self._around: dict[fx.Node, tuple[str, ...]] = {}
         levels = list(self._base)
         for node in graph.nodes:
@@ -60,8 +67,9 @@ class Transforms:
                 levels.append(_OPEN[name])
             elif name in _CLOSE and levels:
                 levels.pop()
-            elif name == _BACKWARD and "vmap" in levels:
-                self._batched_backward = True
+            elif name == _BACKWARD:
+                self._batched_backward |= "vmap" in levels
+                self._differentiable |= _learns_outside(value_of(node))
             if levels:
                 self._around[node] = tuple(levels)
 
@@ -72,6 +80,8 @@ class Transforms:
             return FORWARD_MODE
         if "vmap" in levels or ("grad" in levels and self._batched_backward) or _batched(value_of(node)):
             return BATCHED
+        if "grad" in levels and (self._differentiable or _learns_outside(value_of(node))):
+            return AGAIN
         return TWICE if levels.count("grad") > 1 else None
 
     def differentiates(self, node: fx.Node) -> bool:
@@ -80,6 +90,16 @@ class Transforms:
 
     def _levels(self, node: fx.Node) -> tuple[str, ...]:
         return self._around.get(node, self._base)
+
+
+def _learns_outside(value: Any) -> bool:
+    """Does a tensor, or one of several, require gradients below the wrappers of ``torch.func``?"""
+    functorch: Any = torch._C._functorch
+    if isinstance(value, (tuple, list)):
+        return any(map(_learns_outside, value))
+    while isinstance(value, torch.Tensor) and functorch.is_functorch_wrapped_tensor(value):
+        value = functorch.get_unwrapped(value)
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _batched(value: Any) -> bool:
@@ -92,4 +112,4 @@ def _batched(value: Any) -> bool:
     return False
 
 
-__all__ = ["BATCHED", "FORWARD_MODE", "FOREIGN", "TWICE", "Transforms", "records_gradients"]
+__all__ = ["AGAIN", "BATCHED", "FORWARD_MODE", "FOREIGN", "TWICE", "Transforms", "records_gradients"]

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from fusepass.dialects.fx_memory import written_operands
 from fusepass.dialects.fx_nodes import value_of
+from fusepass.surroundings import graph_context
 
 
 def site_error(original: fx.Node, replacement: fx.Node) -> float:
@@ -38,7 +39,7 @@ def site_error(original: fx.Node, replacement: fx.Node) -> float:
     exact = {
         n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in values.items()
     }
-    with torch.no_grad():
+    with graph_context(), torch.no_grad():
         ours = _run(replacement, plain, nodes, order)
         theirs = _run(original, plain, nodes, order)
         truth = _run(original, exact, nodes, order, double=True)

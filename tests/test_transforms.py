@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, func, nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import fusepass
 from fusepass import report
-from fusepass.transforms import BATCHED, FOREIGN, FORWARD_MODE, TWICE
+from fusepass.transforms import AGAIN, BATCHED, FOREIGN, FORWARD_MODE, TWICE
 from tests.checking import assert_as_accurate
 
 Program = Callable[[Tensor, Tensor, Tensor], Any]
@@ -120,6 +121,92 @@ def test_a_gradient_is_taken_of_pytorchs_own_kernels(dtype: torch.dtype, grad: b
     """The reference operator, which short sites in bfloat16 are given otherwise, has no such gradient."""
     (site,) = checked(gradient, [t.to(dtype) for t in drawn(2, 4)], grad)
     assert site.fused and site.kernel == "sdpa"
+
+
+class Projected(nn.Module):
+    """Attention whose parameters are all that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(8, 8)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return total(self.w(q), k, v)
+
+
+def of_parameters(model: nn.Module, q: Tensor, k: Tensor, v: Tensor, detached: bool) -> Any:
+    parameters = {n: p.detach() if detached else p for n, p in model.named_parameters()}
+    return func.grad(lambda p: func.functional_call(model, p, (q, k, v)))(parameters)
+
+
+def weighted(w: Tensor, q: Tensor, k: Tensor, v: Tensor, detached: bool) -> Any:
+    """Nothing in the attention learns outside of the gradient, which depends on what does."""
+    w = w.detach() if detached else w
+    return func.grad(lambda x: (attention(x, k, v) * w).square().sum())(q)
+
+
+def with_values(w: Tensor, q: Tensor, k: Tensor, v: Tensor, detached: bool) -> Any:
+    w = w.detach() if detached else w
+    return func.vjp(lambda x, y: attention(x, k, y * w), q, v)[1](q)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("detached", [True, False])
+@pytest.mark.parametrize("program", [of_parameters, weighted, with_values])
+def test_a_gradient_that_may_be_differentiated_again(
+    program: Callable[..., Any], detached: bool, grad: bool
+) -> None:
+    """A gradient of parameters is served where nothing outside wants the gradient of that, and stays else."""
+    torch.manual_seed(0)
+    learned = Projected() if program is of_parameters else torch.randn(8, requires_grad=True)
+    given = drawn(2, 4)
+    torch._dynamo.reset()
+    fused = torch.compile(program, backend="fusepass", fullgraph=True, options={"inner": "aot_eager"})
+    with torch.set_grad_enabled(grad), report.collect() as seen:
+        got, want = fused(learned, *given, detached), program(learned, *given, detached)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    (site,) = seen.sites
+    assert site.fused if detached or not grad else site.reason == AGAIN
+    leaves = list(learned.parameters()) if isinstance(learned, nn.Module) else [learned]
+    if grad and not detached:
+        sums = [sum(t.square().sum() for t in pytree.tree_leaves(x)) for x in (got, want)]
+        mine, eager = (torch.autograd.grad(s, leaves) for s in sums)
+        torch.testing.assert_close(mine, eager, rtol=1e-3, atol=1e-3)
+
+
+def chained(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention(attention(q, k, v), k, v)
+
+
+CHECKPOINTS: list[Program] = [
+    lambda q, k, v: checkpoint(chained, q, k, v, use_reentrant=False),
+    lambda q, k, v: checkpoint(attention, checkpoint(attention, q, k, v, use_reentrant=False), k, v,
+                               use_reentrant=False),
+    lambda q, k, v: checkpoint(lambda *t: checkpoint(attention, *t, use_reentrant=False), q, k, v,
+                               use_reentrant=False, preserve_rng_state=False),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_a_checkpoint_whether_or_not_gradients_flow(learns: bool, grad: bool, inner: str) -> None:
+    """PyTorch refuses to recompute SDPA where a graph has no backward pass, also if nothing is recomputed."""
+    for program in CHECKPOINTS:
+        torch._dynamo.reset()
+        given = [t.requires_grad_(learns) for t in drawn(2, 4)]
+        options: dict[str, Any] = {"inner": inner}
+        with torch.set_grad_enabled(grad), report.collect() as seen:
+            got = torch.compile(program, backend="fusepass", fullgraph=True, options=options)(*given)
+        want = program(*given)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert seen.sites and all(s.fused for s in seen.sites)
+        assert not seen.graphs[0].notes
+        if learns and grad:
+            mine, eager = (torch.autograd.grad(x.square().sum(), given) for x in (got, want))
+            torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fusepass.dialects.fx_nodes import size_of, value_of
+from fusepass.dialects.fx_nodes import is_pytorchs, size_of, stand_in, value_of
 from fusepass.faults import first_line, strict
+from fusepass.surroundings import graph_context
 
 log = logging.getLogger("fusepass")
 
@@ -71,6 +72,7 @@ def expand_all(graph: fx.Graph) -> tuple[list[Expansion], list[tuple[fx.Node, st
     found: list[Expansion] = []
     stay: list[tuple[fx.Node, str]] = []
     calls = [n for n in graph.nodes if n.op == "call_function" and n.target in COMPOSITES]
+    calls = [n for n in calls if is_pytorchs(n.target)]
     live = _reaching_output(graph) if calls else set()
     for call in calls:
         expansion = _expand(call, COMPOSITES[call.target], live)
@@ -93,6 +95,8 @@ def _reaching_output(graph: fx.Graph) -> set[fx.Node]:
 def _expand(call: fx.Node, steps: Callable[..., Any], live: set[fx.Node]) -> Expansion | str:
     if not all(u.target is operator.getitem and isinstance(u.args[1], int) for u in call.users):
         return "its results are passed on as a tuple"
+    if name := stand_in(call.target, steps.__code__.co_names):  # type: ignore[arg-type]
+        return f"somebody has put another function in the place of '{name}', which it calls"
     before = set(call.graph.nodes)
     try:
         results = _written(call, steps, before, any(u in live and int(u.args[1]) != 0 for u in call.users))  # type: ignore[arg-type]
@@ -151,7 +155,7 @@ def _argument(value: Any, tracer: Any) -> Any:
 def _give_values(call: fx.Node, made: list[fx.Node], mode: Any) -> None:
     """Compute the fake values of new nodes."""
     key = "example_value" if "example_value" in call.meta else "val"
-    with mode:
+    with graph_context(), mode:
         for node in made:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
             if node.op == "call_method":

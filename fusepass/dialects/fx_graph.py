@@ -37,6 +37,7 @@ from fusepass.dialects.torch_views import getitem, parts_of
 from fusepass.faults import Faults
 from fusepass.index import Facts
 from fusepass.ir import POINTWISE, VIEWS, Expr, Shape, cast, const, is_constant, leaf, pointwise
+from fusepass.surroundings import settings
 
 #: Operations that are not looked into, and give finite numbers of ordinary size for such operands.
 _FINITE = frozenset(
@@ -64,7 +65,7 @@ class Known:
     given: Mapping[str, Expr] = field(default_factory=dict)
     contents: Contents | None = None
     own_gradient: bool = False
-    gradients: bool = field(default_factory=torch.is_grad_enabled)
+    gradients: bool = field(default_factory=lambda: settings().grad)
 
 
 class Reader:

@@ -148,8 +148,9 @@ def _plain(value: Tensor) -> Iterator[Tensor]:
         yield from _plain(torch._from_functional_tensor(value))
     elif is_traceable_wrapper_subclass(value):
         names, _ = value.__tensor_flatten__()
-        for name in names:
-            yield from _plain(getattr(value, name))
+        for part in (getattr(value, name) for name in names):
+            if isinstance(part, Tensor):  # others describe how the parts are put together (a DTensor's mesh)
+                yield from _plain(part)
     else:
         yield value
 

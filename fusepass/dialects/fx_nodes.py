@@ -6,6 +6,8 @@ Functions, methods, operators, ATen overloads and what Dynamo makes of them have
 from __future__ import annotations
 
 import functools
+import types
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -38,11 +40,60 @@ _METHODS = {"where": "where_method"}
 _ATTRIBUTES = {"T": "t", "mT": "mT", "mH": "mH", "H": "t"}
 
 
+#: What functions are that Python code cannot make: their names and modules are their own.
+_BUILT_IN = (
+    types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, type,
+    torch._ops.OpOverload, torch._ops.OpOverloadPacket,
+)  # fmt: skip
+
+
+def is_pytorchs(function: Any) -> bool:
+    """Is a function of PyTorch or Python what its name and module say?
+
+    Somebody's own that stands in for it may have borrowed both (``functools.wraps``).
+    """
+    if isinstance(function, types.FunctionType):
+        return str(function.__globals__.get("__name__")).split(".")[0] in ("torch", "operator")
+    return isinstance(function, _BUILT_IN)
+
+
+def stand_in(function: types.FunctionType, others: Iterable[str] = ()) -> str | None:
+    """The name of a function that one of PyTorch calls, and that somebody has put another in the place of.
+
+    Args:
+        function: a function of PyTorch in Python; those of its module that it calls count with it.
+        others: more names that are read from ``torch`` and ``torch.nn.functional``.
+    """
+    todo, seen = [function], {function}
+    places: list[Mapping[str, Any]] = [vars(torch), vars(torch.nn.functional)]
+    names = [(name, place) for name in others for place in places]
+    while todo:
+        at = todo.pop()
+        names += [(n, place) for n in at.__code__.co_names for place in (at.__globals__, vars(torch))]
+        for name, place in names:
+            found = place.get(name)
+            if callable(found) and not is_pytorchs(found):
+                return name
+            if isinstance(found, types.FunctionType) and found not in seen:
+                seen.add(found)
+                if found.__module__ == function.__module__:
+                    todo.append(found)
+        names.clear()
+    return None
+
+
 def value_of(node: fx.Node) -> Any:
     """The fake tensor (or number) recorded for a node, or None."""
     meta = node.meta
     found = meta.get("example_value")
     return meta.get("val") if found is None else found
+
+
+def fake_mode_of(value: Any) -> Any:
+    """The fake-tensor mode of a recorded value, or None; a DTensor has that of its shard."""
+    if isinstance(value, torch.Tensor):
+        value = getattr(value, "_local_tensor", value)
+    return getattr(value, "fake_mode", None)
 
 
 def shape_of(value: Any) -> tuple[Any, ...]:
@@ -70,7 +121,7 @@ def operation(node: fx.Node) -> tuple[str, bool]:
         if node.target is getattr and len(node.args) == 2:
             return _ATTRIBUTES.get(str(node.args[1]), ""), False
         module = getattr(node.target, "__module__", None) or ""
-        if module and module not in _MODULES:
+        if (module and module not in _MODULES) or not is_pytorchs(node.target):
             return "", False
     else:
         return "", False

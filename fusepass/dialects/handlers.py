@@ -20,6 +20,7 @@ import torch
 
 from fusepass.index import Facts, Size
 from fusepass.ir import Expr, Shape, cast, const, expr, is_integer, opmath
+from fusepass.surroundings import settings
 
 Value = Any
 Handler = Callable[..., Value]
@@ -118,7 +119,7 @@ def as_expr(value: Value, like: torch.dtype = torch.float64) -> Expr | None:
     if isinstance(value, int):
         return const(value, torch.int64)
     if isinstance(value, float):
-        return const(value, opmath(like if like.is_floating_point else torch.get_default_dtype()))
+        return const(value, opmath(like if like.is_floating_point else settings().dtype))
     if isinstance(value, sympy.Expr):
         return expr("iota", (), (value, 0), (), torch.int64)  # a size as a rank-0 number: start + 0*n
     return None

@@ -268,9 +268,7 @@ def after_weights(site: Site, build: Builder, out: fx.Node) -> fx.Node:
     for mod in site.spec.weights:
         if isinstance(mod, WeightScale):
             factor = mod.factor if mod.slot is None else row_operand(site, build, mod.slot)
-            out = build.op(
-                "mul" if isinstance(factor, fx.Node) or not build.is_aten else "mul_scalar", out, factor
-            )
+            out = build.op("mul" if isinstance(factor, fx.Node) else "mul_scalar", out, factor)
         elif isinstance(mod, Keep) and mod.product and "j" not in mod.axes:
             kept = row_operand(site, build, mod.slot)
             keeps = kept if mod.attends else build.op("logical_not", kept)

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fusepass.ir import DTYPES
 from fusepass.kernels.formula import Formula, read
+from fusepass.surroundings import clean_context
 
 BLOCK = 128
 
@@ -432,7 +432,7 @@ def keep_resident(
     place = (settings, _numbered(device))
     if place in _resident:
         return
-    with unset_fake_temporarily():
+    with clean_context(draws=False):
         fixed = _fixed(*settings, True)
         if fixed.numel() * fixed.itemsize <= _RESIDENT_BYTES:
             _resident[place] = fixed.to(device)

@@ -44,6 +44,7 @@ from fusepass.spec import (
     SoftCap,
     empty_rows,
 )
+from fusepass.surroundings import settings
 from fusepass.takes import Takes
 
 _LOADED = (torch.bool, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
@@ -279,7 +280,7 @@ def _check(
     if visible is not None:
         if max(int(values[0].shape[3]), int(values[2].shape[3])) > flex_blocks.TILED_HEAD_DIM:
             raise Refused(f"its kernels take block tables up to head size {flex_blocks.TILED_HEAD_DIM}")
-        if target.training and torch.are_deterministic_algorithms_enabled():
+        if target.training and settings().deterministic:
             raise Refused("its backward pass with block tables is not deterministic")
     for node in (*scores, *masks):
         value = build.value(node)

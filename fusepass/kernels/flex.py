@@ -57,6 +57,7 @@ from fusepass.spec import (
     SoftCap,
     finite,
 )
+from fusepass.surroundings import settings
 from fusepass.takes import Takes
 
 
@@ -117,7 +118,7 @@ def kernel_options(q: Tensor) -> dict[str, Any]:
         "ROWS_GUARANTEED_SAFE": False,
         "BLOCKS_ARE_CONTIGUOUS": False,
         "WRITE_DQ": True,
-        "OUTPUT_LOGSUMEXP": q.device.type != "cpu" and torch.is_grad_enabled(),
+        "OUTPUT_LOGSUMEXP": q.device.type != "cpu" and settings().grad,
         "OUTPUT_MAX": False,
     }
 
@@ -232,7 +233,7 @@ def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
     else:
         tensors = all_operands(site, build, bands=True)
     q, v = build.value(x.q), build.value(x.v)
-    with build.mode():
+    with build.trial():
         value = q.new_empty((*q.shape[:3], v.shape[3]))
     if target.device == "cuda":
         refuse_far_elements(build, [x.q, x.k, x.v, *tensors])
@@ -270,7 +271,7 @@ def _with_levels(site: Site, build: Builder, rows: Rows) -> tuple[Attention, lis
 def refuse_flash(spec: Attention, target: Target) -> str | None:
     """Why FlexAttention's kernels of flash-attn 4 cannot compute ``spec``."""
     reason = gate_refuses("flex_flash", spec, target.device, target.training) or refuse(spec, target)
-    if reason is None and target.training and torch.are_deterministic_algorithms_enabled():
+    if reason is None and target.training and settings().deterministic:
         return "its backward pass is not deterministic on this GPU"
     sizes = [size for size in (spec.head_dim, spec.value_dim) if isinstance(size, int)]
     if reason is None and spec.masks and max(sizes, default=0) > flex_blocks.TILED_HEAD_DIM:

@@ -274,7 +274,7 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
         raise Refused("without gradients it reads no tensors")
     tables = tables_of(site, build, made, masks, target.training, stored=True)
     q, v = build.value(x.q), build.value(x.v)
-    with build.mode():
+    with build.trial():
         value = (
             q.new_empty((*q.shape[:3], v.shape[3])),
             q.new_empty(q.shape[:3], dtype=torch.float32),
@@ -368,7 +368,7 @@ def tables_of(
             keep_resident(whole, b, h, i, j, both, device)
         if not known or not masks or build.is_aten:
             return parts(build.call(tables_op, *arguments))
-        with build.mode():
+        with build.trial():
             value = table_shapes([], whole, b, h, i, j, device, both)
         tables = parts(build.call_with(value, plain_tables, *arguments))
         return parts(build.call(stored_tables_op, tables)) if stored else tables

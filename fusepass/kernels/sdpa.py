@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -59,6 +58,8 @@ from fusepass.spec import (
 )
 from fusepass.takes import Takes
 
+#: What is written, whatever stands at ``torch.nn.functional.scaled_dot_product_attention``.
+CALL = torch.ops.aten.scaled_dot_product_attention.default
 TAKES = Takes(
     ((Scale, ScaleBy), (Bias, Mask)), (Dropout, *AROUND), sink=True, learned=(Modifier,), fills="added",
     rows="levels", hiding_biases=True,
@@ -229,11 +230,6 @@ def _call(
             raise Refused(_why_math(site, build, target, mask, p))
         chosen = (x, bool(site.roles.group), None)
     y, gqa, cut = chosen
-    function: Any = (
-        torch.ops.aten.scaled_dot_product_attention.default
-        if build.is_aten
-        else torch.nn.functional.scaled_dot_product_attention
-    )
     kwargs: dict[str, Any] = {
         "attn_mask": mask,
         "dropout_p": p,
@@ -241,9 +237,8 @@ def _call(
         "scale": scale,
         "enable_gqa": gqa,
     }
-    out = build.call(
-        function, y.q, y.k, y.v, **{k: v for k, v in kwargs.items() if v not in (None, False, 0.0)}
-    )
+    given = {k: v for k, v in kwargs.items() if v not in (None, False, 0.0)}
+    out = build.call(CALL, y.q, y.k, y.v, **given)
     return out if cut is None else build.op("slice", out, 3, 0, cut, 1)
 
 
@@ -292,10 +287,8 @@ def _is_math(
     added = None if mask is None else build.value(mask)
     if q.device.type == "cuda" and not torch.cuda.is_available():
         return not fused_on_cuda(q, v, added is not None, gqa)  # compiling for another machine
-    with build.mode(), enable_python_dispatcher(), _Dispatched() as seen:
-        torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=added, dropout_p=p, is_causal=causal, scale=scale, enable_gqa=gqa
-        )
+    with build.trial(), _Dispatched() as seen:
+        CALL(q, k, v, attn_mask=added, dropout_p=p, is_causal=causal, scale=scale, enable_gqa=gqa)
     return not any(name.startswith("_scaled_dot_product") and "math" not in name for name in seen.names)
 
 
