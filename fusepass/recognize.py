@@ -420,7 +420,7 @@ class _Reading:
             self._is_exact(core, m) for m in scores if isinstance(m, Bias)
         ):
             raise Refuse(
-                "its softmax is exp(x - logsumexp(x)), which is another one for large biases",
+                "its softmax is written out, as exp(x - logsumexp(x)), which is another one for large biases",
                 core.scores.expr,
             )
         if core.form == "softmax" or (rows_seen and core.form != "bare" and hiding is None):
@@ -448,11 +448,11 @@ class _Reading:
         return found is not None and max(map(abs, found)) * abs(mod.factor) <= SMALL
 
     def _is_exact(self, core: Core, mod: Bias) -> bool:
-        """Is a bias so small that subtracting a log-sum-exp of its size loses no part of a weight?"""
-        known = ranges.Ranges(self.scope.contents, self.scope.facts, scale=ranges.USUAL)
+        """Is no constant in it so large that subtracting a log-sum-exp of its size loses parts of weights?"""
+        known = ranges.Ranges(self.scope.contents, self.scope.facts, scale=ranges.LEAST)
         found = known.of(self.scope.operands[mod.slot].expr)
         most = max(SMALL, 1 / (16 * torch.finfo(core.scores.expr.dtype).eps))
-        return found is not None and max(map(abs, found)) * abs(mod.factor) <= most
+        return found is None or max(map(abs, found)) * abs(mod.factor) <= most
 
     def _finite_sink(self, core: Core) -> bool:
         """Is there a sink that every row sees, since it is a learned or constant number of ordinary size?"""

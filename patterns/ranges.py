@@ -25,7 +25,7 @@ from fusepass.ir import VIEWS, Expr, held, is_integer, opmath
 
 Interval = tuple[float, float]
 
-__all__ = ["USUAL", "Interval", "Ranges", "absorbs_from_above", "is_ordinary", "range_of"]
+__all__ = ["LEAST", "Interval", "Ranges", "absorbs_from_above", "is_ordinary", "range_of"]
 
 _BITS = frozenset("lt le gt ge eq ne and or xor not isnan isinf".split())
 _TRUTH: Interval = (0.0, 1.0)
@@ -173,7 +173,9 @@ class Ranges:
         same = all(a.dtype is node.dtype for a in _below(node))
         if node.op in _BOUNDED or (node.op in _EXACT and same):
             return self._real(node, args)
-        found = args[0] if node.op == "cast" else self._real(node, args)
+        if node.op == "cast":
+            return _cast(args[0], node.dtype)
+        found = self._real(node, args)
         return None if found is None else _rounded(found, node.dtype)
 
     def _real(self, node: Expr, args: list[Interval]) -> Interval | None:
@@ -302,13 +304,18 @@ def _limits(dtype: torch.dtype) -> Interval:
 def _as(x: Interval | None, arg: Expr, dtype: torch.dtype) -> Interval:
     """An operand in the dtype that it is computed with; numbers keep their own precision."""
     assert x is not None
-    return x if arg.op == "const" or arg.dtype is dtype else _rounded(x, dtype)
+    return x if arg.op == "const" or arg.dtype is dtype else _cast(x, dtype)
 
 
-def _rounded(x: Interval, dtype: torch.dtype) -> Interval:
+def _cast(x: Interval, dtype: torch.dtype) -> Interval:
+    """Bounds in another dtype: a cast rounds rightly, and keeps the order of numbers."""
+    return _rounded((held(x[0], dtype), held(x[1], dtype)), dtype, slack=0.0)
+
+
+def _rounded(x: Interval, dtype: torch.dtype, slack: float = 8.0) -> Interval:
     """Bounds after rounding: a little wider, infinite where the dtype ends, zero where it begins."""
     info = torch.finfo(dtype)
-    slack = 8 * info.eps
+    slack *= info.eps
     low, high = x
     low -= abs(low) * slack if math.isfinite(low) else 0.0
     high += abs(high) * slack if math.isfinite(high) else 0.0

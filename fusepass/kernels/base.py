@@ -382,7 +382,8 @@ def with_infinite_rows(site: Site, build: Builder, target: Target, out: fx.Node)
         )
     value = build.value(out)
     nan = build.op("scalar_tensor", math.nan, dtype=value.dtype, device=value.device)
-    return _kept(site, build, build.op("where", build.op("eq_scalar", top, -math.inf), nan, out))
+    lost = build.op("logical_or", build.op("eq_scalar", top, -math.inf), build.op("isnan", top))
+    return _kept(site, build, build.op("where", lost, nan, out))
 
 
 def _levels(site: Site, build: Builder) -> fx.Node:
@@ -397,6 +398,8 @@ def _levels(site: Site, build: Builder) -> fx.Node:
             level = _hide(site, build, level, mod)
         elif level is not None and isinstance(mod, Scale):
             level = build.op("mul_scalar", level, mod.factor)
+        elif level is not None and isinstance(mod, ScaleBy):
+            level = build.op("mul", level, tensor_operand(site, build, mod.slot))
         elif level is not None and not isinstance(mod, Bias):
             raise Refused(f"'{mod}' follows what may hide all keys of a query")
     assert level is not None

@@ -45,6 +45,7 @@ def call(f: Callable[..., Any], args: dict[str, Tensor], mode: str) -> dict[str,
     if isinstance(f, torch.nn.Module):
         learned |= dict(f.named_parameters())
     before = {name: memory(t) for name, t in args.items()}
+    held = [t.untyped_storage() for t in args.values()]  # so that nothing else gets this memory
     with modes[mode]():
         results = f(**args)
     if learned:
@@ -62,6 +63,7 @@ def call(f: Callable[..., Any], args: dict[str, Tensor], mode: str) -> dict[str,
     if isinstance(f, torch.nn.Module):
         for name, t in f.named_buffers():
             seen[f"{name} afterwards"] = t.detach().clone()
+    del held
     return seen
 
 

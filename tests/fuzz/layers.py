@@ -275,7 +275,7 @@ def _spelled(sk: Sketch, form: str, x: str, ops: Operands) -> str:
         names["odd"] = sk.rng.choice(ODD)
     if "{t}" in form:
         shape = sk.rng.choice([(), (), ("1",)])
-        filled = "{s}" in form and any("-1e" in line or "finfo" in line for line in sk.body)
+        filled = "{s}" in form and any("-1e" in line or "finfo" in line for line in (*sk.body, x))
         learned = not filled and sk.chance(0.8)  # the gradient of a factor of fills is noise
         names["t"] = sk.learned("t", *shape) if learned else sk.argument("t", "torch.full((), 0.5)")
     if "{m}" in form:
