@@ -31,7 +31,11 @@ def _with_pass(options: Options) -> type[Any]:
         def __call__(self, model_: torch.fx.GraphModule, inputs_: Sequence[Any], **kwargs: Any) -> Any:
             let_inductor_inline()
             compiler = partial(super().__call__, **kwargs)
-            return compile_fused(model_, inputs_, self.fusepass_options, compiler)
+            # What this class returns is Inductor's to PyTorch, which stores parts of it by itself.
+            stored_by_torch = bool(getattr(torch._functorch.config, "bundled_autograd_cache", False))
+            return compile_fused(
+                model_, inputs_, self.fusepass_options, compiler, stores_itself=not stored_by_torch
+            )
 
         def __eq__(self, other: object) -> bool:
             # Dynamo reuses compiled code between equal backends.
