@@ -7,7 +7,6 @@ it had: later compilations rely on neither.
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
@@ -44,8 +43,8 @@ def static_inputs(
 
 #: Tensors that were seen to change.
 _tensors: WeakIdKeyDictionary = WeakIdKeyDictionary()
-#: Places whose tensors were seen to change, by the compiled graph that saw it; they are forgotten with it.
-_places: weakref.WeakKeyDictionary[Any, set[Place]] = weakref.WeakKeyDictionary()
+#: Places whose tensors were seen to change.
+_places: set[Place] = set()
 
 
 def note_changing(tensors: Iterable[Tensor]) -> None:
@@ -54,13 +53,18 @@ def note_changing(tensors: Iterable[Tensor]) -> None:
         _tensors[tensor] = True
 
 
-def note_place(place: Place, seen_by: Any) -> None:
-    """Whatever tensor is found there is not relied on, as long as ``seen_by`` lives."""
-    _places.setdefault(seen_by, set()).add(place)
+def note_place(place: Place) -> None:
+    """From now on no tensor that is found there is relied on."""
+    _places.add(place)
+
+
+def forget_places() -> None:
+    """``torch._dynamo.reset`` numbers functions anew."""
+    _places.clear()
 
 
 def _changes(tensor: Tensor, place: Place | None) -> bool:
-    return tensor in _tensors or any(place in places for places in list(_places.values()))
+    return tensor in _tensors or place in _places
 
 
 def place_of(node: fx.Node) -> Place | None:
@@ -118,4 +122,4 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-__all__ = ["Original", "Place", "note_changing", "note_place", "place_of", "static_inputs"]
+__all__ = ["Original", "Place", "forget_places", "note_changing", "note_place", "place_of", "static_inputs"]

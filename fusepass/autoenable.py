@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fusepass.assumptions import forget_places
 from fusepass.backend import compile_fused
 from fusepass.config import Options
 from fusepass.kernels.reference import let_inductor_inline
@@ -36,6 +37,10 @@ def _with_pass(options: Options) -> type[Any]:
             return compile_fused(
                 model_, inputs_, self.fusepass_options, compiler, stores_itself=not stored_by_torch
             )
+
+        def reset(self) -> None:
+            forget_places()
+            super().reset()
 
         def __eq__(self, other: object) -> bool:
             # Dynamo reuses compiled code between equal backends.

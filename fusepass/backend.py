@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusepass.assumptions import Original, note_changing, static_inputs
+from fusepass.assumptions import Original, forget_places, note_changing, static_inputs
 from fusepass.config import Options
 from fusepass.faults import first_line, strict
 from fusepass.report import GraphReport, publish
@@ -32,6 +32,10 @@ def fusepass(
     """
     checked = Options.from_user(**dict(options or {}))
     return compile_fused(gm, example_inputs, checked, inner_compiler(checked, mode))
+
+
+#: Dynamo calls it when it is reset.
+fusepass.reset = forget_places  # type: ignore[attr-defined]
 
 
 def compile_fused(
@@ -72,7 +76,7 @@ def compile_fused(
     with guards.stored_by_us(gm) if stored else nullcontext():
         compiled = _compiled(gm, example_inputs, compiler, original, report)
     recompile = Recompile(options, compiler)
-    result = guards.Guarded(held, compiled, original.module(), recompile, places)
+    result = guards.Guarded(held, compiled, original.module, recompile, places)
     if stored:
         result.keep_as(gm)
     return result

@@ -13,6 +13,7 @@ asked after the pass has run, by the fused graph, and so with the guards of this
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -94,7 +95,8 @@ class Guarded(SerializableCallable):
     Args:
         guards: what must hold.
         fused: the compiled fused graph.
-        original: the graph before the pass.
+        original: makes the graph before the pass.  It is asked for when the graph is needed, because Dynamo
+            leaves alone what is generated while it compiles.
         recompile: makes the backend that compiles the original when it is needed; None: it runs as it is.
         places: where the guarded buffers were found, by position.
     """
@@ -103,14 +105,18 @@ class Guarded(SerializableCallable):
         self,
         guards: Guards,
         fused: Compiled,
-        original: fx.GraphModule,
+        original: Callable[[], fx.GraphModule],
         recompile: Recompile | None,
         places: dict[int, Place] | None = None,
     ) -> None:
-        self._guards, self._fused, self._original = guards, fused, original
+        self._guards, self._fused, self._make_original = guards, fused, original
         self._recompile, self._places = recompile, places or {}
         self._compiled: Compiled | None = None
         self._warned = False
+
+    @functools.cached_property
+    def _original(self) -> fx.GraphModule:
+        return self._make_original()
 
     def __call__(self, *args: Any) -> Any:
         changed = self._guards.changed(args)
@@ -126,7 +132,7 @@ class Guarded(SerializableCallable):
                 if snapshot.has_held(args[at]):
                     note_changing([args[at]])
                 if at in self._places:
-                    note_place(self._places[at], self)
+                    note_place(self._places[at])
 
     def _otherwise(self, args: Sequence[Any], changed: list[int]) -> Compiled:
         """What runs the original graph."""
@@ -159,14 +165,15 @@ class Guarded(SerializableCallable):
         Raises:
             TypeError: the inner compiler returned something that cannot be stored.
         """
-        original = _stored(GraphModuleSerializableCallable(self._original))
+        original = _stored(GraphModuleSerializableCallable(self._make_original()))
         return pickle.dumps((self._guards, _stored(self._fused), original, recompile))
 
     @classmethod
     def from_stored(cls, data: bytes) -> Guarded:
         """What ``stored`` wrote."""
         guards, fused, original, recompile = pickle.loads(data)
-        return cls(guards, _loaded(fused), _loaded(original).graph_module, recompile)
+        module = _loaded(original).graph_module
+        return cls(guards, _loaded(fused), lambda: module, recompile)
 
     @classmethod
     def serialize_compile_artifacts(cls, fn: Guarded) -> bytes:
