@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 
 import fusepass
-import torch._functorch.config
 from fusepass import report
 from fusepass.report import Collector
 from tests import checking  # noqa: F401  (faults of the pass are raised)
@@ -32,7 +32,8 @@ def given(n: int = N) -> list[Tensor]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     hidden = mask[: q.shape[2], : k.shape[2]] == 0
-    return (q @ k.transpose(-2, -1) / D**0.5).masked_fill(hidden, -INF).softmax(-1) @ v
+    out: Tensor = (q @ k.transpose(-2, -1) / D**0.5).masked_fill(hidden, -INF).softmax(-1) @ v
+    return out
 
 
 class Persistent(nn.Module):
@@ -80,7 +81,8 @@ class Biased(nn.Module):
         self.inner.mask = value
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ k.transpose(-2, -1) + self.mask).softmax(-1) @ v
+        out: Tensor = (q @ k.transpose(-2, -1) + self.mask).softmax(-1) @ v
+        return out
 
 
 class Layers(nn.Module):
@@ -387,7 +389,8 @@ def test_code_compiled_ahead_while_enabled(tmp_path: Path) -> None:
     """Where no guard can go along, nothing is relied on."""
     model = Persistent()
     with fusepass.enabled(), report.collect() as seen, torch.no_grad():
-        fn = torch.compile(model, fullgraph=True).forward.aot_compile((tuple(given()), {}))
+        whole: Any = torch.compile(model, fullgraph=True)
+        fn = whole.forward.aot_compile((tuple(given()), {}))
     (site,) = seen.sites
     assert site.fused and site.kind != "causal"
     write(model)
@@ -419,7 +422,11 @@ def test_code_that_was_compiled_before_runs_compiled() -> None:
     model, calls = Persistent(), []
 
     def inner(gm: Any, _: Any) -> Any:
-        return lambda *args: (calls.append(gm), gm.forward(*args))[1]
+        def run(*args: Any) -> Any:
+            calls.append(gm)
+            return gm.forward(*args)
+
+        return run
 
     fn = torch.compile(model, backend="fusepass", options={"inner": inner})
     agree(fn, model)
