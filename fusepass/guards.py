@@ -1,8 +1,9 @@
 """Compiled graphs that check what they rely on at every call, here and wherever PyTorch stores them.
 
 A :class:`Guarded` is one callable that holds the check, the fused graph and the original.  While all that the
-fused graph relies on holds, it runs; else the original runs: compiled anew, with nothing assumed of the
-buffers that changed and with the arguments as they overlap now; or as it is, where nothing may be compiled.
+fused graph relies on holds, it runs; else the original runs.  Where buffers changed it is compiled, with
+nothing assumed of those, unless nothing may be compiled.  Where arguments overlap it runs as it is: what
+AOTAutograd makes of one overlap is not right for the next.
 
 PyTorch stores what a backend returns in two ways, and the callable goes along in both: ``aot_compile`` asks
 it for its bytes (``SerializableCallable``), and ``caching_precompile`` keeps an artifact for every graph
@@ -119,11 +120,12 @@ class Guarded(SerializableCallable):
         return self._make_original()
 
     def __call__(self, *args: Any) -> Any:
+        if self._guards.overlap(args):
+            return self._original(*args)
         changed = self._guards.changed(args)
-        if not changed and not self._guards.overlap(args):
+        if not changed:
             return self._fused(*args)
-        if changed:
-            self._learn(args, changed)
+        self._learn(args, changed)
         return self._otherwise(args, changed)(*args)
 
     def _learn(self, args: Sequence[Any], changed: list[int]) -> None:
@@ -135,16 +137,16 @@ class Guarded(SerializableCallable):
                     note_place(self._places[at])
 
     def _otherwise(self, args: Sequence[Any], changed: list[int]) -> Compiled:
-        """What runs the original graph."""
+        """What runs the original graph, where nothing overlaps."""
         if self._recompile is None or _has_regions(self._original):
-            self._warn(changed, "the original graph runs, which is not compiled")
+            self._warn("the original graph runs, which is not compiled")
             return self._original
         if _may_not_compile():
-            self._warn(changed, "the original graph runs, compiled only if it was before")
+            self._warn("the original graph runs, compiled only if it was before")
             cached: Compiled = torch._dynamo.run(self._original)
             return cached
         if self._compiled is None:
-            self._warn(changed, "compiling without it")
+            self._warn("compiling without it")
             kept = WeakIdKeyDictionary(
                 {args[at]: True for at, _ in self._guards.snapshots if at not in changed}
             )
@@ -152,8 +154,8 @@ class Guarded(SerializableCallable):
                 self._compiled = torch.compile(self._original, backend=self._recompile(kept))
         return self._compiled
 
-    def _warn(self, changed: list[int], consequence: str) -> None:
-        if changed and not self._warned:
+    def _warn(self, consequence: str) -> None:
+        if not self._warned:
             self._warned = True
             log.warning("fusepass: a buffer changed that a fused graph relied on; %s", consequence)
 
@@ -172,8 +174,7 @@ class Guarded(SerializableCallable):
     def from_stored(cls, data: bytes) -> Guarded:
         """What ``stored`` wrote."""
         guards, fused, original, recompile = pickle.loads(data)
-        module = _loaded(original).graph_module
-        return cls(guards, _loaded(fused), lambda: module, recompile)
+        return cls(guards, _loaded(fused), functools.partial(_loaded_graph, original), recompile)
 
     @classmethod
     def serialize_compile_artifacts(cls, fn: Guarded) -> bytes:
@@ -272,6 +273,11 @@ def _not_stored() -> Iterator[None]:
     config = torch._dynamo.config
     with config.patch(caching_precompile=False) if hasattr(config, "caching_precompile") else _nothing():
         yield
+
+
+def _loaded_graph(stored: tuple[Callable[[bytes], Any], bytes]) -> fx.GraphModule:
+    graph: fx.GraphModule = _loaded(stored).graph_module
+    return graph
 
 
 def _picklable(value: Any) -> Any:

@@ -160,9 +160,18 @@ class _Pass:
         ]
 
     def apart(self) -> list[list[str]]:
-        """The placeholders on each of the storages that must not be one memory in a later call."""
+        """The placeholders on each of the storages that must not be one memory in a later call.
+
+        What a buffer held before the call is what it holds when a site reads it, unless another argument that
+        the graph writes to is the same memory.
+        """
         placeholders = self.graph.find_nodes(op="placeholder")
-        found = ([n.name for n in placeholders if s in self.reader.memory.of(n)] for s in self.overtaken)
+        memory, assumed = self.reader.memory, set(self.assumed())
+        storages = set(self.overtaken)
+        if assumed and memory.external & memory.all_written:
+            storages |= memory.external & memory.all_written
+            storages.update(*(memory.of(n) for n in placeholders if n.name in assumed))
+        found = ([n.name for n in placeholders if s in memory.of(n)] for s in storages)
         return sorted(filter(None, found))
 
     def _close(self, expansions: list[Expansion]) -> None:

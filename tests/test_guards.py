@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import torch._functorch.config
 from torch import Tensor, nn
 
 import fusepass
-from fusepass import report
+from fusepass import contents, report
 from fusepass.report import Collector
 from tests import checking  # noqa: F401  (faults of the pass are raised)
 
@@ -379,6 +380,17 @@ def test_code_compiled_ahead_checks_for_overlap(tmp_path: Path) -> None:
     check_overlap(ahead(cleared, tmp_path / "saved", apart()))
 
 
+def test_loaded_code_is_saved_again(tmp_path: Path) -> None:
+    model = Persistent()
+    ahead(model, tmp_path / "first")
+    for before, after in (("first", "second"), ("second", "third")):
+        with (tmp_path / before).open("rb") as file:
+            fn: Any = torch.compiler.load_compiled_function(file)
+        write(model)
+        agree(lambda *a, fn=fn: fn(model, *a), model)
+        fn.save_compiled_function(str(tmp_path / after))
+
+
 def test_code_compiled_ahead_relies_on_buffers(tmp_path: Path) -> None:
     with report.collect() as seen:
         ahead(Persistent(), tmp_path / "saved")
@@ -443,6 +455,22 @@ def test_overlap_where_nothing_may_be_compiled() -> None:
         fn(*apart())
     with torch.compiler.set_stance("fail_on_recompile"):
         check_overlap(fn)
+
+
+class WritesElsewhere(Persistent):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+        other.fill_(1)
+        return super().forward(q, k, v)
+
+
+def test_a_buffer_that_lies_in_what_the_graph_writes_to() -> None:
+    model, eager = WritesElsewhere(), WritesElsewhere()
+    fn, args = compiled(model), given()
+    with report.collect() as seen, torch.no_grad():
+        fn(*args, torch.zeros(2, 2 * N))
+        assert kinds(seen) == ["causal"]
+        for rows in (slice(2, 4), slice(4, 6)):
+            torch.testing.assert_close(fn(*args, model.mask[rows]), eager(*args, eager.mask[rows]))
 
 
 # ---------------------------------------------------------------------------------------- counters
@@ -580,6 +608,43 @@ def test_buffers_of_what_stays_are_not_relied_on(said: list[str]) -> None:
     args = given()
     torch.testing.assert_close(fn(*args), model(*args))
     assert not said
+
+
+def test_tensors_are_compared_again_only_if_they_were_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where comparing waits for the device."""
+    monkeypatch.setattr(contents, "_ALWAYS_COMPARED", frozenset())
+    compared: list[Tensor] = []
+    equals = contents.Snapshot._equals
+    monkeypatch.setattr(
+        contents.Snapshot,
+        "_equals",
+        lambda self, t: (compared.append(t), equals(self, t))[1],  # type: ignore[func-returns-value]
+    )
+    tensor = torch.ones(3)
+    snapshot = contents.Snapshot(tensor)
+    assert snapshot.holds(tensor) and not compared
+    with torch.inference_mode():
+        tensor.zero_()
+    assert not snapshot.holds(tensor) and not snapshot.holds(tensor) and len(compared) == 1
+    tensor.fill_(1)
+    assert snapshot.holds(tensor) and snapshot.holds(tensor) and len(compared) == 2
+    for _ in range(2):
+        other = torch.ones(3)
+        assert snapshot.holds(other) and not snapshot.holds(other.mul_(2)) and snapshot.has_held(other)
+        assert not snapshot.has_held(torch.ones(3))
+    with torch.inference_mode():
+        uncounted = torch.ones(3)
+        assert snapshot.holds(uncounted)
+        uncounted.zero_()
+        assert not snapshot.holds(uncounted)
+
+
+def test_snapshots_are_small_where_they_are_stored() -> None:
+    mask = torch.ones(1024, 1024).tril()
+    stored = pickle.dumps(contents.Snapshot(mask))
+    assert len(stored) < mask.numel() / 8
+    snapshot = pickle.loads(stored)
+    assert snapshot.holds(mask.clone()) and not snapshot.holds(mask.triu()) and not snapshot.holds(mask[0])
 
 
 @pytest.mark.parametrize("around", [nullcontext, torch.inference_mode])
