@@ -1,48 +1,84 @@
-"""What a compiled graph relies on beyond Dynamo's guards, and what happens when it does not hold.
+"""What the pass may rely on beyond Dynamo's guards: the elements of buffers, as long as they do not change.
 
-Buffers are compared at every call, and arguments that must not overlap are asked for their storages.
-While all of it holds, the graph that was fused with that knowledge runs; otherwise the original graph runs,
-compiled anew with nothing assumed of buffers, and with the arguments as they overlap now.
+A buffer that changed once is no constant.  That is learned of the tensor, and of the place in the model that
+it had: later compilations rely on neither.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from fusepass.contents import Snapshot
-from fusepass.report import GraphReport
-from fusepass.surroundings import clean_context
-
-log = logging.getLogger("fusepass")
-
-Compiled = Callable[..., Any]
+Place = tuple[int, str]
+"""Where a graph finds a tensor: the number of the compiled function, and Dynamo's name for the tensor."""
 
 
-def static_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, Tensor]:
+def static_inputs(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], among: Container[Tensor] | None = None
+) -> dict[str, Tensor]:
     """The placeholders of ``gm`` that stand for tensors held by a module and not learned: its buffers.
 
-    Dynamo marks what a module holds, so that CUDA graphs need not copy it; that mark is read here.
+    Dynamo marks what a module holds, so that CUDA graphs need not copy it; that mark is read here, unless
+    ``among`` says which tensors count.
     """
     found = {}
     placeholders = gm.graph.find_nodes(op="placeholder")
     for node, value in zip(placeholders, example_inputs, strict=False):
-        if (
-            isinstance(value, Tensor)
-            and getattr(value, "_dynamo_static_input_type", None) is not None
-            and not isinstance(value, (FakeTensor, torch.nn.Parameter))
-            and not value.requires_grad
-            and value.layout is torch.strided
-            and not (value.is_inference() and value.device.type != "cpu")  # no version to guard
-        ):
+        if type(value) is not Tensor or value.requires_grad or value.layout is not torch.strided:
+            continue
+        if value.is_inference() and value.device.type != "cpu":
+            continue  # no version to guard
+        held = getattr(value, "_dynamo_static_input_type", None) is not None
+        if (held if among is None else value in among) and not _changes(value, place_of(node)):
             found[node.name] = value
     return found
+
+
+# -- what was learned ------------------------------------------------------------------------
+
+#: Tensors that were seen to change.
+_tensors: WeakIdKeyDictionary = WeakIdKeyDictionary()
+#: Places whose tensors were seen to change.
+_places: set[Place] = set()
+
+
+def note_changing(tensors: Iterable[Tensor]) -> None:
+    """From now on the elements of these tensors are not relied on."""
+    for tensor in tensors:
+        _tensors[tensor] = True
+
+
+def note_place(place: Place) -> None:
+    """From now on no tensor that is found there is relied on."""
+    _places.add(place)
+
+
+def forget_places() -> None:
+    """``torch._dynamo.reset`` numbers functions anew."""
+    _places.clear()
+
+
+def _changes(tensor: Tensor, place: Place | None) -> bool:
+    return tensor in _tensors or place in _places
+
+
+def place_of(node: fx.Node) -> Place | None:
+    """The place of a placeholder's tensor, where Dynamo says it."""
+    from torch._guards import CompileContext
+
+    frame = getattr(CompileContext.current_compile_id(), "frame_id", None)
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", None)
+    name = name() if callable(name) else name  # a method before it was a property
+    return None if frame is None or not isinstance(name, str) else (frame, name)
+
+
+# -- the graph before the pass ---------------------------------------------------------------
 
 
 class Original:
@@ -61,10 +97,13 @@ class Original:
             module.recompile()
 
     def module(self) -> fx.GraphModule:
-        """The original as a module of its own."""
+        """The original as a module of its own, whose nodes know their source lines and no more."""
         root: fx.GraphModule | None = None
         for name, module, graph in self._saved:
-            made = fx.GraphModule(module, _copied(graph))
+            bare = copy.deepcopy(graph)
+            for node in bare.nodes:
+                node.meta = {k: v for k, v in node.meta.items() if k == "stack_trace"}
+            made = fx.GraphModule(module, bare)
             if root is None:
                 root = made
             else:
@@ -72,10 +111,6 @@ class Original:
                 setattr(root.get_submodule(parent), last, made)
         assert root is not None
         return root
-
-    def has_regions(self) -> bool:
-        """Does the graph call higher-order operators, whose bodies are graph modules of their own?"""
-        return len(self._saved) > 1
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:
@@ -87,53 +122,4 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def guarded(
-    compiled: Compiled,
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    report: GraphReport,
-    original: Original,
-    backend: Compiled,
-) -> Compiled:
-    """``compiled`` as long as what the report says it relies on holds, the original graph otherwise.
-
-    Args:
-        compiled: the fused graph; gm: the module it was compiled from; example_inputs: its inputs.
-        report: names the placeholders whose elements are ``assumed``, and those that must lie ``apart``.
-        original: the graph before the pass.
-        backend: compiles the original, when it is needed.
-    """
-    names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
-    with clean_context():
-        snapshots = [(names.index(n), Snapshot(example_inputs[names.index(n)])) for n in report.assumed]
-    apart = [(names.index(n), group) for group, listed in enumerate(report.apart) for n in listed]
-    otherwise: list[Compiled] = []
-
-    def run(*args: Any) -> Any:
-        with clean_context(draws=False):
-            changed = not all(snapshot.holds(args[at]) for at, snapshot in snapshots)
-        if not changed and not _overlap(args, apart):
-            return compiled(*args)
-        if not otherwise:
-            if changed:
-                log.warning("fusepass: a buffer changed that a fused graph relied on; compiling without it")
-            module = original.module()
-            otherwise.append(module if original.has_regions() else torch.compile(module, backend=backend))
-        return otherwise[0](*args)
-
-    return run
-
-
-def _overlap(args: Sequence[Any], apart: Sequence[tuple[int, int]]) -> bool:
-    """Do tensors of different groups share a storage?  Tensors without memory of their own do not."""
-    groups: dict[int, int] = {}
-    for at, group in apart:
-        value = args[at]
-        if isinstance(value, Tensor) and not isinstance(value, FakeTensor) and value.layout is torch.strided:
-            address = value.untyped_storage().data_ptr()
-            if address and groups.setdefault(address, group) != group:
-                return True
-    return False
-
-
-__all__ = ["Original", "guarded", "static_inputs"]
+__all__ = ["Original", "Place", "forget_places", "note_changing", "note_place", "place_of", "static_inputs"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fusepass.assumptions import forget_places
 from fusepass.backend import compile_fused
 from fusepass.config import Options
 from fusepass.kernels.reference import let_inductor_inline
@@ -31,7 +32,15 @@ def _with_pass(options: Options) -> type[Any]:
         def __call__(self, model_: torch.fx.GraphModule, inputs_: Sequence[Any], **kwargs: Any) -> Any:
             let_inductor_inline()
             compiler = partial(super().__call__, **kwargs)
-            return compile_fused(model_, inputs_, self.fusepass_options, compiler)
+            # What this class returns is Inductor's to PyTorch, which stores parts of it by itself.
+            stored_by_torch = bool(getattr(torch._functorch.config, "bundled_autograd_cache", False))
+            return compile_fused(
+                model_, inputs_, self.fusepass_options, compiler, stores_itself=not stored_by_torch
+            )
+
+        def reset(self) -> None:
+            forget_places()
+            super().reset()
 
         def __eq__(self, other: object) -> bool:
             # Dynamo reuses compiled code between equal backends.

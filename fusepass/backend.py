@@ -1,14 +1,17 @@
 """The torch.compile backend: a captured graph in; the rewritten graph, compiled by an inner backend, out."""
 
 import logging
+import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from fusepass.assumptions import Original, guarded, static_inputs
+from fusepass.assumptions import Original, forget_places, note_changing, static_inputs
 from fusepass.config import Options
 from fusepass.faults import first_line, strict
 from fusepass.report import GraphReport, publish
@@ -31,24 +34,64 @@ def fusepass(
     return compile_fused(gm, example_inputs, checked, inner_compiler(checked, mode))
 
 
+#: Dynamo calls it when it is reset.
+fusepass.reset = forget_places  # type: ignore[attr-defined]
+
+
 def compile_fused(
     gm: torch.fx.GraphModule,
     example_inputs: Sequence[Any],
     options: Options,
     compiler: Callable[..., Any],
-    assume: bool = True,
+    among: Container[torch.Tensor] | None = None,
+    stores_itself: bool = True,
 ) -> Callable[..., Any]:
     """The pass, then `compiler`; the original graph where `compiler` fails on the fused one.
 
-    With `assume`, the elements of buffers may be relied on, under a guard.
+    The elements of buffers are relied on under guards, of which the result consists where there are any; so
+    is that arguments share no memory.
+
+    Args:
+        gm: the graph, which is rewritten.
+        example_inputs: its inputs.
+        options: the user's.
+        compiler: the inner compiler.
+        among: the tensors whose elements may be relied on; by default all buffers.
+        stores_itself: whether the result may have to store itself. Where it may not and PyTorch is about to
+            store it, no guard would go along, and nothing is relied on.
     """
+    from fusepass import guards
+
     began = time.perf_counter()
     original = Original(gm)
-    static = static_inputs(gm, example_inputs) if assume else {}
-    report = run_pass(gm, example_inputs, options, static, time.perf_counter() - began)
-    compiled: Callable[..., Any]
+    stored = guards.will_be_stored()
+    guarded = not stored or (stores_itself and guards.can_be_stored(original.module()))
+    static = static_inputs(gm, example_inputs, among) if guarded else {}
+    report = run_pass(gm, example_inputs, options, static, time.perf_counter() - began, guarded)
+    note_changing(static[name] for name in report.written)
+    if not report.assumed and not report.apart:
+        return _compiled(gm, example_inputs, compiler, original, report)
+    held = guards.Guards.of(gm, example_inputs, report)
+    places = guards.places(gm, held)
+    with guards.stored_by_us(gm) if stored else nullcontext():
+        compiled = _compiled(gm, example_inputs, compiler, original, report)
+    recompile = Recompile(options, compiler)
+    result = guards.Guarded(held, compiled, original.module, recompile, places)
+    if stored:
+        result.keep_as(gm)
+    return result
+
+
+def _compiled(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    compiler: Callable[..., Any],
+    original: Original,
+    report: GraphReport,
+) -> Callable[..., Any]:
+    """The graph compiled, or the original where `compiler` fails on the fused one."""
     try:
-        compiled = compiler(gm, example_inputs)
+        compiled: Callable[..., Any] = compiler(gm, example_inputs)
     except Exception as error:
         if strict() or _is_control_flow(error) or not any(site.fused for site in report.sites):
             raise
@@ -59,11 +102,30 @@ def compile_fused(
         report.notes.append(fault)
         original.restore()
         compiled = compiler(gm, example_inputs)
-        return compiled
-    if not report.assumed and not report.apart:
-        return compiled
-    backend = partial(compile_fused, options=options, compiler=compiler, assume=False)
-    return guarded(compiled, gm, example_inputs, report, original, backend)
+    return compiled
+
+
+@dataclass(frozen=True)
+class Recompile:
+    """Compiles an original graph when its fused one cannot run."""
+
+    options: Options
+    compiler: Callable[..., Any] | None
+    """The inner compiler; None: the one that the options name."""
+
+    def __call__(self, among: Container[torch.Tensor]) -> Callable[..., Any]:
+        """A backend that relies on the elements of the tensors ``among`` alone."""
+        compiler = self.compiler or inner_compiler(self.options)
+        return partial(compile_fused, options=self.options, compiler=compiler, among=among)
+
+    def __reduce__(self) -> Any:
+        """Pickled without an inner compiler that cannot be."""
+        try:
+            pickle.dumps(self.compiler)
+            compiler = self.compiler
+        except Exception:
+            compiler = None
+        return Recompile, (self.options, compiler)
 
 
 def _is_control_flow(error: Exception) -> bool:
@@ -79,18 +141,22 @@ def run_pass(
     options: Options,
     static: Mapping[str, torch.Tensor] | None = None,
     preparation: float = 0.0,
+    guarded: bool = False,
 ) -> GraphReport:
     """Rewrites `gm` in place and publishes the report; a fault of the pass leaves the graph as it was.
 
     `static` are buffers whose elements may be relied on, if those in the report's `assumed` are guarded;
-    `preparation` are seconds already spent on this graph, which the report adds to its own.
+    `preparation` are seconds already spent on this graph, which the report adds to its own; `guarded` says
+    that those in `apart` are guarded too.
 
     With FUSEPASS_STRICT=1 in the environment such a fault is raised: for tests.
     """
     from fusepass.rewrite import rewrite_graph
 
     try:
-        report: GraphReport = rewrite_graph(gm, options, example_inputs, static=static, compiled=True)
+        report: GraphReport = rewrite_graph(
+            gm, options, example_inputs, static=static, compiled=True, guarded=guarded
+        )
     except Exception as error:
         if strict():
             raise

@@ -49,6 +49,8 @@ class GraphReport:
     """Buffers whose elements the fused sites rely on, under a guard."""
     apart: list[list[str]] = field(default_factory=list)
     """Arguments of different lists must share no memory: one is read after another was written to."""
+    written: list[str] = field(default_factory=list)
+    """Buffers that the graph itself writes to, whose elements nothing relies on."""
 
 
 @dataclass

@@ -50,6 +50,7 @@ def rewrite_graph(
     constants: Mapping[str, torch.Tensor] | None = None,
     static: Mapping[str, torch.Tensor] | None = None,
     compiled: bool = False,
+    guarded: bool = False,
 ) -> GraphReport:
     """Fuse the attention sites of ``gm`` in place, those of its inner graphs included.
 
@@ -61,8 +62,8 @@ def rewrite_graph(
         constants: the values of placeholders that are constants of an exported program.
         static: the tensors behind placeholders (buffers) whose elements may be relied on, if the caller
             guards those that ``GraphReport.assumed`` names.
-        compiled: whether a compiler follows (kernels are measured with one), and a guard that the arguments
-            in ``GraphReport.apart`` share no memory.
+        compiled: whether a compiler follows (kernels are measured with one).
+        guarded: whether the caller guards that the arguments in ``GraphReport.apart`` share no memory.
     """
     start = time.perf_counter()
     report = GraphReport(nodes=0)
@@ -76,7 +77,7 @@ def rewrite_graph(
         own_gradient = call is not None and call.own_gradient
         known = Known(constants or {}, static or {}, given, contents, own_gradient, gradients)
         around = None if call is None else (passes[call.outer].transforms, call.node)
-        one = _Pass(graph_module, options, rules, known, compiled, around)
+        one = _Pass(graph_module, options, rules, known, compiled, guarded, around)
         passes[graph_module] = one
         report.sites.extend(one.run())
         report.notes.extend(one.reader.faults.notes)
@@ -86,6 +87,7 @@ def rewrite_graph(
         recompute_nothing(gm, fused)
         report.assumed = passes[gm].assumed()
         report.apart = passes[gm].apart()
+    report.written = passes[gm].written()
     report.seconds = time.perf_counter() - start
     return report
 
@@ -99,10 +101,10 @@ class _Pass:
 
     def __init__(
         self, gm: fx.GraphModule, options: Options, rules: Rules, known: Known, compiled: bool,
-        around: tuple[Transforms, fx.Node] | None,
+        guarded: bool, around: tuple[Transforms, fx.Node] | None,
     ) -> None:  # fmt: skip
         self.gm, self.options, self.rules, self.known = gm, options, rules, known
-        self.compiled, self.around = compiled, around
+        self.compiled, self.guarded, self.around = compiled, guarded, around
         self.graph = gm.graph
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.settled: set[Expr] = set()
@@ -124,6 +126,7 @@ class _Pass:
             late = as_product(meaning)
             if self.reader.definer[meaning] is not node or (late is None and not factors(meaning)):
                 continue
+            self.reader.contents.begin()
             found = self._recognised(node, late or meaning)
             if late is not None and not isinstance(found, list):
                 continue
@@ -151,10 +154,28 @@ class _Pass:
         names = {str(e.attrs[0]) for e in self.reader.contents.used}
         return [n.name for n in self.graph.find_nodes(op="placeholder") if n.name in names]
 
+    def written(self) -> list[str]:
+        """The placeholders of buffers that the graph writes to."""
+        memory = self.reader.memory
+        return [
+            n.name
+            for n in self.graph.find_nodes(op="placeholder")
+            if n.name in self.known.static and memory.of(n) & memory.all_written
+        ]
+
     def apart(self) -> list[list[str]]:
-        """The placeholders on each of the storages that must not be one memory in a later call."""
+        """The placeholders on each of the storages that must not be one memory in a later call.
+
+        What a buffer held before the call is what it holds when a site reads it, unless another argument that
+        the graph writes to is the same memory.
+        """
         placeholders = self.graph.find_nodes(op="placeholder")
-        found = ([n.name for n in placeholders if s in self.reader.memory.of(n)] for s in self.overtaken)
+        memory, assumed = self.reader.memory, set(self.assumed())
+        storages = set(self.overtaken)
+        if assumed and memory.external & memory.all_written:
+            storages |= memory.external & memory.all_written
+            storages.update(*(memory.of(n) for n in placeholders if n.name in assumed))
+        found = ([n.name for n in placeholders if s in memory.of(n)] for s in storages)
         return sorted(filter(None, found))
 
     def _close(self, expansions: list[Expansion]) -> None:
@@ -232,7 +253,7 @@ class _Pass:
                     build.discard()
                 return [self._stays(node, s, r) for (_, s), r in zip(parts, rejected, strict=True)]
             overtaken = overtaken_by([n for _, build, _ in made for n in build.made], self.reader, node)
-            if overtaken and not self.compiled:
+            if overtaken and not self.guarded:
                 for _, build, _ in reversed(made):
                     build.discard()
                 return [self._report(node, site, reason=_MAY_OVERLAP) for _, site in parts]
@@ -345,6 +366,7 @@ class _Pass:
         node.replace_all_uses_with(out, propagate_meta=False)
         self.reader.memory.stand_in(out, node)
         self.replaced[node] = out
+        self.reader.contents.keep()
 
     # -- reporting ---------------------------------------------------------------------------
 

@@ -112,7 +112,7 @@ class Formulas:
     def load(self, term: Term) -> Expr:
         """An element that is not looked into."""
         index = tuple(self.space.resolve(i) for i in term.index)
-        form = self.scope.contents.form(term.expr)
+        form = self.scope.contents.form(term.expr, counters=False)
         if form is not None:
             return self._formula(form, index, term.expr.dtype)
         return expr("load", (term.expr,), index, (), term.expr.dtype)

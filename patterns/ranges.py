@@ -124,7 +124,7 @@ class Ranges:
     def _input(self, node: Expr) -> Interval | None:
         if (value := self.contents.values.get(node)) is not None:
             return self.of(value)
-        known = self.contents.extremes(node) if node.is_float or node in self.contents.used else None
+        known = self.contents.extremes(node) if node.is_float or node in self.contents.asked else None
         if known is not None:
             return None if math.isnan(known[0]) or math.isnan(known[1]) else known
         if not node.is_float:

@@ -564,7 +564,7 @@ def test_forms_of_awkward_buffers() -> None:
     assert describe(torch.arange(250, 256).to(torch.uint16)) == Ramp(250, (1,))
     node = leaf("b", (2, 2), torch.float32)
     contents = Contents({node: torch.tensor([[1.0, -2.0], [3.0, 0.5]])})
-    assert contents.extremes(node) == (-2.0, 3.0) and node in contents.used
+    assert contents.extremes(node) == (-2.0, 3.0) and node in contents.asked
 
 
 def test_narrow_positions_are_bands_where_they_fit() -> None:

@@ -249,11 +249,17 @@ class Reader:
         if meant is not None and meant.shape == shape_of(value) and meant.dtype is value.dtype:
             return meant
         made = self._named(node.name, shape_of(value), value.dtype)
-        if node.op == "placeholder" and node.name in self.known.static:
+        if self._is_static(node):
             self._tensors[made] = self.known.static[node.name]
         elif isinstance(value, torch.nn.Parameter) or operation(node)[0] in _FINITE:
             self.contents.ordinary.add(made)
         return made
+
+    def _is_static(self, node: fx.Node) -> bool:
+        """May the elements of its tensor be relied on?  Not those that the graph writes to, if only later."""
+        if node.op != "placeholder" or node.name not in self.known.static:
+            return False
+        return not (self.memory.rebinds or self.memory.of(node) & self.memory.all_written)
 
     def _meaning(self, node: fx.Node, name: str) -> Value:
         value = value_of(node)

@@ -54,7 +54,7 @@ class Memory:
     """
 
     def __init__(self, graph: fx.Graph, owner: torch.nn.Module | None = None) -> None:
-        self._owner = owner
+        self._graph, self._owner = graph, owner
         self._of: dict[fx.Node, Storages] = {}
         self._kept: list[Any] = []  # a storage that is gone could be another's address
         self._written: dict[fx.Node, Storages] = {}
@@ -77,6 +77,11 @@ class Memory:
         if found is None:
             found = self._written[node] = _NONE.union(*(self.of(n) for n in self._targets(node)))
         return found
+
+    @functools.cached_property
+    def all_written(self) -> Storages:
+        """The storages that some node writes to."""
+        return _NONE.union(*(self.written(n) for n in self._graph.nodes))
 
     def read(self, node: fx.Node) -> Storages:
         """The storages that a node is given tensors on."""

@@ -96,7 +96,7 @@ class OnnxReader:
         self.sources: dict[sympy.Symbol, tuple[ir.Value, int]] = {}
         self.order: dict[ir.Node, int] = {}
         self._tables = _Tables()
-        self.contents = Contents(self._tables)
+        self.contents = Contents(self._tables, fixed=True)
         self._smallest: dict[ir.Value, float] = {}
         self.faults = Faults()
         if parent is not None:
