@@ -10,12 +10,12 @@ itself, with all references to it that were imported earlier, is left alone. Wha
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from fusepass.backend import compile_fused
-from fusepass.config import Options
+from fusepass.config import Options, PassOptions, pass_options
 from fusepass.kernels.reference import let_inductor_inline
 
 _HOOK = "_TorchCompileInductorWrapper"
@@ -43,17 +43,16 @@ def _with_pass(options: Options) -> type[Any]:
     return InductorWithFusepass
 
 
-def enable(**options: Any) -> None:
+def enable(**options: Unpack[PassOptions]) -> None:
     """Every `torch.compile(...)` from now on whose backend is Inductor gets the pass.
 
-    Takes the backend's options (`kernel`, `precision`, `validate`) but `inner`; a second call replaces them.
+    Takes `kernel`, `precision` and `validate`; a second call replaces them. The inner backend and its mode
+    are those of each `torch.compile` call.
+
+    Raises:
+        TypeError, ValueError: a wrong value, or an option that is not taken.
     """
-    if "inner" in options:
-        raise ValueError(
-            f"enable(inner={options['inner']!r}): the inner backend is the Inductor of each torch.compile "
-            "call; for another one write torch.compile(..., backend='fusepass', options={'inner': ...})"
-        )
-    setattr(torch, _HOOK, _with_pass(Options.from_user(**options)))
+    setattr(torch, _HOOK, _with_pass(pass_options("enable", options)))
 
 
 def disable() -> None:
@@ -62,7 +61,7 @@ def disable() -> None:
 
 
 @contextmanager
-def enabled(**options: Any) -> Iterator[None]:
+def enabled(**options: Unpack[PassOptions]) -> Iterator[None]:
     """`enable(**options)` for the `torch.compile(...)` calls inside a `with` block; blocks may nest."""
     before = getattr(torch, _HOOK)
     enable(**options)

@@ -58,7 +58,7 @@ class Explanation:
 def explain(
     model: Callable[..., Any],
     *args: Any,
-    fusepass_options: Mapping[str, Any] | None = None,
+    fusepass_options: Mapping[str, Any] | Options | None = None,
     fusepass_dynamic: bool | None = None,
     **kwargs: Any,
 ) -> Explanation:
@@ -66,10 +66,11 @@ def explain(
 
     Keywords that begin with `fusepass_` are for this function, all others go to the model:
     `fusepass_options` are the backend's and `fusepass_dynamic` is `torch.compile`'s `dynamic`. What runs are
-    the original graphs, without `inner` and without the kernels. The model is explained as it is, in its
+    the original graphs, without the kernels; `inner` and `mode` compile what `kernel="autotune"` measures,
+    and nothing else. The model is explained as it is, in its
     train or eval mode and in the caller's grad mode; its state and its compiled code stay as they were.
     """
-    options = Options.from_user(**(fusepass_options or {}))
+    options = Options.of(fusepass_options)
     model = unwrapped(model)
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
