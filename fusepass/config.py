@@ -38,6 +38,13 @@ class PassOptions(TypedDict, total=False):
     validate: bool
 
 
+def kernels() -> tuple[str, ...]:
+    """What `kernel=` takes: `KERNELS`, and those of other packages."""
+    from fusepass.registry import registered
+
+    return (*KERNELS, *registered())
+
+
 @dataclass(frozen=True)
 class Options:
     """What `torch.compile(..., backend="fusepass", options={...})` accepts, and an `Options` in its place.
@@ -62,7 +69,7 @@ class Options:
     """No option: what became of the kernel that was asked for."""
 
     def __post_init__(self) -> None:
-        _check_choice("kernel", self.kernel, KERNELS)
+        _check_choice("kernel", self.kernel, KERNELS if self.kernel in KERNELS else kernels())
         _check_choice("precision", self.precision, PRECISIONS)
         if not isinstance(self.validate, bool):
             raise TypeError(f"fusepass option validate={self.validate!r}: expected True or False")

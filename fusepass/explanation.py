@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from rich.table import Table
 from fusepass.assumptions import Original, static_inputs
 from fusepass.backend import run_pass
 from fusepass.config import Options
-from fusepass.report import Collector, SiteReport, collect, render, summary
+from fusepass.report import Collector, SiteReport, collect, summary
 from fusepass.sandbox import compiled_apart, fresh, restored, unwrapped
 from fusepass.tables import site_table
 
@@ -45,9 +44,7 @@ class Explanation:
         return self.collector.to_json()
 
     def __str__(self) -> str:
-        text = StringIO()
-        render(self.collector, Console(file=text, width=120))
-        return text.getvalue()
+        return str(self.collector)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.sites:

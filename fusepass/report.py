@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ class GraphReport:
 
 @dataclass
 class Collector:
-    """The graphs that were compiled while it was active, in order."""
+    """The graphs that were compiled while it was active, in order. Prints as a table of their sites."""
 
     graphs: list[GraphReport] = field(default_factory=list)
 
@@ -76,6 +77,17 @@ class Collector:
     @property
     def seconds(self) -> float:
         return sum(graph.seconds for graph in self.graphs)
+
+    def summary(self) -> str:
+        """One line: how many sites, how many fused, by which kernels."""
+        return summary(self)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = StringIO()
+        render(self, Console(file=text, width=120))
+        return text.getvalue()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`."""

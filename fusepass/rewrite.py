@@ -23,7 +23,7 @@ from fusepass.dialects.fx_nodes import operation, value_of
 from fusepass.emit import Builder, CannotEmit
 from fusepass.gradients import given_to, keep_for_backward, learns, tie
 from fusepass.ir import VIEWS, Expr, walk
-from fusepass.kernels import BY_NAME, FP8, KERNELS, Kernel, Refused, Target, rounds
+from fusepass.kernels import FP8, KERNELS, Kernel, Refused, Target, named, rounds
 from fusepass.kernels.base import may_empty_rows
 from fusepass.kernels.gates import library_refuses
 from fusepass.liveness import erase_dead, inner_products, outside_reader
@@ -206,8 +206,8 @@ class _Pass:
             self.sharing[user] = None
             if isinstance(found, list) and len(found) == 1:
                 other, target = found[0][1], self._target(user, found[0][1])
-                named = BY_NAME.get(self.options.kernel)
-                kernels = KERNELS if named is None else (named,)
+                asked = named(self.options.kernel)
+                kernels = KERNELS if asked is None else (asked,)
                 if any(k.refuse(other.spec, target) is None for k in kernels):
                     self.sharing[user] = other.product
         return self.sharing[user] is product

@@ -136,7 +136,7 @@ def test_a_mode_beside_a_kernel(inductor: list[dict[str, Any]], ready: bool, aro
         fusepass.enable()
     try:
         with collect() as seen:
-            given = Options(**options) if ready else options
+            given: Any = Options(**options) if ready else options
             torch.compile(Attention(), backend=backend, options=given)(Q, Q, Q)
     finally:
         fusepass.disable()
