@@ -14,7 +14,7 @@ from typing import Any, Unpack
 
 import torch
 
-from fusepass.backend import compile_fused
+from fusepass.backend import compile_by_inductor, compile_fused
 from fusepass.config import Options, PassOptions, pass_options
 from fusepass.kernels.reference import let_inductor_inline
 
@@ -30,7 +30,7 @@ def _with_pass(options: Options) -> type[Any]:
 
         def __call__(self, model_: torch.fx.GraphModule, inputs_: Sequence[Any], **kwargs: Any) -> Any:
             let_inductor_inline()
-            compiler = partial(super().__call__, **kwargs)
+            compiler = partial(compile_by_inductor, self, **kwargs)
             return compile_fused(model_, inputs_, self.fusepass_options, compiler)
 
         def __eq__(self, other: object) -> bool:

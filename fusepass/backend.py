@@ -12,6 +12,7 @@ import torch
 from fusepass.assumptions import Original, guarded, static_inputs
 from fusepass.config import Options
 from fusepass.faults import first_line, strict
+from fusepass.ranges import eager_ranges, marked
 from fusepass.report import GraphReport, publish
 
 log = logging.getLogger("fusepass")
@@ -128,10 +129,18 @@ def inner_compiler(options: Options) -> Callable[..., Any]:
 
     if options.inner == "inductor":
         let_inductor_inline()
-    if options.mode in (None, "default"):
-        if not isinstance(options.inner, str):
-            return options.inner
-        from torch._dynamo.backends.registry import lookup_backend
+    if options.inner == "inductor":
+        return partial(compile_by_inductor, _INDUCTOR(options.mode, None, None))
+    if not isinstance(options.inner, str):
+        return options.inner
+    from torch._dynamo.backends.registry import lookup_backend
 
-        return lookup_backend(options.inner)
-    return _INDUCTOR(options.mode, None, None)
+    return eager_ranges(options.inner, lookup_backend(options.inner))
+
+
+def compile_by_inductor(
+    inductor: Any, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **more: Any
+) -> Callable[..., Any]:
+    """Inductor as `torch.compile` calls it, with a named range for every fused site."""
+    compiled: Callable[..., Any] = _INDUCTOR.__call__(marked(inductor, gm), gm, example_inputs, **more)
+    return compiled

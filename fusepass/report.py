@@ -35,6 +35,8 @@ class SiteReport:
     """(kernel, why not) for every kernel that was asked before the chosen one."""
     max_error: float | None = None
     """Largest error seen by validation, if it ran."""
+    label: str | None = None
+    """Its name in profiler traces and generated code, if it is fused."""
 
 
 @dataclass
@@ -144,6 +146,12 @@ def render(collector: Collector, console: "Console | None" = None) -> None:
 
 
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)$')
+
+
+def label_for(number: int, kind: str, kernel: str, source: str | None) -> str:
+    """The name of a fused site: `fusepass 3: causal, sdpa, model.py:12`."""
+    place = f", {source.partition(' ')[0]}" if source else ""
+    return f"fusepass {number}: {kind}, {kernel}{place}"
 
 
 def source_of(node: "torch.fx.Node") -> str | None:

@@ -118,7 +118,8 @@ def inductor(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
 
     def compile_fx(gm: torch.fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs.get("config_patches") or {})
+        patches: dict[str, Any] = kwargs.get("config_patches") or {}
+        calls.append({name: value for name, value in patches.items() if isinstance(value, bool)})
         return gm.forward
 
     monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
