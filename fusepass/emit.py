@@ -94,7 +94,7 @@ class Builder(Layouts[fx.Node]):
         with self.graph.inserting_before(self.anchor):
             node = self.graph.call_function(target, args, kwargs)
         self.made.append(node)
-        for name in ("stack_trace", "nn_module_stack", "seq_nr", "source_fn_stack", "from_node", "custom"):
+        for name in ("stack_trace", "nn_module_stack", "seq_nr", "source_fn_stack", "from_node"):
             if name in self.anchor.meta:
                 node.meta[name] = self.anchor.meta[name]
         node.meta[self.key] = value

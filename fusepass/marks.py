@@ -1,16 +1,17 @@
 """Marks in the programs that TorchInductor generates: lines before and after the kernels of a fused site.
 
 Two operators stand in Inductor's last graph where a site begins and ends. They are lowered to nothing: what
-was lowered between them are the site's own operations, and the calls among these write the lines. So fusions, layouts, memory and order are those of the program without marks.
+was lowered between them are the site's own operations, and the calls among these write the lines. So fusions,
+layouts, memory and order are those of the program without marks.
 
 Imported where Inductor is about to be called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -40,63 +41,15 @@ class Marking(CustomGraphPass):
         return None if None in theirs else (get_hash_for_files((__file__,)), self.labels, *theirs)
 
 
-#: How many operations there were when a site's first node was lowered, by graph and label.
-_opened: dict[tuple[int, str], int] = {}
-
-
-def enter(label: str) -> None:
-    """Note that the next operations are of a site."""
-    _opened[id(V.graph), label] = len(V.graph.operations)
-
-
-def leave(label: str) -> None:
-    """Open a record before the first call that a site was lowered to, and close it after the last."""
-    start = _opened.pop((id(V.graph), label), len(V.graph.operations))
-    calls = [op for op in V.graph.operations[start:] if isinstance(op, (ir.ExternKernel, ir.TemplateBuffer))]
-    calls = [op for op in calls if not isinstance(op, ir.MultiOutput)]
-    if V.graph.cpp_wrapper or not calls:
-        return
-    record = variable(label)
-    opening = f"{record} = torch._C._profiler._RecordFunctionFast({label!r})", f"{record}.__enter__()"
-    # Where Inductor cuts the program in parts, the record was closed with the part that opened it.
-    closing = f"try: {record}.__exit__(None, None, None)", "except NameError: pass"
-    _write(calls[0], opening, ())
-    _write(calls[-1], (), closing)
-
-
-def _write(call: Any, before: tuple[str, ...], after: tuple[str, ...]) -> None:
-    """Write lines with a call; where a template writes the call, in operations of their own."""
-    if isinstance(call, ir.ExternKernel):
-        call.codegen = partial(_codegen, call.codegen, before, after)  # type: ignore[method-assign]
-    elif before:
-        mark = Mark(call.get_device(), before)
-        known = {buffer.get_name() for buffer in V.graph.buffers[: V.graph.buffers.index(call)]}
-        mark.follow(call.get_read_names() & known)
-        must_follow(call, [mark.buffer])
-    else:
-        Mark(call.get_device(), after).follow([call.get_name()])
-
-
-def _codegen(
-    codegen: Callable[[Any], None], before: tuple[str, ...], after: tuple[str, ...], wrapper: Any
-) -> None:
-    """The code of a call, between lines."""
-    for line in before:
-        wrapper.writeline(line)
-    codegen(wrapper)
-    for line in after:
-        wrapper.writeline(line)
-
-
 class Mark(ir.ExternKernel):
-    """Lines between kernels: an operation without operands or results.
+    """Lines of their own, where a template writes the call: an operation without operands or results.
 
-    The scheduler is asked for an order that forbids nothing: a mark comes before a template, into which
-    nothing is fused, and after what that reads; or it comes after a template, and nothing need come after it.
+    The scheduler is asked for an order that forbids nothing: a mark comes before a template, or after one.
     """
 
-    def __init__(self, device: torch.device, lines: tuple[str, ...]) -> None:
-        super().__init__(None, ir.NoneLayout(device=device), [])
+    def __init__(self, lines: tuple[str, ...]) -> None:
+        device = next(iter(V.graph.device_types), "cpu")
+        super().__init__(None, ir.NoneLayout(device=torch.device(device)), [])
         self.lines = lines
         self.buffer = V.graph.register_buffer(self)
         self.name = self.buffer
@@ -104,12 +57,7 @@ class Mark(ir.ExternKernel):
 
     def codegen(self, wrapper: Any) -> None:
         """Write the lines."""
-        for line in self.lines:
-            wrapper.writeline(line)
-
-    def follow(self, names: Iterable[str]) -> None:
-        """Stand behind what writes these buffers, which live no longer for it."""
-        must_follow(self, names)
+        _codegen(lambda _: None, self.lines, (), wrapper)
 
     def should_allocate(self) -> bool:
         """There is no result."""
@@ -124,9 +72,74 @@ class Mark(ir.ExternKernel):
         return OrderedSet()
 
 
-def must_follow(operation: Any, names: Iterable[str]) -> None:
-    """Have the scheduler put an operation behind what writes these buffers."""
-    V.graph.additional_buffer_deps[operation.operation_name].update(names)
+def _must_follow(operation: Any, buffer: str) -> None:
+    """Have the scheduler put an operation behind what writes a buffer, which lives no longer for it."""
+    V.graph.additional_buffer_deps[operation.operation_name].add(buffer)
+
+
+class Opened(NamedTuple):
+    """A site whose last node was not lowered yet."""
+
+    operations: int
+    """How many there were before it."""
+    mark: Mark | None
+    """Where its record is opened, if a template comes first."""
+
+
+#: By graph and label.
+_opened: dict[tuple[int, str], Opened] = {}
+
+
+def enter(label: str, template: bool) -> None:
+    """Note that the next operations are of a site, in which there may be a template."""
+    mark = Mark(_opening(label)) if template else None
+    _opened[id(V.graph), label] = Opened(len(V.graph.operations), mark)
+
+
+def leave(label: str, template: bool) -> None:
+    """Open a record before the first call that a site was lowered to, and close it after the last."""
+    operations, mark = _opened.pop((id(V.graph), label), (len(V.graph.operations), None))
+    calls = [op for op in V.graph.operations[operations:] if _is_call(op)]
+    if not calls:
+        return
+    # Where Inductor cuts the program in parts, the record was closed with the part that opened it.
+    closing = f"try: {variable(label)}.__exit__(None, None, None)", "except NameError: pass"
+    if mark is not None:
+        _must_follow(calls[0], mark.buffer)
+    else:
+        _around(calls[0], _opening(label), ())
+    if isinstance(calls[-1], ir.TemplateBuffer):
+        _must_follow(Mark(closing), calls[-1].get_name())
+    else:
+        _around(calls[-1], (), closing)
+
+
+def _opening(label: str) -> tuple[str, str]:
+    record = variable(label)
+    return f"{record} = torch._C._profiler._RecordFunctionFast({label!r})", f"{record}.__enter__()"
+
+
+def _is_call(operation: Any) -> bool:
+    """Is an operation a call of a kernel, and neither a part of a result nor a buffer that others fill?"""
+    silent = (ir.MultiOutput, ir.NopKernel, Mark)
+    return isinstance(operation, (ir.ExternKernel, ir.TemplateBuffer)) and not isinstance(operation, silent)
+
+
+def _around(call: Any, before: tuple[str, ...], after: tuple[str, ...]) -> None:
+    """Write lines with a call."""
+    if isinstance(call, ir.ExternKernel):
+        call.codegen = partial(_codegen, call.codegen, before, after)  # type: ignore[method-assign]
+
+
+def _codegen(
+    codegen: Callable[[Any], None], before: tuple[str, ...], after: tuple[str, ...], wrapper: Any
+) -> None:
+    """The code of a call, between lines; without them where the program is in C++."""
+    for line in () if V.graph.cpp_wrapper else before:
+        wrapper.writeline(line)
+    codegen(wrapper)
+    for line in () if V.graph.cpp_wrapper else after:
+        wrapper.writeline(line)
 
 
 def variable(label: str) -> str:

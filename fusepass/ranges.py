@@ -1,10 +1,10 @@
 """Fused sites by name: in graphs, in the code that TorchInductor generates, and in `torch.profiler` traces.
 
-The nodes of a fused site are named after it and carry its label as an annotation (`meta["custom"]`), which
-AOTAutograd keeps and copies to the nodes of the backward pass. When the final graph is made, a mark goes
-before the first and after the last of a site's nodes. Under Inductor the marks become lines of the generated
-program, which open and close a record of the profiler (:mod:`fusepass.marks`). Under "aot_eager" and "eager"
-they are calls that open and close the same record.
+The nodes of a fused site are named after it, and its label is the last function that they say to come from
+(`meta["source_fn_stack"]`), which AOTAutograd keeps and copies to the nodes of the backward pass. When the
+final graph is made, a mark goes before the first and after the last of a site's nodes. Under Inductor the
+marks become lines of the generated program, which open and close a record of the profiler
+(:mod:`fusepass.marks`). Under "aot_eager" and "eager" they are calls that open and close the same record.
 """
 
 from __future__ import annotations
@@ -19,30 +19,35 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 
 from fusepass.faults import strict
 
 log = logging.getLogger("fusepass")
 
-#: The key of the annotation.
-KEY = "fusepass"
+#: The setting of Inductor that runs a pass over its last graph.
 _PASS = "post_grad_custom_post_pass"
 
 
-def annotate(nodes: Iterable[fx.Node], number: int, label: str) -> None:
-    """Name the nodes of a fused site, and give them its label."""
+def annotate(nodes: Iterable[fx.Node], number: int, label: str, compiled: bool) -> None:
+    """Name the nodes of a fused site, and give them its label where a compiler follows.
+
+    Exported graphs are written to files, in a form that has no place for labels.
+    """
     for node in nodes:
-        node.meta["custom"] = {**(node.meta.get("custom") or {}), KEY: label}
-        node._rename(f"fusepass_{number}_{node.name}")
+        if node.op != "get_attr":
+            node._rename(f"fusepass_{number}_{node.name}")
+            if compiled:
+                node.meta["source_fn_stack"] = [*node.meta.get("source_fn_stack", ()), (label, node.target)]
 
 
 def label_of(node: fx.Node) -> str | None:
     """The label of the site that a node computes, in whatever graph it is; None for other nodes."""
-    custom = node.meta.get("custom")
-    found = custom.get(KEY) if isinstance(custom, dict) else None
-    if not isinstance(found, str):
-        return None
-    return f"{found}, backward" if node.meta.get("partitioner_tag") == "is_backward" else found
+    for key, suffix in (("source_fn_stack", ""), ("fwd_source_fn_stack", ", backward")):
+        for entry in reversed(node.meta.get(key) or ()):
+            if isinstance(entry, tuple) and str(entry[0]).startswith("fusepass "):
+                return f"{entry[0]}{suffix}"
+    return None
 
 
 def labels_of(gm: fx.GraphModule) -> tuple[str, ...]:
@@ -52,9 +57,16 @@ def labels_of(gm: fx.GraphModule) -> tuple[str, ...]:
 
 
 def extents(graph: fx.Graph) -> list[tuple[str, fx.Node, fx.Node]]:
-    """Every label with the first and the last node that computes something for it."""
+    """Every label with the first and the last node that computes something for it.
+
+    What depends on no input (positions, masks made of them) may be computed anywhere, and is left out.
+    """
     found: dict[str, list[fx.Node]] = {}
+    varying: set[fx.Node] = set()
     for node in graph.nodes:
+        if node.op != "placeholder" and varying.isdisjoint(node.all_input_nodes):
+            continue
+        varying.add(node)
         label = label_of(node)
         if label is not None and node.op in ("call_function", "call_method") and not _is_view(node):
             found.setdefault(label, []).append(node)
@@ -95,10 +107,11 @@ def marked(inductor: Any, gm: fx.GraphModule) -> Any:
 def write_marks(graph: fx.Graph) -> None:
     """Put a mark before and after the nodes of every site."""
     for label, first, last in extents(graph):
+        template = isinstance(first.target, HigherOrderOperator)
         with graph.inserting_before(first):
-            graph.call_function(_enter(), (label,)).meta["val"] = None
+            graph.call_function(_enter(), (label, template)).meta["val"] = None
         with graph.inserting_after(last):
-            graph.call_function(_leave(), (label,)).meta["val"] = None
+            graph.call_function(_leave(), (label, template)).meta["val"] = None
 
 
 @functools.cache
@@ -106,8 +119,8 @@ def _library() -> Any:
     """Two operators that do nothing but stand in a graph."""
     library = torch.library.Library("fusepass", "FRAGMENT")
     for name in ("range_enter", "range_leave"):
-        library.define(f"{name}(str label) -> ()")
-        library.impl(name, lambda label: None, "CompositeExplicitAutograd")
+        library.define(f"{name}(str label, bool template) -> ()")
+        library.impl(name, lambda label, template: None, "CompositeExplicitAutograd")
         fx.node.has_side_effect(getattr(torch.ops.fusepass, name).default)
     return library
 
@@ -190,6 +203,6 @@ def close_record(record: Any) -> None:
 
 
 __all__ = [
-    "KEY", "annotate", "close_record", "eager_ranges", "extents", "label_of", "labels_of", "marked",
+    "annotate", "close_record", "eager_ranges", "extents", "label_of", "labels_of", "marked",
     "open_record", "with_records", "write_marks",
 ]  # fmt: skip

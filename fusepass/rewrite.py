@@ -345,7 +345,7 @@ class _Pass:
         """The label that the nodes of a fused site get."""
         number = next(self.numbers)
         label = label_for(number, site.spec.kind(), kernel, source_of(node))
-        annotate(build.made, number, label)
+        annotate(build.made, number, label, self.compiled)
         return label
 
     def _replace(self, node: fx.Node, out: fx.Node) -> None:

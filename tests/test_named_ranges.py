@@ -1,5 +1,6 @@
-"""Fused sites are named ranges: in traces of the profiler and in generated code, at no cost to the program."""
+"""Fused sites are named ranges: in traces of the profiler and in generated code, at next to no cost."""
 
+import io
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -129,7 +130,7 @@ def without_marks(code: str) -> list[str]:
 @pytest.mark.parametrize("kernel", ["reference", "flex", "sdpa"])
 def test_other_kernels_and_lengths(kernel: str) -> None:
     """Plain mathematics that Inductor fuses with what is around it, templates, and sizes that vary."""
-    model = MODELS["rotary"]().eval()
+    model = MODELS["two layers" if kernel == "flex" else "rotary"]().eval()
     torch._dynamo.reset()
     sizes = {"flex": (32,), "reference": (16, 24), "sdpa": (16, 24)}[kernel]
     compiled = torch.compile(model, backend=backend, dynamic=len(sizes) > 1, options={"kernel": kernel})
@@ -137,25 +138,9 @@ def test_other_kernels_and_lengths(kernel: str) -> None:
         for length in sizes:
             x = torch.randn(2, length, 64)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-        found = trace(lambda: compiled(x))
-    assert len(found) == 2 and found[0].time_range.end <= found[1].time_range.start, "one after the other"
-
-
-def test_what_the_user_annotates_is_kept() -> None:
-    found: list[Any] = []
-
-    def inner(gm: torch.fx.GraphModule, inputs: Any) -> Any:
-        found.extend(n.meta.get("custom") for n in gm.graph.nodes if "scaled_dot" in n.name)
-        return gm.forward
-
-    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with torch.fx.traceback.annotate({"mine": 1}):
-            return causal(q, k, v)
-
-    q = torch.randn(2, 4, 8, 16)
-    torch.compile(model, backend=backend, options={"inner": inner})(q, q, q)
-    (custom,) = found
-    assert custom["mine"] == 1 and custom[ranges.KEY].startswith("fusepass 0: causal, sdpa")
+        found = sorted((e.time_range.start, e.time_range.end, e.name) for e in trace(lambda: compiled(x)))
+    assert [name[:10] for _, _, name in found] == ["fusepass 0", "fusepass 1"]
+    assert found[0][1] <= found[1][0], "one after the other"
 
 
 def test_a_pass_of_the_user_runs_too() -> None:
@@ -228,4 +213,6 @@ def test_exported_graphs_hold_no_ranges() -> None:
     fused = fusepass.fuse(torch.export.export(Model(), (q, q, q)))
     names = [n.name for n in fused.graph.nodes if n.op == "call_function"]
     assert [n for n in names if n.startswith("fusepass_0_")] and not [n for n in names if "range" in n]
-    torch.testing.assert_close(fused.module()(q, q, q), causal(q, q, q))
+    torch.export.save(fused, file := io.BytesIO())
+    file.seek(0)
+    torch.testing.assert_close(torch.export.load(file).module()(q, q, q), causal(q, q, q))
