@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import fusepass
-from fusepass.report import collect, summary
 
 
 def their_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -28,12 +27,12 @@ def their_program(q: Tensor) -> Tensor:
 def main() -> None:
     """Run the program with the pass, and then without it."""
     q = torch.randn(2, 4, 64, 32)
-    with fusepass.enabled(), collect() as seen:
+    with fusepass.enabled(), fusepass.collect() as seen:
         fused = their_program(q)
-    print(f"with the pass:    {summary(seen)}")
+    print(f"with the pass:    {seen.summary()}")
 
     torch.compiler.reset()
-    with collect() as seen:
+    with fusepass.collect() as seen:
         plain = their_program(q)
     print(f"without the pass: {len(seen.graphs)} graphs seen")
     print(f"largest difference: {(fused - plain).abs().max().item():.1e}")

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusepass.report import collect, summary
+from fusepass import collect
 
 WIDTH, HEADS, LAYERS, LENGTH, BATCH = 64, 4, 2, 64, 16
 
@@ -109,7 +109,7 @@ def train(data: Tensor, options: argparse.Namespace, seed: int, fused: bool) -> 
             times.append(time.perf_counter() - start)
             losses.append(loss.item())
     tail = losses[-max(1, options.steps // 4) :]
-    return statistics.mean(tail), 1e3 * statistics.median(times), summary(seen) if fused else ""
+    return statistics.mean(tail), 1e3 * statistics.median(times), seen.summary() if fused else ""
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

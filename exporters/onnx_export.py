@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import numpy.typing as npt
 import onnx_ir as ir
@@ -20,6 +20,7 @@ import sympy
 import torch
 from torch.utils import _pytree as pytree
 
+from fusepass.config import refuse_others
 from fusepass.dialects.onnx_sizes import parse_dim
 from fusepass.exporters import onnx_verify
 from fusepass.exporters.onnx_files import Disagreement, pin_ir_version, root, write
@@ -48,6 +49,7 @@ def export_onnx(
     verify: bool = True,
     external_data: bool | None = None,
     progress: Callable[[str], None] | None = None,
+    **others: Never,
 ) -> ExportReport:
     """Export a PyTorch model to ONNX with fused attention operators.
 
@@ -64,12 +66,14 @@ def export_onnx(
         verify: run the file in onnxruntime, at two shapes where some are dynamic, and compare with PyTorch.
         external_data: weights in a file of their own; None: where the model is large.
         progress: called with a few words whenever another step begins.
+        others: none; options of the pass are refused with their place in ONNX.
 
     Raises:
         ModelError: PyTorch cannot export the model, or the file cannot be written.
         Disagreement: the exported model computes something else; nothing was written.
-        ValueError: an unknown target or opset.
+        ValueError: an unknown target or opset, or an option that an ONNX file cannot have.
     """
+    refuse_others("export_onnx", others, ())
     start = time.perf_counter()
     aim, say = checked_target(target, opset), progress or _nothing
     with staged(path) as place:

@@ -6,13 +6,14 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from fusepass.config import refuse_others
 from fusepass.exporters import onnx_verify
 from fusepass.exporters.onnx_files import (
     Disagreement,
@@ -43,6 +44,7 @@ def optimize_onnx(
     inputs: Mapping[str, npt.NDArray[Any]] | None = None,
     external_data: bool | None = None,
     progress: Callable[[str], None] | None = None,
+    **others: Never,
 ) -> ExportReport:
     """Fuse the attention of an ONNX model.
 
@@ -58,12 +60,14 @@ def optimize_onnx(
         external_data: weights in a file of their own; None: as in the model that was read, or where it is
             large.
         progress: called with a few words whenever another step begins.
+        others: none; options of the pass are refused with their place in ONNX.
 
     Raises:
         ModelError: the model cannot be read, or its opset is not supported.
         Disagreement: the fused model computes something else; nothing was written.
-        ValueError: an unknown target or opset.
+        ValueError: an unknown target or opset, or an option that an ONNX file cannot have.
     """
+    refuse_others("optimize_onnx", others, ())
     start = time.perf_counter()
     aim, say = checked_target(target, opset), progress or (lambda _: None)
     say("reading the model")

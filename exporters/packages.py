@@ -6,15 +6,16 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from fusepass.config import Options, PassOptions, pass_options
 from fusepass.exporters.reports import ExportReport
 from fusepass.exporters.staging import ModelError, staged
-from fusepass.fusing import fuse
+from fusepass.fusing import fuse_with
 from fusepass.report import collect
 
 
@@ -25,7 +26,7 @@ def export_pt2(
     *,
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
-    kernel: str = "auto",
+    **options: Unpack[PassOptions],
 ) -> ExportReport:
     """Save a fused ``ExportedProgram``.
 
@@ -38,14 +39,15 @@ def export_pt2(
         path: the ``.pt2`` file to write.
         kwargs: example keyword arguments.
         dynamic_shapes: as for ``torch.export.export``.
-        kernel: ``"auto"``, or the name of a kernel.
+        options: ``kernel=``, ``precision=``, ``validate=`` as for the backend.
 
     Raises:
         ModelError: ``torch.export`` cannot export the model, or the file cannot be written.
-        ValueError: an unknown kernel.
+        ValueError: an unknown option or value, or an option that is not taken.
     """
     start = time.perf_counter()
-    program, found = _fused(model, args, dict(kwargs or {}), dynamic_shapes, kernel, path, "pt2")
+    checked = pass_options("export_pt2", options)
+    program, found = _fused(model, args, dict(kwargs or {}), dynamic_shapes, checked, path, "pt2")
     with staged(path) as place:
         torch.export.save(program, str(place))
     found.seconds = time.perf_counter() - start
@@ -59,24 +61,25 @@ def compile_aoti(
     *,
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
-    kernel: str = "auto",
     inductor_configs: Mapping[str, Any] | None = None,
+    **options: Unpack[PassOptions],
 ) -> ExportReport:
     """Compile a fused program ahead of time into a package that ``torch._inductor.aoti_load_package`` runs.
 
     Needs what Inductor needs: a C++ compiler, and on CUDA Triton.
 
     Args:
-        model, args, kwargs, dynamic_shapes, kernel: as for :func:`export_pt2`.
+        model, args, kwargs, dynamic_shapes, options: as for :func:`export_pt2`.
         path: the ``.pt2`` package to write.
         inductor_configs: options for Inductor.
 
     Raises:
         ModelError: the model cannot be exported, or the package cannot be written.
-        ValueError: an unknown kernel.
+        ValueError: an unknown option or value, or an option that is not taken.
     """
     start = time.perf_counter()
-    program, found = _fused(model, args, dict(kwargs or {}), dynamic_shapes, kernel, path, "aoti")
+    checked = pass_options("compile_aoti", options)
+    program, found = _fused(model, args, dict(kwargs or {}), dynamic_shapes, checked, path, "aoti")
     with staged(path) as place, torch.no_grad():
         made = torch._inductor.aoti_compile_and_package(
             program, package_path=str(place), inductor_configs=dict(inductor_configs or {})
@@ -92,7 +95,7 @@ def _fused(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     dynamic_shapes: Any,
-    kernel: str,
+    options: Options,
     path: str | os.PathLike[str],
     target: str,
 ) -> tuple[ExportedProgram, ExportReport]:
@@ -107,7 +110,7 @@ def _fused(
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(f"torch.export cannot export the model: {first}") from error
     with collect() as seen:
-        fused = fuse(program, kernel=kernel)
+        fused = fuse_with(program, options)
     report = ExportReport(str(path), target, seen.graphs[-1])
     report.operators = dict(Counter(site.kernel or "?" for site in seen.fused).most_common())
     graphs = [m.graph for m in fused.graph_module.modules() if isinstance(m, fx.GraphModule)]

@@ -7,13 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fusepass.autoenable import disable, enable, enabled
-    from fusepass.explanation import explain
+    from fusepass.autoenable import disable, enable, enabled, is_enabled
+    from fusepass.config import Options
+    from fusepass.explanation import Explanation, explain
     from fusepass.exporters.onnx_export import export_onnx
     from fusepass.exporters.onnx_optimize import optimize_onnx
     from fusepass.exporters.packages import compile_aoti, export_pt2
+    from fusepass.exporters.reports import ExportReport
     from fusepass.fusing import fuse
-    from fusepass.verification import verify
+    from fusepass.registry import register_kernel
+    from fusepass.report import Collector, GraphReport, SiteReport, collect
+    from fusepass.verification import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -24,10 +28,20 @@ __all__ = [
     "enable",
     "disable",
     "enabled",
+    "is_enabled",
+    "Options",
+    "collect",
+    "Collector",
+    "GraphReport",
+    "SiteReport",
+    "Explanation",
+    "Verification",
+    "register_kernel",
     "export_onnx",
     "optimize_onnx",
     "export_pt2",
     "compile_aoti",
+    "ExportReport",
     "__version__",
 ]
 
@@ -38,10 +52,20 @@ _HOME = {
     "enable": "fusepass.autoenable",
     "disable": "fusepass.autoenable",
     "enabled": "fusepass.autoenable",
+    "is_enabled": "fusepass.autoenable",
+    "Options": "fusepass.config",
+    "collect": "fusepass.report",
+    "Collector": "fusepass.report",
+    "GraphReport": "fusepass.report",
+    "SiteReport": "fusepass.report",
+    "Explanation": "fusepass.explanation",
+    "Verification": "fusepass.verification",
+    "register_kernel": "fusepass.registry",
     "export_onnx": "fusepass.exporters.onnx_export",
     "optimize_onnx": "fusepass.exporters.onnx_optimize",
     "export_pt2": "fusepass.exporters.packages",
     "compile_aoti": "fusepass.exporters.packages",
+    "ExportReport": "fusepass.exporters.reports",
 }
 
 #: The packages of the extra ``onnx``.

@@ -10,7 +10,7 @@ from typing import Any
 
 import fusepass
 from fusepass import __version__
-from fusepass.config import KERNELS, PRECISIONS, Options
+from fusepass.config import KERNELS, PRECISIONS, Options, pass_options, refuse_others
 
 MODEL_HELP = """\
 MODEL is path/to/file.py:factory or package.module:factory. The factory takes no arguments and returns
@@ -59,7 +59,6 @@ def _verify_parser(commands: Any) -> None:
     verify = commands.add_parser("verify", help=about, description=f"Compares {about}.", epilog=MODEL_HELP)
     _model_options(verify)
     verify.add_argument("--grads", action="store_true", help="compare gradients as well")
-    verify.add_argument("--inner", default="aot_eager", help="backend for the rewritten graph (%(default)s)")
     verify.add_argument("--repeats", type=int, default=5, help="timed runs (%(default)s); 0: no timing")
     verify.set_defaults(command=_verify)
 
@@ -72,6 +71,7 @@ def _export_parser(commands: Any) -> None:
     export.add_argument("model", metavar="MODEL", help="file.py:factory or package.module:factory")
     export.add_argument("--to", required=True, metavar="FILE", help="the file: .onnx, or .pt2")
     export.add_argument("--aoti", action="store_true", help="compile the .pt2 package ahead of time")
+    _pass_options(export)
     export.add_argument("--dtype", help="float32, bfloat16, float16 or float64: casts model and arguments")
     export.add_argument("--device", help="such as cuda: moves model and arguments")
     export.add_argument("--dynamic", action="store_true", help="let every size of every input vary")
@@ -84,6 +84,7 @@ def _optimize_parser(commands: Any) -> None:
     optimize = commands.add_parser("optimize", help=about, description=f"Writes {about}.")
     optimize.add_argument("source", metavar="IN", help="the ONNX model")
     optimize.add_argument("destination", metavar="OUT", nargs="?", help="where to write (default: IN)")
+    _pass_options(optimize, about=False)
     _onnx_options(optimize)
     optimize.set_defaults(command=_optimize)
 
@@ -97,17 +98,24 @@ def _onnx_options(parser: argparse.ArgumentParser) -> None:
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="file.py:factory or package.module:factory")
-    _pass_options(parser)
+    _pass_options(parser, compiles=True)
     parser.add_argument("--dtype", help="float32, bfloat16, float16 or float64: casts model and arguments")
     parser.add_argument("--device", help="such as cuda: moves model and arguments")
     parser.add_argument("--dynamic", action="store_true", help="compile for dynamic shapes")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _pass_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kernel", default="auto", help=f"one of {', '.join(KERNELS)} (%(default)s)")
-    parser.add_argument("--precision", default="native", help=f"one of {', '.join(PRECISIONS)} (%(default)s)")
-    parser.add_argument("--validate", action="store_true", help="check every site while compiling")
+def _pass_options(parser: argparse.ArgumentParser, compiles: bool = False, about: bool = True) -> None:
+    """Every option of the pass; those that a command does not take are read to be refused by name."""
+
+    def option(name: str, help: str, shown: bool, **more: Any) -> None:
+        parser.add_argument(name, default=None, help=help if shown else argparse.SUPPRESS, **more)
+
+    option("--kernel", f"one of {', '.join(KERNELS)}, or a registered one (auto)", about)
+    option("--precision", f"one of {', '.join(PRECISIONS)} (native)", about)
+    option("--validate", "check every site while compiling", about, action="store_true")
+    option("--inner", "what compiles the rewritten graph, such as inductor", compiles)
+    option("--mode", "TorchInductor's mode, such as max-autotune", compiles)
 
 
 def _run_parser(commands: Any) -> None:
@@ -162,14 +170,14 @@ def _bench_parser(commands: Any) -> None:
     parser.set_defaults(command=_bench)
 
 
-def _settings(arguments: argparse.Namespace, **more: str) -> dict[str, Any]:
-    """The pass's options from a command line, checked."""
+def _settings(arguments: argparse.Namespace, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """The options that a command line gives, checked."""
     from fusepass.targets import UsageError
 
-    names = ("kernel", "precision", "validate")
-    settings = {name: getattr(arguments, name) for name in names} | more
+    given = {name: getattr(arguments, name) for name in Options.names()}
+    settings = {name: value for name, value in given.items() if value is not None}
     try:
-        Options.from_user(**settings)
+        check(settings)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
     return settings
@@ -179,7 +187,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     from fusepass.explanation import explain
     from fusepass.targets import load
 
-    settings = _settings(arguments)
+    settings = _settings(arguments, Options.of)
     target = load(arguments.model, arguments.dtype, arguments.device)
     explanation = explain(
         target.model,
@@ -196,7 +204,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from fusepass.targets import UsageError, load
     from fusepass.verification import Unsteady, verify
 
-    settings = _settings(arguments, inner=arguments.inner)
+    settings = _settings(arguments, Options.of)
     target = load(arguments.model, arguments.dtype, arguments.device)
     try:
         verification = verify(
@@ -222,6 +230,8 @@ def _export(arguments: argparse.Namespace) -> int:
     suffix = Path(arguments.to).suffix
     if suffix not in (".onnx", ".pt2") or (arguments.aoti and suffix != ".pt2"):
         raise UsageError(f"--to {arguments.to!r}: expected a name that ends in .onnx, or in .pt2")
+    taker = "export_onnx" if suffix == ".onnx" else "compile_aoti" if arguments.aoti else "export_pt2"
+    settings = _settings(arguments, lambda given: _taken(taker, given))
     target = load(arguments.model, arguments.dtype, arguments.device)
     model = target.model
     if not isinstance(model, torch.nn.Module):
@@ -231,7 +241,7 @@ def _export(arguments: argparse.Namespace) -> int:
         given["dynamic_shapes"] = _all_dynamic(target.args, target.kwargs)
     if suffix == ".pt2":
         write = fusepass.compile_aoti if arguments.aoti else fusepass.export_pt2
-        return _reported(lambda _: write(model, target.args, arguments.to, **given), arguments)
+        return _reported(lambda _: write(model, target.args, arguments.to, **given, **settings), arguments)
     given |= {"target": arguments.target, "opset": arguments.opset, "verify": not arguments.no_verify}
     return _reported(
         lambda say: fusepass.export_onnx(model, target.args, arguments.to, progress=say, **given), arguments
@@ -251,7 +261,16 @@ def _all_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return shapes[1] if not args else shapes[0] if not kwargs else (*shapes[0], *shapes[1].values())
 
 
+def _taken(function: str, given: dict[str, Any]) -> None:
+    """Check the options that a function is given."""
+    if function.endswith("_onnx"):
+        refuse_others(function, given, ())
+    else:
+        pass_options(function, given)
+
+
 def _optimize(arguments: argparse.Namespace) -> int:
+    _settings(arguments, lambda given: _taken("optimize_onnx", given))
     return _reported(
         lambda say: fusepass.optimize_onnx(
             arguments.source,
@@ -304,7 +323,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fusepass.report import collect, render, summary
     from fusepass.targets import UsageError
 
-    settings, script = _settings(arguments), arguments.script
+    settings, script = _settings(arguments, lambda given: _taken("enable", given)), arguments.script
     if not arguments.module and not Path(script).is_file():
         raise UsageError(
             f"cannot read {script!r}: there is no such file; expected a Python script, or -m MODULE"

@@ -10,13 +10,13 @@ itself, with all references to it that were imported earlier, is left alone. Wha
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from fusepass.assumptions import forget_places
-from fusepass.backend import compile_fused
-from fusepass.config import Options
+from fusepass.backend import compile_by_inductor, compile_fused
+from fusepass.config import Options, PassOptions, pass_options
 from fusepass.kernels.reference import let_inductor_inline
 
 _HOOK = "_TorchCompileInductorWrapper"
@@ -31,7 +31,7 @@ def _with_pass(options: Options) -> type[Any]:
 
         def __call__(self, model_: torch.fx.GraphModule, inputs_: Sequence[Any], **kwargs: Any) -> Any:
             let_inductor_inline()
-            compiler = partial(super().__call__, **kwargs)
+            compiler = partial(compile_by_inductor, self, **kwargs)
             # What this class returns is Inductor's to PyTorch, which stores parts of it by itself.
             stored_by_torch = bool(getattr(torch._functorch.config, "bundled_autograd_cache", False))
             return compile_fused(
@@ -52,17 +52,16 @@ def _with_pass(options: Options) -> type[Any]:
     return InductorWithFusepass
 
 
-def enable(**options: Any) -> None:
+def enable(**options: Unpack[PassOptions]) -> None:
     """Every `torch.compile(...)` from now on whose backend is Inductor gets the pass.
 
-    Takes the backend's options (`kernel`, `precision`, `validate`) but `inner`; a second call replaces them.
+    Takes `kernel`, `precision` and `validate`; a second call replaces them. The inner backend and its mode
+    are those of each `torch.compile` call.
+
+    Raises:
+        TypeError, ValueError: a wrong value, or an option that is not taken.
     """
-    if "inner" in options:
-        raise ValueError(
-            f"enable(inner={options['inner']!r}): the inner backend is the Inductor of each torch.compile "
-            "call; for another one write torch.compile(..., backend='fusepass', options={'inner': ...})"
-        )
-    setattr(torch, _HOOK, _with_pass(Options.from_user(**options)))
+    setattr(torch, _HOOK, _with_pass(pass_options("enable", options)))
 
 
 def disable() -> None:
@@ -71,7 +70,7 @@ def disable() -> None:
 
 
 @contextmanager
-def enabled(**options: Any) -> Iterator[None]:
+def enabled(**options: Unpack[PassOptions]) -> Iterator[None]:
     """`enable(**options)` for the `torch.compile(...)` calls inside a `with` block; blocks may nest."""
     before = getattr(torch, _HOOK)
     enable(**options)

@@ -47,7 +47,7 @@ def fastest(
         kernels: those to try.
         write: writes one of them into the graph and returns its node and what takes it back, or None.
     """
-    key = key_of(spec, site_inputs(original), training, options.inner)
+    key = key_of(spec, site_inputs(original), training, options.inner, options.mode)
     known = remembered(key)
     if known == UNFUSED or known in [k.name for k in kernels]:
         return known
@@ -89,13 +89,13 @@ def _read() -> dict[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
-def key_of(spec: Attention, tensors: Sequence[Tensor], training: bool, inner: Any) -> str:
+def key_of(spec: Attention, tensors: Sequence[Tensor], training: bool, inner: Any, mode: str | None) -> str:
     """What an answer depends on: the machine, the versions, the specification, and the layout of operands."""
     layouts = [(str(t.dtype), [_hint(n) for n in t.shape], [_hint(n) for n in t.stride()]) for t in tensors]
     device = tensors[0].device.type if tensors else "cpu"
     about = {k: v for k, v in bench.machine(device).items() if k != "python"}
     name = inner if isinstance(inner, str) else getattr(inner, "__qualname__", "callable")
-    return json.dumps([about, str(spec), layouts, training, name])
+    return json.dumps([about, str(spec), layouts, training, name, *([] if mode is None else [mode])])
 
 
 def _hint(size: Any) -> int:

@@ -3,6 +3,7 @@
 import logging
 import pickle
 import time
+from collections import deque
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,24 +15,42 @@ import torch
 from fusepass.assumptions import Original, forget_places, note_changing, static_inputs
 from fusepass.config import Options
 from fusepass.faults import first_line, strict
+from fusepass.ranges import eager_ranges, marked
 from fusepass.report import GraphReport, publish
 
 log = logging.getLogger("fusepass")
+
+#: Inductor as `torch.compile` calls it; `enable` puts another class in its place, which runs the pass.
+_INDUCTOR = torch._TorchCompileInductorWrapper
 
 
 def fusepass(
     gm: torch.fx.GraphModule,
     example_inputs: Sequence[Any],
     *,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | Options | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
     """`torch.compile(model, backend="fusepass", options={...})`: fuses attention, then compiles as usual.
 
-    `mode` ("reduce-overhead", "max-autotune", ...) is handed to the inner backend, which must be Inductor.
+    `mode` ("reduce-overhead", "max-autotune", ...) is that of `torch.compile(mode=...)`, where there are no
+    options: the option of that name. Inductor gets it, which must be the inner backend.
     """
-    checked = Options.from_user(**dict(options or {}))
-    return compile_fused(gm, example_inputs, checked, inner_compiler(checked, mode))
+    checked = _same_request(options, Options.of(options, **({} if mode is None else {"mode": mode})))
+    return compile_fused(gm, example_inputs, checked, inner_compiler(checked))
+
+
+#: The options of the latest calls of `torch.compile`, which hands the same mapping over for each graph.
+_requests: deque[tuple[object, Options]] = deque(maxlen=64)
+
+
+def _same_request(given: object, options: Options) -> Options:
+    """The options of an earlier graph of the same call of `torch.compile`, if they are these."""
+    for known, earlier in _requests:
+        if given is not None and known is given and earlier == options:
+            return earlier
+    _requests.append((given, options))
+    return options
 
 
 #: Dynamo calls it when it is reset.
@@ -165,22 +184,29 @@ def run_pass(
         log.warning("fusepass: %s", fault, exc_info=True)
         report = GraphReport(nodes=len(gm.graph.nodes), notes=[fault])
     report.seconds += preparation
+    options.requested.see(options, report)
     publish(report)
     return report
 
 
-def inner_compiler(options: Options, mode: str | None = None) -> Callable[..., Any]:
-    """What compiles the rewritten graph: the callable that the options name."""
+def inner_compiler(options: Options) -> Callable[..., Any]:
+    """What compiles the rewritten graph: the callable that the options name, in their mode."""
     from fusepass.kernels.reference import let_inductor_inline
 
     if options.inner == "inductor":
         let_inductor_inline()
-    if not mode or mode == "default":
-        if not isinstance(options.inner, str):
-            return options.inner
-        from torch._dynamo.backends.registry import lookup_backend
+    if options.inner == "inductor":
+        return partial(compile_by_inductor, _INDUCTOR(options.mode, None, None))
+    if not isinstance(options.inner, str):
+        return options.inner
+    from torch._dynamo.backends.registry import lookup_backend
 
-        return lookup_backend(options.inner)
-    if options.inner != "inductor":
-        raise ValueError(f"mode={mode!r} is for inner='inductor' only; here inner={options.inner!r}")
-    return torch._TorchCompileInductorWrapper(mode, None, None)
+    return eager_ranges(options.inner, lookup_backend(options.inner))
+
+
+def compile_by_inductor(
+    inductor: Any, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **more: Any
+) -> Callable[..., Any]:
+    """Inductor as `torch.compile` calls it, with a named range for every fused site."""
+    compiled: Callable[..., Any] = _INDUCTOR.__call__(marked(inductor, gm), gm, example_inputs, **more)
+    return compiled

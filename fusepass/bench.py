@@ -33,6 +33,7 @@ from torch import Tensor
 from fusepass.bench_cases import VARIANTS, Inputs, Variant
 from fusepass.bench_clock import first_line, in_turn, peak, recorded
 from fusepass.bench_pool import Exclusive, alone, spread
+from fusepass.registry import registered
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 HEAD_DIMS = (64, 128, 256)
@@ -83,6 +84,11 @@ class Row:
     def best_known(self) -> float | None:
         """The GPU's time where it is known, else that of calls back to back."""
         return self.milliseconds if self.gpu_milliseconds is None else self.gpu_milliseconds
+
+
+def by_name() -> tuple[str, ...]:
+    """The kernels that are measured by name: those of fusepass, and those of other packages."""
+    return (*NAMED, *registered())
 
 
 def jobs(
@@ -430,6 +436,7 @@ __all__ = [
     "key_of",
     "machine",
     "apart",
+    "by_name",
     "measured",
     "read_csv",
     "run",

@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from fusepass import bench, bench_report, costs
 from fusepass.bench_cases import VARIANTS
+from fusepass.registry import registered
 from fusepass.targets import UsageError
 
 
@@ -51,7 +52,11 @@ def command(arguments: argparse.Namespace) -> int:
 def _measure(arguments: argparse.Namespace, console: Console, about: dict[str, str]) -> list[bench.Row]:
     variants = _chosen(arguments.variants, list(VARIANTS), "variant")
     modes = _chosen(arguments.modes, list(bench.MODES), "mode")
-    named = ["compile", *bench.NAMED] if arguments.profile else ["eager", "compile", "auto", "hand"]
+    named = (
+        ["compile", *bench.by_name()]
+        if arguments.profile
+        else ["eager", "compile", "auto", "hand", *registered()]
+    )
     contenders = arguments.contenders.split(",") if arguments.contenders else named
     settings = {name: getattr(arguments, name) for name in ("device", "dtype", "tokens", "width", "repeats")}
     work = bench.jobs(

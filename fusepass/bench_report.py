@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fusepass import costs
-from fusepass.bench import NAMED, Row
+from fusepass import bench, costs
+from fusepass.bench import Row
 from fusepass.bench_cases import VARIANTS
 from fusepass.select import UNFUSED
 
@@ -51,6 +51,8 @@ def lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     Times are the GPU's, where they are known; the last column compares calls back to back.
     """
     made: list[tuple[str, ...]] = []
+    rows = list(rows)
+    others = of_packages(rows)
     for (variant, mode, head_dim, length), found in sorted(by_case(rows).items()):
         hand, auto, plain = best_by_hand(found), found.get("auto"), found.get("compile")
         made.append((
@@ -58,8 +60,17 @@ def lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
             "" if hand is None else f"{_time(hand)} {hand.contender.split()[1]}", _time(auto),
             "" if auto is None else auto.kernel, _ratio(plain, auto), _ratio(hand, auto),
             _ratio(best_by_hand(found, gpu=False), auto, gpu=False),
+            *(_time(found.get(name)) for name in others),
         ))  # fmt: skip
     return made
+
+
+def of_packages(rows: Sequence[Row]) -> list[str]:
+    """The contenders that are kernels of other packages: each has a column of its own."""
+    known = ("eager", "compile", "auto", *bench.NAMED)
+    return [
+        name for name in dict.fromkeys(r.contender for r in rows) if name not in known and " " not in name
+    ]
 
 
 def by_name(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -79,7 +90,9 @@ def by_name(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]
 
 
 def _head_and_lines(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    return (HEAD, lines(rows)) if any(r.contender == "auto" for r in rows) else by_name(rows)
+    if not any(r.contender == "auto" for r in rows):
+        return by_name(rows)
+    return (*HEAD, *of_packages(rows)), lines(rows)
 
 
 def summary(rows: Iterable[Row]) -> Table:
@@ -111,12 +124,13 @@ name is fusepass with that kernel, and how many times faster than `compile` it i
 def markdown(rows: Sequence[Row], machine: dict[str, str], source: str) -> str:
     """The lines as a page."""
     head, made = _head_and_lines(rows)
-    about = ABOUT if head == HEAD else ABOUT_NAMED
+    automatic = head[: len(HEAD)] == HEAD
+    about = ABOUT if automatic else ABOUT_NAMED
     text = ["# Attention, measured", "", f"Made by `python -m fusepass bench --read {source} --markdown`: "
             + "; ".join(f"{k}: {v}" for k, v in machine.items()) + ".", "", about, ""]  # fmt: skip
     text += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     text += [f"| {' | '.join(line)} |" for line in made]
-    if head != HEAD:
+    if not automatic:
         return "\n".join([*text, ""])
     found = [(float(line[10]), line[0]) for line in made if line[10]]
     behind = sorted({variant for ratio, variant in found if ratio < 0.97})
@@ -179,10 +193,10 @@ def problems(rows: Iterable[Row]) -> dict[str, int]:
 
 def samples(rows: Iterable[Row]) -> list[costs.Sample]:
     """The rows that the cost model learns from: kernels by name, and plain `torch.compile`."""
-    made = []
+    made, known = [], bench.by_name()
     for row in rows:
         kernel = UNFUSED if row.contender == "compile" else row.contender
-        if row.milliseconds is None or kernel not in (UNFUSED, *NAMED):
+        if row.milliseconds is None or kernel not in (UNFUSED, *known):
             continue
         kind = VARIANTS[row.variant].kind
         rows_of_queries = row.batch * row.heads * row.queries

@@ -103,6 +103,10 @@ class Profile:
         near = [c for c in self.curves if (c.kernel, c.kind, c.mode) == (kernel, kind, mode)]
         return min(near, key=lambda c: abs(math.log(c.head_dim / head_dim)), default=None)
 
+    def measured(self, kernel: str) -> bool:
+        """Is there a curve of a kernel?"""
+        return any(c.kernel == kernel for c in self.curves)
+
     def overhead(self, mode: str) -> float:
         """What calling a compiled function takes, whatever it calls: the launch of the quickest in a pass.
 

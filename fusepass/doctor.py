@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fusepass.kernels.gates import GATES, Capability, capability_refuses, installed, library_refuses
+from fusepass.registry import Registered, registered
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ PACKAGES = (
 def diagnose() -> Diagnosis:
     """This machine, and every kernel's answer to it."""
     machine = _machine()
-    kernels = tuple(KernelStatus(name, *answer(machine), *_limits(name)) for name, answer in _ANSWERS.items())
+    answers = {**_ANSWERS, **{name: _of_package(found) for name, found in registered().items()}}
+    kernels = tuple(KernelStatus(name, *answer(machine), *_limits(name)) for name, answer in answers.items())
     return Diagnosis(machine, kernels)
 
 
@@ -107,12 +109,12 @@ def _limits(name: str) -> tuple[str, str, str]:
     gpus = "any" if gate.majors is None else ", ".join(f"{m}.x" for m in gate.majors)
     short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
     multiples = f", ×{gate.step}" if gate.step > 1 else ""
-    sizes = f"{gate.least}…{gate.head_dims}{multiples}"
+    sizes = f"{gate.least}…{gate.head_dims or ''}{multiples}"
     if not gate.backward:
         sizes += "; forward only"
     elif gate.backward_dims != gate.head_dims:
         sizes += f"; backward …{gate.backward_dims}"
-    return gpus, " ".join(short[d] for d in gate.dtypes), sizes
+    return gpus, " ".join(short.get(d, str(d).removeprefix("torch.")) for d in gate.dtypes), sizes
 
 
 def _machine() -> Machine:
@@ -184,6 +186,22 @@ def _library(kernel: str) -> Callable[[Machine], "Answer"]:
         if found and (broken := library_refuses(kernel)):
             return False, broken
         return found, state
+
+    return answer
+
+
+def _of_package(found: Registered) -> Callable[[Machine], Answer]:
+    """The answer of a registered kernel: what its gate says, and who registered it."""
+
+    def answer(machine: Machine) -> Answer:
+        unasked = "`auto` may choose it" if found.by_auto else "by name only"
+        state = f"registered by {found.module}; {unasked}"
+        name = found.kernel.name
+        if found.gate.package is not None:
+            runs, why = _library(name)(machine)
+            return runs, f"{why}; {state}"
+        refusal = _refusal(name, machine)
+        return refusal is None, state if refusal is None else f"{refusal}; {state}"
 
     return answer
 

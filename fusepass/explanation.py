@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from rich.table import Table
 from fusepass.assumptions import Original, static_inputs
 from fusepass.backend import run_pass
 from fusepass.config import Options
-from fusepass.report import Collector, SiteReport, collect, render, summary
+from fusepass.report import Collector, SiteReport, collect, summary
 from fusepass.sandbox import compiled_apart, fresh, restored, unwrapped
 from fusepass.tables import site_table
 
@@ -45,9 +44,7 @@ class Explanation:
         return self.collector.to_json()
 
     def __str__(self) -> str:
-        text = StringIO()
-        render(self.collector, Console(file=text, width=120))
-        return text.getvalue()
+        return str(self.collector)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.sites:
@@ -58,7 +55,7 @@ class Explanation:
 def explain(
     model: Callable[..., Any],
     *args: Any,
-    fusepass_options: Mapping[str, Any] | None = None,
+    fusepass_options: Mapping[str, Any] | Options | None = None,
     fusepass_dynamic: bool | None = None,
     **kwargs: Any,
 ) -> Explanation:
@@ -66,10 +63,11 @@ def explain(
 
     Keywords that begin with `fusepass_` are for this function, all others go to the model:
     `fusepass_options` are the backend's and `fusepass_dynamic` is `torch.compile`'s `dynamic`. What runs are
-    the original graphs, without `inner` and without the kernels. The model is explained as it is, in its
+    the original graphs, without the kernels; `inner` and `mode` compile what `kernel="autotune"` measures,
+    and nothing else. The model is explained as it is, in its
     train or eval mode and in the caller's grad mode; its state and its compiled code stay as they were.
     """
-    options = Options.from_user(**(fusepass_options or {}))
+    options = Options.of(fusepass_options)
     model = unwrapped(model)
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

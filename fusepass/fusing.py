@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from fusepass.config import Options
+from fusepass.config import Options, PassOptions, pass_options
 from fusepass.dialects.fx_nodes import value_of
 from fusepass.rewrite import rewrite_graph
 from fusepass.surroundings import clean_context, graph_context
 
 
 @overload
-def fuse(graph: fx.GraphModule, *example_inputs: Any, **options: Any) -> fx.GraphModule: ...
+def fuse(graph: fx.GraphModule, *example_inputs: Any, **options: Unpack[PassOptions]) -> fx.GraphModule: ...
 @overload
-def fuse(graph: ExportedProgram, *example_inputs: Any, **options: Any) -> ExportedProgram: ...
-def fuse(graph: Any, *example_inputs: Any, **options: Any) -> Any:
+def fuse(graph: ExportedProgram, *example_inputs: Any, **options: Unpack[PassOptions]) -> ExportedProgram: ...
+def fuse(graph: Any, *example_inputs: Any, **options: Unpack[PassOptions]) -> Any:
     """A copy of ``graph`` with its attention fused.
 
     Args:
@@ -27,16 +27,16 @@ def fuse(graph: Any, *example_inputs: Any, **options: Any) -> Any:
             before or after ``run_decompositions()``.
         example_inputs: tensors for a ``GraphModule`` whose nodes carry no shapes.  The result is then
             for inputs of these shapes and dtypes, and says so when it is given others.
-        options: ``kernel=``, ``precision=``, ``validate=`` as for the backend.
+        options: ``kernel=``, ``precision=``, ``validate=`` as for the backend; nothing is compiled, so
+            ``inner=`` and ``mode=`` are refused.
 
     Raises:
         TypeError: ``graph`` is neither, or needs example inputs and has none.
-        ValueError: an unknown option or value.
+        ValueError: an unknown option or value, or an option that is not taken.
     """
-    checked = Options.from_user(**options)
+    checked = pass_options("fuse", options)
     if isinstance(graph, ExportedProgram):
-        with torch.no_grad(), clean_context():
-            return _fuse_exported(graph, checked)
+        return fuse_with(graph, checked)
     if not isinstance(graph, fx.GraphModule):
         raise TypeError(
             f"fuse() takes a torch.fx.GraphModule or an ExportedProgram, got {type(graph).__name__}; "
@@ -46,7 +46,8 @@ def fuse(graph: Any, *example_inputs: Any, **options: Any) -> Any:
         return _fuse_module(graph, example_inputs, checked)
 
 
-def _fuse_exported(program: ExportedProgram, options: Options) -> ExportedProgram:
+def fuse_with(program: ExportedProgram, options: Options) -> ExportedProgram:
+    """A copy of an exported program with its attention fused."""
     from fusepass.report import publish
 
     out = copy.copy(program)
@@ -55,7 +56,10 @@ def _fuse_exported(program: ExportedProgram, options: Options) -> ExportedProgra
     constants = {
         n: c for n, key in lifted.items() if isinstance(c := program.constants.get(key), torch.Tensor)
     }
-    publish(rewrite_graph(graph_module, options, constants=constants))
+    with torch.no_grad(), clean_context():
+        report = rewrite_graph(graph_module, options, constants=constants)
+    options.requested.see(options, report, whole=True)
+    publish(report)
     out._graph_module = graph_module
     out._graph_signature = _renamed_outputs(program, graph_module)
     return out
@@ -85,7 +89,9 @@ def _fuse_module(gm: fx.GraphModule, example_inputs: tuple[Any, ...], options: O
         if not example_inputs:
             raise TypeError("fuse() of a graph without shapes needs example inputs: fuse(graph, *inputs)")
         _propagate(out, example_inputs)
-    publish(rewrite_graph(out, options, example_inputs))
+    report = rewrite_graph(out, options, example_inputs)
+    options.requested.see(options, report, whole=True)
+    publish(report)
     return out
 
 
@@ -129,4 +135,4 @@ def expect_inputs(given: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
             )
 
 
-__all__ = ["expect_inputs", "fuse"]
+__all__ = ["expect_inputs", "fuse", "fuse_with"]

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ class SiteReport:
     """(kernel, why not) for every kernel that was asked before the chosen one."""
     max_error: float | None = None
     """Largest error seen by validation, if it ran."""
+    label: str | None = None
+    """Its name in profiler traces and generated code, if it is fused."""
 
 
 @dataclass
@@ -55,7 +58,7 @@ class GraphReport:
 
 @dataclass
 class Collector:
-    """The graphs that were compiled while it was active, in order."""
+    """The graphs that were compiled while it was active, in order. Prints as a table of their sites."""
 
     graphs: list[GraphReport] = field(default_factory=list)
 
@@ -78,6 +81,17 @@ class Collector:
     @property
     def seconds(self) -> float:
         return sum(graph.seconds for graph in self.graphs)
+
+    def summary(self) -> str:
+        """One line: how many sites, how many fused, by which kernels."""
+        return summary(self)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = StringIO()
+        render(self, Console(file=text, width=120))
+        return text.getvalue()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`."""
@@ -134,6 +148,12 @@ def render(collector: Collector, console: "Console | None" = None) -> None:
 
 
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)$')
+
+
+def label_for(number: int, kind: str, kernel: str, source: str | None) -> str:
+    """The name of a fused site: `fusepass 3: causal, sdpa, model.py:12`."""
+    place = f", {source.partition(' ')[0]}" if source else ""
+    return f"fusepass {number}: {kind}, {kernel}{place}"
 
 
 def source_of(node: "torch.fx.Node") -> str | None:

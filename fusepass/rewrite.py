@@ -6,9 +6,10 @@ The graph outside a fused site is not touched.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,13 +24,14 @@ from fusepass.dialects.fx_nodes import operation, value_of
 from fusepass.emit import Builder, CannotEmit
 from fusepass.gradients import given_to, keep_for_backward, learns, tie
 from fusepass.ir import VIEWS, Expr, walk
-from fusepass.kernels import BY_NAME, FP8, KERNELS, Kernel, Refused, Target, rounds
+from fusepass.kernels import FP8, KERNELS, Kernel, Refused, Target, named, rounds
 from fusepass.kernels.base import may_empty_rows
 from fusepass.kernels.gates import library_refuses
 from fusepass.liveness import erase_dead, inner_products, outside_reader
 from fusepass.patterns.products import factors
+from fusepass.ranges import annotate
 from fusepass.recognize import RULES, Miss, Rules, Site, as_product, recognise_sum
-from fusepass.report import GraphReport, SiteReport, source_of
+from fusepass.report import GraphReport, SiteReport, label_for, source_of
 from fusepass.resemblance import of_activations, products_behind, softmaxes_behind, were_scores
 from fusepass.select import UNFUSED, candidates
 from fusepass.spec import Bias
@@ -68,7 +70,7 @@ def rewrite_graph(
     start = time.perf_counter()
     report = GraphReport(nodes=0)
     passes: dict[fx.GraphModule, _Pass] = {}
-    gradients = records_gradients(gm)
+    gradients, numbers = records_gradients(gm), itertools.count()
     for graph_module, call in graphs_of(gm):
         report.nodes += len(graph_module.graph.nodes)
         outer = None if call is None else passes[call.outer].reader
@@ -77,7 +79,7 @@ def rewrite_graph(
         own_gradient = call is not None and call.own_gradient
         known = Known(constants or {}, static or {}, given, contents, own_gradient, gradients)
         around = None if call is None else (passes[call.outer].transforms, call.node)
-        one = _Pass(graph_module, options, rules, known, compiled, guarded, around)
+        one = _Pass(graph_module, options, rules, known, compiled, guarded, around, numbers)
         passes[graph_module] = one
         report.sites.extend(one.run())
         report.notes.extend(one.reader.faults.notes)
@@ -101,10 +103,10 @@ class _Pass:
 
     def __init__(
         self, gm: fx.GraphModule, options: Options, rules: Rules, known: Known, compiled: bool,
-        guarded: bool, around: tuple[Transforms, fx.Node] | None,
+        guarded: bool, around: tuple[Transforms, fx.Node] | None, numbers: Iterator[int],
     ) -> None:  # fmt: skip
         self.gm, self.options, self.rules, self.known = gm, options, rules, known
-        self.compiled, self.guarded, self.around = compiled, guarded, around
+        self.compiled, self.guarded, self.around, self.numbers = compiled, guarded, around, numbers
         self.graph = gm.graph
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.settled: set[Expr] = set()
@@ -231,8 +233,8 @@ class _Pass:
             self.sharing[user] = None
             if isinstance(found, list) and len(found) == 1:
                 other, target = found[0][1], self._target(user, found[0][1])
-                named = BY_NAME.get(self.options.kernel)
-                kernels = KERNELS if named is None else (named,)
+                asked = named(self.options.kernel)
+                kernels = KERNELS if asked is None else (asked,)
                 if any(k.refuse(other.spec, target) is None for k in kernels):
                     self.sharing[user] = other.product
         return self.sharing[user] is product
@@ -266,8 +268,10 @@ class _Pass:
                 self._replace(node, made[-1][1].written_where(node, out))
                 self.overtaken |= overtaken
                 return [
-                    self._report(node, site, kernel, _aside(r), r, max_error=error)
-                    for (_, site), (_, _, kernel), r in zip(parts, made, rejected, strict=True)
+                    self._report(
+                        node, site, kernel, _aside(r), r, error, self._named(node, site, build, kernel)
+                    )
+                    for (_, site), (_, build, kernel), r in zip(parts, made, rejected, strict=True)
                 ]
             reason = f"validation: its error is {error:.3g} times what is allowed"
             for (_, site), (_, build, kernel), so_far in reversed(
@@ -362,6 +366,13 @@ class _Pass:
 
         return site_error(node, out)
 
+    def _named(self, node: fx.Node, site: Site, build: Builder, kernel: str) -> str:
+        """The label that the nodes of a fused site get."""
+        number = next(self.numbers)
+        label = label_for(number, site.spec.kind(), kernel, source_of(node))
+        annotate(build.made, number, label, self.compiled)
+        return label
+
     def _replace(self, node: fx.Node, out: fx.Node) -> None:
         node.replace_all_uses_with(out, propagate_meta=False)
         self.reader.memory.stand_in(out, node)
@@ -378,6 +389,7 @@ class _Pass:
         reason: str | None = None,
         rejected: Sequence[tuple[str, str]] = (),
         max_error: float | None = None,
+        label: str | None = None,
     ) -> SiteReport:
         spec = "" if site is None else str(site.spec)
         kind = "" if site is None else site.spec.kind()
@@ -391,6 +403,7 @@ class _Pass:
             source_of(node),
             tuple(rejected),
             max_error,
+            label,
         )
 
     def _left_over(self) -> list[SiteReport]:

@@ -21,9 +21,10 @@ from fusepass import costs
 from fusepass.config import Options
 from fusepass.dialects.fx_nodes import operation
 from fusepass.index import Size
-from fusepass.kernels import BY_NAME, FP8, KERNELS, Kernel, Target, flash, flex_blocks, reference, sdpa
+from fusepass.kernels import FP8, KERNELS, Kernel, Target, flash, flex_blocks, named, reference, sdpa
 from fusepass.kernels.gates import runs_here
 from fusepass.recognize import Site
+from fusepass.registry import registered
 from fusepass.spec import Attention, Band, Bias, Document, Keep, KeyPadding, SoftCap
 
 #: Queries times keys from which a dense mask costs more than the kernel that takes none.
@@ -81,15 +82,21 @@ def candidates(
     """
     first: list[Kernel | None] = [FP8] if options.precision != "native" else []
     if options.kernel not in ("auto", "autotune"):
-        return [*first, BY_NAME[options.kernel]]
+        return [*first, named(options.kernel)]
+    others = [
+        r.kernel for r in registered().values() if r.by_auto and runs_here(r.kernel.name, target.device)
+    ]
     here = [k for k in KERNELS if runs_here(k.name, target.device)]
     if options.kernel == "auto":
         if operation(node)[0] != SDPA_CALL and reference.beats_sdpa(site.spec, target):
             here.sort(key=lambda k: k is not reference.REFERENCE)
         profile = costs.profile(costs.device_name()) if target.device == "cuda" else None
+        first += [k for k in others if profile is None or not profile.measured(k.name)]
+        here += [k for k in others if k not in first]
         return [*first, *(r.kernel for r in rank(site, target, here, profile, learned))]
     from fusepass import autotune
 
+    here = [*others, *here]
     best = autotune.fastest(node, site.spec, here, write, options, target.training)
     if best == UNFUSED:
         return [*first, None]

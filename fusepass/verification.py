@@ -106,7 +106,7 @@ class Verification:
 def verify(
     model: Callable[..., Any],
     *args: Any,
-    fusepass_options: Mapping[str, Any] | None = None,
+    fusepass_options: Mapping[str, Any] | Options | None = None,
     fusepass_dynamic: bool | None = None,
     fusepass_grads: bool = False,
     fusepass_repeats: int = 5,
@@ -116,12 +116,14 @@ def verify(
 
     A result passes if the fused model errs by at most twice the eager model's error plus two units of
     precision. Keywords that begin with `fusepass_` are for this function, all others go to the model:
-    `fusepass_options` are the backend's (`inner` is "aot_eager" here, because it compiles quickly),
+    `fusepass_options` are the backend's (`inner` is "aot_eager" here, because it compiles quickly, unless
+    there is a `mode`),
     `fusepass_dynamic` is `torch.compile`'s `dynamic`, `fusepass_grads=True` compares gradients of parameters
     and arguments as well, and time is the median of `fusepass_repeats` runs (0: neither time nor memory).
     The model's state is left alone.
     """
-    settings = Options.from_user(**{"inner": "aot_eager", **(fusepass_options or {})})
+    quick = {} if Options.of(fusepass_options).mode else {"inner": "aot_eager"}
+    settings = Options.of(fusepass_options, **quick)
     trial = Trial(unwrapped(model), args, kwargs, fusepass_grads)
     eager = _steady(trial)
     exact, exact_name = _exact(trial)

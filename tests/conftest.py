@@ -38,9 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
-    """Seed torch, and forget compiled code afterwards: a full cache would silently fall back to eager."""
+    """Seed torch; forget registered kernels, and compiled code: a full cache would fall back to eager."""
     torch.manual_seed(0)
     yield
+    if "fusepass.registry" in sys.modules:
+        registry = sys.modules["fusepass.registry"]
+        for name in list(registry.registered()):
+            registry.unregister_kernel(name)
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
 

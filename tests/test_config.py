@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-import fusepass
 from fusepass.config import KERNELS, Options, accepted, inner_backends
 
 
@@ -63,12 +62,3 @@ def test_the_pass_is_not_its_own_inner_backend() -> None:
 
 def test_no_suggestion_for_what_is_like_nothing() -> None:
     assert "did you mean" not in accepted("zzzz", KERNELS)
-
-
-def test_public_names() -> None:
-    ways = {"fuse", "explain", "verify", "enable", "disable", "enabled"}
-    exports = {"export_onnx", "optimize_onnx", "export_pt2", "compile_aoti"}
-    assert set(fusepass.__all__) == ways | exports | {"__version__"}
-    assert set(fusepass.__all__) <= set(dir(fusepass))
-    with pytest.raises(AttributeError, match="'nothing'; it has fuse, explain"):
-        _ = fusepass.nothing

@@ -156,7 +156,7 @@ def test_on_and_off_any_number_of_times() -> None:
 
 def test_enable_takes_no_inner() -> None:
     with pytest.raises(ValueError, match=r"enable\(inner='eager'\).*torch.compile\(..., backend='fusepass'"):
-        fusepass.enable(inner="eager")
+        fusepass.enable(inner="eager")  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="'flush2' is unknown"):
         fusepass.enable(kernel="flush2")
     assert not is_enabled()

@@ -1,4 +1,4 @@
-"""Every example runs, and so does every Python block of the README."""
+"""Every example runs, and so does every Python block of the README and of the page about kernels."""
 
 import importlib
 import re
@@ -15,6 +15,7 @@ RUNS: dict[str, tuple[list[str], str]] = {  # example -> (short settings, someth
     "enable": ([], "without the pass: 0 graphs seen"),
     "explain": ([], "1 of 3 attention sites fused (sdpa), 2 left as it was"),
     "export_onnx": ([], "1 of 1 attention sites fused (1 Attention), 0 softmaxes left"),
+    "own_kernel": ([], "kernel='auto': 1 of 1 attention site fused (blocked)"),
     "exported": ([], "scaled_dot_product_attention"),
     "train_char_gpt": (["--steps", "6", "--seeds", "1"], "2 of 2 attention sites fused (reference)"),
 }
@@ -51,14 +52,17 @@ def blocks(path: Path) -> list[tuple[int, str]]:
 
 
 @pytest.mark.usefixtures("inductor")
-def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = blocks(ROOT / "README.md")
-    assert len(found) >= 3
+@pytest.mark.parametrize(("page", "least"), [("README.md", 3), ("docs/kernels.md", 1)])
+def test_the_code_of_a_page_runs(
+    page: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = blocks(ROOT / page)
+    assert len(found) >= least
     monkeypatch.chdir(tmp_path)
-    page = ModuleType("readme")
-    monkeypatch.setitem(sys.modules, "readme", page)  # Dynamo looks a function's module up by its name
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)  # Dynamo looks a function's module up by its name
     for line, source in found:  # in order, in one namespace: later blocks use what earlier ones define
-        exec(compile("\n" * (line - 1) + source, str(ROOT / "README.md"), "exec"), vars(page))
+        exec(compile("\n" * (line - 1) + source, str(ROOT / page), "exec"), vars(module))
 
 
 @pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md"])

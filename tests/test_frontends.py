@@ -275,7 +275,7 @@ def test_fuse_checks_its_options() -> None:
     with pytest.raises(ValueError, match=r"'sdap' is unknown; accepted are .*did you mean 'sdpa'"):
         fusepass.fuse(fx.symbolic_trace(plain), *qkv(), kernel="sdap")
     with pytest.raises(ValueError, match="unknown fusepass option 'kernal'"):
-        fusepass.fuse(fx.symbolic_trace(plain), *qkv(), kernal="sdpa")
+        fusepass.fuse(fx.symbolic_trace(plain), *qkv(), kernal="sdpa")  # type: ignore[call-overload]
 
 
 def test_a_graph_module_with_shapes_needs_no_inputs() -> None:

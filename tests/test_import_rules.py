@@ -77,7 +77,7 @@ def allowed_in_exporters(name: str) -> bool:
         "fusepass.fusing",
         "fusepass.layouts",
     )
-    reports = ("fusepass.report", "fusepass.tables")
+    reports = ("fusepass.config", "fusepass.report", "fusepass.tables")
     return within(
         name, *(f"fusepass.{d}" for d in data), *engine, *reports, "fusepass.exporters"
     ) or not within(name, *FOLDERS)

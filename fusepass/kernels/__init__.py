@@ -3,29 +3,62 @@
 The list is in order of preference where nothing has been measured; :mod:`fusepass.select` ranks them where
 something has.  ``reference``, plain mathematics, closes the list: unasked it serves
 training, and short sequences on a CPU.
+
+Kernels of other packages (:func:`fusepass.register_kernel`) are not in the list: :func:`named` finds both.
+What their authors need is here: a :class:`Gate` and :class:`Takes` to say what they take, the modifiers of a
+specification, and the helpers that lay out the tensors of a :class:`Site` with a :class:`Builder`.
 """
 
 from __future__ import annotations
 
-from fusepass.kernels.base import Kernel, Refused, Target
+from fusepass import registry
+from fusepass.emit import Builder
+from fusepass.kernels.base import (
+    Kernel,
+    Operands,
+    Refused,
+    Target,
+    after_weights,
+    conjunction,
+    operands,
+    row_operand,
+    scaled,
+    score_operand,
+    visible,
+)
 from fusepass.kernels.cudnn import CUDNN
 from fusepass.kernels.flash import FLASH2, FLASH3, FLASH4
 from fusepass.kernels.flex import FLEX, FLEX_FLASH
 from fusepass.kernels.fp8 import FP8
+from fusepass.kernels.gates import Gate, Package
 from fusepass.kernels.reference import REFERENCE
 from fusepass.kernels.sdpa import SDPA
+from fusepass.recognize import Site
+from fusepass.spec import Attention, Band, Bias, Dropout, KeyPadding, Mask, Scale, ScaleBy, Sink, SoftCap
+from fusepass.takes import Takes
 
 KERNELS: tuple[Kernel, ...] = (SDPA, FLASH3, FLASH4, FLASH2, CUDNN, FLEX, FLEX_FLASH, REFERENCE)
 BY_NAME: dict[str, Kernel] = {k.name: k for k in KERNELS}
 
 
+def named(name: str) -> Kernel | None:
+    """The kernel of a name, of fusepass or registered; None for the names of ways to choose one."""
+    if name in BY_NAME or name in ("auto", "autotune"):
+        return BY_NAME.get(name)
+    found = registry.registered().get(name)
+    return None if found is None else found.kernel
+
+
 def rounds(name: str) -> bool:
     """Does the kernel of a name round more than the dtype does?"""
-    return any(k.rounds for k in (*KERNELS, FP8) if k.name == name)
+    kernel = FP8 if name == FP8.name else named(name)
+    return kernel is not None and kernel.rounds
 
 
 __all__ = [
     "BY_NAME", "CUDNN", "FLASH2", "FLASH3", "FLASH4", "FLEX", "FLEX_FLASH",
-    "FP8", "KERNELS", "REFERENCE", "SDPA",
-    "Kernel", "Refused", "Target", "rounds",
+    "FP8", "KERNELS", "REFERENCE", "SDPA", "named", "rounds",
+    "Kernel", "Refused", "Target", "Gate", "Package", "Takes", "Site", "Builder", "Operands",
+    "operands", "scaled", "after_weights", "score_operand", "row_operand", "visible", "conjunction",
+    "Attention", "Scale", "ScaleBy", "SoftCap", "Bias", "Mask", "Band", "KeyPadding", "Sink", "Dropout",
 ]  # fmt: skip

@@ -68,6 +68,7 @@ class Gate:
     head_dims, backward_dims: the largest head size, forward and backward.
     wide: major compute capabilities on which larger heads are taken, and how large.
     same_width: keys and values must have one head size.
+    auto: of a registered kernel: may ``auto`` choose it?  Those of fusepass it ranks.
     """
 
     kernel: str
@@ -82,6 +83,7 @@ class Gate:
     same_width: bool = False
     backward: bool = True
     source: str = ""
+    auto: bool = False
 
 
 _FA2, _CUDNN = "flash-attn 2.8.3, and its folder hopper", "torch 2.11, cuDNN 9.19, frontend 1.32"
