@@ -30,7 +30,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fusepass.assumptions import Place, note_changing, note_place, place_of
 from fusepass.contents import Snapshot
 from fusepass.report import GraphReport
-from fusepass.surroundings import clean_context
+from fusepass.surroundings import clean_context, will_be_stored
 
 try:
     from torch._dynamo.aot_compile_types import (
@@ -218,14 +218,6 @@ def places(gm: fx.GraphModule, guards: Guards) -> dict[int, Place]:
     nodes = gm.graph.find_nodes(op="placeholder")
     found = ((at, place_of(nodes[at])) for at, _ in guards.snapshots)
     return {at: place for at, place in found if place is not None}
-
-
-def will_be_stored() -> bool:
-    """Does PyTorch store what is compiled now, to be called without the pass?"""
-    dynamo, functorch = torch._dynamo.config, torch._functorch.config
-    return bool(
-        getattr(dynamo, "caching_precompile", False) or getattr(functorch, "bundled_autograd_cache", False)
-    )
 
 
 def can_be_stored(module: fx.GraphModule) -> bool:

@@ -22,6 +22,7 @@ from torch import fx
 from torch._ops import HigherOrderOperator
 
 from fusepass.faults import strict
+from fusepass.surroundings import will_be_stored
 
 log = logging.getLogger("fusepass")
 
@@ -164,7 +165,7 @@ def eager_ranges(inner: str, compiler: Callable[..., Any]) -> Callable[..., Any]
     def compile_with_ranges(gm: fx.GraphModule, inputs: Sequence[Any], **more: Any) -> Any:
         from torch._dynamo.backends.debugging import boxed_nop
 
-        if not labels_of(gm):
+        if not labels_of(gm) or will_be_stored():  # PyTorch stores what its own backend makes
             return compiler(gm, inputs, **more)
 
         def nop(graph: fx.GraphModule, example: Sequence[Any], **rest: Any) -> Any:

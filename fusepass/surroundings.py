@@ -184,4 +184,12 @@ def _same_random_numbers(draws: bool) -> Iterator[None]:
             torch.cuda.set_rng_state_all(on_gpu)
 
 
-__all__ = ["Settings", "clean_context", "graph_context", "is_clean", "settings"]
+def will_be_stored() -> bool:
+    """Does PyTorch store what is compiled now, to be called without the pass?"""
+    dynamo, functorch = torch._dynamo.config, torch._functorch.config
+    return bool(
+        getattr(dynamo, "caching_precompile", False) or getattr(functorch, "bundled_autograd_cache", False)
+    )
+
+
+__all__ = ["Settings", "clean_context", "graph_context", "is_clean", "settings", "will_be_stored"]

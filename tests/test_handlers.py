@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch import fx
 
-from fusepass.dialects.handlers import Result, Value, call_handler
+from fusepass.dialects.handlers import Result, Value, call_handler, handles
 from fusepass.dialects.torch_ops import HANDLERS
 from fusepass.index import Facts, Size
 from fusepass.ir import Expr, leaf
@@ -163,3 +163,15 @@ def test_a_list_of_indices_is_no_index_of_several_dimensions() -> None:
     assert found is not None and found.shape == (4,)
     with_axes = getitem(result(1, 4), X, (0, None, 1))
     assert with_axes is not None and with_axes.shape == (1, 4)
+
+
+def test_a_handler_that_is_there_stays_when_the_table_is_filled() -> None:
+    def mine(r: Result, *_: object) -> None:
+        return None
+
+    HANDLERS["an_operation_of_this_test"] = mine
+    try:
+        handles("an_operation_of_this_test")(lambda r, x: x)
+        assert HANDLERS["an_operation_of_this_test"] is mine
+    finally:
+        del HANDLERS["an_operation_of_this_test"]

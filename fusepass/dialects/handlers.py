@@ -41,11 +41,14 @@ HANDLERS: dict[str, Handler] = {}
 
 
 def handles(*names: str) -> Callable[[H], H]:
-    """Register a handler under every name of its operation."""
+    """Register a handler under every name of its operation.
+
+    The table is filled when a graph is first read; a handler that somebody put there earlier stays.
+    """
 
     def register(handler: H) -> H:
         for name in names:
-            HANDLERS[name] = handler
+            HANDLERS.setdefault(name, handler)
         return handler
 
     return register
