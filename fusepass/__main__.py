@@ -4,6 +4,7 @@ import argparse
 import json
 import runpy
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ MODEL is path/to/file.py:factory or package.module:factory. The factory takes no
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; 0 is success, 1 a failed verification, 2 a wrong command line."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_args(_with_report(list(sys.argv[1:] if argv is None else argv)))
     command: Callable[[argparse.Namespace], int] = arguments.command
     from fusepass.targets import UsageError
 
@@ -29,6 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"fusepass: error: {error}", file=sys.stderr)
         return 2
+
+
+def _with_report(argv: list[str]) -> list[str]:
+    """`run --report page.html SCRIPT` and `run --report SCRIPT` in a form that the parser can tell apart."""
+    if argv[:1] != ["run"] or "--report" not in argv:
+        return argv
+    at = argv.index("--report")
+    before = [word for word in argv[1:at] if not word.startswith("-")]
+    named = [word for word in argv[1:at] if word in ("--kernel", "--precision", "--inner", "--mode")]
+    if len(before) > len(named):  # the script's own
+        return argv
+    page = argv[at + 1] if argv[at + 1 : at + 2] and argv[at + 1].endswith((".html", ".htm")) else ""
+    return [*argv[:at], f"--report={page}", *argv[at + 1 + bool(page) :]]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,7 +137,11 @@ def _run_parser(commands: Any) -> None:
     usage = "fusepass run [options] [-m] SCRIPT [argument ...]"
     run = commands.add_parser("run", help=about, description=f"{about.capitalize()}.", usage=usage)
     _pass_options(run)
-    run.add_argument("--report", action="store_true", help="afterwards print the table of sites to stderr")
+    about_report = "afterwards print the table of sites to stderr, or write a page to FILE.html"
+    run.add_argument("--report", nargs="?", const="", metavar="FILE.html", help=about_report)
+    run.add_argument(
+        "--profile", action="store_true", help="time every fused site, for the page (short runs)"
+    )
     run.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
     run.add_argument("script", metavar="SCRIPT")
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="argument", help="handed to the script")
@@ -317,9 +335,11 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    import torch
     from rich.console import Console
 
     from fusepass.autoenable import enabled
+    from fusepass.page import page
     from fusepass.report import collect, render, summary
     from fusepass.targets import UsageError
 
@@ -328,16 +348,37 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UsageError(
             f"cannot read {script!r}: there is no such file; expected a Python script, or -m MODULE"
         )
-    console = Console(stderr=True)
+    place = None if not arguments.report else Path(arguments.report)
+    if arguments.profile and place is None:
+        raise UsageError("--profile times the sites of a page: expected --report FILE.html beside it")
+    if place is not None and not place.parent.is_dir():
+        raise UsageError(f"cannot write {arguments.report!r}: there is no folder {str(place.parent)!r}")
+    console, began = Console(stderr=True), time.perf_counter()
+    profiler = torch.profiler.profile() if arguments.profile else None
     with collect() as collector, enabled(**settings):
         try:
+            if profiler is not None:
+                profiler.start()
             _run_as_main(script, arguments.module, arguments.arguments)
         finally:
-            if arguments.report:
+            if arguments.report == "":
                 render(collector, console)
             else:
                 console.print(f"fusepass: {summary(collector)}", highlight=False, markup=False)
+            if place is not None:
+                seconds = time.perf_counter() - began
+                times = None if profiler is None else _stopped(profiler)
+                place.write_text(page(collector, Path(script).name, seconds, times), encoding="utf-8")
+                console.print(f"fusepass: report in {place}", highlight=False, markup=False)
     return 0
+
+
+def _stopped(profiler: Any) -> Any:
+    """What a profiler saw until now of every fused site."""
+    from fusepass.page import range_times
+
+    profiler.stop()
+    return range_times(profiler.key_averages())
 
 
 def _run_as_main(script: str, module: bool, arguments: list[str]) -> None:

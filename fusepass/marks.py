@@ -47,8 +47,7 @@ class Mark(ir.ExternKernel):
     The scheduler is asked for an order that forbids nothing: a mark comes before a template, or after one.
     """
 
-    def __init__(self, lines: tuple[str, ...]) -> None:
-        device = next(iter(V.graph.device_types), "cpu")
+    def __init__(self, device: str, lines: tuple[str, ...]) -> None:
         super().__init__(None, ir.NoneLayout(device=torch.device(device)), [])
         self.lines = lines
         self.buffer = V.graph.register_buffer(self)
@@ -90,13 +89,13 @@ class Opened(NamedTuple):
 _opened: dict[tuple[int, str], Opened] = {}
 
 
-def enter(label: str, template: bool) -> None:
-    """Note that the next operations are of a site, in which there may be a template."""
-    mark = Mark(_opening(label)) if template else None
+def enter(label: str, template_on: str) -> None:
+    """Note that the next operations are of a site, which begins with a template on a device, or with none."""
+    mark = Mark(template_on, _opening(label)) if template_on else None
     _opened[id(V.graph), label] = Opened(len(V.graph.operations), mark)
 
 
-def leave(label: str, template: bool) -> None:
+def leave(label: str, template_on: str) -> None:
     """Open a record before the first call that a site was lowered to, and close it after the last."""
     operations, mark = _opened.pop((id(V.graph), label), (len(V.graph.operations), None))
     calls = [op for op in V.graph.operations[operations:] if _is_call(op)]
@@ -109,7 +108,7 @@ def leave(label: str, template: bool) -> None:
     else:
         _around(calls[0], _opening(label), ())
     if isinstance(calls[-1], ir.TemplateBuffer):
-        _must_follow(Mark(closing), calls[-1].get_name())
+        _must_follow(Mark(str(calls[-1].get_device()), closing), calls[-1].get_name())
     else:
         _around(calls[-1], (), closing)
 

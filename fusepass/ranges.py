@@ -108,11 +108,18 @@ def marked(inductor: Any, gm: fx.GraphModule) -> Any:
 def write_marks(graph: fx.Graph) -> None:
     """Put a mark before and after the nodes of every site."""
     for label, first, last in extents(graph):
-        template = isinstance(first.target, HigherOrderOperator)
+        device = _device(first) if isinstance(first.target, HigherOrderOperator) else ""
         with graph.inserting_before(first):
-            graph.call_function(_enter(), (label, template)).meta["val"] = None
+            graph.call_function(_enter(), (label, device)).meta["val"] = None
         with graph.inserting_after(last):
-            graph.call_function(_leave(), (label, template)).meta["val"] = None
+            graph.call_function(_leave(), (label, device)).meta["val"] = None
+
+
+def _device(node: fx.Node) -> str:
+    """The device of a node's result, with its number."""
+    value = node.meta.get("val")
+    parts: Sequence[Any] = value if isinstance(value, (tuple, list)) else [value]
+    return next((str(part.device) for part in parts if isinstance(part, torch.Tensor)), "cpu")
 
 
 @functools.cache
@@ -120,8 +127,8 @@ def _library() -> Any:
     """Two operators that do nothing but stand in a graph."""
     library = torch.library.Library("fusepass", "FRAGMENT")
     for name in ("range_enter", "range_leave"):
-        library.define(f"{name}(str label, bool template) -> ()")
-        library.impl(name, lambda label, template: None, "CompositeExplicitAutograd")
+        library.define(f"{name}(str label, str template_on) -> ()")
+        library.impl(name, lambda label, template_on: None, "CompositeExplicitAutograd")
         fx.node.has_side_effect(getattr(torch.ops.fusepass, name).default)
     return library
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -37,6 +37,11 @@ class SiteReport:
     """Largest error seen by validation, if it ran."""
     label: str | None = None
     """Its name in profiler traces and generated code, if it is fused."""
+
+
+def merged(site: SiteReport) -> SiteReport:
+    """What two sites must share to be shown as one: all but their names and the measured error."""
+    return replace(site, node="", max_error=None, label=None)
 
 
 @dataclass

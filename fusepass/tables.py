@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from fusepass.report import Collector, SiteReport
+from fusepass.report import Collector, SiteReport, merged
 
 if TYPE_CHECKING:
     from fusepass.measure import Cost
@@ -21,16 +21,9 @@ def site_table(collector: Collector) -> Table:
     table.add_column("recognised as", ratio=3, overflow="fold")
     table.add_column("kernel, or why it stays", ratio=3, overflow="fold")
     table.add_column("source", ratio=3, overflow="fold", style="dim")
-    for site, count in Counter(map(_merged, collector.sites)).items():
+    for site, count in Counter(map(merged, collector.sites)).items():
         table.add_row(str(count), _recognised(site), _outcome(site), escape(site.source or "unknown"))
     return table
-
-
-def _merged(site: SiteReport) -> SiteReport:
-    """What two sites must share to be shown as one: all but the name of the node and the measured error."""
-    return SiteReport(
-        "", site.fused, site.spec, site.kind, site.kernel, site.reason, site.source, site.rejected
-    )
 
 
 def _recognised(site: SiteReport) -> str:

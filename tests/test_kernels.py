@@ -362,3 +362,20 @@ def test_scores_that_survive_a_finite_fill(fill: float, scores: float, kernel: s
     want = program(q, k, v, bias)
     got, _ = compiled(program, q, k, v, bias, kernel=kernel)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=2e-3)
+
+
+def test_flex_on_a_cpu_reads_queries_and_keys_from_memory() -> None:
+    """PyTorch's template is wrong where both are computed in its own graph, as rotary embeddings are."""
+
+    def fn(x: Tensor) -> Tensor:
+        q, k, v = x.reshape(2, 32, 3, 4, 16).permute(2, 0, 3, 1, 4)
+        angle = torch.arange(32)[:, None] * torch.ones(16)
+        q, k = (t * angle.cos() + t.flip(-1) * angle.sin() for t in (q, k))
+        future = torch.ones(32, 32, dtype=torch.bool).triu(1)
+        return (q @ k.mT * 0.25).masked_fill(future, -torch.inf).softmax(-1) @ v
+
+    x = torch.randn(2, 32, 192, generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = torch.compile(fn, backend="fusepass", options={"kernel": "flex"})(x)
+        torch.testing.assert_close(got, fn(x), rtol=1e-4, atol=1e-5)

@@ -232,12 +232,15 @@ def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
         spec, tensors = _with_levels(site, build, rows)
     else:
         tensors = all_operands(site, build, bands=True)
+    if target.device == "cpu":
+        # PyTorch's template for CPUs is wrong where queries and keys are both computed in its own graph.
+        x = Operands(*(_stored(build, n) for n in (x.q, x.k, x.v)))
     q, v = build.value(x.q), build.value(x.v)
     with build.trial():
         value = q.new_empty((*q.shape[:3], v.shape[3]))
     if target.device == "cuda":
         refuse_far_elements(build, [x.q, x.k, x.v, *tensors])
-    tensors = [t if t.op == "placeholder" else build.call(stored_op, t) for t in tensors]
+    tensors = [_stored(build, t) for t in tensors]
     dense = any({"i", "j"} <= set(m.axes) for m in spec.scores if isinstance(m, (Bias, ScaleBy)))
     options = fm.text(sorted(flex_blocks.tile(spec, dense).items()))
     out = build.call_with(value, flex_attention, x.q, x.k, x.v, tensors, encode(spec, bands=True), options)
@@ -246,6 +249,11 @@ def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
     if rows is not None:
         out = finish_rows(site, build, out, original, scale, rows, target)
     return out
+
+
+def _stored(build: Builder, node: fx.Node) -> fx.Node:
+    """A tensor that lies in memory; what the graph is given does."""
+    return node if node.op == "placeholder" else build.call(stored_op, node)
 
 
 def _with_levels(site: Site, build: Builder, rows: Rows) -> tuple[Attention, list[fx.Node]]:
