@@ -372,7 +372,8 @@ def test_flex_on_a_cpu_reads_queries_and_keys_from_memory() -> None:
         angle = torch.arange(32)[:, None] * torch.ones(16)
         q, k = (t * angle.cos() + t.flip(-1) * angle.sin() for t in (q, k))
         future = torch.ones(32, 32, dtype=torch.bool).triu(1)
-        return (q @ k.mT * 0.25).masked_fill(future, -torch.inf).softmax(-1) @ v
+        out: Tensor = (q @ k.mT * 0.25).masked_fill(future, -torch.inf).softmax(-1) @ v
+        return out
 
     x = torch.randn(2, 32, 192, generator=torch.Generator().manual_seed(0))
     torch._dynamo.reset()
