@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import math
 import os
 import re
@@ -222,14 +223,16 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Faults of the pass are raised, and warnings are not shown."""
-    before = os.environ.get("FUSEPASS_STRICT")
+    """Faults of the pass are raised, and neither warnings nor logs are shown."""
+    before, heard = os.environ.get("FUSEPASS_STRICT"), logging.root.manager.disable
     os.environ["FUSEPASS_STRICT"] = "1"
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        logging.disable(heard)
         os.environ.pop("FUSEPASS_STRICT")
         if before is not None:
             os.environ["FUSEPASS_STRICT"] = before

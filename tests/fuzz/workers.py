@@ -1,7 +1,6 @@
 """Draws, judges and shrinks programs, in this process or in several."""
 
 import gc
-import logging
 import multiprocessing
 import queue
 import re
@@ -56,7 +55,6 @@ class Examiner:
         import torch
 
         torch.set_num_threads(1)
-        logging.disable(logging.CRITICAL)
         gc.freeze()  # most of the heap is PyTorch's own, and stays
         gc.set_threshold(50_000, 20, 50)
 
