@@ -1,5 +1,6 @@
 """The torch.compile backend: a captured graph in; the rewritten graph, compiled by an inner backend, out."""
 
+import copy
 import logging
 import pickle
 import time
@@ -207,6 +208,17 @@ def inner_compiler(options: Options) -> Callable[..., Any]:
 def compile_by_inductor(
     inductor: Any, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **more: Any
 ) -> Callable[..., Any]:
-    """Inductor as `torch.compile` calls it, with a named range for every fused site."""
-    compiled: Callable[..., Any] = _INDUCTOR.__call__(marked(inductor, gm), gm, example_inputs, **more)
+    """Inductor as `torch.compile` calls it, with a named range for every fused site.
+
+    It leaves out casts to narrower dtypes, unless it is told. Where attention stays whose scores are rounded
+    by such casts, it is told: a fill that overflows there is infinite.
+    """
+    from fusepass.rewrite import ROUNDS
+
+    made = marked(inductor, gm)
+    graphs = (module for module in gm.modules() if isinstance(module, torch.fx.GraphModule))
+    if any(graph.meta.get(ROUNDS) for graph in graphs):
+        made = copy.copy(made)
+        made.config = {"emulate_precision_casts": True, **made.config}
+    compiled: Callable[..., Any] = _INDUCTOR.__call__(made, gm, example_inputs, **more)
     return compiled

@@ -27,6 +27,7 @@ from fusepass.ir import VIEWS, Expr, walk
 from fusepass.kernels import FP8, KERNELS, Kernel, Refused, Target, named, rounds
 from fusepass.kernels.base import may_empty_rows
 from fusepass.kernels.gates import library_refuses
+from fusepass.kernels.reference import rounds as rounds_scores
 from fusepass.liveness import erase_dead, inner_products, outside_reader
 from fusepass.patterns.products import factors
 from fusepass.ranges import annotate
@@ -93,6 +94,9 @@ def rewrite_graph(
     report.seconds = time.perf_counter() - start
     return report
 
+
+#: The mark of a graph in which a site stays whose scores or weights are rounded on purpose.
+ROUNDS = "fusepass_rounds"
 
 #: What may lie between a softmax and the product with the values.
 _PEELED = VIEWS | {"cast", "dropout", "nan_to_num", "where", "mul", "div"}
@@ -346,6 +350,8 @@ class _Pass:
         return total
 
     def _stays(self, node: fx.Node, site: Site, rejected: list[tuple[str, str]]) -> SiteReport:
+        if rounds_scores(site.spec):
+            self.gm.meta[ROUNDS] = True
         if rejected and rejected[-1][0] == UNFUSED:
             return self._report(node, site, reason=rejected[-1][1], rejected=rejected[:-1])
         reason = "; ".join(dict.fromkeys(f"{n}: {r}" for n, r in rejected))

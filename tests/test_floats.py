@@ -258,11 +258,13 @@ def inputs() -> dict[str, Tensor]:
     return {name: torch.randn(B, H, N, D, generator=generator) for name in "qkv"}
 
 
-def agrees(program: Callable[..., Tensor], kernel: str, **changed: Tensor) -> report.Collector:
+def agrees(
+    program: Callable[..., Tensor], kernel: str, inner: str = "aot_eager", **changed: Tensor
+) -> report.Collector:
     given = inputs() | changed
     expected = program(**given)
     torch._dynamo.reset()
-    call: Any = torch.compile(program, backend="fusepass", options={"inner": "aot_eager", "kernel": kernel})
+    call: Any = torch.compile(program, backend="fusepass", options={"inner": inner, "kernel": kernel})
     with report.collect() as seen:
         got = call(**given)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
@@ -302,6 +304,11 @@ def test_a_look_alike_is_right_fused_or_not(program: Scores, kernel: str) -> Non
     seen = agrees(whole(program), kernel)
     if kernel == "sdpa":
         assert not any(s.fused and s.kind == "full" for s in seen.sites)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "auto"])
+def test_inductor_keeps_the_casts_of_scores(kernel: str) -> None:
+    agrees(whole(fill_that_overflows_in_half), kernel, "inductor")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -420,7 +427,8 @@ def test_the_lowest_number_stays_finite_in_a_sink(kernel: str) -> None:
         s = (q @ k.mT).masked_fill(~ROWS, -INF).float()
         return F.pad(s, (0, 1), value=LOW).softmax(-1)[..., :-1].to(v.dtype) @ v
 
-    agrees(program, kernel, **{name: t.bfloat16() for name, t in inputs().items()})
+    given: Any = {name: t.bfloat16() for name, t in inputs().items()}
+    agrees(program, kernel, **given)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(4, 0), (0, 4), (0, 0), (1, 1)])
