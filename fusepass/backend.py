@@ -16,7 +16,7 @@ import torch
 from fusepass.assumptions import Original, forget_places, note_changing, static_inputs
 from fusepass.config import Options
 from fusepass.faults import first_line, strict
-from fusepass.ranges import eager_ranges, marked
+from fusepass.ranges import ROUNDS, eager_ranges, marked
 from fusepass.report import GraphReport, publish
 
 log = logging.getLogger("fusepass")
@@ -213,8 +213,6 @@ def compile_by_inductor(
     It leaves out casts to narrower dtypes, unless it is told. Where attention stays whose scores are rounded
     by such casts, it is told: a fill that overflows there is infinite.
     """
-    from fusepass.rewrite import ROUNDS
-
     made = marked(inductor, gm)
     graphs = (module for module in gm.modules() if isinstance(module, torch.fx.GraphModule))
     if any(graph.meta.get(ROUNDS) for graph in graphs):

@@ -26,6 +26,9 @@ from fusepass.surroundings import will_be_stored
 
 log = logging.getLogger("fusepass")
 
+#: The mark, in its `meta`, of a graph in which a site stays whose scores or weights are rounded on purpose.
+ROUNDS = "fusepass_rounds"
+
 #: The setting of Inductor that runs a pass over its last graph.
 _PASS = "post_grad_custom_post_pass"
 
@@ -211,6 +214,6 @@ def close_record(record: Any) -> None:
 
 
 __all__ = [
-    "annotate", "close_record", "eager_ranges", "extents", "label_of", "labels_of", "marked",
+    "ROUNDS", "annotate", "close_record", "eager_ranges", "extents", "label_of", "labels_of", "marked",
     "open_record", "with_records", "write_marks",
 ]  # fmt: skip

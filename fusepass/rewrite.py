@@ -30,7 +30,7 @@ from fusepass.kernels.gates import library_refuses
 from fusepass.kernels.reference import rounds as rounds_scores
 from fusepass.liveness import erase_dead, inner_products, outside_reader
 from fusepass.patterns.products import factors
-from fusepass.ranges import annotate
+from fusepass.ranges import ROUNDS, annotate
 from fusepass.recognize import RULES, Miss, Rules, Site, as_product, recognise_sum
 from fusepass.report import GraphReport, SiteReport, label_for, source_of
 from fusepass.resemblance import of_activations, products_behind, softmaxes_behind, were_scores
@@ -94,9 +94,6 @@ def rewrite_graph(
     report.seconds = time.perf_counter() - start
     return report
 
-
-#: The mark of a graph in which a site stays whose scores or weights are rounded on purpose.
-ROUNDS = "fusepass_rounds"
 
 #: What may lie between a softmax and the product with the values.
 _PEELED = VIEWS | {"cast", "dropout", "nan_to_num", "where", "mul", "div"}
