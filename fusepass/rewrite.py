@@ -486,7 +486,7 @@ def overtaken_by(made: Sequence[fx.Node], reader: Reader, anchor: fx.Node) -> se
     for node in given_to(made):
         mine = memory.of(node) & memory.external
         since = reader.order.get(node, end)
-        others = {s for s in memory.external - mine if reader.written_between(frozenset({s}), since, end)}
+        others = (reader.storages_written(since, end) & memory.external) - mine
         if mine and others:
             found |= mine | others
     return found

@@ -131,6 +131,10 @@ class Reader:
         """Is one of the storages written to after position ``since`` and before ``end``?"""
         return any(since < w < end for s in storages for w in self._writes.get(s, ()))
 
+    def storages_written(self, since: int, end: float) -> set[Any]:
+        """The storages that are written to after position ``since`` and before ``end``."""
+        return {s for s, writes in self._writes.items() if any(since < w < end for w in writes)}
+
     def home(self, meaning: Expr, until: fx.Node) -> fx.Node | None:
         """A node that holds an expression's value just before ``until``."""
         return next((n for n, since in self.holders.get(meaning, ()) if self.usable(n, since, until)), None)
