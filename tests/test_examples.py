@@ -1,8 +1,10 @@
 """Every example runs, and so does every Python block of the README and of the page about kernels."""
 
 import importlib
+import logging
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -29,12 +31,20 @@ def inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", lambda gm, inputs, **kwargs: gm.forward)
 
 
+@pytest.fixture
+def logging_as_it_was() -> Iterator[None]:
+    """The demo switches warnings off, which later tests listen to."""
+    before = logging.root.manager.disable
+    yield
+    logging.disable(before)
+
+
 def test_no_example_is_forgotten() -> None:
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(RUNS)
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.usefixtures("inductor")
+@pytest.mark.usefixtures("inductor", "logging_as_it_was")
 def test_an_example_runs(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
