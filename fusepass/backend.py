@@ -196,7 +196,6 @@ def inner_compiler(options: Options) -> Callable[..., Any]:
 
     if options.inner == "inductor":
         let_inductor_inline()
-    if options.inner == "inductor":
         return partial(compile_by_inductor, _INDUCTOR(options.mode, None, None))
     if not isinstance(options.inner, str):
         return options.inner

@@ -146,6 +146,11 @@ class Builder(Layouts[fx.Node]):
         """A node as another dtype."""
         return node if self.value(node).dtype is dtype else self.op("to", node, dtype)
 
+    def number(self, value: float, like: fx.Node, dtype: torch.dtype | None = None) -> fx.Node:
+        """A number as a tensor without dimensions, of the dtype of a node unless said, on its device."""
+        known = self.value(like)
+        return self.op("scalar_tensor", value, dtype=dtype or known.dtype, device=known.device)
+
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What ``make`` writes, or wrote for an earlier site: sites are rewritten in program order."""
         if key not in self.shared:

@@ -259,7 +259,11 @@ def inputs() -> dict[str, Tensor]:
 
 
 def agrees(
-    program: Callable[..., Tensor], kernel: str, inner: str = "aot_eager", **changed: Tensor
+    program: Callable[..., Tensor],
+    kernel: str,
+    inner: str = "aot_eager",
+    close: float | None = None,
+    **changed: Tensor,
 ) -> report.Collector:
     given = inputs() | changed
     expected = program(**given)
@@ -267,7 +271,8 @@ def agrees(
     call: Any = torch.compile(program, backend="fusepass", options={"inner": inner, "kernel": kernel})
     with report.collect() as seen:
         got = call(**given)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    rtol, atol = (1e-4, 1e-5) if close is None else (close, close)
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, equal_nan=True)
     assert len(seen.sites) <= 1 and not seen.notes
     return seen
 
@@ -356,12 +361,8 @@ def test_a_fill_that_a_wider_dtype_holds_stays_finite(kernel: str) -> None:
         s = (q @ k.mT).float().masked_fill(~ROWS, -1e9)
         return F.softmin(-s, -1).to(v.dtype) @ v
 
-    given = {name: t.half() for name, t in inputs().items()}
-    expected = program(**given)
-    torch._dynamo.reset()
-    options: Any = {"inner": "aot_eager", "kernel": kernel}
-    got = torch.compile(program, backend="fusepass", options=options)(**given)
-    torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
+    given: Any = {name: t.half() for name, t in inputs().items()}
+    agrees(program, kernel, close=2e-3, **given)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -379,14 +380,9 @@ def test_a_sum_absorbs_in_its_own_dtype(
         added = torch.zeros(N, N, dtype=wide).masked_fill(~ROWS, fill) if known else b
         return ((q @ k.mT).to(wide) + added).softmax(-1).to(v.dtype) @ v
 
-    given = {name: (t * 2).to(kind) for name, t in inputs().items()}
+    given: Any = {name: (t * 2).to(kind) for name, t in inputs().items()}
     given["b"] = torch.zeros(N, N, dtype=wide).masked_fill(~ROWS, fill)
-    expected = program(**given)
-    torch._dynamo.reset()
-    options: Any = {"inner": "aot_eager", "kernel": kernel}
-    got = torch.compile(program, backend="fusepass", options=options)(**given)
-    close = 1e-4 if kind is torch.float32 else 4e-2
-    torch.testing.assert_close(got, expected, rtol=close, atol=close)
+    agrees(program, kernel, close=1e-4 if kind is torch.float32 else 4e-2, **given)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -395,13 +391,9 @@ def test_biases_beside_a_large_one_are_not_rounded_away(kernel: str) -> None:
         s = q @ k.mT + torch.zeros(N, N).masked_fill(~ROWS, -30000) + b
         return s.softmax(-1).to(v.dtype) @ v
 
-    given = {name: t.half() for name, t in inputs().items()}
+    given: Any = {name: t.half() for name, t in inputs().items()}
     given["b"] = torch.randn(N, N, generator=torch.Generator().manual_seed(3)).half() * 4
-    expected = program(**given)
-    torch._dynamo.reset()
-    options: Any = {"inner": "aot_eager", "kernel": kernel}
-    got = torch.compile(program, backend="fusepass", options=options)(**given)
-    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+    agrees(program, kernel, close=1e-2, **given)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -15,21 +15,7 @@ from fusepass.__main__ import main
 from fusepass.backend import fusepass as backend
 from fusepass.config import Options
 from fusepass.report import collect
-
-Q = torch.randn(2, 4, 8, 16)
-
-
-class Attention(torch.nn.Module):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return plain(q, k, v)
-
-
-def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.mT * 0.25).softmax(-1) @ v
-
-
-def softcapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ((q @ k.mT * 0.25 / 5).tanh() * 5).softmax(-1) @ v
+from tests.attention import Attention, Q, plain, softcapped
 
 
 def exported() -> torch.export.ExportedProgram:

@@ -33,11 +33,11 @@ from fusepass.kernels import (
     rounds,
     scaled,
 )
+from tests.attention import Attention, Q, plain, softcapped
 from tests.fake_cuda import fake_graph, hopper
 
 ROOT = Path(__file__).parent.parent
 GATE = Gate("mine", (torch.float32, torch.float64))
-Q = torch.randn(2, 4, 8, 16)
 
 
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
@@ -51,19 +51,6 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
 def register(emit: Any = emit, **more: Any) -> None:
     given: dict[str, Any] = {"takes": Takes((Scale, ScaleBy, Mask)), "gate": GATE, **more}
     fusepass.register_kernel("mine", emit, **given)
-
-
-class Attention(torch.nn.Module):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return plain(q, k, v)
-
-
-def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.mT * 0.25).softmax(-1) @ v
-
-
-def softcapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ((q @ k.mT * 0.25 / 5).tanh() * 5).softmax(-1) @ v
 
 
 def kernels(program: Callable[..., Any] | None = None, *args: Tensor, **options: Any) -> list[str | None]:

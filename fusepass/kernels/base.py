@@ -184,7 +184,7 @@ def without_hidden_keys(site: Site, build: Builder, target: Target, x: Operands)
     if not masks or spec.queries == 1 or spec.heads != spec.kv_heads:
         return x
     seen = build.op("any", conjunction(site, build, masks), 2, True)
-    zero = build.op("scalar_tensor", 0.0, dtype=build.value(x.k).dtype, device=build.value(x.k).device)
+    zero = build.number(0.0, x.k)
     return Operands(x.q, build.op("where", build.op("transpose", seen, 2, 3), x.k, zero), x.v)
 
 
@@ -282,18 +282,15 @@ def _kept(site: Site, build: Builder, out: fx.Node) -> fx.Node:
     """Zero in the rows whose weights were all set to zero after the softmax, NaN or not."""
     for mod in site.spec.weights:
         if isinstance(mod, Keep) and not mod.product and "j" not in mod.axes:
-            kept, value = row_operand(site, build, mod.slot), build.value(out)
-            zero = build.op("scalar_tensor", 0.0, dtype=value.dtype, device=value.device)
+            kept, zero = row_operand(site, build, mod.slot), build.number(0.0, out)
             out = build.op("where", kept, out, zero) if mod.attends else build.op("where", kept, zero, out)
     return out
 
 
 def _without_nan_rows(build: Builder, out: fx.Node) -> fx.Node:
     """Zero in the rows whose weights were NaN, whatever the reason: they are NaN throughout."""
-    value = build.value(out)
     nan = build.op("all", build.op("isnan", out), -1, True)
-    zero = build.op("scalar_tensor", 0.0, dtype=value.dtype, device=value.device)
-    return build.op("where", nan, zero, out)
+    return build.op("where", nan, build.number(0.0, out), out)
 
 
 def visible(site: Site, build: Builder, mask: Mask) -> fx.Node:
@@ -334,28 +331,23 @@ def rows_of(site: Site, build: Builder, dtype: torch.dtype) -> Rows:
     """
     level = _levels(site, build)
     top = build.op("amax", level, [-1], True)
-    value = build.value(top)
-    zero = build.op("scalar_tensor", 0.0, dtype=value.dtype, device=value.device)
+    zero = build.number(0.0, top)
     if len(site.spec.masks) == len(hiders(site.spec)):
         seen = build.op("eq_scalar", top, 0)
     else:
         seen = _reached(site, build, top)
     hidden = build.op("logical_and", build.op("isfinite", top), build.op("logical_not", seen))
     level = build.cast(build.op("sub", level, build.op("where", hidden, top, zero)), dtype)
-    lowest = build.op("scalar_tensor", torch.finfo(dtype).min, dtype=dtype, device=value.device)
+    lowest = build.number(torch.finfo(dtype).min, top, dtype)
     return Rows(build.op("maximum", level, lowest), top, seen)
 
 
 def _reached(site: Site, build: Builder, top: fx.Node) -> fx.Node:
     """Are the highest levels of rows higher than the fills of masks, and no numbers that absorb scores?"""
-    value = build.value(top)
-    known = torch.finfo(value.dtype)
+    known = torch.finfo(build.value(top).dtype)
     bound = min(max(FILL, 2 * USUAL_SCORES / known.eps), 0.99 * known.max)
     highest = max((m.fill for m in site.spec.masks if site.spec.hides(m)), default=-math.inf)
-    low, high = (
-        build.op("scalar_tensor", n, dtype=value.dtype, device=value.device)
-        for n in (max(-bound, 0.99 * highest), bound)
-    )
+    low, high = (build.number(n, top) for n in (max(-bound, 0.99 * highest), bound))
     usual = build.op("logical_and", build.op("lt", low, top), build.op("lt", top, high))
     return build.op("logical_or", usual, build.op("isnan", top))  # kernels give NaN for NaN
 
@@ -380,8 +372,7 @@ def with_infinite_rows(site: Site, build: Builder, target: Target, out: fx.Node)
         top = build.op(
             "maximum", top, build.cast(tensor_operand(site, build, sink.slot), build.value(top).dtype)
         )
-    value = build.value(out)
-    nan = build.op("scalar_tensor", math.nan, dtype=value.dtype, device=value.device)
+    nan = build.number(math.nan, out)
     lost = build.op("logical_or", build.op("eq_scalar", top, -math.inf), build.op("isnan", top))
     return _kept(site, build, build.op("where", lost, nan, out))
 
@@ -424,9 +415,9 @@ def _hide(site: Site, build: Builder, level: fx.Node | None, mod: Mask | Bias) -
     if math.isfinite(mod.fill):
         wide = (d for d in (torch.float32, torch.float64) if mod.fill >= torch.finfo(d).min)
         dtype = dtype if mod.fill >= torch.finfo(dtype).min else next(wide, torch.float64)
-    level, device = level if level is None else build.cast(level, dtype), build.value(build.anchor).device
-    fill = build.op("scalar_tensor", mod.fill, dtype=dtype, device=device)
-    before = level if level is not None else build.op("scalar_tensor", 0.0, dtype=dtype, device=device)
+    level = level if level is None else build.cast(level, dtype)
+    fill = build.number(mod.fill, build.anchor, dtype)
+    before = level if level is not None else build.number(0.0, build.anchor, dtype)
     return build.op("where", visible(site, build, mod), before, fill)
 
 
@@ -448,9 +439,7 @@ def finish_rows(
     additive = [m for m in fills if isinstance(m, Bias) or m.additive]
     policy = empty_rows(spec)
     if policy == "zero" and any(isinstance(w, Keep) and w.implied for w in spec.weights):
-        return build.op(
-            "where", rows.seen, out, build.op("scalar_tensor", 0.0, dtype=value.dtype, device=value.device)
-        )
+        return build.op("where", rows.seen, out, build.number(0.0, out))
     opaque = any(isinstance(m, Bias) for m in fills)
     if target.training and policy != "zero" and 0 < len(additive) < len(fills):
         raise Refused("gradients of rows that see no key under masks that are added and masks that are not")
@@ -464,30 +453,21 @@ def finish_rows(
         finite = build.op("isfinite", rows.top)
         zero = policy == "zero" or any(isinstance(w, ZeroEmptyRows) for w in spec.weights)
         number = 0.0 if zero else math.nan
-        other = build.op("scalar_tensor", number, dtype=value.dtype, device=value.device)
+        other = build.number(number, out)
         if target.training and not zero:
-            one = build.op("scalar_tensor", 1.0, dtype=value.dtype, device=value.device)
+            one = build.number(1.0, out)
             nan = build.op("where", finite, one, other)  # a number where the row's gradient is zero
-            other = build.op(
-                "mul", build.cast(_nan_row(site, build, x, scale, bool(additive)), value.dtype), nan
-            )
+            # What depends on all that the row's weights depend on: all of it gets gradients that are NaN.
+            row = mean_of_values(site, build, x, scale, bool(additive))
+            other = build.op("mul", build.cast(row, value.dtype), nan)
         out = build.op("where", finite, out, other)
     return out
 
 
-def _nan_row(site: Site, build: Builder, x: Operands, scale: float, additive: bool) -> fx.Node:
-    """What depends on all that the weights of a row that sees no key depend on: all of it gets NaN gradients.
-
-    A mask that replaces scores stops them before queries and keys, one that is added does not.
-    """
-    mean = build.op("mean", x.v, [2], True)
-    if site.roles.group:
-        mean = repeat_heads(site, build, mean)
-    return _with_gradients(site, build, x, scale, mean) if additive else mean
-
-
-def mean_of_values(site: Site, build: Builder, x: Operands, scale: float, training: bool) -> fx.Node:
+def mean_of_values(site: Site, build: Builder, x: Operands, scale: float, gradients: bool) -> fx.Node:
     """The mean of all values, ``[B, H, 1 | Q, Dv]``: rows whose scores are all absorbed by one fill.
+
+    ``gradients``: those of scores too, which a mask that is added lets through, unlike one that replaces.
 
     Raises:
         Refused: its gradients are not known.
@@ -495,9 +475,7 @@ def mean_of_values(site: Site, build: Builder, x: Operands, scale: float, traini
     mean = build.op("mean", x.v, [2], True)
     if site.roles.group:
         mean = repeat_heads(site, build, mean)
-    if training and any(m.additive for m in site.spec.masks):
-        return _with_gradients(site, build, x, scale, mean)
-    return mean
+    return _with_gradients(site, build, x, scale, mean) if gradients else mean
 
 
 def _with_gradients(site: Site, build: Builder, x: Operands, scale: float, mean: fx.Node) -> fx.Node:

@@ -63,10 +63,7 @@ def _full(site: Site, build: Builder, mask: fx.Node) -> fx.Node:
     """A mask as a floating tensor expanded to ``[B, H, Q, K]``: cuDNN takes no other."""
     spec, dtype = site.spec, site.spec.dtype
     if build.value(mask).dtype is torch.bool:
-        device = build.value(mask).device
-        zero, hidden = (
-            build.op("scalar_tensor", n, dtype=dtype, device=device) for n in (0.0, float("-inf"))
-        )
+        zero, hidden = (build.number(n, mask, dtype) for n in (0.0, float("-inf")))
         mask = build.op("where", mask, zero, hidden)
     sizes = [build.size(s) for s in (spec.batch, spec.heads, spec.queries, spec.keys)]
     return build.op("expand", build.cast(mask, dtype), sizes)

@@ -401,11 +401,12 @@ def mended(
     policy = empty_rows(spec)
     if policy == "mean":
         scale = math.prod(m.factor for m in spec.scores if isinstance(m, Scale))
-        other = build.cast(mean_of_values(site, build, x, scale, target.training), like.dtype)
+        gradients = target.training and any(m.additive for m in spec.masks)
+        other = build.cast(mean_of_values(site, build, x, scale, gradients), like.dtype)
         other = build.op("transpose", other, 1, 2) if major == "rows" else other
     else:
         number = 0.0 if policy == "zero" else math.nan
-        other = build.op("scalar_tensor", number, dtype=like.dtype, device=like.device)
+        other = build.number(number, out)
     return build.op("where", seen, out, other)
 
 

@@ -117,9 +117,7 @@ def _with_sink(site: Site, build: Builder, x: Operands, mask: fx.Node | None) ->
     if mask is None:
         mask = build.op("full", [1, 1, 1, 1], 0.0, dtype=like.dtype, device=like.device)
     if build.value(mask).dtype is torch.bool:
-        zero, hidden = (
-            build.op("scalar_tensor", n, dtype=like.dtype, device=like.device) for n in (0.0, -math.inf)
-        )
+        zero, hidden = (build.number(n, x.q) for n in (0.0, -math.inf))
         mask = build.op("where", mask, zero, hidden)
     shapes = [[size_of(n) for n in build.value(t).shape] for t in (mask, sink)]
     whole = [build.size(next((s[d] for s in shapes if s[d] != 1), 1)) for d in range(3)]
@@ -154,8 +152,8 @@ def attn_mask(site: Site, build: Builder, target: Target, x: Operands) -> fx.Nod
 def _lifted(build: Builder, total: fx.Node) -> fx.Node:
     """A sum less its row maximum: beside a large number a narrower dtype would round small ones away."""
     top = build.op("amax", total, [-1], True)
-    zero = build.op("scalar_tensor", 0.0, dtype=build.value(top).dtype, device=build.value(top).device)
-    return build.op("sub", total, build.op("where", build.op("isfinite", top), top, zero))
+    known = build.op("where", build.op("isfinite", top), top, build.number(0.0, top))
+    return build.op("sub", total, known)
 
 
 def _filled(site: Site, build: Builder, mod: Mask, before: fx.Node | None, dtype: torch.dtype) -> fx.Node:
@@ -165,8 +163,7 @@ def _filled(site: Site, build: Builder, mod: Mask, before: fx.Node | None, dtype
     """
     lowest = torch.finfo(dtype).min
     fill = mod.fill if mod.fill == -math.inf and site.spec.rows_seen else max(mod.fill, lowest)
-    device = build.value(build.anchor).device
-    zero, hidden = (build.op("scalar_tensor", v, dtype=dtype, device=device) for v in (0.0, fill))
+    zero, hidden = (build.number(n, build.anchor, dtype) for n in (0.0, fill))
     kept = zero if before is None else build.cast(before, dtype)
     return build.op("where", visible(site, build, mod), kept, hidden)
 
@@ -180,7 +177,7 @@ def _representable(build: Builder, added: fx.Node) -> fx.Node:
     value = build.value(added)
     if value.dtype is torch.float16:
         return added  # computed in float32, where it is far from overflowing
-    half = build.op("scalar_tensor", torch.finfo(value.dtype).min / 2, dtype=value.dtype, device=value.device)
+    half = build.number(torch.finfo(value.dtype).min / 2, added)
     infinite = build.op("eq_scalar", added, -math.inf)
     return build.op("where", infinite, added, build.op("maximum", added, half))
 
