@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sympy
@@ -137,6 +137,17 @@ class Builder(Layouts[fx.Node]):
         self.made.remove(made)
         self.made.insert(self.made.index(user), made)
         return made
+
+    def _reshaped(self, node: fx.Node, old: Sequence[Size], new: Sequence[Size]) -> fx.Node:
+        """A reshaped node.
+
+        PyTorch's functionalization keeps the strides that a tensor had before it was written to through a
+        permuted view, and then fails to merge dimensions that lie apart; there, a copy is merged.
+        """
+        merges = sum(size != 1 for size in new) < sum(size != 1 for size in old)
+        if merges and self.reader.memory.of(node) & self.reader.memory.written_turned:
+            node = self.op("clone", node, memory_format=torch.contiguous_format)
+        return super()._reshaped(node, old, new)
 
     def value(self, node: Any) -> torch.Tensor:
         """The fake tensor of a node."""

@@ -39,6 +39,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1) @ v
 
 
+# ---------------------------------------------------------------------------------------- before the site
+
+
+@case(True)
+def through_a_permuted_view_of_shared_values(q, k, v, b):  # type: ignore[no-untyped-def]
+    values = v * 2
+    values.transpose(0, 1).masked_fill_(torch.arange(8) > 2, 0)
+    q, k = torch.stack([q, b], 2), torch.stack([k, k + b], 2)
+    return attention(q, k, values[:, :, None].expand(2, 2, 2, 4, 8))
+
+
 # ---------------------------------------------------------------------------------------- after the site
 
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import operator
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from fusepass.dialects.fx_nodes import first_operand, operation, value_of
@@ -83,6 +85,12 @@ class Memory:
         """The storages that some node writes to."""
         return _NONE.union(*(self.written(n) for n in self._graph.nodes))
 
+    @functools.cached_property
+    def written_turned(self) -> Storages:
+        """The storages that some node writes to through a view of permuted dimensions."""
+        nodes = (target for node in self._graph.nodes for target in self._targets(node))
+        return _NONE.union(*(self.of(n) for n in nodes if _is_permuted(value_of(n))))
+
     def read(self, node: fx.Node) -> Storages:
         """The storages that a node is given tensors on."""
         return _NONE.union(*(self.of(n) for n in node.all_input_nodes))
@@ -142,6 +150,15 @@ def _known_equal(a: Any, b: Any) -> bool:
     return a is b or (
         isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr == b.node.expr
     )
+
+
+def _is_permuted(value: Any) -> bool:
+    """Are the strides of a tensor not known to fall from one dimension to the next?"""
+    if not isinstance(value, Tensor):
+        return True
+    both = zip(value.shape, value.stride(), strict=True)
+    strides = [stride for size, stride in both if not statically_known_true(size == 1)]
+    return not all(statically_known_true(a >= b) for a, b in itertools.pairwise(strides))
 
 
 def _plain(value: Tensor) -> Iterator[Tensor]:
