@@ -357,6 +357,7 @@ class _Reading:
             scope, core.scores, core.dim, query, key, self.values, found.product.axes, value_axes
         )
         self._settle(roles)
+        dtype = query_chain[-1].expr.dtype
         written = [Scale(f) for f in (*query_scales, *key_scales)] + found.modifiers
         scores = merge_scales(_without_exact_casts(written, found.node.dtype))
         rounded = {} if any(isinstance(m, Cast) for m in scores) else _roundings(written, found.node.dtype)
@@ -365,7 +366,7 @@ class _Reading:
         partly = [
             m
             for m, as_merged in zip(understood, scores, strict=True)
-            if _absorbs_in_part(m, as_merged, rounded)
+            if self._absorbs_in_part(m, as_merged, rounded)
         ]
         scores = self._floored(self._finite(self._filled(understood)))
         atoms = [a for m in scores if isinstance(m, Mask) for a in m.atoms]
@@ -374,9 +375,14 @@ class _Reading:
             for name in ("batch", "heads", "kv_heads", "query", "key", "head_dim", "value_dim")
         }
         rows_seen = self._rows_seen(scores, atoms, sizes, roles)
-        if partly and not rows_seen:
+        if partly and not (rows_seen and all(isinstance(m, Mask) for m in partly)):
             raise Refuse(
                 f"'{partly[0]}' absorbs scores in part, and they are scaled afterwards", core.scores.expr
+            )
+        if not rows_seen and (large := self._kept_beside(scores, dtype, core.dtype)) is not None:
+            raise Refuse(
+                f"where a query sees no key, '{large}' holds numbers so large that the mask's fill keeps them",
+                core.scores.expr,
             )
         sink = None
         if core.sink is not None:
@@ -385,7 +391,7 @@ class _Reading:
         spec = Attention(
             sizes["batch"], sizes["heads"], sizes["kv_heads"], sizes["query"], sizes["key"],
             sizes["head_dim"], sizes["value_dim"],
-            dtype=query_chain[-1].expr.dtype,
+            dtype=dtype,
             scores=merge_scales(_without_empty(scores)),
             softmax_dtype=core.dtype,
             out_dtype=self.out.expr.dtype,
@@ -402,6 +408,55 @@ class _Reading:
             found.node, scope,
         )  # fmt: skip
 
+    def _absorbs_in_part(
+        self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, _Written]
+    ) -> bool:
+        """Are scores rounded by a mask or a constant that is added, and scaled by what rounds them again?
+
+        Moved before what is added, the scale would have other scores rounded.
+        """
+        if not isinstance(mod, (Mask, Bias)) or not isinstance(merged, (Mask, Bias)):
+            return False
+        written = rounded.get(merged.slot)
+        if written is None:
+            return False
+        scale = math.prod(abs(step.factor) for step in written.steps if isinstance(step, Scale))
+        if math.frexp(scale)[0] == 0.5:
+            return False
+        wide = getattr(written.modifier, "dtype", "")
+        dtypes = [written.dtype, *([DTYPES[wide]] if wide else ())]
+        dtype = min(dtypes, key=lambda d: torch.finfo(d).eps)  # of the sum
+        if isinstance(mod, Bias):
+            fill = -self._constants(mod) / abs(mod.factor) if mod.factor else 0.0
+            inexact = -fill * torch.finfo(dtype).eps > 1 / 16
+        else:
+            fill, inexact = mod.fill, mod.additive
+        return inexact and math.isfinite(fill) and not absorbs(fill, dtype, USUAL_SCORES * scale)
+
+    def _kept_beside(self, scores: Sequence[ScoreModifier], *dtypes: torch.dtype) -> Bias | None:
+        """A bias of constants that an additive mask after it does not absorb: hidden scores still differ.
+
+        Args:
+            scores: the modifiers.
+            dtypes: of the scores, and of the softmax.
+        """
+        for at, mod in enumerate(scores):
+            most = self._constants(mod) if isinstance(mod, Bias) and not mod.hides else 0.0
+            if most <= USUAL_SCORES:
+                continue
+            for mask in scores[at + 1 :]:
+                if isinstance(mask, Mask) and mask.additive:
+                    wide = next((d for d in dtypes if mask.fill >= torch.finfo(d).min), torch.float64)
+                    if not absorbs(mask.fill, DTYPES[mask.dtype] if mask.dtype else wide, most):
+                        return mod  # type: ignore[return-value]
+        return None
+
+    def _constants(self, mod: Bias) -> float:
+        """How large a bias is because of the constants in it, whatever its inputs are; 0 if not known."""
+        known = ranges.Ranges(self.scope.contents, self.scope.facts, scale=ranges.LEAST)
+        found = known.of(self.scope.operands[mod.slot].expr)
+        return 0.0 if found is None else max(map(abs, found)) * abs(mod.factor)
+
     def _as_normalised(
         self, core: Core, scores: tuple[ScoreModifier, ...], rows_seen: bool
     ) -> tuple[ScoreModifier, ...]:
@@ -411,7 +466,9 @@ class _Reading:
             Refuse: it depends on numbers.
         """
         hiding = next((m for m in scores if isinstance(m, Bias) and m.hides), None)
-        if core.form != "softmax" and not all(_stays_low(scores, m) for m in scores if isinstance(m, Mask)):
+        if core.form != "softmax" and not all(
+            _stays_low(scores, n) for n, m in enumerate(scores) if isinstance(m, Mask)
+        ):
             raise Refuse(
                 "its softmax is written out, and scores that a mask sets to a low number do not stay low",
                 core.scores.expr,
@@ -440,7 +497,7 @@ class _Reading:
             )
         if rows_seen:
             return scores
-        return tuple(self._filled_with(m, -math.inf) if isinstance(m, Mask) else m for m in scores)
+        return tuple(self._infinite(m) if isinstance(m, Mask) else m for m in scores)
 
     def _is_small(self, mod: Bias) -> bool:
         """Is a bias so small that no exponential of a whole row vanishes or overflows because of it?"""
@@ -449,10 +506,8 @@ class _Reading:
 
     def _is_exact(self, core: Core, mod: Bias) -> bool:
         """Is no constant in it so large that subtracting a log-sum-exp of its size loses parts of weights?"""
-        known = ranges.Ranges(self.scope.contents, self.scope.facts, scale=ranges.LEAST)
-        found = known.of(self.scope.operands[mod.slot].expr)
         most = max(SMALL, 1 / (16 * torch.finfo(core.scores.expr.dtype).eps))
-        return found is None or max(map(abs, found)) * abs(mod.factor) <= most
+        return self._constants(mod) <= most
 
     def _finite_sink(self, core: Core) -> bool:
         """Is there a sink that every row sees, since it is a learned or constant number of ordinary size?"""
@@ -710,9 +765,11 @@ class _Reading:
         return masks.every_row_sees_itself(parts, at, queries, keys, self.formulas)
 
 
-def _stays_low(scores: Sequence[ScoreModifier], mask: Mask) -> bool:
-    """Is what a mask sets scores to no large number after all that follows?"""
-    levels = [mask.fill, *fates(scores, scores.index(mask), mask.fill)]
+def _stays_low(scores: Sequence[ScoreModifier], at: int) -> bool:
+    """Is what the mask at a position sets scores to no large number after all that follows?"""
+    mask = scores[at]
+    assert isinstance(mask, Mask)
+    levels = [mask.fill, *fates(scores, at, mask.fill)]
     return all(level is not None and level <= SMALL for level in levels)
 
 
@@ -757,20 +814,6 @@ def _roundings(mods: Sequence[ScoreModifier], product: torch.dtype) -> dict[int,
             known = itertools.takewhile(lambda m: isinstance(m, (Scale, Cast, Mask, Bias)), mods[at + 1 :])
             found[mod.slot] = _Written(mod, dtype, tuple(m for m in known if isinstance(m, (Scale, Cast))))
     return found
-
-
-def _absorbs_in_part(mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, _Written]) -> bool:
-    """Are scores that a mask is added to rounded by it, and scaled afterwards by what rounds them again?
-
-    Moved before the mask, the scale would have other scores rounded.
-    """
-    if not isinstance(mod, Mask) or not mod.additive or not isinstance(merged, (Mask, Bias)):
-        return False
-    written = rounded.get(merged.slot)
-    if written is None or not math.isfinite(mod.fill):
-        return False
-    scale = math.prod(abs(step.factor) for step in written.steps if isinstance(step, Scale))
-    return math.frexp(scale)[0] != 0.5 and not absorbs(mod.fill, written.dtype, USUAL_SCORES * scale)
 
 
 def _without_empty(scores: tuple[ScoreModifier, ...]) -> tuple[ScoreModifier, ...]:

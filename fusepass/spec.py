@@ -100,9 +100,11 @@ class Attention:
         """Do the pairs outside a mask get no weight, whatever their scores?
 
         Only then is it a visibility.  Any other mask (its fill within reach of real scores, NaN or no low
-        number at all, or brought back by a later modifier) sets scores to a number like another.
+        number at all, or brought back by a later modifier) sets scores to a number like another.  Of equal
+        masks the last one counts: what it hides, no other brings back.
         """
-        levels = [mask.fill, *fates(self.scores, self.scores.index(mask), mask.fill)]
+        at = max(n for n, mod in enumerate(self.scores) if mod == mask)
+        levels = [mask.fill, *fates(self.scores, at, mask.fill)]
         return all(n is not None and negligible(n, self.score_dtype) for n in levels)
 
     @property

@@ -175,6 +175,28 @@ def rows_absorbed_in_part(s: Tensor) -> Tensor:
 
 
 @unsound
+def rows_absorbed_in_part_and_divided(s: Tensor) -> Tensor:
+    return ((s * 3 + torch.zeros(N, 1).masked_fill(~ROWS, -1e8)) / 8**0.5).softmax(-1)
+
+
+@unsound
+def biases_that_a_fill_keeps(s: Tensor) -> Tensor:
+    s = s + torch.where(KEYS, 0.0, -1e4)
+    return (s + torch.zeros(N, N).masked_fill(~ROWS, -1e9)).softmax(-1)
+
+
+@unsound
+def hidden_before_and_after_a_cap(s: Tensor) -> Tensor:
+    e = s.masked_fill(~ROWS, LOW).tanh().masked_fill(~ROWS, -1e8).exp()
+    return e / (1 + e.sum(-1, keepdim=True))
+
+
+@unsound
+def hidden_before_and_after_a_scaled_cap(s: Tensor) -> Tensor:
+    return (s.masked_fill(~ROWS, -INF).tanh() * 2).masked_fill(~ROWS, -INF).softmax(-1)
+
+
+@unsound
 def scores_absorbed_in_part(s: Tensor) -> Tensor:
     return ((s * 3 - 1e8) / 0.1 + torch.full((N, N), -INF).triu(1)).softmax(-1)
 
@@ -462,3 +484,18 @@ def test_gradients_of_rows_of_nan_are_nan_where_eager_s_are(
         return after(s.softmax(-1)) @ v
 
     gradients_agree(program, kernel, b=torch.zeros(N, N).masked_fill(hidden, -INF))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("fill", [-1e9, -INF])
+@pytest.mark.parametrize("replaced", [True, False])
+def test_gradients_of_rows_without_exponentials_are_nan_where_eager_s_are(
+    kernel: str, fill: float, replaced: bool
+) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.mT
+        s = s.masked_fill(~ROWS, fill) if replaced else s + torch.zeros(N, N).masked_fill(~ROWS, fill)
+        e = s.exp()
+        return e / e.sum(-1, keepdim=True) @ v
+
+    gradients_agree(program, kernel)

@@ -261,11 +261,10 @@ def _with_levels(site: Site, build: Builder, rows: Rows) -> tuple[Attention, lis
     kept: list[ScoreModifier] = []
     hiding = hiders(site.spec)
     tensors: list[fx.Node] = []
-    for mod in site.spec.scores:
+    for at, mod in enumerate(site.spec.scores):
         if mod in hiding:
             continue
-        before = site.spec.scores[: site.spec.scores.index(mod)]
-        if any(m in hiding for m in before) and not isinstance(mod, Bias):
+        if any(m in hiding for m in site.spec.scores[:at]) and not isinstance(mod, Bias):
             raise Refused(f"'{mod}' comes after a mask under which a row may see no key")
         if isinstance(mod, (Bias, ScaleBy)):
             tensor = tensor_operand(site, build, mod.slot)

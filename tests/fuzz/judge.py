@@ -103,6 +103,7 @@ def coarseness(program: Program) -> float:
         r"(?<!b)float16|half\(": half / 8,
         r"torch\.float64": single / 8,  # most masks, and softmaxes now and then, are of single precision
         r"-1e4|-10000|-30000|\* 100\b": 1e4 * single / 64,  # scores so large, and their log-sum-exp
+        r"-1\)\.to\(torch\.uint8\)": 256 * single / 8,  # scores times 255, and their gradients
     }
     coarse = [eps for text, eps in found.items() if re.search(text, program.text)]
     return max(coarse, default=2 * single) * max(1, 4 * len(coarse) - 4)
