@@ -381,7 +381,7 @@ class _Reading:
             )
         if not rows_seen and (large := self._kept_beside(scores, dtype, core.dtype)) is not None:
             raise Refuse(
-                f"where a query sees no key, '{large}' holds numbers so large that the mask's fill keeps them",
+                f"where a query sees no key, '{large}' holds numbers that the mask's fill does not absorb",
                 core.scores.expr,
             )
         sink = None
