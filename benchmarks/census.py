@@ -168,7 +168,7 @@ def case(family: str) -> tuple[Model, Inputs, list[torch.Tensor]]:
 
 def outputs(model: Callable[..., Any], inputs: Inputs) -> list[torch.Tensor]:
     """The floating tensors that a call returns."""
-    from fusepass.sandbox import fresh, named_tensors
+    from fusepass.tools.sandbox import fresh, named_tensors
 
     torch.manual_seed(1)
     return [t.clone() for t in named_tensors(dict(model(**fresh(inputs)))).values()]
@@ -176,7 +176,7 @@ def outputs(model: Callable[..., Any], inputs: Inputs) -> list[torch.Tensor]:
 
 def difference(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float:
     """The largest difference, in units of each tensor's largest value; infinite for other results."""
-    from fusepass.trial import distance
+    from fusepass.tools.trial import distance
 
     if len(got) != len(want):
         return float("inf")
@@ -319,8 +319,8 @@ def by_inductor(model: Model, inputs: Inputs, plain: Counter[str]) -> int | None
 
 def by_fusepass(model: Model, inputs: Inputs, expected: list[torch.Tensor]) -> Row:
     """What the pass leaves, what it recognises, and the largest difference from eager."""
-    from fusepass.backend import fusepass
-    from fusepass.report import collect
+    from fusepass.compilation.backend import fusepass
+    from fusepass.reports.report import collect
 
     found: Counter[str] = Counter()
     with collect() as collector:
@@ -337,8 +337,8 @@ def by_fusepass(model: Model, inputs: Inputs, expected: list[torch.Tensor]) -> R
 
 def timed(model: Model, inputs: Inputs, expected: list[torch.Tensor], inner: str) -> Row:
     """Seconds of the pass and of the whole compilation: the first call's time less the second's."""
-    from fusepass.backend import fusepass
-    from fusepass.report import collect
+    from fusepass.compilation.backend import fusepass
+    from fusepass.reports.report import collect
 
     torch.compile(torch.neg, backend=inner)(torch.ones(8))  # what a first use loads is not compilation
     gc.collect()  # nor is what earlier compilations left
@@ -395,7 +395,7 @@ def with_inductor_too(row: Row, options: argparse.Namespace) -> Row | None:
 def in_process(family: str, options: argparse.Namespace) -> Row:
     """A family's row, measured in a process of its own that is ended after the time limit."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "transformers", "fusepass.rewrite"])
+    context.set_forkserver_preload(["torch", "torch._dynamo", "transformers", "fusepass.compilation.rewrite"])
     mine, theirs = context.Pipe(duplex=False)
     process = context.Process(
         target=in_child, args=(theirs, family, options.inner, not options.no_inductor), daemon=False

@@ -27,9 +27,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusepass import bench, bench_clock
 from fusepass.kernels import fp8, fp8_ops
 from fusepass.kernels.gates import FLASH3, FRONTEND, installed
+from fusepass.selection import clock as bench_clock
+from fusepass.tools.bench import measuring as bench
 
 HEAD_DIM = 128
 

@@ -7,7 +7,7 @@
 What is most worth knowing is measured first.  Written are
 
 - ``benchmarks/results/profile-GPU.csv``: every kernel by name, and `torch.compile`;
-- ``fusepass/profiles/GPU.json``: the cost model made of that;
+- ``fusepass/selection/profiles/GPU.json``: the cost model made of that;
 - ``benchmarks/results/auto-GPU.csv``: `torch.compile`, `auto` with that profile, and calls by hand; with
   ``--contenders auto,hand,compile,eager`` unfused attention without a compiler too;
 - ``docs/kernels/``: pictures of the latter, where matplotlib is installed.
@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fusepass import bench, bench_report
-from fusepass.bench_cases import VARIANTS
 from fusepass.kernels.gates import runs_here
+from fusepass.tools.bench import measuring as bench
+from fusepass.tools.bench import report as bench_report
+from fusepass.tools.bench.cases import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTHS, HEAD_DIMS = (4096, 1024, 128, 16384, 512), (128, 64, 256)
@@ -115,7 +116,7 @@ def main() -> int:
             arguments,
         )
         made = bench_report.profile_of(rows, bench.machine())
-        made.save(ROOT / "fusepass" / "profiles" / f"{name}.json")
+        made.save(ROOT / "fusepass" / "selection" / "profiles" / f"{name}.json")
     if arguments.part in ("all", "auto"):
         work = auto_jobs(*grid, arguments.repeats, arguments.contenders, arguments.variants)
         rows = measure(work, results / f"auto-{name}.csv", arguments)

@@ -27,9 +27,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fusepass import bench, bench_clock
-from fusepass.bench_pool import Exclusive, spread
-from fusepass.report import collect
+from fusepass.reports.report import collect
+from fusepass.selection import clock as bench_clock
+from fusepass.tools.bench import measuring as bench
+from fusepass.tools.bench.pool import Exclusive, spread
 
 CONTENDERS = ("eager", "sdpa", "flash_attention_2", "fusepass")
 

@@ -40,8 +40,8 @@ from torch import Tensor, nn
 
 import fusepass
 from benchmarks.onnx_peers import quiet
-from fusepass.exporters.onnx_targets import fused_operators
-from fusepass.exporters.onnx_verify import difference
+from fusepass.exporters.onnx.targets import fused_operators
+from fusepass.exporters.onnx.verify import difference
 
 WIDTH = 128
 FIELDS = ("variant", "export", "operators", "kernel", "provider", "error", "milliseconds", "times", "note")

@@ -30,8 +30,8 @@ from rich.progress import track
 from rich.table import Table
 
 import fusepass
-from fusepass.exporters.onnx_targets import fused_operators
-from fusepass.exporters.onnx_verify import difference, run_session, session
+from fusepass.exporters.onnx.targets import fused_operators
+from fusepass.exporters.onnx.verify import difference, run_session, session
 from tests.onnx_models import MODELS, dynamic
 
 #: Families of ONNX Runtime's optimizer that are tried, the likely one first.

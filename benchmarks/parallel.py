@@ -33,9 +33,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from fusepass import bench
-from fusepass.faults import first_line
-from fusepass.report import collect
+from fusepass.host.faults import first_line
+from fusepass.reports.report import collect
+from fusepass.tools.bench import measuring as bench
 
 CONTENDERS = ("eager", "compile", "fusepass")
 STEPS = 3

@@ -12,11 +12,11 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from fusepass.config import Options, PassOptions, pass_options
+from fusepass.compilation.fusing import fuse_with
 from fusepass.exporters.reports import ExportReport
 from fusepass.exporters.staging import ModelError, staged
-from fusepass.fusing import fuse_with
-from fusepass.report import collect
+from fusepass.host.config import Options, PassOptions, pass_options
+from fusepass.reports.report import collect
 
 
 def export_pt2(

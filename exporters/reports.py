@@ -10,8 +10,8 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from fusepass.report import Collector, GraphReport
-from fusepass.tables import site_table
+from fusepass.reports.report import Collector, GraphReport
+from fusepass.reports.tables import site_table
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fusepass.autoenable import disable, enable, enabled, is_enabled
-    from fusepass.config import Options
-    from fusepass.explanation import Explanation, explain
-    from fusepass.exporters.onnx_export import export_onnx
-    from fusepass.exporters.onnx_optimize import optimize_onnx
+    from fusepass.compilation.autoenable import disable, enable, enabled, is_enabled
+    from fusepass.compilation.fusing import fuse
+    from fusepass.exporters.onnx.export import export_onnx
+    from fusepass.exporters.onnx.optimize import optimize_onnx
     from fusepass.exporters.packages import compile_aoti, export_pt2
     from fusepass.exporters.reports import ExportReport
-    from fusepass.fusing import fuse
-    from fusepass.registry import register_kernel
-    from fusepass.report import Collector, GraphReport, SiteReport, collect
-    from fusepass.verification import Verification, verify
+    from fusepass.host.config import Options
+    from fusepass.kernels.registry import register_kernel
+    from fusepass.reports.report import Collector, GraphReport, SiteReport, collect
+    from fusepass.tools.explanation import Explanation, explain
+    from fusepass.tools.verification import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -46,23 +46,23 @@ __all__ = [
 ]
 
 _HOME = {
-    "fuse": "fusepass.fusing",
-    "explain": "fusepass.explanation",
-    "verify": "fusepass.verification",
-    "enable": "fusepass.autoenable",
-    "disable": "fusepass.autoenable",
-    "enabled": "fusepass.autoenable",
-    "is_enabled": "fusepass.autoenable",
-    "Options": "fusepass.config",
-    "collect": "fusepass.report",
-    "Collector": "fusepass.report",
-    "GraphReport": "fusepass.report",
-    "SiteReport": "fusepass.report",
-    "Explanation": "fusepass.explanation",
-    "Verification": "fusepass.verification",
-    "register_kernel": "fusepass.registry",
-    "export_onnx": "fusepass.exporters.onnx_export",
-    "optimize_onnx": "fusepass.exporters.onnx_optimize",
+    "fuse": "fusepass.compilation.fusing",
+    "explain": "fusepass.tools.explanation",
+    "verify": "fusepass.tools.verification",
+    "enable": "fusepass.compilation.autoenable",
+    "disable": "fusepass.compilation.autoenable",
+    "enabled": "fusepass.compilation.autoenable",
+    "is_enabled": "fusepass.compilation.autoenable",
+    "Options": "fusepass.host.config",
+    "collect": "fusepass.reports.report",
+    "Collector": "fusepass.reports.report",
+    "GraphReport": "fusepass.reports.report",
+    "SiteReport": "fusepass.reports.report",
+    "Explanation": "fusepass.tools.explanation",
+    "Verification": "fusepass.tools.verification",
+    "register_kernel": "fusepass.kernels.registry",
+    "export_onnx": "fusepass.exporters.onnx.export",
+    "optimize_onnx": "fusepass.exporters.onnx.optimize",
     "export_pt2": "fusepass.exporters.packages",
     "compile_aoti": "fusepass.exporters.packages",
     "ExportReport": "fusepass.exporters.reports",

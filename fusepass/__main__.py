@@ -11,7 +11,7 @@ from typing import Any
 
 import fusepass
 from fusepass import __version__
-from fusepass.config import KERNELS, PRECISIONS, Options, pass_options, refuse_others
+from fusepass.host.config import KERNELS, PRECISIONS, Options, pass_options, refuse_others
 
 MODEL_HELP = """\
 MODEL is path/to/file.py:factory or package.module:factory. The factory takes no arguments and returns
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; 0 is success, 1 a failed verification, 2 a wrong command line."""
     arguments = _parser().parse_args(_with_report(list(sys.argv[1:] if argv is None else argv)))
     command: Callable[[argparse.Namespace], int] = arguments.command
-    from fusepass.targets import UsageError
+    from fusepass.tools.targets import UsageError
 
     try:
         return command(arguments)
@@ -190,7 +190,7 @@ def _bench_parser(commands: Any) -> None:
 
 def _settings(arguments: argparse.Namespace, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     """The options that a command line gives, checked."""
-    from fusepass.targets import UsageError
+    from fusepass.tools.targets import UsageError
 
     given = {name: getattr(arguments, name) for name in Options.names()}
     settings = {name: value for name, value in given.items() if value is not None}
@@ -202,8 +202,8 @@ def _settings(arguments: argparse.Namespace, check: Callable[[dict[str, Any]], o
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    from fusepass.explanation import explain
-    from fusepass.targets import load
+    from fusepass.tools.explanation import explain
+    from fusepass.tools.targets import load
 
     settings = _settings(arguments, Options.of)
     target = load(arguments.model, arguments.dtype, arguments.device)
@@ -219,8 +219,8 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from fusepass.targets import UsageError, load
-    from fusepass.verification import Unsteady, verify
+    from fusepass.tools.targets import UsageError, load
+    from fusepass.tools.verification import Unsteady, verify
 
     settings = _settings(arguments, Options.of)
     target = load(arguments.model, arguments.dtype, arguments.device)
@@ -243,7 +243,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     import torch
 
-    from fusepass.targets import UsageError, load
+    from fusepass.tools.targets import UsageError, load
 
     suffix = Path(arguments.to).suffix
     if suffix not in (".onnx", ".pt2") or (arguments.aoti and suffix != ".pt2"):
@@ -307,7 +307,7 @@ def _reported(write: Callable[[Callable[[str], None]], Any], arguments: argparse
     from rich.console import Console
     from rich.markup import escape
 
-    from fusepass.targets import UsageError
+    from fusepass.tools.targets import UsageError
 
     try:
         with Console(stderr=True).status("starting") as status:
@@ -322,14 +322,14 @@ def _reported(write: Callable[[Callable[[str], None]], Any], arguments: argparse
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from fusepass.doctor import diagnose
+    from fusepass.tools.doctor import diagnose
 
     _show(diagnose(), arguments.json)
     return 0
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from fusepass.bench_cli import command
+    from fusepass.tools.bench.cli import command
 
     return command(arguments)
 
@@ -338,10 +338,10 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from fusepass.autoenable import enabled
-    from fusepass.page import page
-    from fusepass.report import collect, render, summary
-    from fusepass.targets import UsageError
+    from fusepass.compilation.autoenable import enabled
+    from fusepass.reports.page import page
+    from fusepass.reports.report import collect, render, summary
+    from fusepass.tools.targets import UsageError
 
     settings, script = _settings(arguments, lambda given: _taken("enable", given)), arguments.script
     if not arguments.module and not Path(script).is_file():
@@ -375,7 +375,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _stopped(profiler: Any) -> Any:
     """What a profiler saw until now of every fused site."""
-    from fusepass.page import range_times
+    from fusepass.reports.page import range_times
 
     profiler.stop()
     return range_times(profiler.key_averages())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fusepass.ir import Expr, const, expr, leaf, pointwise
+from fusepass.expressions.ir import Expr, const, expr, leaf, pointwise
 
 __all__ = ["binary", "bits", "cast", "expr", "leaf", "number", "reduced", "scores", "softmax"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fusepass.index import Affine, Size
-from fusepass.rule import Refuse, Scope, Term
+from fusepass.expressions.index import Affine, Size
+from fusepass.rules.engine import Refuse, Scope, Term
 
 
 @dataclass

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fusepass.index import Size, simplify_size
-from fusepass.ir import Expr, cast, const, expr, pointwise, scalar_of, under_casts
+from fusepass.expressions.index import Size, simplify_size
+from fusepass.expressions.ir import Expr, cast, const, expr, pointwise, scalar_of, under_casts
 from fusepass.patterns import examples as eg
 from fusepass.patterns.scores import holds_product, number
 from fusepass.patterns.weights import holds_softmax
-from fusepass.rule import Peel, Rule, Scope, Term, rule
+from fusepass.rules.engine import Peel, Rule, Scope, Term, rule
 
 Label = int | str
 """A position in the product's result, or the name of a contracted axis."""

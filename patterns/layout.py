@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fusepass.index import Affine
-from fusepass.ir import Expr, expr
+from fusepass.expressions.index import Affine
+from fusepass.expressions.ir import Expr, expr
 from fusepass.patterns import examples as eg
-from fusepass.rule import Peel, Rule, Scope, Term, rule
+from fusepass.rules.engine import Peel, Rule, Scope, Term, rule
 
 
 def _view(op: str, shape: tuple[int, ...], *attrs: object) -> Expr:

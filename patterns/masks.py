@@ -11,13 +11,23 @@ from dataclasses import dataclass
 
 import torch
 
-from fusepass.contents import Contents
-from fusepass.index import Affine, AxisSpace, Facts, Size, simplify_size
-from fusepass.ir import Expr, affine, expr, held, scalar_of
-from fusepass.patterns.formulas import FALSE, TRUE, Formulas, against_zero, terms_of
-from fusepass.patterns.ranges import is_ordinary
-from fusepass.rule import Scope
-from fusepass.spec import Atom, Band, Chunk, Dense, Document, KeyPadding, Prefix, intersect, negligible
+from fusepass.expressions.contents import Contents
+from fusepass.expressions.index import Affine, AxisSpace, Facts, Size, simplify_size
+from fusepass.expressions.intervals import is_ordinary
+from fusepass.expressions.ir import Expr, affine, expr, held, scalar_of
+from fusepass.rules.engine import Scope
+from fusepass.rules.formulas import FALSE, TRUE, Formulas, against_zero, terms_of
+from fusepass.specification.attention import (
+    Atom,
+    Band,
+    Chunk,
+    Dense,
+    Document,
+    KeyPadding,
+    Prefix,
+    intersect,
+    negligible,
+)
 
 __all__ = ["Positions", "additive_mask", "classify", "conjuncts", "every_row_sees", "intersect"]
 

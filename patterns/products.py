@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fusepass.index import Affine
-from fusepass.ir import VIEWS, Expr, expr, pointwise, under_casts
+from fusepass.expressions.index import Affine
+from fusepass.expressions.ir import VIEWS, Expr, expr, pointwise, under_casts
 from fusepass.patterns import examples as eg
-from fusepass.rule import Product, Rule, Scope, Term, rule
+from fusepass.rules.engine import Product, Rule, Scope, Term, rule
 
 
 def _dot_example() -> Expr:

@@ -6,8 +6,9 @@ import math
 
 import torch
 
-from fusepass.contents import Uniform
-from fusepass.ir import (
+from fusepass.expressions.contents import Uniform
+from fusepass.expressions.intervals import is_ordinary
+from fusepass.expressions.ir import (
     DTYPE_NAMES,
     POINTWISE,
     VIEWS,
@@ -21,9 +22,18 @@ from fusepass.ir import (
     under_casts,
 )
 from fusepass.patterns import examples as eg
-from fusepass.patterns.ranges import is_ordinary
-from fusepass.rule import Peel, Refuse, Rule, Scope, Term, rule
-from fusepass.spec import Bias, Cast, Finite, Floor, Mask, Scale, ScaleBy, SoftCap, negligible
+from fusepass.rules.engine import Peel, Refuse, Rule, Scope, Term, rule
+from fusepass.specification.attention import (
+    Bias,
+    Cast,
+    Finite,
+    Floor,
+    Mask,
+    Scale,
+    ScaleBy,
+    SoftCap,
+    negligible,
+)
 
 
 def holds_product(node: Expr) -> bool:

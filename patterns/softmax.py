@@ -8,13 +8,13 @@ from typing import Literal
 
 import torch
 
-from fusepass.index import Affine
-from fusepass.ir import Expr, const, expr, opmath, pointwise, scalar_of, under_casts
+from fusepass.expressions.index import Affine
+from fusepass.expressions.ir import Expr, const, expr, opmath, pointwise, scalar_of, under_casts
 from fusepass.patterns import examples as eg
-from fusepass.patterns.formulas import Formulas
 from fusepass.patterns.masks import visibility_factor
 from fusepass.patterns.scores import holds_product
-from fusepass.rule import Core, Refuse, Rule, Scope, Term, rule
+from fusepass.rules.engine import Core, Refuse, Rule, Scope, Term, rule
+from fusepass.rules.formulas import Formulas
 
 
 def _exponential(node: Expr) -> Expr | None:

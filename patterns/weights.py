@@ -6,12 +6,12 @@ import math
 
 import torch
 
-from fusepass.ir import VIEWS, Expr, expr, pointwise
-from fusepass.ir import cast as as_dtype
+from fusepass.expressions.ir import VIEWS, Expr, expr, pointwise
+from fusepass.expressions.ir import cast as as_dtype
 from fusepass.patterns import examples as eg
 from fusepass.patterns.scores import number
-from fusepass.rule import Peel, Refuse, Rule, Scope, Term, rule
-from fusepass.spec import Dropout, Keep, WeightScale, ZeroEmptyRows
+from fusepass.rules.engine import Peel, Refuse, Rule, Scope, Term, rule
+from fusepass.specification.attention import Dropout, Keep, WeightScale, ZeroEmptyRows
 
 _weighty: set[str] = {"softmax", "log_softmax", "exp", "exp2"}
 

@@ -10,9 +10,9 @@ from unittest import mock
 import torch
 from torch import Tensor, fx
 
-from fusepass.dialects.fx_graph import Reader
-from fusepass.ir import Expr
-from fusepass.report import Collector, collect
+from fusepass.dialects.torch.graph import Reader
+from fusepass.expressions.ir import Expr
+from fusepass.reports.report import Collector, collect
 
 Program = Callable[..., Any]
 

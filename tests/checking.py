@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusepass import report
-from fusepass.report import SiteReport
+from fusepass.reports import report
+from fusepass.reports.report import SiteReport
 
 # A fault of the pass must fail the test that meets it, instead of leaving the graph as it was.
 os.environ["FUSEPASS_STRICT"] = "1"

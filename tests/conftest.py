@@ -41,8 +41,8 @@ def fresh_state() -> Iterator[None]:
     """Seed torch; forget registered kernels, and compiled code: a full cache would fall back to eager."""
     torch.manual_seed(0)
     yield
-    if "fusepass.registry" in sys.modules:
-        registry = sys.modules["fusepass.registry"]
+    if "fusepass.kernels.registry" in sys.modules:
+        registry = sys.modules["fusepass.kernels.registry"]
         for name in list(registry.registered()):
             registry.unregister_kernel(name)
     if "torch._dynamo" in sys.modules:

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from fusepass.config import Options
-from fusepass.report import GraphReport, SiteReport, source_of
+from fusepass.host.config import Options
+from fusepass.reports.report import GraphReport, SiteReport, source_of
 
 Engine = Callable[[torch.fx.GraphModule, Options, Any], GraphReport]
 
 
 def install(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
     """Let the backend find `engine` where it looks for the rewriter."""
-    module = ModuleType("fusepass.rewrite")
+    module = ModuleType("fusepass.compilation.rewrite")
     module.__dict__["rewrite_graph"] = engine
-    monkeypatch.setitem(sys.modules, "fusepass.rewrite", module)
+    monkeypatch.setitem(sys.modules, "fusepass.compilation.rewrite", module)
 
 
 def softmaxes(gm: torch.fx.GraphModule) -> list[torch.fx.Node]:

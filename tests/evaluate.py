@@ -14,9 +14,9 @@ import sympy
 import torch
 from torch import Tensor
 
-from fusepass.index import Affine, AxisSpace, Size
-from fusepass.ir import Expr, walk
-from fusepass.rule import Term
+from fusepass.expressions.index import Affine, AxisSpace, Size
+from fusepass.expressions.ir import Expr, walk
+from fusepass.rules.engine import Term
 
 Sizes = Mapping[sympy.Symbol, int]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusepass.arithmetic import COMPARISONS, LOGIC, opmath
-from fusepass.ir import Expr
+from fusepass.expressions.arithmetic import COMPARISONS, LOGIC, opmath
+from fusepass.expressions.ir import Expr
 from tests.evaluate import BINARY, UNARY, Evaluator
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {**UNARY, **BINARY}

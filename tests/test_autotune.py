@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusepass import autotune, costs
+from fusepass.selection import autotune, costs
 from tests.checking import assert_same_accuracy, call, compiled
 
 

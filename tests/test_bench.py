@@ -16,14 +16,17 @@ from typing import Any
 import pytest
 import torch
 
-from fusepass import bench, bench_clock, bench_report, costs
 from fusepass.__main__ import main
-from fusepass.bench_cases import VARIANTS
-from fusepass.bench_pool import Exclusive, spread
-from fusepass.config import Options
+from fusepass.compilation.rewrite import _Pass
+from fusepass.host.config import Options
 from fusepass.kernels import flex_blocks
-from fusepass.rewrite import _Pass
-from fusepass.select import kind_of
+from fusepass.selection import clock as bench_clock
+from fusepass.selection import costs
+from fusepass.selection.select import kind_of
+from fusepass.tools.bench import measuring as bench
+from fusepass.tools.bench import report as bench_report
+from fusepass.tools.bench.cases import VARIANTS
+from fusepass.tools.bench.pool import Exclusive, spread
 from tests.capture import dynamo_graph
 
 CPU = torch.device("cpu")
@@ -48,7 +51,7 @@ def test_a_variant_is_recognised_as_its_kind(name: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(_Pass, "_settle", watched)
     graph = dynamo_graph(variant.program, *given.values(), dynamic=False)
-    from fusepass.rewrite import rewrite_graph
+    from fusepass.compilation.rewrite import rewrite_graph
 
     rewrite_graph(graph, Options(kernel="reference"))
     assert kinds == [variant.kind]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusepass import report
-from fusepass.report import SiteReport
+from fusepass.reports import report
+from fusepass.reports.report import SiteReport
 from tests import checking
 
 B, H, N, D = 2, 2, 8, 8

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusepass.dialects import composites
-from fusepass.report import Collector, collect
+from fusepass.dialects.torch import composites
+from fusepass.reports.report import Collector, collect
 from tests.capture import agrees, close, compiled, dynamo_graph
 
 E, H, B, Q, K = 16, 2, 3, 5, 7

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fusepass.config import KERNELS, Options, accepted, inner_backends
+from fusepass.host.config import KERNELS, Options, accepted, inner_backends
 
 
 def test_defaults() -> None:
@@ -54,7 +54,7 @@ def test_an_error_names_the_value_and_what_is_accepted(
 
 
 def test_the_pass_is_not_its_own_inner_backend() -> None:
-    from fusepass.backend import fusepass as backend
+    from fusepass.compilation.backend import fusepass as backend
 
     with pytest.raises(ValueError, match="cannot be its own inner backend"):
         Options(inner=backend)

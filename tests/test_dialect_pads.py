@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusepass.dialects.fx_graph import Reader
+from fusepass.dialects.torch.graph import Reader
 from tests.capture import agrees, close, meaning, qkv
 from tests.evaluate import Evaluator, Grid
 from tests.test_masks import read, text

@@ -6,10 +6,10 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from fusepass import doctor
-from fusepass.config import KERNELS
-from fusepass.doctor import Machine, diagnose
+from fusepass.host.config import KERNELS
 from fusepass.kernels.gates import GATES, Package
+from fusepass.tools import doctor
+from fusepass.tools.doctor import Machine, diagnose
 
 
 def test_every_kernel_has_an_answer() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fusepass import report
+from fusepass.reports import report
 from tests import checking, programs
 from tests.programs import SQUARE, Program, Sizes
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import fusepass
-from fusepass.autoenable import is_enabled
-from fusepass.backend import fusepass as backend
-from fusepass.report import collect
+from fusepass.compilation.autoenable import is_enabled
+from fusepass.compilation.backend import fusepass as backend
+from fusepass.reports.report import collect
 from tests import engines
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

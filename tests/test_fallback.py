@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo import exc
 
-from fusepass.backend import compile_fused
-from fusepass.config import Options
-from fusepass.dialects.fx_graph import Reader
-from fusepass.emit import Builder
-from fusepass.index import AxisSpace
-from fusepass.report import Collector, collect
+from fusepass.compilation.backend import compile_fused
+from fusepass.dialects.torch.graph import Reader
+from fusepass.expressions.index import AxisSpace
+from fusepass.host.config import Options
+from fusepass.reports.report import Collector, collect
+from fusepass.writing.emit import Builder
 from tests.capture import dynamo_graph
 
 

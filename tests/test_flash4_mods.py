@@ -17,11 +17,11 @@ from torch._dynamo import lookup_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fusepass.config import Options
+from fusepass.compilation.rewrite import rewrite_graph
+from fusepass.host.config import Options
 from fusepass.kernels import blocks, cute_mods, flash4_mods
 from fusepass.kernels import formula as fm
-from fusepass.report import SiteReport
-from fusepass.rewrite import rewrite_graph
+from fusepass.reports.report import SiteReport
 from tests.attention_cases import CASES
 from tests.checking import assert_same_accuracy, call
 from tests.checking import compiled as compiled_case

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusepass.kernels import Target, flash_ops, gates, torch_flash
-from fusepass.spec import (
+from fusepass.specification.attention import (
     Attention,
     Band,
     Bias,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusepass import report
+from fusepass.reports import report
 from tests import checking  # noqa: F401  (faults of the pass are raised)
 
 INF, NAN = math.inf, math.nan

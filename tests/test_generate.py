@@ -15,8 +15,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fusepass import report
-from fusepass.report import GraphReport
+from fusepass.reports import report
+from fusepass.reports.report import GraphReport
 
 os.environ["FUSEPASS_STRICT"] = "1"  # faults of the pass are raised
 

@@ -18,11 +18,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusepass.dialects.fx_graph import Reader
-from fusepass.index import Facts
-from fusepass.ir import Expr, leaf, parse, to_text, walk
-from fusepass.ir import expr as make
-from fusepass.recognize import Miss, Site, recognise
+from fusepass.dialects.torch.graph import Reader
+from fusepass.expressions.index import Facts
+from fusepass.expressions.ir import Expr, leaf, parse, to_text, walk
+from fusepass.expressions.ir import expr as make
+from fusepass.recognition.recognize import Miss, Site, recognise
 
 FOLDER = Path(__file__).parent / "golden"
 INF = math.inf

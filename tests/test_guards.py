@@ -17,8 +17,9 @@ import torch._functorch.config
 from torch import Tensor, nn
 
 import fusepass
-from fusepass import contents, report
-from fusepass.report import Collector
+from fusepass.expressions import contents
+from fusepass.reports import report
+from fusepass.reports.report import Collector
 from tests import checking  # noqa: F401  (faults of the pass are raised)
 
 B, H, N, D = 2, 2, 8, 8
@@ -319,7 +320,7 @@ def test_no_part_of_what_cannot_be_stored_is(store: Store, monkeypatch: pytest.M
     def fails(*_: Any) -> bytes:
         raise TypeError("this cannot be stored")
 
-    monkeypatch.setattr("fusepass.guards.Guarded.stored", fails)
+    monkeypatch.setattr("fusepass.compilation.guards.Guarded.stored", fails)
     for _ in range(2):
         store.start()
         model = Persistent()

@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from fusepass.dialects.handlers import Result, Value, call_handler, handles
-from fusepass.dialects.torch_ops import HANDLERS
-from fusepass.index import Facts, Size
-from fusepass.ir import Expr, leaf
+from fusepass.dialects.torch.ops import HANDLERS
+from fusepass.expressions.index import Facts, Size
+from fusepass.expressions.ir import Expr, leaf
 
 X = leaf("x", (2, 3, 4), torch.float32)
 MASK = leaf("m", (2, 3, 4), torch.bool)
@@ -156,7 +156,7 @@ def test_tensors_without_dimensions() -> None:
 
 def test_a_list_of_indices_is_no_index_of_several_dimensions() -> None:
     """A list arrives as a tuple; the shape of the result tells ``x[[0, 1]]`` and ``x[0, 1]`` apart."""
-    from fusepass.dialects.torch_views import getitem
+    from fusepass.dialects.torch.views import getitem
 
     assert getitem(result(2, 3, 4), X, (0, 1)) is None
     found = getitem(result(4), X, (0, 1))

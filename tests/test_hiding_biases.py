@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusepass import report
+from fusepass.reports import report
 from tests import checking
 from tests.capture import compiled, qkv
 

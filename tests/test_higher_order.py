@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusepass import report
+from fusepass.reports import report
 from tests import checking
 
 B, S, H, D = 2, 6, 2, 8

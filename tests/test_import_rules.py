@@ -59,7 +59,7 @@ def within(name: str, *modules: str) -> bool:
 
 def allowed_in_patterns(name: str) -> bool:
     """Rules speak about expressions: no graphs, no ONNX, no kernels, and of torch only its dtypes."""
-    core = ("ir", "index", "contents", "spec", "rule", "patterns")
+    core = ("expressions", "specification", "rules", "patterns")
     known = name == "torch" or within(name, *(f"fusepass.{c}" for c in core), "sympy")
     return known or name.split(".")[0] in sys.stdlib_module_names
 
@@ -69,15 +69,15 @@ def allowed_in_exporters(name: str) -> bool:
 
     Libraries of the target format are theirs to choose; spellings and kernels are none of their business.
     """
-    data = ("ir", "index", "spec", "takes", "rule", "dialects")
+    data = ("expressions", "specification", "rules", "dialects")
     engine = (
-        "fusepass.recognize",
-        "fusepass.resemblance",
-        "fusepass.rewrite.",
-        "fusepass.fusing",
-        "fusepass.layouts",
+        "fusepass.recognition.recognize",
+        "fusepass.recognition.resemblance",
+        "fusepass.compilation.rewrite",
+        "fusepass.compilation.fusing",
+        "fusepass.writing.layouts",
     )
-    reports = ("fusepass.config", "fusepass.report", "fusepass.tables")
+    reports = ("fusepass.host.config", "fusepass.reports.report", "fusepass.reports.tables")
     return within(
         name, *(f"fusepass.{d}" for d in data), *engine, *reports, "fusepass.exporters"
     ) or not within(name, *FOLDERS)
@@ -123,9 +123,9 @@ def test_links_are_not_followed() -> None:
 @pytest.mark.parametrize(
     ("folder", "source", "refused"),
     [
-        ("patterns", "import math, sympy\nfrom fusepass.ir import Expr", []),
-        ("patterns", "from . import masks\nfrom .heads import group\nfrom ..spec import Scale", []),
-        ("patterns", "from fusepass import ir, kernels", ["fusepass.kernels"]),
+        ("patterns", "import math, sympy\nfrom fusepass.expressions.ir import Expr", []),
+        ("patterns", "from . import masks\nfrom .heads import group\nfrom ..specification import Scale", []),
+        ("patterns", "from fusepass import expressions, kernels", ["fusepass.kernels"]),
         ("patterns", "import torch\nf32 = torch.float32", []),
         ("patterns", "def f():\n    from torch import fx", ["torch.fx"]),
         ("patterns", "import torch.nn.functional", ["torch.nn.functional"]),

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fusepass.index import Affine, AxisSpace, Facts, Size, prod, simplify_size
-from fusepass.ir import Expr, expr, leaf
-from fusepass.recognize import RULES
-from fusepass.rule import Scope, Term
+from fusepass.expressions.index import Affine, AxisSpace, Facts, Size, prod, simplify_size
+from fusepass.expressions.ir import Expr, expr, leaf
+from fusepass.recognition.recognize import RULES
+from fusepass.rules.engine import Scope, Term
 from tests.evaluate import Evaluator, Grid
 
 S0, S1 = (sympy.Symbol(name, integer=True, positive=True) for name in ("s0", "s1"))

@@ -13,9 +13,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusepass import ir
-from fusepass.index import Affine, Size
-from fusepass.ir import Expr, broadcast, const, expr, leaf, parse, pointwise, scalar_of, to_text, walk
+from fusepass.expressions import ir
+from fusepass.expressions.index import Affine, Size
+from fusepass.expressions.ir import (
+    Expr,
+    broadcast,
+    const,
+    expr,
+    leaf,
+    parse,
+    pointwise,
+    scalar_of,
+    to_text,
+    walk,
+)
 
 S0, S1 = (sympy.Symbol(name, integer=True, positive=True) for name in ("s0", "s1"))
 

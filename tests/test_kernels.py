@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fusepass.config import KERNELS as NAMES
-from fusepass.config import Options
+from fusepass.compilation.rewrite import rewrite_graph
+from fusepass.host.config import KERNELS as NAMES
+from fusepass.host.config import Options
 from fusepass.kernels import BY_NAME, FLEX, KERNELS, REFERENCE, SDPA, Kernel, Target, reference
-from fusepass.report import collect
-from fusepass.rewrite import rewrite_graph
-from fusepass.spec import (
+from fusepass.reports.report import collect
+from fusepass.specification.attention import (
     Attention,
     Band,
     Bias,

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusepass.config import Options
+from fusepass.compilation.rewrite import rewrite_graph
+from fusepass.host.config import Options
 from fusepass.kernels import BY_NAME, Target, flex, formula
 from fusepass.kernels.blocks import BLOCK, block_visibility, tables
 from fusepass.kernels.flex_blocks import block_attention
-from fusepass.rewrite import rewrite_graph
-from fusepass.spec import Attention
+from fusepass.specification.attention import Attention
 from tests.attention_cases import CASES, INF, heads, merge
 from tests.checking import assert_same_accuracy, call, compiled
 from tests.fake_cuda import fake_graph, hopper

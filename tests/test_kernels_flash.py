@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from fusepass import doctor
-from fusepass.config import Options
+from fusepass.compilation.rewrite import rewrite_graph
+from fusepass.host.config import Options
 from fusepass.kernels import BY_NAME, CUDNN, FLASH2, FLASH3, FLASH4, Kernel, Target, flash, flash_ops, gates
-from fusepass.report import SiteReport
-from fusepass.rewrite import rewrite_graph
-from fusepass.spec import (
+from fusepass.reports.report import SiteReport
+from fusepass.specification.attention import (
     Attention,
     Band,
     Bias,
@@ -31,7 +30,8 @@ from fusepass.spec import (
     SoftCap,
     reference,
 )
-from fusepass.spec_grad import gradients
+from fusepass.specification.derivative import gradients
+from fusepass.tools import doctor
 from tests.attention_cases import INF
 from tests.fake_cuda import fake_graph, hopper, targets
 

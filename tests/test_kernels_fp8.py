@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusepass.config import Options
+from fusepass.compilation.rewrite import rewrite_graph
+from fusepass.host.config import Options
 from fusepass.kernels import FP8, Target, flash, fp8, gates
 from fusepass.kernels.fp8_ops import E4M3_MAX
-from fusepass.rewrite import rewrite_graph
-from fusepass.spec import Attention, Band, Bias, Dropout, Mask, Scale, SoftCap
+from fusepass.specification.attention import Attention, Band, Bias, Dropout, Mask, Scale, SoftCap
 from tests.fake_cuda import fake_graph, hopper, targets
 
 CUDA = Target("cuda", False, False, precision="fp8")

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import fusepass
-from fusepass import bench
-from fusepass.bench_cases import VARIANTS
 from fusepass.kernels import blocks, fp8
 from fusepass.kernels.gates import FLASH3, FRONTEND, GATES, installed, machine_refuses
+from fusepass.tools.bench import measuring as bench
+from fusepass.tools.bench.cases import VARIANTS
 from tests.attention_cases import CASES, Case, full
 from tests.checking import Run, assert_same_accuracy, call, compiled
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusepass.index import AxisSpace, Facts
-from fusepass.ir import expr
-from fusepass.recognize import RULES
-from fusepass.rule import Core, Found, Peel, Product, Rule, Scope, Term
-from fusepass.spec import (
+from fusepass.expressions.index import AxisSpace, Facts
+from fusepass.expressions.ir import expr
+from fusepass.recognition.recognize import RULES
+from fusepass.rules.engine import Core, Found, Peel, Product, Rule, Scope, Term
+from fusepass.specification.attention import (
     Band,
     Bias,
     Cast,

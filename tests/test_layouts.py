@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusepass import report
-from fusepass.config import Options
-from fusepass.rewrite import rewrite_graph
+from fusepass.compilation.rewrite import rewrite_graph
+from fusepass.host.config import Options
+from fusepass.reports import report
 from tests import checking
 from tests.capture import agrees, close, compiled, dynamo_graph
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusepass import resemblance
-from fusepass.ir import Expr, const, expr, leaf, pointwise
-from fusepass.resemblance import of_activations, products_behind, softmaxes_behind, were_scores
+from fusepass.expressions.ir import Expr, const, expr, leaf, pointwise
+from fusepass.recognition import resemblance
+from fusepass.recognition.resemblance import of_activations, products_behind, softmaxes_behind, were_scores
 from tests.capture import agrees
 
 INF = float("inf")

@@ -17,7 +17,7 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusepass import report
+from fusepass.reports import report
 from tests import checking
 
 B, H, N, D = 2, 4, 12, 8

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from fusepass.patterns.formulas import Formulas
 from fusepass.patterns.masks import conjuncts, every_row_sees_itself, visibility_factor
+from fusepass.rules.formulas import Formulas
 from tests.capture import agrees, close, compiled, qkv
 from tests.evaluate import Evaluator, Grid
 from tests.test_masks import LABELS, PAD, ij, read, text, visibilities

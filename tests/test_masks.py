@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusepass.index import AxisSpace, Facts
-from fusepass.ir import Expr, walk
+from fusepass.expressions.index import AxisSpace, Facts
+from fusepass.expressions.ir import Expr, walk
 from fusepass.patterns import masks
-from fusepass.patterns.formulas import Formulas
 from fusepass.patterns.masks import Positions, classify, conjuncts, every_row_sees
-from fusepass.recognize import RULES
-from fusepass.rule import Scope, Term
-from fusepass.spec import Atom, Band, Dense, KeyPadding
+from fusepass.recognition.recognize import RULES
+from fusepass.rules.engine import Scope, Term
+from fusepass.rules.formulas import Formulas
+from fusepass.specification.attention import Atom, Band, Dense, KeyPadding
 from tests.capture import agrees, compiled, meaning, qkv
 from tests.evaluate import Evaluator, Grid
 

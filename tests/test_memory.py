@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusepass import report
-from fusepass.dialects.fx_memory import Memory, written_operands
+from fusepass.dialects.torch.memory import Memory, written_operands
+from fusepass.reports import report
 from tests import checking  # noqa: F401  (faults of the pass are raised)
 
 Program = Callable[[Tensor, Tensor, Tensor, Tensor], Any]

@@ -12,10 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusepass.modifiers import KINDS, Sample, Step
-from fusepass.program import decode, encode, slots
-from fusepass.samples import SIZES, Draw
-from fusepass.spec import (
+from fusepass.specification.attention import (
     Attention,
     Band,
     Bias,
@@ -32,7 +29,10 @@ from fusepass.spec import (
     negligible,
     reference,
 )
-from fusepass.spec_grad import gradients
+from fusepass.specification.derivative import gradients
+from fusepass.specification.modifiers import KINDS, Sample, Step
+from fusepass.specification.program import decode, encode, slots
+from fusepass.specification.samples import SIZES, Draw
 from tests.written import qkv, spec_of
 
 INF = math.inf

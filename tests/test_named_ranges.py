@@ -14,8 +14,9 @@ from torch._inductor.utils import run_and_get_code
 from torch.profiler import ProfilerActivity, profile
 
 import fusepass
-from fusepass import marks, ranges
-from fusepass.backend import fusepass as backend
+from fusepass.compilation import marks
+from fusepass.compilation import profiler_ranges as ranges
+from fusepass.compilation.backend import fusepass as backend
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 MARK = re.compile(r"\b_fusepass_\d|^ *except NameError: pass$|^ *#")
@@ -116,7 +117,7 @@ def test_generated_code_names_sites_and_is_otherwise_the_same(
     assert named[0].count("_RecordFunctionFast('fusepass ") == 2
     assert not training or named[1].count(", backward')") == 2
     monkeypatch.setattr(ranges, "marked", lambda inductor, gm: inductor)
-    monkeypatch.setattr("fusepass.backend.marked", ranges.marked)
+    monkeypatch.setattr("fusepass.compilation.backend.marked", ranges.marked)
     want, plain = generated(model, training)
     assert torch.equal(got, want)
     assert [without_marks(code) for code in named] == [without_marks(code) for code in plain]

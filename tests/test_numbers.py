@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusepass import arithmetic, report
-from fusepass.contents import Contents, Ramp, Uniform, describe
-from fusepass.index import AxisSpace, Facts
-from fusepass.ir import Expr, cast, const, expr, leaf, parse, pointwise, scalar_of, to_text, walk
-from fusepass.patterns.formulas import FALSE, TRUE, Formulas
+from fusepass.expressions import arithmetic
+from fusepass.expressions.contents import Contents, Ramp, Uniform, describe
+from fusepass.expressions.index import AxisSpace, Facts
+from fusepass.expressions.ir import Expr, cast, const, expr, leaf, parse, pointwise, scalar_of, to_text, walk
 from fusepass.patterns.scores import number
-from fusepass.recognize import RULES
-from fusepass.rule import Scope, Term
+from fusepass.recognition.recognize import RULES
+from fusepass.reports import report
+from fusepass.rules.engine import Scope, Term
+from fusepass.rules.formulas import FALSE, TRUE, Formulas
 from tests import checking
 from tests.capture import agrees, compiled, meaning, qkv
 from tests.evaluate import UNARY, Grid

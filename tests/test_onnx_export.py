@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import fusepass
-from fusepass import spec
-from fusepass.exporters import onnx_export, onnx_verify
-from fusepass.exporters.onnx_files import Disagreement
+from fusepass.exporters.onnx import export as onnx_export
+from fusepass.exporters.onnx import verify as onnx_verify
+from fusepass.exporters.onnx.files import Disagreement
 from fusepass.exporters.staging import ModelError
+from fusepass.specification import attention as spec
 from tests.onnx_models import (
     MODELS,
     Attention,
@@ -355,8 +356,8 @@ def test_names_and_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
 
 def test_large_models_keep_their_weights_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of protocol buffers end at two gigabytes; here the bound is two kilobytes."""
-    monkeypatch.setattr("fusepass.exporters.onnx_files._INLINE_BYTES", 2000)
-    monkeypatch.setattr("fusepass.exporters.onnx_files._SMALL", 256)
+    monkeypatch.setattr("fusepass.exporters.onnx.files._INLINE_BYTES", 2000)
+    monkeypatch.setattr("fusepass.exporters.onnx.files._SMALL", 256)
     steps: list[str] = []
     path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
     model = sharpened(Attention(causal=True, kv=2))

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import fusepass
-from fusepass import faults
-from fusepass.dialects.onnx_call import HANDLERS, Call
-from fusepass.dialects.onnx_graph import OnnxReader
-from fusepass.ir import Expr
+from fusepass.dialects.onnx.call import HANDLERS, Call
+from fusepass.dialects.onnx.graph import OnnxReader
+from fusepass.expressions.ir import Expr
+from fusepass.host import faults
 from tests.test_onnx_optimize import plain
 
 
@@ -77,7 +77,7 @@ def test_a_fault_is_raised_where_that_is_asked_for(tmp_path: Path, monkeypatch: 
 def test_numbers_that_fail_cost_their_node(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
     """Integers that describe shapes are followed apart from the meanings."""
     monkeypatch.delenv("FUSEPASS_STRICT", raising=False)
-    monkeypatch.setattr("fusepass.dialects.onnx_sizes.total", broken)
+    monkeypatch.setattr("fusepass.dialects.onnx.sizes.total", broken)
     x = ir.val("x", ir.DataType.FLOAT, [2, 3])
     size, cast = ir.node("Size", [x]), ir.node("Neg", [x])
     reader = OnnxReader(ir.Graph([x], cast.outputs, nodes=[size, cast], opset_imports={"": 20}), {"": 20})

@@ -10,14 +10,14 @@ import torch
 from onnx_ir.passes.common import InlinePass
 
 import fusepass
-from fusepass.dialects.onnx_constants import closed_form
-from fusepass.dialects.onnx_graph import OnnxReader
-from fusepass.dialects.onnx_sizes import DimFacts, parse_dim, symbol
-from fusepass.exporters.onnx_opsets import infer
-from fusepass.ir import expr
-from fusepass.recognize import Site, recognise
-from fusepass.report import collect
-from fusepass.rewrite import _LOST
+from fusepass.compilation.rewrite import _LOST
+from fusepass.dialects.onnx.constants import closed_form
+from fusepass.dialects.onnx.graph import OnnxReader
+from fusepass.dialects.onnx.sizes import DimFacts, parse_dim, symbol
+from fusepass.exporters.onnx.opsets import infer
+from fusepass.expressions.ir import expr
+from fusepass.recognition.recognize import Site, recognise
+from fusepass.reports.report import collect
 from tests import evaluate, programs
 from tests.test_frontends import PROGRAMS, module
 

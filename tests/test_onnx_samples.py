@@ -16,9 +16,9 @@ from onnx.backend.test.case.node import collect_testcases
 from onnx_ir.passes.common import InlinePass
 from torch import Tensor
 
-from fusepass.dialects.onnx_graph import OnnxReader
-from fusepass.exporters.onnx_opsets import infer
-from fusepass.ir import Expr, walk
+from fusepass.dialects.onnx.graph import OnnxReader
+from fusepass.exporters.onnx.opsets import infer
+from fusepass.expressions.ir import Expr, walk
 from tests.evaluate import Evaluator
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusepass.dialects.fx_graph import Reader
-from fusepass.dialects.fx_nodes import operation
-from fusepass.dialects.torch_ops import HANDLERS
-from fusepass.ir import Expr, walk
+from fusepass.dialects.torch.graph import Reader
+from fusepass.dialects.torch.nodes import operation
+from fusepass.dialects.torch.ops import HANDLERS
+from fusepass.expressions.ir import Expr, walk
 from tests.evaluate import Evaluator
 
 #: Samples of one operator, dtype and spelling that are looked at.

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import fusepass
 from fusepass.__main__ import main
-from fusepass.backend import fusepass as backend
-from fusepass.config import Options
-from fusepass.report import collect
+from fusepass.compilation.backend import fusepass as backend
+from fusepass.host.config import Options
+from fusepass.reports.report import collect
 from tests.attention import Attention, Q, plain, softcapped
 
 

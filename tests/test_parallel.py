@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from fusepass.backend import run_pass
-from fusepass.config import Options
-from fusepass.report import GraphReport
-from fusepass.sharding import check_placements, has_strategy, is_sharded
+from fusepass.compilation.backend import run_pass
+from fusepass.host.config import Options
+from fusepass.reports.report import GraphReport
+from fusepass.writing.sharding import check_placements, has_strategy, is_sharded
 from tests.capture import dynamo_graph
 
 ROOT = Path(__file__).parent.parent
@@ -131,7 +131,7 @@ def test_a_backward_needs_a_strategy_as_well(strategies: None, mesh: Any) -> Non
 
 
 def test_placements_are_compared(mesh: Any) -> None:
-    from fusepass.emit import CannotEmit
+    from fusepass.writing.emit import CannotEmit
 
     by_heads, by_batch, plain = spread(mesh, 1)[0], spread(mesh, 0)[0], torch.ones(2)
     check_placements(by_heads, by_heads)

@@ -13,8 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusepass.program import decode, encode, known_bands, slots
-from fusepass.spec import (
+from fusepass.specification.attention import (
     Attention,
     Band,
     Bias,
@@ -33,6 +32,7 @@ from fusepass.spec import (
     WeightScale,
     ZeroEmptyRows,
 )
+from fusepass.specification.program import decode, encode, known_bands, slots
 
 slot = st.integers(0, 9)
 axes = st.sampled_from(["", "h", "bj", "hij", "bhij"])

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fusepass.contents import FILL, Contents
-from fusepass.index import Facts
-from fusepass.ir import Expr, const, expr, leaf, pointwise
+from fusepass.expressions.contents import FILL, Contents
+from fusepass.expressions.index import Facts
+from fusepass.expressions.intervals import WIDEST, Ranges, is_ordinary, range_of
+from fusepass.expressions.ir import Expr, const, expr, leaf, pointwise
 from fusepass.patterns import masks
-from fusepass.patterns.ranges import WIDEST, Ranges, is_ordinary, range_of
 from tests.capture import meaning
 from tests.exact import Exact
 

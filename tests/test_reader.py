@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from fusepass.config import Options
-from fusepass.rewrite import rewrite_graph
+from fusepass.compilation.rewrite import rewrite_graph
+from fusepass.host.config import Options
 from tests.capture import agrees, dynamo_graph, qkv
 
 INF = math.inf

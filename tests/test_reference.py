@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fusepass.kernels  # noqa: F401  (registers the operator)
-from fusepass.program import decode, encode, slots
-from fusepass.spec import (
+from fusepass.specification.attention import (
     Attention,
     Bias,
     Finite,
@@ -33,6 +32,7 @@ from fusepass.spec import (
     ZeroEmptyRows,
     reference,
 )
+from fusepass.specification.program import decode, encode, slots
 
 B, H, G, Q, K, D, DV = 2, 4, 2, 5, 6, 4, 3
 INF = math.inf

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, fx
 
 import fusepass
-from fusepass import autotune, bench, bench_report, costs, doctor, registry
-from fusepass.backend import fusepass as backend
-from fusepass.config import Options
+from fusepass.compilation.backend import fusepass as backend
+from fusepass.host.config import Options
 from fusepass.kernels import (
     Builder,
     Gate,
@@ -30,9 +29,14 @@ from fusepass.kernels import (
     Target,
     conjunction,
     operands,
+    registry,
     rounds,
     scaled,
 )
+from fusepass.selection import autotune, costs
+from fusepass.tools import doctor
+from fusepass.tools.bench import measuring as bench
+from fusepass.tools.bench import report as bench_report
 from tests.attention import Attention, Q, plain, softcapped
 from tests.fake_cuda import fake_graph, hopper
 

@@ -8,8 +8,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from fusepass.report import Collector, GraphReport, SiteReport, collect, publish, render, source_of, summary
-from fusepass.tables import size
+from fusepass.reports.report import (
+    Collector,
+    GraphReport,
+    SiteReport,
+    collect,
+    publish,
+    render,
+    source_of,
+    summary,
+)
+from fusepass.reports.tables import size
 from tests import engines
 
 LEFT = SiteReport("softmax_2", False, "", "", None, "softmax over [queries]", "model.py:9 f: x.softmax(1)")

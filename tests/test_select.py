@@ -12,12 +12,25 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 import fusepass
-from fusepass import bench, bench_report, costs, report, select
-from fusepass.config import Options
-from fusepass.costs import Curve, Profile, Sample
+from fusepass.compilation.rewrite import rewrite_graph
+from fusepass.host.config import Options
 from fusepass.kernels import FLASH3, FLASH4, FLEX, KERNELS, SDPA, Target, reference
-from fusepass.rewrite import rewrite_graph
-from fusepass.spec import Attention, Band, Bias, Document, Dropout, KeyPadding, Mask, Sink, SoftCap
+from fusepass.reports import report
+from fusepass.selection import costs, select
+from fusepass.selection.costs import Curve, Profile, Sample
+from fusepass.specification.attention import (
+    Attention,
+    Band,
+    Bias,
+    Document,
+    Dropout,
+    KeyPadding,
+    Mask,
+    Sink,
+    SoftCap,
+)
+from fusepass.tools.bench import measuring as bench
+from fusepass.tools.bench import report as bench_report
 from tests.checking import call, compiled
 from tests.fake_cuda import fake_graph, hopper
 

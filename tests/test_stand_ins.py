@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusepass
-from fusepass.dialects.fx_nodes import is_pytorchs, stand_in
-from fusepass.report import Collector
+from fusepass.dialects.torch.nodes import is_pytorchs, stand_in
+from fusepass.reports.report import Collector
 from tests.capture import close, compiled, dynamo_graph, qkv
 
 REAL = F.scaled_dot_product_attention

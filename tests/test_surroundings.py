@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import fusepass
-from fusepass.backend import compile_fused, run_pass
-from fusepass.config import Options
-from fusepass.report import collect
-from fusepass.surroundings import clean_context, graph_context, is_clean, settings
+from fusepass.compilation.backend import compile_fused, run_pass
+from fusepass.host.config import Options
+from fusepass.host.surroundings import clean_context, graph_context, is_clean, settings
+from fusepass.reports.report import collect
 from tests.capture import dynamo_graph, qkv
 
 ROOT = Path(fusepass.__file__).parent

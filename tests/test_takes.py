@@ -12,20 +12,17 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from fusepass import select
-from fusepass.config import Options
-from fusepass.emit import Builder
-from fusepass.ir import Expr, scalar_of
+from fusepass.compilation.rewrite import rewrite_graph
+from fusepass.expressions.ir import Expr, scalar_of
+from fusepass.host.config import Options
 from fusepass.kernels import FLEX, KERNELS, REFERENCE, SDPA, Kernel, Refused
 from fusepass.kernels.base import Target, conjunction, operands, scaled
-from fusepass.modifiers import KINDS, Sample, Tensors
 from fusepass.patterns import examples as eg
 from fusepass.patterns.scores import holds_product
-from fusepass.recognize import RULES, Site
-from fusepass.rewrite import rewrite_graph
-from fusepass.rule import Peel, Scope, Term, rule
-from fusepass.samples import Draw
-from fusepass.spec import (
+from fusepass.recognition.recognize import RULES, Site
+from fusepass.rules.engine import Peel, Scope, Term, rule
+from fusepass.selection import select
+from fusepass.specification.attention import (
     Attention,
     Band,
     Bias,
@@ -47,7 +44,10 @@ from fusepass.spec import (
     merge_scales,
     reference,
 )
-from fusepass.takes import Takes
+from fusepass.specification.modifiers import KINDS, Sample, Tensors
+from fusepass.specification.samples import Draw
+from fusepass.specification.takes import Takes
+from fusepass.writing.emit import Builder
 from tests.capture import compiled, dynamo_graph
 from tests.capture import qkv as random_qkv
 from tests.checking import assert_as_accurate

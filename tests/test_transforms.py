@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import fusepass
-from fusepass import report
-from fusepass.transforms import AGAIN, BATCHED, FOREIGN, FORWARD_MODE, TWICE
+from fusepass.dialects.torch.transforms import AGAIN, BATCHED, FOREIGN, FORWARD_MODE, TWICE
+from fusepass.reports import report
 from tests.checking import assert_as_accurate
 
 Program = Callable[[Tensor, Tensor, Tensor], Any]

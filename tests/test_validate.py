@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from fusepass.config import Options
-from fusepass.recognize import RULES, Rules
-from fusepass.report import SiteReport, collect
-from fusepass.rewrite import rewrite_graph
-from fusepass.rule import Peel, Rule, Scope, Term
-from fusepass.spec import Mask, Scale
-from fusepass.validate import is_random, site_error
+from fusepass.compilation.rewrite import rewrite_graph
+from fusepass.host.config import Options
+from fusepass.recognition.recognize import RULES, Rules
+from fusepass.reports.report import SiteReport, collect
+from fusepass.rules.engine import Peel, Rule, Scope, Term
+from fusepass.specification.attention import Mask, Scale
+from fusepass.writing.validate import is_random, site_error
 
 
 def broken(name: str, change: Callable[[Peel], Peel]) -> Rules:

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusepass.dialects.fx_graph import Reader
-from fusepass.emit import Builder
-from fusepass.index import Affine
-from fusepass.ir import Expr
+from fusepass.dialects.torch.graph import Reader
+from fusepass.expressions.index import Affine
+from fusepass.expressions.ir import Expr
 from fusepass.kernels import Kernel, Target
-from fusepass.recognize import Site, recognise
-from fusepass.rule import Term
-from fusepass.samples import SIZES
-from fusepass.spec import Attention, ScoreModifier, Sink, WeightModifier
+from fusepass.recognition.recognize import Site, recognise
+from fusepass.rules.engine import Term
+from fusepass.specification.attention import Attention, ScoreModifier, Sink, WeightModifier
+from fusepass.specification.samples import SIZES
+from fusepass.writing.emit import Builder
 
 B, H, Q, K = SIZES.values()
 D = 8

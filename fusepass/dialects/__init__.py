@@ -1,1 +1,1 @@
-"""Front ends: what the nodes of a captured graph mean, as :mod:`fusepass.ir` expressions."""
+"""Front ends: what the nodes of a captured graph mean, as :mod:`fusepass.expressions.ir` expressions."""

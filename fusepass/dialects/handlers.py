@@ -18,9 +18,9 @@ from typing import Any, TypeGuard, TypeVar, Union, get_args, get_origin, get_typ
 import sympy
 import torch
 
-from fusepass.index import Facts, Size
-from fusepass.ir import Expr, Shape, cast, const, expr, is_integer, opmath
-from fusepass.surroundings import settings
+from fusepass.expressions.index import Facts, Size
+from fusepass.expressions.ir import Expr, Shape, cast, const, expr, is_integer, opmath
+from fusepass.host.surroundings import settings
 
 Value = Any
 Handler = Callable[..., Value]

@@ -1,6 +1,6 @@
 """Kernels: each says which specifications it refuses, and why, and writes itself into a graph.
 
-The list is in order of preference where nothing has been measured; :mod:`fusepass.select` ranks them where
+The list is in order of preference where nothing has been measured; :mod:`fusepass.selection` ranks them where
 something has.  ``reference``, plain mathematics, closes the list: unasked it serves
 training, and short sequences on a CPU.
 
@@ -11,8 +11,7 @@ specification, and the helpers that lay out the tensors of a :class:`Site` with 
 
 from __future__ import annotations
 
-from fusepass import registry
-from fusepass.emit import Builder
+from fusepass.kernels import registry
 from fusepass.kernels.base import (
     Kernel,
     Operands,
@@ -33,9 +32,21 @@ from fusepass.kernels.fp8 import FP8
 from fusepass.kernels.gates import Gate, Package
 from fusepass.kernels.reference import REFERENCE
 from fusepass.kernels.sdpa import SDPA
-from fusepass.recognize import Site
-from fusepass.spec import Attention, Band, Bias, Dropout, KeyPadding, Mask, Scale, ScaleBy, Sink, SoftCap
-from fusepass.takes import Takes
+from fusepass.recognition.recognize import Site
+from fusepass.specification.attention import (
+    Attention,
+    Band,
+    Bias,
+    Dropout,
+    KeyPadding,
+    Mask,
+    Scale,
+    ScaleBy,
+    Sink,
+    SoftCap,
+)
+from fusepass.specification.takes import Takes
+from fusepass.writing.emit import Builder
 
 KERNELS: tuple[Kernel, ...] = (SDPA, FLASH3, FLASH4, FLASH2, CUDNN, FLEX, FLEX_FLASH, REFERENCE)
 BY_NAME: dict[str, Kernel] = {k.name: k for k in KERNELS}

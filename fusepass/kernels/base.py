@@ -11,13 +11,11 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from fusepass.contents import FILL
-from fusepass.dialects.fx_nodes import size_of
-from fusepass.emit import Builder
-from fusepass.ir import Expr, opmath
-from fusepass.program import slots
-from fusepass.recognize import Site
-from fusepass.spec import (
+from fusepass.dialects.torch.nodes import size_of
+from fusepass.expressions.contents import FILL
+from fusepass.expressions.ir import Expr, opmath
+from fusepass.recognition.recognize import Site
+from fusepass.specification.attention import (
     USUAL_SCORES,
     Attention,
     Band,
@@ -36,7 +34,9 @@ from fusepass.spec import (
     ZeroEmptyRows,
     empty_rows,
 )
-from fusepass.takes import Takes
+from fusepass.specification.program import slots
+from fusepass.specification.takes import Takes
+from fusepass.writing.emit import Builder
 
 #: Weight modifiers that are done to the values or to the result: by :func:`operands`, :func:`after_weights`
 #: and, for rows that see no key, :func:`finish_rows`.

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusepass.ir import DTYPES
+from fusepass.expressions.ir import DTYPES
+from fusepass.host.surroundings import clean_context
 from fusepass.kernels.formula import Formula, read
-from fusepass.surroundings import clean_context
 
 BLOCK = 128
 

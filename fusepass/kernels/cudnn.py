@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from fusepass.emit import Builder
 from fusepass.kernels import sdpa
 from fusepass.kernels.base import (
     IN_GRAPH,
@@ -26,8 +25,9 @@ from fusepass.kernels.base import (
     scaled,
 )
 from fusepass.kernels.gates import gate_refuses
-from fusepass.recognize import Site
-from fusepass.spec import Attention
+from fusepass.recognition.recognize import Site
+from fusepass.specification.attention import Attention
+from fusepass.writing.emit import Builder
 
 operator_of_cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 

@@ -17,8 +17,7 @@ import sympy
 import torch
 from torch import fx
 
-from fusepass.emit import Builder
-from fusepass.index import simplify_size
+from fusepass.expressions.index import simplify_size
 from fusepass.kernels import flash4_mods, flash_ops, fp8_ops
 from fusepass.kernels import formula as fm
 from fusepass.kernels.base import (
@@ -33,8 +32,8 @@ from fusepass.kernels.base import (
     scaled,
 )
 from fusepass.kernels.gates import gate_refuses
-from fusepass.recognize import Site
-from fusepass.spec import (
+from fusepass.recognition.recognize import Site
+from fusepass.specification.attention import (
     Attention,
     Band,
     Bias,
@@ -45,7 +44,8 @@ from fusepass.spec import (
     Sink,
     SoftCap,
 )
-from fusepass.takes import Takes
+from fusepass.specification.takes import Takes
+from fusepass.writing.emit import Builder
 
 
 @dataclass(frozen=True)

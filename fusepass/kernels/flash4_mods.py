@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fusepass.emit import Builder
+from fusepass.host.surroundings import settings
 from fusepass.kernels import blocks, cute_mods, flash_ops, flex_blocks
 from fusepass.kernels import formula as fm
 from fusepass.kernels.base import AROUND, IN_GRAPH, Operands, Refused, Target, after_weights, operands
-from fusepass.recognize import Site
-from fusepass.spec import (
+from fusepass.recognition.recognize import Site
+from fusepass.specification.attention import (
     Attention,
     Band,
     Bias,
@@ -44,8 +44,8 @@ from fusepass.spec import (
     SoftCap,
     empty_rows,
 )
-from fusepass.surroundings import settings
-from fusepass.takes import Takes
+from fusepass.specification.takes import Takes
+from fusepass.writing.emit import Builder
 
 _LOADED = (torch.bool, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
 

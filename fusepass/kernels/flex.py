@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._sympy.symbol import SymT, free_symbol_is_type
 
-from fusepass.emit import Builder
+from fusepass.host.surroundings import settings
 from fusepass.kernels import flex_blocks
 from fusepass.kernels import formula as fm
 from fusepass.kernels.base import (
@@ -42,9 +42,8 @@ from fusepass.kernels.base import (
 )
 from fusepass.kernels.flex_blocks import representable
 from fusepass.kernels.gates import gate_refuses
-from fusepass.program import Program, decode, encode
-from fusepass.recognize import Site
-from fusepass.spec import (
+from fusepass.recognition.recognize import Site
+from fusepass.specification.attention import (
     Attention,
     Bias,
     Finite,
@@ -57,8 +56,9 @@ from fusepass.spec import (
     SoftCap,
     finite,
 )
-from fusepass.surroundings import settings
-from fusepass.takes import Takes
+from fusepass.specification.program import Program, decode, encode
+from fusepass.specification.takes import Takes
+from fusepass.writing.emit import Builder
 
 
 def flex_attention(

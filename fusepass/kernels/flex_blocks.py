@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fusepass.emit import Builder
 from fusepass.kernels import formula as fm
 from fusepass.kernels import gates
 from fusepass.kernels.base import (
@@ -37,9 +36,9 @@ from fusepass.kernels.blocks import (
     tables_op,
 )
 from fusepass.patterns.masks import additive_mask
-from fusepass.recognize import Site
-from fusepass.rule import Term
-from fusepass.spec import (
+from fusepass.recognition.recognize import Site
+from fusepass.rules.engine import Term
+from fusepass.specification.attention import (
     Attention,
     Bias,
     Finite,
@@ -51,6 +50,7 @@ from fusepass.spec import (
     finite,
     one_level,
 )
+from fusepass.writing.emit import Builder
 
 TILED_HEAD_DIM = 128
 """Beyond this head size the tiles of flash-attn 4 are no blocks of 128 keys."""

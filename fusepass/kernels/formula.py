@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusepass.index import Affine, Size, prod
-from fusepass.ir import DTYPE_NAMES, DTYPES, Expr
-from fusepass.patterns.formulas import Formulas
-from fusepass.recognize import Site
-from fusepass.rule import Term
+from fusepass.expressions.index import Affine, Size, prod
+from fusepass.expressions.ir import DTYPE_NAMES, DTYPES, Expr
+from fusepass.recognition.recognize import Site
+from fusepass.rules.engine import Term
+from fusepass.rules.formulas import Formulas
 
 Formula = Any  # nested tuples, as `read` gives them
 

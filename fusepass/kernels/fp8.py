@@ -14,14 +14,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from fusepass.emit import Builder
 from fusepass.kernels import fp8_ops
 from fusepass.kernels.base import AROUND, Kernel, Refused, Target, after_weights, operands, scaled
 from fusepass.kernels.flash import shard_where_used
 from fusepass.kernels.gates import FLASH3, GATES, gate_refuses, import_refuses, installed
-from fusepass.recognize import Site
-from fusepass.spec import Attention, Mask, Scale, ScaleBy
-from fusepass.takes import Takes
+from fusepass.recognition.recognize import Site
+from fusepass.specification.attention import Attention, Mask, Scale, ScaleBy
+from fusepass.specification.takes import Takes
+from fusepass.writing.emit import Builder
 
 _SMALL = 1e-12
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from fusepass.index import Size
-from fusepass.spec import Attention
+from fusepass.expressions.index import Size
+from fusepass.specification.attention import Attention
 
 Capability = tuple[int, int]
 

@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fusepass.emit import Builder
 from fusepass.kernels.base import Kernel, Target, all_operands, operands
-from fusepass.program import decode, encode, slots
-from fusepass.recognize import Site
-from fusepass.spec import (
+from fusepass.recognition.recognize import Site
+from fusepass.specification.attention import (
     Attention,
     Cast,
     Dropout,
@@ -27,8 +25,10 @@ from fusepass.spec import (
     reference,
     rounds_softmax,
 )
-from fusepass.spec_grad import gradients
-from fusepass.takes import Takes
+from fusepass.specification.derivative import gradients
+from fusepass.specification.program import decode, encode, slots
+from fusepass.specification.takes import Takes
+from fusepass.writing.emit import Builder
 
 
 def compute(q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str) -> Tensor:
@@ -47,12 +47,12 @@ def compute_gradients(
 
 
 def _operator(name: str) -> tuple[Any, Any]:
-    """The semantics of :func:`fusepass.spec.reference` as ``fusepass::name``, and its gradients as another.
+    """The semantics of :func:`.attention.reference` as ``fusepass::name``, and its gradients as another.
 
     Arguments of the operator, after which those of its backward follow the gradient of the result:
         q: ``[B, H, Q, D]``; k: ``[B, G, K, D]``; v: ``[B, G, K, Dv]``.
         tensors: operands of the program, broadcastable to ``[B, H, Q, K]``.
-        program: modifiers as written by :func:`fusepass.program.encode`.
+        program: modifiers as written by :func:`fusepass.specification.program.encode`.
     """
     forward = torch.library.custom_op(f"fusepass::{name}", compute, mutates_args=())
     backward = torch.library.custom_op(f"fusepass::{name}_backward", compute_gradients, mutates_args=())

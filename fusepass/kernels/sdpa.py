@@ -17,8 +17,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusepass.dialects.fx_nodes import size_of
-from fusepass.emit import Builder
+from fusepass.dialects.torch.nodes import size_of
 from fusepass.kernels import torch_flash
 from fusepass.kernels.base import (
     AROUND,
@@ -43,8 +42,8 @@ from fusepass.kernels.base import (
     without_hidden_keys,
 )
 from fusepass.kernels.flex import stored_op
-from fusepass.recognize import Site
-from fusepass.spec import (
+from fusepass.recognition.recognize import Site
+from fusepass.specification.attention import (
     Attention,
     Bias,
     Dropout,
@@ -56,7 +55,8 @@ from fusepass.spec import (
     absorbs,
     empty_rows,
 )
-from fusepass.takes import Takes
+from fusepass.specification.takes import Takes
+from fusepass.writing.emit import Builder
 
 #: What is written, whatever stands at ``torch.nn.functional.scaled_dot_product_attention``.
 CALL = torch.ops.aten.scaled_dot_product_attention.default

@@ -12,13 +12,13 @@ import operator
 import torch
 from torch import fx
 
-from fusepass.emit import Builder
 from fusepass.kernels import gates
 from fusepass.kernels.base import AROUND, Operands, Target
 from fusepass.kernels.flash import bottom_right
-from fusepass.recognize import Site
-from fusepass.spec import Attention, Mask, Scale, ScaleBy
-from fusepass.takes import Takes
+from fusepass.recognition.recognize import Site
+from fusepass.specification.attention import Attention, Mask, Scale, ScaleBy
+from fusepass.specification.takes import Takes
+from fusepass.writing.emit import Builder
 
 TAKES = Takes(((Scale, ScaleBy), Mask), AROUND)
 _MAJORS = (8, 9, 10, 12)

@@ -1,0 +1,85 @@
+"""The pass in every plain `torch.compile(...)` of the process, switched on and off; nothing is edited.
+
+`torch.compile` makes one `_TorchCompileInductorWrapper` a call whose backend is Inductor, and none otherwise.
+While the pass is enabled that name stands for a subclass that runs the pass first. So `mode=`, `options=`
+and every other argument keep their meaning, explicit other backends never notice, and `torch.compile`
+itself, with all references to it that were imported earlier, is left alone. What counts is when
+`torch.compile(...)` is called, not when the first call of the model compiles it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Unpack
+
+import torch
+
+from fusepass.compilation.assumptions import forget_places
+from fusepass.compilation.backend import compile_by_inductor, compile_fused
+from fusepass.host.config import Options, PassOptions, pass_options
+from fusepass.kernels.reference import let_inductor_inline
+
+_HOOK = "_TorchCompileInductorWrapper"
+_original: type[Any] = getattr(torch, _HOOK)
+
+
+def _with_pass(options: Options) -> type[Any]:
+    """A class for the hook: Inductor as it is, with the pass before it."""
+
+    class InductorWithFusepass(_original):  # type: ignore[misc]
+        fusepass_options = options
+
+        def __call__(self, model_: torch.fx.GraphModule, inputs_: Sequence[Any], **kwargs: Any) -> Any:
+            let_inductor_inline()
+            compiler = partial(compile_by_inductor, self, **kwargs)
+            # What this class returns is Inductor's to PyTorch, which stores parts of it by itself.
+            stored_by_torch = bool(getattr(torch._functorch.config, "bundled_autograd_cache", False))
+            return compile_fused(
+                model_, inputs_, self.fusepass_options, compiler, stores_itself=not stored_by_torch
+            )
+
+        def reset(self) -> None:
+            forget_places()
+            super().reset()
+
+        def __eq__(self, other: object) -> bool:
+            # Dynamo reuses compiled code between equal backends.
+            parts = ("fusepass_options", "config", "dynamic", "name")
+            return all(getattr(other, part, None) == getattr(self, part, None) for part in parts)
+
+        __hash__ = None  # type: ignore[assignment]
+
+    return InductorWithFusepass
+
+
+def enable(**options: Unpack[PassOptions]) -> None:
+    """Every `torch.compile(...)` from now on whose backend is Inductor gets the pass.
+
+    Takes `kernel`, `precision` and `validate`; a second call replaces them. The inner backend and its mode
+    are those of each `torch.compile` call.
+
+    Raises:
+        TypeError, ValueError: a wrong value, or an option that is not taken.
+    """
+    setattr(torch, _HOOK, _with_pass(pass_options("enable", options)))
+
+
+def disable() -> None:
+    """Later calls of `torch.compile(...)` are torch's own again; models compiled before keep the pass."""
+    setattr(torch, _HOOK, _original)
+
+
+@contextmanager
+def enabled(**options: Unpack[PassOptions]) -> Iterator[None]:
+    """`enable(**options)` for the `torch.compile(...)` calls inside a `with` block; blocks may nest."""
+    before = getattr(torch, _HOOK)
+    enable(**options)
+    try:
+        yield
+    finally:
+        setattr(torch, _HOOK, before)
+
+
+def is_enabled() -> bool:
+    """Whether a plain `torch.compile(...)` gets the pass now."""
+    return getattr(torch, _HOOK) is not _original

@@ -1,0 +1,221 @@
+"""The torch.compile backend: a captured graph in; the rewritten graph, compiled by an inner backend, out."""
+
+import copy
+import logging
+import pickle
+import time
+from collections import deque
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from fusepass.compilation.assumptions import Original, forget_places, note_changing, static_inputs
+from fusepass.compilation.profiler_ranges import ROUNDS, eager_ranges, marked
+from fusepass.host.config import Options
+from fusepass.host.faults import first_line, strict
+from fusepass.reports.report import GraphReport, publish
+
+log = logging.getLogger("fusepass")
+
+#: Inductor as `torch.compile` calls it; `enable` puts another class in its place, which runs the pass.
+_INDUCTOR = torch._TorchCompileInductorWrapper
+
+
+def fusepass(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | Options | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """`torch.compile(model, backend="fusepass", options={...})`: fuses attention, then compiles as usual.
+
+    `mode` ("reduce-overhead", "max-autotune", ...) is that of `torch.compile(mode=...)`, where there are no
+    options: the option of that name. Inductor gets it, which must be the inner backend.
+    """
+    checked = _same_request(options, Options.of(options, **({} if mode is None else {"mode": mode})))
+    return compile_fused(gm, example_inputs, checked, inner_compiler(checked))
+
+
+#: The options of the latest calls of `torch.compile`, which hands the same mapping over for each graph.
+_requests: deque[tuple[object, Options]] = deque(maxlen=64)
+
+
+def _same_request(given: object, options: Options) -> Options:
+    """The options of an earlier graph of the same call of `torch.compile`, if they are these."""
+    for known, earlier in _requests:
+        if given is not None and known is given and earlier == options:
+            return earlier
+    _requests.append((given, options))
+    return options
+
+
+#: Dynamo calls it when it is reset.
+fusepass.reset = forget_places  # type: ignore[attr-defined]
+
+
+def compile_fused(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    compiler: Callable[..., Any],
+    among: Container[torch.Tensor] | None = None,
+    stores_itself: bool = True,
+) -> Callable[..., Any]:
+    """The pass, then `compiler`; the original graph where `compiler` fails on the fused one.
+
+    The elements of buffers are relied on under guards, of which the result consists where there are any; so
+    is that arguments share no memory.
+
+    Args:
+        gm: the graph, which is rewritten.
+        example_inputs: its inputs.
+        options: the user's.
+        compiler: the inner compiler.
+        among: the tensors whose elements may be relied on; by default all buffers.
+        stores_itself: whether the result may have to store itself. Where it may not and PyTorch is about to
+            store it, no guard would go along, and nothing is relied on.
+    """
+    from fusepass.compilation import guards
+
+    began = time.perf_counter()
+    original = Original(gm)
+    stored = guards.will_be_stored()
+    guarded = not stored or (stores_itself and guards.can_be_stored(original.module()))
+    static = static_inputs(gm, example_inputs, among) if guarded else {}
+    report = run_pass(gm, example_inputs, options, static, time.perf_counter() - began, guarded)
+    note_changing(static[name] for name in report.written)
+    if not report.assumed and not report.apart:
+        return _compiled(gm, example_inputs, compiler, original, report)
+    held = guards.Guards.of(gm, example_inputs, report)
+    places = guards.places(gm, held)
+    with guards.stored_by_us(gm) if stored else nullcontext():
+        compiled = _compiled(gm, example_inputs, compiler, original, report)
+    recompile = Recompile(options, compiler)
+    result = guards.Guarded(held, compiled, original.module, recompile, places)
+    if stored:
+        result.keep_as(gm)
+    return result
+
+
+def _compiled(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    compiler: Callable[..., Any],
+    original: Original,
+    report: GraphReport,
+) -> Callable[..., Any]:
+    """The graph compiled, or the original where `compiler` fails on the fused one."""
+    try:
+        compiled: Callable[..., Any] = compiler(gm, example_inputs)
+    except Exception as error:
+        if strict() or _is_control_flow(error) or not any(site.fused for site in report.sites):
+            raise
+        fault = (
+            f"the inner compiler failed on the fused graph, which is compiled as it was: {first_line(error)}"
+        )
+        log.warning("fusepass: %s", fault)
+        report.notes.append(fault)
+        original.restore()
+        compiled = compiler(gm, example_inputs)
+    return compiled
+
+
+@dataclass(frozen=True)
+class Recompile:
+    """Compiles an original graph when its fused one cannot run."""
+
+    options: Options
+    compiler: Callable[..., Any] | None
+    """The inner compiler; None: the one that the options name."""
+
+    def __call__(self, among: Container[torch.Tensor]) -> Callable[..., Any]:
+        """A backend that relies on the elements of the tensors ``among`` alone."""
+        compiler = self.compiler or inner_compiler(self.options)
+        return partial(compile_fused, options=self.options, compiler=compiler, among=among)
+
+    def __reduce__(self) -> Any:
+        """Pickled without an inner compiler that cannot be."""
+        try:
+            pickle.dumps(self.compiler)
+            compiler = self.compiler
+        except Exception:
+            compiler = None
+        return Recompile, (self.options, compiler)
+
+
+def _is_control_flow(error: Exception) -> bool:
+    """Is it Dynamo's own word (restart the analysis, skip the frame) and not a failure to compile?"""
+    from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+
+    return isinstance(error, TorchDynamoException) and not isinstance(error, BackendCompilerFailed)
+
+
+def run_pass(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    static: Mapping[str, torch.Tensor] | None = None,
+    preparation: float = 0.0,
+    guarded: bool = False,
+) -> GraphReport:
+    """Rewrites `gm` in place and publishes the report; a fault of the pass leaves the graph as it was.
+
+    `static` are buffers whose elements may be relied on, if those in the report's `assumed` are guarded;
+    `preparation` are seconds already spent on this graph, which the report adds to its own; `guarded` says
+    that those in `apart` are guarded too.
+
+    With FUSEPASS_STRICT=1 in the environment such a fault is raised: for tests.
+    """
+    from fusepass.compilation.rewrite import rewrite_graph
+
+    try:
+        report: GraphReport = rewrite_graph(
+            gm, options, example_inputs, static=static, compiled=True, guarded=guarded
+        )
+    except Exception as error:
+        if strict():
+            raise
+        gm.recompile()
+        fault = f"the pass failed on a graph, which stays as it was: {type(error).__name__}: {error}"
+        log.warning("fusepass: %s", fault, exc_info=True)
+        report = GraphReport(nodes=len(gm.graph.nodes), notes=[fault])
+    report.seconds += preparation
+    options.requested.see(options, report)
+    publish(report)
+    return report
+
+
+def inner_compiler(options: Options) -> Callable[..., Any]:
+    """What compiles the rewritten graph: the callable that the options name, in their mode."""
+    from fusepass.kernels.reference import let_inductor_inline
+
+    if options.inner == "inductor":
+        let_inductor_inline()
+        return partial(compile_by_inductor, _INDUCTOR(options.mode, None, None))
+    if not isinstance(options.inner, str):
+        return options.inner
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return eager_ranges(options.inner, lookup_backend(options.inner))
+
+
+def compile_by_inductor(
+    inductor: Any, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **more: Any
+) -> Callable[..., Any]:
+    """Inductor as `torch.compile` calls it, with a named range for every fused site.
+
+    It leaves out casts to narrower dtypes, unless it is told. Where attention stays whose scores are rounded
+    by such casts, it is told: a fill that overflows there is infinite.
+    """
+    made = marked(inductor, gm)
+    graphs = (module for module in gm.modules() if isinstance(module, torch.fx.GraphModule))
+    if any(graph.meta.get(ROUNDS) for graph in graphs):
+        made = copy.copy(made)
+        made.config = {"emulate_precision_casts": True, **made.config}
+    compiled: Callable[..., Any] = _INDUCTOR.__call__(made, gm, example_inputs, **more)
+    return compiled

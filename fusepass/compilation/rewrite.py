@@ -1,0 +1,528 @@
+"""The pass: read a graph, recognise its sites, choose a kernel for each, write it in.
+
+The graph outside a fused site is not touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from fusepass.compilation.profiler_ranges import ROUNDS, annotate
+from fusepass.dialects.torch.composites import Expansion, expand_all
+from fusepass.dialects.torch.graph import Known, Reader
+from fusepass.dialects.torch.memory import live_nodes
+from fusepass.dialects.torch.nodes import operation, value_of
+from fusepass.dialects.torch.subgraphs import graphs_of, recompute_nothing
+from fusepass.dialects.torch.transforms import FOREIGN, Transforms, records_gradients
+from fusepass.expressions.ir import VIEWS, Expr, walk
+from fusepass.host.config import Options
+from fusepass.host.surroundings import clean_context
+from fusepass.kernels import FP8, KERNELS, Kernel, Refused, Target, named, rounds
+from fusepass.kernels.base import may_empty_rows
+from fusepass.kernels.gates import library_refuses
+from fusepass.kernels.reference import rounds as rounds_scores
+from fusepass.patterns.products import factors
+from fusepass.recognition.recognize import RULES, Miss, Rules, Site, as_product, recognise_sum
+from fusepass.recognition.resemblance import of_activations, products_behind, softmaxes_behind, were_scores
+from fusepass.reports.report import GraphReport, SiteReport, label_for, source_of
+from fusepass.selection.select import UNFUSED, candidates
+from fusepass.specification.attention import Bias
+from fusepass.writing.emit import Builder, CannotEmit
+from fusepass.writing.gradients import given_to, keep_for_backward, learns, tie
+from fusepass.writing.liveness import erase_dead, inner_products, outside_reader
+from fusepass.writing.strides import laid_out_as
+
+log = logging.getLogger("fusepass")
+
+
+@clean_context()
+def rewrite_graph(
+    gm: fx.GraphModule,
+    options: Options,
+    example_inputs: Sequence[Any] = (),
+    rules: Rules = RULES,
+    constants: Mapping[str, torch.Tensor] | None = None,
+    static: Mapping[str, torch.Tensor] | None = None,
+    compiled: bool = False,
+    guarded: bool = False,
+) -> GraphReport:
+    """Fuse the attention sites of ``gm`` in place, those of its inner graphs included.
+
+    Args:
+        gm: a graph whose nodes carry fake values (``meta["example_value"]`` or ``meta["val"]``).
+        options: which kernel, which precision, whether to validate.
+        example_inputs: the inputs Dynamo compiles for; not used to prove anything.
+        rules: the rule lists (for tests of the engine).
+        constants: the values of placeholders that are constants of an exported program.
+        static: the tensors behind placeholders (buffers) whose elements may be relied on, if the caller
+            guards those that ``GraphReport.assumed`` names.
+        compiled: whether a compiler follows (kernels are measured with one).
+        guarded: whether the caller guards that the arguments in ``GraphReport.apart`` share no memory.
+    """
+    start = time.perf_counter()
+    report = GraphReport(nodes=0)
+    passes: dict[fx.GraphModule, _Pass] = {}
+    gradients, numbers = records_gradients(gm), itertools.count()
+    for graph_module, call in graphs_of(gm):
+        report.nodes += len(graph_module.graph.nodes)
+        outer = None if call is None else passes[call.outer].reader
+        given = {} if call is None or outer is None else call.given(outer)
+        contents = outer.contents if given and outer is not None else None
+        own_gradient = call is not None and call.own_gradient
+        known = Known(constants or {}, static or {}, given, contents, own_gradient, gradients)
+        around = None if call is None else (passes[call.outer].transforms, call.node)
+        one = _Pass(graph_module, options, rules, known, compiled, guarded, around, numbers)
+        passes[graph_module] = one
+        report.sites.extend(one.run())
+        report.notes.extend(one.reader.faults.notes)
+        static = None  # those are inputs of the outermost graph
+    fused = [module for module, one in passes.items() if one.replaced]
+    if fused:
+        recompute_nothing(gm, fused)
+        report.assumed = passes[gm].assumed()
+        report.apart = passes[gm].apart()
+    report.written = passes[gm].written()
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+#: What may lie between a softmax and the product with the values.
+_PEELED = VIEWS | {"cast", "dropout", "nan_to_num", "where", "mul", "div"}
+
+
+class _Pass:
+    """One graph."""
+
+    def __init__(
+        self, gm: fx.GraphModule, options: Options, rules: Rules, known: Known, compiled: bool,
+        guarded: bool, around: tuple[Transforms, fx.Node] | None, numbers: Iterator[int],
+    ) -> None:  # fmt: skip
+        self.gm, self.options, self.rules, self.known = gm, options, rules, known
+        self.compiled, self.guarded, self.around, self.numbers = compiled, guarded, around, numbers
+        self.graph = gm.graph
+        self.replaced: dict[fx.Node, fx.Node] = {}
+        self.settled: set[Expr] = set()
+        self.shared: dict[Any, Any] = {}
+        self.sharing: dict[fx.Node, Expr | None] = {}
+        self.overtaken: set[Any] = set()
+
+    def run(self) -> list[SiteReport]:
+        """Every site's report, in program order."""
+        expansions, stay = expand_all(self.graph)
+        self.transforms = Transforms(self.graph, self.around)
+        self.reader = Reader(self.graph, self.gm, self.known)
+        self.live = live_nodes(self.graph, self.reader.memory)
+        reports = [self._report(call, None, reason=reason) for call, reason in stay]
+        for node in list(self.graph.nodes):
+            meaning = self.reader.defined.get(node)
+            if node not in self.live or not isinstance(meaning, Expr):
+                continue
+            late = as_product(meaning)
+            if self.reader.definer[meaning] is not node or (late is None and not factors(meaning)):
+                continue
+            self.reader.contents.begin()
+            found = self._recognised(node, late or meaning)
+            if late is not None and not isinstance(found, list):
+                continue
+            if found is not None:
+                if late is not None:
+                    inner = {n.name for n in inner_products(self.reader, node)}
+                    reports = [r for r in reports if r.node not in inner or (r.fused and meaning.op != "add")]
+                reports.extend(self._settle(node, found))
+        reports.extend(self._left_over())
+        self._close(expansions)
+        if self.replaced:
+            erase_dead(self.graph, self.reader.memory, self.live, self.replaced)
+            self.graph.lint()
+            self.gm.recompile()
+        return reports
+
+    def _recognised(self, node: fx.Node, meaning: Expr) -> list[tuple[int, Site]] | Miss | None:
+        """Is ``meaning``, which is that of ``node``, attention?"""
+        reader = self.reader
+        readable = functools.partial(reader.readable, until=node)
+        return recognise_sum(meaning, reader.facts, self.rules, reader.contents, readable)
+
+    def assumed(self) -> list[str]:
+        """The placeholders whose elements sites rely on."""
+        names = {str(e.attrs[0]) for e in self.reader.contents.used}
+        return [n.name for n in self.graph.find_nodes(op="placeholder") if n.name in names]
+
+    def written(self) -> list[str]:
+        """The placeholders of buffers that the graph writes to."""
+        memory = self.reader.memory
+        return [
+            n.name
+            for n in self.graph.find_nodes(op="placeholder")
+            if n.name in self.known.static and memory.of(n) & memory.all_written
+        ]
+
+    def apart(self) -> list[list[str]]:
+        """The placeholders on each of the storages that must not be one memory in a later call.
+
+        What a buffer held before the call is what it holds when a site reads it, unless another argument that
+        the graph writes to is the same memory.
+        """
+        placeholders = self.graph.find_nodes(op="placeholder")
+        memory, assumed = self.reader.memory, set(self.assumed())
+        storages = set(self.overtaken)
+        if assumed and memory.external & memory.all_written:
+            storages |= memory.external & memory.all_written
+            storages.update(*(memory.of(n) for n in placeholders if n.name in assumed))
+        found = ([n.name for n in placeholders if s in memory.of(n)] for s in storages)
+        return sorted(filter(None, found))
+
+    def _close(self, expansions: list[Expansion]) -> None:
+        """Keep the steps of a call where something in them was fused."""
+        for expansion in expansions:
+            if expansion.used_outside() or any(n in self.replaced for n in expansion.steps):
+                expansion.accept()
+            else:
+                expansion.revert()
+
+    # -- one site ----------------------------------------------------------------------------
+
+    def _settle(self, node: fx.Node, found: list[tuple[int, Site]] | Miss) -> list[SiteReport]:
+        self.settled.update(softmaxes_behind(self.reader.defined[node]))
+        if isinstance(found, Miss):
+            return [self._report(node, None, reason=found.reason)]
+        sites = [site for _, site in found]
+        if self.known.given and any(s.product not in self.reader.definer for s in sites):
+            return [self._report(node, s, reason="its scores are computed in another graph") for s in sites]
+        for site in sites:
+            reader = self._outside_reader(node, site)
+            if reader is not None:
+                return [self._report(node, s, reason=_also_read(reader)) for s in sites]
+        if reason := _REBOUND if self.reader.memory.rebinds else self.transforms.refuse(node):
+            return [self._report(node, s, reason=reason) for s in sites]
+        native = self.options.precision == "native" and self.options.kernel != "reference"
+        if len(sites) == 1 and native and as_good(node, sites[0], self._target(node, sites[0])):
+            return [self._report(node, sites[0], "sdpa", reason="a call to SDPA already; nothing to improve")]
+        return self._fuse(node, found)
+
+    def _outside_reader(self, node: fx.Node, site: Site) -> fx.Node | None:
+        """Who else needs the scores or weights; those of joined keys are products in several nodes."""
+        products = [site.product]
+        if site.product not in self.reader.definer:
+            products = products_behind(self.reader.defined[node])
+        for product in products:
+            shares = functools.partial(self._shares, product, site)
+            reader = outside_reader(self.reader, self.live, product, node, shares)
+            if reader is not None:
+                return reader
+        return None
+
+    def _shares(self, product: Expr, site: Site, user: fx.Node) -> bool:
+        """Is a node the product of a site's weights with other values, for which a kernel serves as well?
+
+        Not where weights are dropped: both products see the same ones dropped.
+        """
+        meaning = self.reader.defined.get(user)
+        if not isinstance(meaning, Expr) or not factors(meaning) or site.spec.dropout:
+            return False
+        if user not in self.sharing:
+            found = self._recognised(user, meaning)
+            self.sharing[user] = None
+            if isinstance(found, list) and len(found) == 1:
+                other, target = found[0][1], self._target(user, found[0][1])
+                asked = named(self.options.kernel)
+                kernels = KERNELS if asked is None else (asked,)
+                if any(k.refuse(other.spec, target) is None for k in kernels):
+                    self.sharing[user] = other.product
+        return self.sharing[user] is product
+
+    def _fuse(self, node: fx.Node, parts: list[tuple[int, Site]]) -> list[SiteReport]:
+        """Write the first kernel that serves, for every summand; all of them or none."""
+        target = self._target(node, parts[0][1])
+        rejected: list[list[tuple[str, str]]] = [[] for _ in parts]
+        while True:
+            made: list[tuple[fx.Node, Builder, str]] = []
+            for (_, site), so_far in zip(parts, rejected, strict=True):
+                choice = self._write(node, site, target, so_far)
+                if choice is None:
+                    break
+                made.append(choice)
+            if len(made) < len(parts):
+                for _, build, _ in reversed(made):
+                    build.discard()
+                return [self._stays(node, s, r) for (_, s), r in zip(parts, rejected, strict=True)]
+            overtaken = overtaken_by([n for _, build, _ in made for n in build.made], self.reader, node)
+            if overtaken and not self.guarded:
+                for _, build, _ in reversed(made):
+                    build.discard()
+                return [self._report(node, site, reason=_MAY_OVERLAP) for _, site in parts]
+            out = self._summed(node, [sign for sign, _ in parts], made)
+            if target.training:
+                out = tie(made[-1][1], out, [n for _, build, _ in made for n in build.made])
+            rounded = any(rounds(kernel) for _, _, kernel in made)
+            error = None if rounded else self._validated(parts[0][1], node, out)
+            if error is None or error <= 1.0:
+                self._replace(node, made[-1][1].written_where(node, out))
+                self.overtaken |= overtaken
+                return [
+                    self._report(
+                        node, site, kernel, _aside(r), r, error, self._named(node, site, build, kernel)
+                    )
+                    for (_, site), (_, build, kernel), r in zip(parts, made, rejected, strict=True)
+                ]
+            reason = f"validation: its error is {error:.3g} times what is allowed"
+            for (_, site), (_, build, kernel), so_far in reversed(
+                list(zip(parts, made, rejected, strict=True))
+            ):
+                build.discard()
+                so_far.append((kernel, reason))
+                log.warning("fusepass: site '%s' stays: %s (%s)", node.name, reason, site.spec)
+
+    def _write(
+        self, node: fx.Node, site: Site, target: Target, rejected: list[tuple[str, str]]
+    ) -> tuple[fx.Node, Builder, str] | None:
+        """The result, builder and name of the first kernel that serves; reasons go to ``rejected``."""
+        asked = {name for name, _ in rejected}
+
+        def write(kernel: Kernel) -> tuple[fx.Node, Callable[[], None]] | None:
+            written = self._written(node, site, kernel, target)
+            return None if isinstance(written, str) else (written[0], written[1].discard)
+
+        learned = self._learned(node, site) if target.training else frozenset()
+        for kernel in candidates(node, site, target, self.options, write, learned):
+            if kernel is None:
+                rejected.append((UNFUSED, "measured faster as it is"))
+                return None
+            if kernel.name in asked:
+                continue
+            written = self._written(node, site, kernel, target)
+            if not isinstance(written, str):
+                return *written, kernel.name
+            rejected.append((kernel.name, written))
+        return None
+
+    def _learned(self, node: fx.Node, site: Site) -> frozenset[int]:
+        """The slots of biases that are made of something that needs a gradient."""
+        found = set()
+        for mod in site.spec.scores:
+            if isinstance(mod, Bias):
+                homes = (self.reader.home(e, node) for e in walk(site.operands[mod.slot].expr))
+                if any(learns(home) for home in homes if home is not None):
+                    found.add(mod.slot)
+        return frozenset(found)
+
+    def _written(
+        self, node: fx.Node, site: Site, kernel: Kernel, target: Target
+    ) -> tuple[fx.Node, Builder] | str:
+        """Write a kernel's nodes, or say why it cannot."""
+        if not kernel.of_torch and self.transforms.differentiates(node):
+            return FOREIGN
+        if reason := kernel.refuse(site.spec, target) or library_refuses(kernel.name):
+            return reason
+        build = Builder(self.reader, node, self.replaced, site.space, self.shared)
+        try:
+            out = build.restore(kernel.write(site, build, target), _result_groups(site), site.out)
+            out = laid_out_as(build, node, out)
+            return (keep_for_backward(build, site.product, out) if target.training else out), build
+        except (Refused, CannotEmit) as refusal:
+            build.discard()
+            return str(refusal)
+        except GuardOnDataDependentSymNode as unknown:
+            build.discard()
+            return (
+                f"{unknown.cond} is not known before it runs, and PyTorch asks (torch._check can promise it)"
+            )
+
+    def _summed(self, node: fx.Node, signs: list[int], made: list[tuple[fx.Node, Builder, str]]) -> fx.Node:
+        """The signed sum of several results; its nodes belong to the last builder."""
+        build, total = made[-1][1], made[0][0]
+        if signs[0] < 0:
+            total = build.op("neg", total)
+        for sign, (out, _, _) in zip(signs[1:], made[1:], strict=True):
+            total = build.op("add" if sign > 0 else "sub", total, out)
+        return total
+
+    def _stays(self, node: fx.Node, site: Site, rejected: list[tuple[str, str]]) -> SiteReport:
+        if rounds_scores(site.spec):
+            self.gm.meta[ROUNDS] = True
+        if rejected and rejected[-1][0] == UNFUSED:
+            return self._report(node, site, reason=rejected[-1][1], rejected=rejected[:-1])
+        reason = "; ".join(dict.fromkeys(f"{n}: {r}" for n, r in rejected))
+        return self._report(node, site, reason=reason or "another of the summands stays", rejected=rejected)
+
+    def _target(self, node: fx.Node, site: Site) -> Target:
+        value = value_of(node)
+        training = self.known.gradients and bool(getattr(value, "requires_grad", False))
+        aten = isinstance(node.target, torch._ops.OpOverload)
+        requested = self.options.kernel not in ("auto", "autotune")
+        return Target(value.device.type, training, aten, requested, self.options.precision, self.compiled)
+
+    def _validated(self, site: Site, node: fx.Node, out: fx.Node) -> float | None:
+        """The replacement's error relative to what is allowed, or None where validation is off."""
+        if not self.options.validate:
+            return None
+        from fusepass.writing.validate import site_error
+
+        return site_error(node, out)
+
+    def _named(self, node: fx.Node, site: Site, build: Builder, kernel: str) -> str:
+        """The label that the nodes of a fused site get."""
+        number = next(self.numbers)
+        label = label_for(number, site.spec.kind(), kernel, source_of(node))
+        annotate(build.made, number, label, self.compiled)
+        return label
+
+    def _replace(self, node: fx.Node, out: fx.Node) -> None:
+        node.replace_all_uses_with(out, propagate_meta=False)
+        self.reader.memory.stand_in(out, node)
+        self.replaced[node] = out
+        self.reader.contents.keep()
+
+    # -- reporting ---------------------------------------------------------------------------
+
+    def _report(
+        self,
+        node: fx.Node,
+        site: Site | None,
+        kernel: str | None = None,
+        reason: str | None = None,
+        rejected: Sequence[tuple[str, str]] = (),
+        max_error: float | None = None,
+        label: str | None = None,
+    ) -> SiteReport:
+        spec = "" if site is None else str(site.spec)
+        kind = "" if site is None else site.spec.kind()
+        return SiteReport(
+            node.name,
+            kernel is not None,
+            spec,
+            kind,
+            kernel,
+            reason,
+            source_of(node),
+            tuple(rejected),
+            max_error,
+            label,
+        )
+
+    def _left_over(self) -> list[SiteReport]:
+        """Softmaxes of products that no product with values was found for."""
+        reports = []
+        for node in list(self.graph.nodes):
+            meaning = self.reader.defined.get(node)
+            if (
+                node not in self.live
+                or not isinstance(meaning, Expr)
+                or meaning.op != "softmax"
+                or meaning in self.settled
+            ):
+                continue
+            self.settled.add(meaning)
+            if self.reader.definer[meaning] is not node:
+                continue
+            if of_activations(meaning.args[0]):
+                reports.append(self._report(node, None, reason=self._why_alone(node)))
+            elif were_scores(meaning, self.reader.before):
+                reports.append(self._report(node, None, reason=_LOST))
+        return reports
+
+    def _why_alone(self, node: fx.Node) -> str:
+        """What happens to weights that reach no product with values."""
+        if self.known.own_gradient:
+            return (
+                "the softmax is in a torch.autograd.Function, and a kernel would not compute its own gradient"
+            )
+        seen, todo = {node}, [node]
+        odd: fx.Node | None = None
+        while todo:
+            for user in todo.pop().users:
+                if user in seen or user not in self.live:
+                    continue
+                seen.add(user)
+                meaning = self.reader.defined.get(user)
+                if user.op == "output":
+                    return "the weights are returned, and no product with values uses them"
+                if isinstance(meaning, Expr) and meaning.op in _PEELED:
+                    todo.append(user)
+                elif isinstance(value_of(user), torch.Tensor):
+                    odd = odd or user
+        if odd is None:
+            return "nothing uses the weights"
+        meaning = self.reader.defined.get(odd)
+        return (
+            "the product that reads them is of another form"
+            if isinstance(meaning, Expr) and meaning.op == "dot"
+            else f"the weights go through '{operation(odd)[0] or odd.name}', which no rule takes from them"
+        )
+
+
+_REBOUND = "the graph puts a tensor on another storage (set_), so that what was read before is not known"
+_MAY_OVERLAP = "an argument is written to before it, which may share memory with one that it reads"
+_LOST = "the scores are written to in a way no rule follows"
+
+
+def _also_read(reader: fx.Node) -> str:
+    if reader.op == "output":
+        return "its scores or weights are returned, or kept in an attribute"
+    return f"its scores or weights are also read by '{operation(reader)[0] or reader.name}'"
+
+
+def _aside(rejected: Sequence[tuple[str, str]]) -> str | None:
+    """What is worth knowing of a fused site: why it is not in the precision that was asked for."""
+    return next((f"not in FP8: {reason}" for name, reason in rejected if name == FP8.name), None)
+
+
+def overtaken_by(made: Sequence[fx.Node], reader: Reader, anchor: fx.Node) -> set[Any]:
+    """Storages of arguments of which one is written to before new nodes read another, which was read earlier.
+
+    Each is known to be one memory or another in this call alone.
+    """
+    memory, end = reader.memory, reader.order[anchor]
+    found: set[Any] = set()
+    for node in given_to(made):
+        mine = memory.of(node) & memory.external
+        since = reader.order.get(node, end)
+        others = (reader.storages_written(since, end) & memory.external) - mine
+        if mine and others:
+            found |= mine | others
+    return found
+
+
+def as_good(node: fx.Node, site: Site, target: Target) -> bool:
+    """Is the node a call to SDPA that a new call would not improve on?
+
+    Gradients of rows that see no key are what PyTorch's own kernel makes of them.
+    """
+    if operation(node)[0] != "scaled_dot_product_attention":
+        return False
+    if target.training and may_empty_rows(site.spec, target):
+        return True
+    given = (
+        dict(
+            zip(
+                ("q", "k", "v", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
+                node.args,
+                strict=False,
+            )
+        )
+        | node.kwargs
+    )
+    drops_mask = (
+        given.get("attn_mask") is not None
+        and site.spec.sink is None
+        and (site.spec.is_causal() or not site.spec.added)
+    )
+    groups = bool(site.roles.group) and not given.get("enable_gqa")
+    return not (drops_mask or groups)
+
+
+def _result_groups(site: Site) -> tuple[list[str], ...]:
+    r = site.roles
+    return r.batch, r.heads, r.query, r.value_dim
+
+
+__all__ = ["rewrite_graph"]

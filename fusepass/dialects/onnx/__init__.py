@@ -1,0 +1,1 @@
+"""Graphs of ONNX: their operators, named sizes and tables of constants."""

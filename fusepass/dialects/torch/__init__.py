@@ -1,0 +1,1 @@
+"""Graphs of PyTorch: their calls, views, storages, writes and inner graphs."""

@@ -1,0 +1,558 @@
+"""Reads a captured ``torch.fx`` graph into expressions: Dynamo's, ``symbolic_trace``'s, ``torch.export``'s.
+
+The reader goes through the nodes in program order and gives each its meaning at that point.  A write makes
+a new version of a storage (:mod:`.memory` says of which): the tensor that is written to
+gets a new meaning, the others on that storage lose theirs, and a node whose memory was written to after it
+was read can no longer be used to stand for its old value.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fusepass.dialects.handlers import Result, Value, as_expr, call_handler, reshape, view
+from fusepass.dialects.torch import joins
+from fusepass.dialects.torch.creation import diagonal_filled
+from fusepass.dialects.torch.memory import Memory, Storages
+from fusepass.dialects.torch.nodes import (
+    first_operand,
+    operation,
+    positional,
+    reshapes_in_place,
+    shape_of,
+    size_of,
+    value_of,
+)
+from fusepass.dialects.torch.ops import HANDLERS
+from fusepass.dialects.torch.views import getitem, parts_of
+from fusepass.expressions.contents import Contents
+from fusepass.expressions.index import Facts
+from fusepass.expressions.ir import POINTWISE, VIEWS, Expr, Shape, cast, const, is_constant, leaf, pointwise
+from fusepass.host.faults import Faults
+from fusepass.host.surroundings import settings
+
+#: Operations that are not looked into, and give finite numbers of ordinary size for such operands.
+_FINITE = frozenset(
+    "conv1d conv2d conv3d layer_norm group_norm batch_norm instance_norm rms_norm native_layer_norm gelu "
+    "silu normalize interpolate".split()
+)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a graph's placeholders, by their names.
+
+    Attributes:
+        constants: values that never change.
+        static: tensors whose elements may be relied on under a guard.
+        given: meanings in the terms of the graph that calls this one.
+        contents: what is known of the leaves in those.
+        own_gradient: whether the graph is the forward of a function with a gradient of its own, in which
+            nothing else computes gradients.
+        gradients: whether gradients may be recorded in the graph.
+    """
+
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    static: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    given: Mapping[str, Expr] = field(default_factory=dict)
+    contents: Contents | None = None
+    own_gradient: bool = False
+    gradients: bool = field(default_factory=lambda: settings().grad)
+
+
+class Reader:
+    """The meanings of a graph's nodes.
+
+    Attributes:
+        meaning: the present expression (or tuple of expressions) of every node that has one.
+        defined: the expression it had when it was made, whatever was written into it later.
+        holders: for an expression, the nodes that hold its value, each from a position on.
+        before: for a leaf that stands for a tensor after a write nobody followed, what it was.
+        facts: what is known of symbolic sizes.
+        contents: what is known of the elements of leaves.
+        faults: nodes that could not be read, each of which is a leaf.
+        turned: the storages that are written to through views whose last dimension is strided.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        owner: torch.nn.Module | None = None,
+        known: Known | None = None,
+    ) -> None:
+        self.graph = graph
+        self.known = known or Known()
+        self._prefix = f"{id(graph):x}." if self.known.given else ""  # names of leaves are those of one graph
+        self._tensors: dict[Expr, torch.Tensor] = {}
+        self.contents = self.known.contents or Contents(self._tensors)
+        self.owner = owner
+        self.meaning: dict[fx.Node, Value] = {}
+        self.defined: dict[fx.Node, Value] = {}
+        self.definer: dict[Expr, fx.Node] = {}
+        self.holders: dict[Expr, list[tuple[fx.Node, int]]] = {}
+        self.order: dict[fx.Node, int] = {}
+        self.memory = Memory(graph, owner)
+        self._members: dict[Any, list[fx.Node]] = {}
+        self._writes: dict[Any, list[int]] = {}
+        self.before: dict[Expr, Expr] = {}
+        self._held: dict[tuple[Expr, joins.Window], Expr] = {}
+        self._no_grad = False
+        self.without_gradients: set[fx.Node] = set()  # nodes of ``no_grad`` regions of the graph
+        self._reshaped = self._last_reshaping()
+        self.facts = Facts(self._shape_env())
+        self.faults = Faults()
+        self.turned: set[Any] = set()
+        for position, node in enumerate(graph.nodes):
+            self.order[node] = position
+            try:
+                self._read(node, position)
+            except Exception as error:
+                self.faults.met(operation(node)[0] or str(node.target), error)
+                self._forget(self.memory.written(node), position)
+                self.meaning.pop(node, None)
+                self._bind(node, self._opaque(node))
+
+    # -- public ------------------------------------------------------------------------------
+
+    def usable(self, node: fx.Node, since: int, until: fx.Node) -> bool:
+        """Does ``node``, read at position ``since``, still hold the same value just before ``until``?"""
+        end = self.order[until]
+        return self.order[node] < end and not self.written_between(self.memory.of(node), since, end)
+
+    def written_between(self, storages: Storages, since: int, end: float = math.inf) -> bool:
+        """Is one of the storages written to after position ``since`` and before ``end``?"""
+        return any(since < w < end for s in storages for w in self._writes.get(s, ()))
+
+    def storages_written(self, since: int, end: float) -> set[Any]:
+        """The storages that are written to after position ``since`` and before ``end``."""
+        return {s for s, writes in self._writes.items() if any(since < w < end for w in writes)}
+
+    def home(self, meaning: Expr, until: fx.Node) -> fx.Node | None:
+        """A node that holds an expression's value just before ``until``."""
+        return next((n for n, since in self.holders.get(meaning, ()) if self.usable(n, since, until)), None)
+
+    def readable(self, meaning: Expr, until: fx.Node) -> bool:
+        """Can an expression's value be had just before ``until``, through views and element by element?"""
+        todo, seen = [meaning], {meaning}
+        while todo:
+            node = todo.pop()
+            if node.op in ("const", "iota") or self.home(node, until) is not None:
+                continue
+            if node.op not in VIEWS and node.op not in POINTWISE and node.op != "cat":
+                return False
+            fresh = [a for a in node.args if a not in seen]
+            seen.update(fresh)
+            todo.extend(fresh)
+        return True
+
+    def _hold(self, meaning: Value, node: fx.Node, since: int) -> None:
+        if isinstance(meaning, Expr):
+            self.holders.setdefault(meaning, []).append((node, since))
+
+    def was_written(self, node: fx.Node) -> bool:
+        """Does anything write into the memory of ``node``?"""
+        return any(s in self._writes for s in self.memory.of(node))
+
+    def given_later(self, writer: fx.Node) -> list[fx.Node]:
+        """The nodes after ``writer`` that are given a tensor on what it writes to."""
+        found = {u: None for n in self._on(self.memory.written(writer)) for u in n.users}
+        return [u for u in found if self.order.get(u, -1) > self.order[writer]]
+
+    def _shape_env(self) -> Any:
+        for node in self.graph.nodes:
+            value = value_of(node)
+            if isinstance(value, (torch.SymInt, torch.SymFloat)):
+                return value.node.shape_env
+            if isinstance(value, torch.Tensor):
+                for size in value.shape:
+                    if isinstance(size, torch.SymInt):
+                        return size.node.shape_env
+        return None
+
+    def _last_reshaping(self) -> dict[int, int]:
+        """The position of the last operation that changes the shape of a recorded value in place."""
+        found: dict[int, int] = {}
+        for position, node in enumerate(self.graph.nodes):
+            if node.op in ("call_function", "call_method") and reshapes_in_place(node):
+                target = first_operand(node)
+                if isinstance(target, fx.Node) and isinstance(value_of(target), torch.Tensor):
+                    found[id(value_of(target))] = position
+        return found
+
+    def has_its_shape(self, node: fx.Node, position: int) -> bool:
+        """Is the recorded shape the one at ``position``?  What reshapes in place changes the record too."""
+        return position >= self._reshaped.get(id(value_of(node)), 0)
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def _read(self, node: fx.Node, position: int) -> None:
+        for storage in self.memory.of(node):
+            self._members.setdefault(storage, []).append(node)
+        if self._no_grad:
+            self.without_gradients.add(node)
+        if node.op in ("placeholder", "get_attr"):
+            self._bind(node, self._opaque(node))
+            return
+        if node.op not in ("call_function", "call_method", "call_module"):
+            return
+        if node.target is torch._C._set_grad_enabled:
+            self._no_grad = node.args[0] is False
+        name, _ = operation(node)
+        if node.target is operator.setitem or name == "__setitem__":
+            self._set_item(node, position)
+            return
+        if written := self.memory.written(node):
+            self._write_in_place(node, name, written, position)
+            return
+        if not self.has_its_shape(node, position):
+            return  # the record is of a later shape
+        self._bind(node, self._meaning(node, name))
+
+    def _bind(self, node: fx.Node, meaning: Value) -> None:
+        if meaning is None or not self.has_its_shape(node, self.order[node]):
+            return
+        self.meaning[node] = meaning
+        self.defined.setdefault(node, meaning)
+        if isinstance(meaning, Expr):
+            self.definer.setdefault(meaning, node)
+            self._hold(meaning, node, self.order[node])
+
+    def _opaque(self, node: fx.Node) -> Value:
+        """A leaf for a tensor, a size for a SymInt, the number itself for a number."""
+        value = value_of(node)
+        constant = self.known.constants.get(node.name)
+        if constant is not None and constant.dim() == 0 and node.op == "placeholder":
+            return const(constant.item(), constant.dtype)
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+            return self._leaf(node, value)
+        if isinstance(value, torch.SymInt):
+            return size_of(value)
+        if isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+            return value
+        if isinstance(value, torch.Size):
+            return tuple(size_of(s) for s in value)
+        if isinstance(value, torch.SymFloat):
+            expression = value.node.expr
+            return float(expression) if expression.is_number else self._named(node.name, (), torch.float64)
+        return None
+
+    def _named(self, name: str, shape: Shape, dtype: torch.dtype) -> Expr:
+        """A leaf whose name no other graph's leaf has, where expressions of several graphs meet."""
+        return leaf(self._prefix + name, shape, dtype)
+
+    def _leaf(self, node: fx.Node, value: torch.Tensor) -> Expr:
+        meant = self.known.given.get(node.name) if node.op == "placeholder" else None
+        if meant is not None and meant.shape == shape_of(value) and meant.dtype is value.dtype:
+            return meant
+        made = self._named(node.name, shape_of(value), value.dtype)
+        if self._is_static(node):
+            self._tensors[made] = self.known.static[node.name]
+        elif isinstance(value, torch.nn.Parameter) or operation(node)[0] in _FINITE:
+            self.contents.ordinary.add(made)
+        return made
+
+    def _is_static(self, node: fx.Node) -> bool:
+        """May the elements of its tensor be relied on?  Not those that the graph writes to, if only later."""
+        if node.op != "placeholder" or node.name not in self.known.static:
+            return False
+        return not (self.memory.rebinds or self.memory.of(node) & self.memory.all_written)
+
+    def _meaning(self, node: fx.Node, name: str) -> Value:
+        value = value_of(node)
+        if isinstance(
+            value,
+            (torch.SymInt, torch.SymFloat, int, float, bool, str, torch.dtype, torch.device, torch.Size),
+        ):
+            return self._opaque(node)
+        out = self._try(node, name, value)
+        if self._stops_gradients(node, value) and isinstance(out, Expr) and not is_constant(out):
+            opaque = self._opaque(node)
+            self.contents.values[opaque] = out
+            return opaque
+        if out is None and isinstance(value, torch.Tensor):
+            opaque, source = self._opaque(node), self.meaning.get(first_operand(node))
+            if name == "detach" and isinstance(opaque, Expr) and isinstance(source, Expr):
+                self.contents.values[opaque] = source
+            return opaque
+        return out
+
+    def _stops_gradients(self, node: fx.Node, value: Any) -> bool:
+        """Was the node computed without gradients (``detach``, a ``no_grad`` region) from what has some?"""
+        if (
+            self.known.own_gradient
+            or not self.known.gradients
+            or not isinstance(value, torch.Tensor)
+            or not value.is_floating_point()
+        ):
+            return False
+        sources = (value_of(n) for n in node.all_input_nodes)
+        had = any(isinstance(s, torch.Tensor) and s.requires_grad for s in sources)
+        return had and (self._no_grad or not value.requires_grad)
+
+    def _try(self, node: fx.Node, name: str, value: Any) -> Value:
+        if node.op == "call_module":
+            return self._module(node, value)
+        if node.target is operator.getitem or name == "getitem":
+            return self._get_item(node, value)
+        if isinstance(value, (tuple, list)):
+            return self._many(node, name, value)
+        handler = HANDLERS.get(name)
+        if handler is None or not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+            return None
+        return self._call(handler, node, value)
+
+    def _result(self, node: fx.Node, value: torch.Tensor) -> Result:
+        return Result(shape_of(value), value.dtype, self.facts, self._prefix + node.name)
+
+    def _call(self, handler: Any, node: fx.Node, value: torch.Tensor) -> Value:
+        args, kwargs = self._values(node)
+        for alias in ("input", "self"):
+            if alias in kwargs:
+                args = (kwargs.pop(alias), *args)
+        args = positional(operation(node)[0], args, kwargs)
+        if node.target is getattr:
+            args = args[:1]
+        if any(isinstance(a, fx.Node) for a in args):
+            return None
+        for name in (
+            "dtype",
+            "device",
+            "layout",
+            "pin_memory",
+            "memory_format",
+            "requires_grad",
+            "non_blocking",
+            "inplace",
+            "implicit",
+            "out",
+            "generator",
+            "_stacklevel",
+        ):
+            kwargs.pop(name, None)
+        return call_handler(handler, self._result(node, value), args, kwargs)
+
+    def _values(self, node: fx.Node) -> tuple[tuple[Value, ...], dict[str, Value]]:
+        def convert(a: Any) -> Value:
+            if isinstance(a, fx.Node):
+                return self.meaning.get(a, a)
+            if isinstance(a, (tuple, list)):
+                return tuple(convert(x) for x in a)
+            if isinstance(a, slice):
+                return slice(convert(a.start), convert(a.stop), convert(a.step))
+            return a
+
+        return tuple(convert(a) for a in node.args), {k: convert(v) for k, v in node.kwargs.items()}
+
+    def _module(self, node: fx.Node, value: Any) -> Value:
+        module = self.owner.get_submodule(str(node.target)) if self.owner is not None else None
+        if not isinstance(value, torch.Tensor) or not node.args:
+            return None
+        x = self.meaning.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+        if not isinstance(x, Expr):
+            return None
+        r = self._result(node, value)
+        if type(module) is torch.nn.Softmax:
+            return HANDLERS["softmax"](r, x, module.dim)
+        if type(module) is torch.nn.Dropout:
+            return HANDLERS["dropout"](r, x, module.p, module.training)
+        if type(module) is torch.nn.Identity:
+            return x
+        if type(module) in (torch.nn.Flatten, torch.nn.Unflatten):
+            return HANDLERS["reshape"](r, x)
+        return None
+
+    def _get_item(self, node: fx.Node, value: Any) -> Value:
+        args, _ = self._values(node)
+        base, key = args[0], args[1]
+        if isinstance(base, (tuple, list)) and isinstance(key, int):
+            return base[key] if -len(base) <= key < len(base) else None
+        if not isinstance(base, Expr) or not isinstance(value, torch.Tensor):
+            return None
+        return getitem(self._result(node, value), base, key)
+
+    def _many(self, node: fx.Node, name: str, value: Any) -> Value:
+        """Operations with several results."""
+        args, kwargs = self._values(node)
+        x = args[0] if args else None
+        if not value or not isinstance(x, Expr):
+            return None
+        if not all(isinstance(v, torch.Tensor) for v in value if v is not None):
+            return None
+        if name in (
+            "split",
+            "split_with_sizes",
+            "chunk",
+            "tensor_split",
+            "unsafe_split",
+            "unsafe_chunk",
+            "split_with_sizes_copy",
+        ):
+            dim: Any = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+            return parts_of(x, [shape_of(v) for v in value], dim)
+        if name == "unbind":
+            return HANDLERS["unbind"](self._result(node, value[0]), x, *args[1:], **kwargs)
+        if name == "native_dropout":
+            return self._call(HANDLERS["native_dropout"], node, value[0])
+        if (name == "max" and len(value) == 2 and len(args) >= 2) or (name == "max" and "dim" in kwargs):
+            r = self._result(node, value[0])
+            return (HANDLERS["amax"](r, x, kwargs.get("dim", args[1] if len(args) > 1 else None)), None)
+        return None
+
+    # -- mutation ----------------------------------------------------------------------------
+
+    def _write_in_place(self, node: fx.Node, name: str, written: Storages, position: int) -> None:
+        """``x.op_(...)``: from here on ``x`` means ``op(x, ...)``."""
+        target = node.kwargs.get("out", first_operand(node))
+        if not isinstance(target, fx.Node) or name == "" or self.memory.of(target) != written:
+            self._forget(written, position)
+            self._bind(node, self._opaque(node))
+            return
+        value = value_of(target)
+        out: Value = None
+        if name == "copy":
+            out = self._copied(node, target)
+        elif isinstance(value, torch.Tensor) and name in HANDLERS:
+            out = self._call(HANDLERS[name], node, value)
+            if "out" in node.kwargs and (not isinstance(out, Expr) or out.dtype is not value.dtype):
+                out = None
+        self._rewrite(target, node, out, position)
+
+    def _wholes(self, target: fx.Node, out: Expr) -> list[tuple[fx.Node, Expr]]:
+        """The tensors that ``target`` is a part of, and what they mean once the part holds ``out``."""
+        part, holder, found = self.meaning[target], target, []
+        if operation(target)[0] == "diagonal":
+            return self._diagonal_filled(target, out)
+        storages = self.memory.of(target)
+        while isinstance(holder := first_operand(holder), fx.Node) and self.memory.of(holder) == storages:
+            base = self.meaning.get(holder)
+            window = joins.window_of_view(part, base) if isinstance(base, Expr) else None
+            if not isinstance(base, Expr) or window is None or not self._learns_alike(holder, target):
+                continue
+            whole = joins.written(base, window, out, self.facts)
+            if whole is not None:
+                self._held[whole, window] = out
+                found.append((holder, whole))
+        return found
+
+    def _diagonal_filled(self, target: fx.Node, out: Expr) -> list[tuple[fx.Node, Expr]]:
+        """The tensor that ``target`` is a diagonal of, once that holds ``out``."""
+        args, kwargs = self._values(target)
+        if not args or not isinstance(args[0], Expr) or not kwargs.keys() <= {"offset", "dim1", "dim2"}:
+            return []
+        whole = diagonal_filled(args[0], out, *args[1:], **kwargs)
+        return [] if whole is None else [(first_operand(target), whole)]
+
+    def _copied(self, node: fx.Node, target: fx.Node) -> Value:
+        source = self._values(node)[0][1] if len(node.args) > 1 else None
+        value = value_of(target)
+        if not isinstance(source, Expr) or not isinstance(value, torch.Tensor):
+            return None
+        source = cast(source, value.dtype)
+        return source if source.shape == shape_of(value) else view("expand", source, shape_of(value))
+
+    def _rewrite(self, target: fx.Node, node: fx.Node, out: Value, position: int) -> None:
+        """``target``'s memory now holds ``out``; everything else that shares it is forgotten."""
+        value = value_of(target)
+        if (
+            isinstance(value, torch.Tensor)
+            and value.dim()
+            and not statically_known_true(value.stride(-1) == 1)
+        ):
+            self.turned |= self.memory.of(target)
+        before, storages = self.meaning.get(target), self.memory.of(target)
+        lost = self._stops_gradients(node, value_of(target))
+        if lost or not (isinstance(out, Expr) and isinstance(before, Expr) and out.shape == before.shape):
+            self._forget(storages, position)
+            if isinstance(value_of(node), torch.Tensor):
+                self._bind(node, self.meaning.get(target))
+            return
+        out = cast(out, before.dtype)
+        held = [(n, out) for n in self._on(storages) if self._is_same(n, target)]
+        held += self._wholes(target, out)
+        self._forget(storages, position)
+        for holder, meaning in held:
+            self.meaning[holder] = meaning
+            self._hold(meaning, holder, position)
+        if isinstance(value_of(node), torch.Tensor):
+            self._bind(node, out)
+
+    def _is_same(self, node: fx.Node, target: fx.Node) -> bool:
+        """Is it another name of ``target``, for its elements and for gradients?"""
+        return node is target or (
+            node in self.meaning
+            and self.memory.same_elements(node, target)
+            and self._learns_alike(node, target)
+        )
+
+    def _learns_alike(self, a: fx.Node, b: fx.Node) -> bool:
+        """Do gradients flow to both or to neither?  Autograd does not see a write through ``.data``."""
+        x, y = (bool(getattr(value_of(n), "requires_grad", False)) for n in (a, b))
+        return x == y or not self.known.gradients or self.known.own_gradient
+
+    def _on(self, storages: Storages) -> list[fx.Node]:
+        """The nodes so far that share one of some storages, in program order."""
+        found = {n: None for s in storages for n in self._members.get(s, ())}
+        return sorted(found, key=self.order.__getitem__)
+
+    def _forget(self, storages: Storages, position: int) -> None:
+        for storage in storages:
+            self._writes.setdefault(storage, []).append(position)
+        for member in self._on(storages):
+            value = value_of(member)
+            if not self.has_its_shape(member, position):
+                self.meaning.pop(member, None)
+            elif isinstance(value, torch.Tensor):
+                unknown = self._named(f"{member.name}@{position}", shape_of(value), value.dtype)
+                if isinstance(before := self.meaning.get(member), Expr):
+                    self.before[unknown] = before
+                self.meaning[member] = unknown
+                self._hold(unknown, member, position)
+
+    def _set_item(self, node: fx.Node, position: int) -> None:
+        """``x[key] = value``, where a boolean mask, slices or integers select."""
+        target = node.args[0]
+        if not isinstance(target, fx.Node):
+            return
+        args, _ = self._values(node)
+        x, key, new = args[0], args[1], args[2]
+        if isinstance(node.args[1], list):
+            key = (key,)  # a list of indices is one index, of one dimension
+        out = None
+        if isinstance(x, Expr):
+            selected = self._selection(x, key)
+            window = joins.window_of_key(x, key)
+            value = as_expr(new, x.dtype)
+            if selected is not None and value is not None and value.rank == 0:
+                out = pointwise("where", selected, value, x, dtype=x.dtype)
+            elif window is not None and value is not None:
+                own = self._held.get((x, window)) is value  # ``x[key] += y`` puts back what x holds
+                out = x if own else joins.written(x, window, value, self.facts)
+        self._rewrite(target, node, out, position)
+
+    def _selection(self, x: Expr, key: Value) -> Expr | None:
+        """A boolean tensor that is true where ``x[key]`` writes."""
+        keys = list(key) if isinstance(key, tuple) else [key]
+        masks = [k for k in keys if isinstance(k, Expr)]
+        if len(masks) == 1 and masks[0].dtype is torch.bool:
+            used = sum(k.rank if isinstance(k, Expr) else 1 for k in keys if k is not Ellipsis)
+            shape: list[Any] = []
+            for k in keys:
+                if isinstance(k, Expr):
+                    shape += k.shape
+                elif k is Ellipsis:
+                    shape += [1] * (x.rank - used)
+                elif k == slice(None):
+                    shape.append(1)
+                else:
+                    return None
+            shape += [1] * (x.rank - len(shape))
+            return reshape(masks[0], tuple(shape))
+        return None

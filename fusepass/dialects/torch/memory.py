@@ -1,0 +1,418 @@
+"""Who shares memory in a ``torch.fx`` graph, and which nodes write to it.
+
+Sharing is *seen*, not derived: the fake tensors that a graph's nodes carry share storages as the real tensors
+do, so a view, ``.data``, ``detach``, the result of an in-place operation and two arguments of which one is a
+slice of the other have one storage.  Which operands a node writes to is what the schemas of PyTorch's
+operators say; a function without one is run on the recorded values and watched.
+
+A *storage* here is a hashable key.  One storage is one memory, whatever the offsets.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import operator
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from fusepass.dialects.torch.nodes import first_operand, operation, value_of
+
+Storage = Any
+Storages = frozenset[Storage]
+
+_NONE: Storages = frozenset()
+#: The one memory of a graph in which tensors change their storages (``x.set_(y)``): none can be told apart.
+_ANY = "any"
+#: Operations that put a tensor on another storage.
+_REBINDING = frozenset({"set", "swap_tensors", "_set_data"})
+#: Functions of several results or steps that keep statistics, in operands that no schema names.
+_STATISTICS = frozenset({"batch_norm", "instance_norm"})
+#: Higher-order operators without a body that write to nothing.
+_FUNCTIONAL = frozenset(
+    "auto_functionalized auto_functionalized_v2 triton_kernel_wrapper_functional out_dtype "
+    "flex_attention_backward run_and_save_rng_state run_with_rng_state".split()
+)
+#: Nodes without a result that anybody reads, which must stay: checks, modes, profiling.
+_EFFECTS = frozenset(
+    "_assert _assert_async _assert_scalar sym_constrain_range sym_constrain_range_for_size manual_seed "
+    "_set_grad_enabled _enter_autocast _exit_autocast _record_function_enter _record_function_enter_new "
+    "_record_function_exit call_torchbind print".split()
+)
+
+
+class Memory:
+    """The storages of one graph's nodes.
+
+    Args:
+        graph: the graph; its nodes carry fake values.
+        owner: the module that holds what ``get_attr`` and ``call_module`` nodes name.
+    """
+
+    def __init__(self, graph: fx.Graph, owner: torch.nn.Module | None = None) -> None:
+        self._graph, self._owner = graph, owner
+        self._of: dict[fx.Node, Storages] = {}
+        self._kept: list[Any] = []  # a storage that is gone could be another's address
+        self._written: dict[fx.Node, Storages] = {}
+        calls = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
+        #: Are tensors put on other storages, so that no record of them is right?
+        self.rebinds = any(operation(n)[1] and operation(n)[0] in _REBINDING for n in calls)
+        outside = graph.find_nodes(op="placeholder") + graph.find_nodes(op="get_attr")
+        self.external: Storages = _NONE.union(*(self.of(n) for n in outside))
+
+    def of(self, node: fx.Node) -> Storages:
+        """The storages that hold a node's tensors."""
+        found = self._of.get(node)
+        if found is None:
+            found = self._of[node] = self._seen(node)
+        return found
+
+    def written(self, node: fx.Node) -> Storages:
+        """The storages that a node writes to."""
+        found = self._written.get(node)
+        if found is None:
+            found = self._written[node] = _NONE.union(*(self.of(n) for n in self._targets(node)))
+        return found
+
+    @functools.cached_property
+    def all_written(self) -> Storages:
+        """The storages that some node writes to."""
+        return _NONE.union(*(self.written(n) for n in self._graph.nodes))
+
+    @functools.cached_property
+    def written_turned(self) -> Storages:
+        """The storages that some node writes to through a view of permuted dimensions."""
+        nodes = (target for node in self._graph.nodes for target in self._targets(node))
+        return _NONE.union(*(self.of(n) for n in nodes if _is_permuted(value_of(n))))
+
+    def read(self, node: fx.Node) -> Storages:
+        """The storages that a node is given tensors on."""
+        return _NONE.union(*(self.of(n) for n in node.all_input_nodes))
+
+    def stand_in(self, new: fx.Node, old: fx.Node) -> None:
+        """``new`` takes the place of ``old``: what is recorded as a view of one is a view of the other."""
+        self._of[new] = self.of(new) | self.of(old)
+
+    def same_elements(self, a: fx.Node, b: fx.Node) -> bool:
+        """Are two nodes provably the very same elements of one storage, in the same order?"""
+        x, y = value_of(a), value_of(b)
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or len(self.of(a)) != 1:
+            return False
+        if self.rebinds or self.of(a) != self.of(b) or x.dtype is not y.dtype or x.dim() != y.dim():
+            return False
+        a_sizes, b_sizes = ((*t.shape, *t.stride(), t.storage_offset()) for t in (x, y))
+        return all(_known_equal(m, n) for m, n in zip(a_sizes, b_sizes, strict=True))
+
+    def _seen(self, node: fx.Node) -> Storages:
+        if self.rebinds:
+            return frozenset({_ANY})
+        value = value_of(node)
+        found = set(self._keys(value))
+        if node.op == "get_attr":
+            found.add(("attribute", str(node.target)))
+            held = _attribute(self._owner, str(node.target))
+            found.update(self._keys(held) if isinstance(held, Tensor) else ())
+        elif value is None and node.op not in ("placeholder", "output"):
+            found.update(*(self.of(n) for n in node.all_input_nodes))  # it may be a view of any of them
+        elif isinstance(node.target, torch._ops.OpOverload):
+            found.update(*(self.of(n) for n in _aliased(node)))
+        return frozenset(found)
+
+    def _keys(self, value: Any) -> Iterator[Storage]:
+        if isinstance(value, (tuple, list)):
+            for part in value:
+                yield from self._keys(part)
+        elif isinstance(value, dict):
+            yield from self._keys(list(value.values()))
+        elif isinstance(value, Tensor):
+            for plain in _plain(value):
+                kept, key = _storage(plain)
+                self._kept.append(kept)
+                yield key
+
+    def _targets(self, node: fx.Node) -> Iterable[fx.Node]:
+        if node.op == "call_module":
+            return _module_targets(node, self._owner)
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return _higher_order_targets(node, self._owner)
+        return written_operands(node)
+
+
+def _known_equal(a: Any, b: Any) -> bool:
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return a is b or (
+        isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr == b.node.expr
+    )
+
+
+def _is_permuted(value: Any) -> bool:
+    """Are the strides of a tensor not known to fall from one dimension to the next?"""
+    if not isinstance(value, Tensor):
+        return True
+    both = zip(value.shape, value.stride(), strict=True)
+    strides = [stride for size, stride in both if not statically_known_true(size == 1)]
+    return not all(statically_known_true(a >= b) for a, b in itertools.pairwise(strides))
+
+
+def _plain(value: Tensor) -> Iterator[Tensor]:
+    """The tensors below the wrappers of ``torch.func`` and below tensor subclasses."""
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        value = functorch.get_unwrapped(value)
+    if torch._is_functional_tensor(value):
+        yield from _plain(torch._from_functional_tensor(value))
+    elif is_traceable_wrapper_subclass(value):
+        names, _ = value.__tensor_flatten__()
+        for part in (getattr(value, name) for name in names):
+            if isinstance(part, Tensor):  # others describe how the parts are put together (a DTensor's mesh)
+                yield from _plain(part)
+    else:
+        yield value
+
+
+def _storage(value: Tensor) -> tuple[Any, Storage]:
+    """A storage (or what must be kept in its place) and its key."""
+    try:
+        storage = value.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return value, ("tensor", id(value))  # sparse, and other layouts without one
+    return storage, storage._cdata
+
+
+def _attribute(owner: Any, path: str) -> Any:
+    for name in path.split("."):
+        owner = getattr(owner, name, None)
+    return owner
+
+
+def _aliased(node: fx.Node) -> Iterator[fx.Node]:
+    """The operands that an operator's schema lets its results be views of."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    of_results = {s for r in schema.returns if r.alias_info is not None for s in r.alias_info.before_set}
+    for argument, given in _bound(schema, node):
+        if argument.alias_info is not None and argument.alias_info.before_set & of_results:
+            yield from _nodes_in(given)
+
+
+def _bound(schema: Any, node: fx.Node) -> Iterator[tuple[Any, Any]]:
+    """The arguments of a schema that a node gives, with what it gives."""
+    for position, argument in enumerate(schema.arguments):
+        if argument.name in node.kwargs:
+            yield argument, node.kwargs[argument.name]
+        elif position < len(node.args) and not argument.kwarg_only:
+            yield argument, node.args[position]
+
+
+def _nodes_in(value: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(value, lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+    return found
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    """The operands that hold tensors, or whose value is not known."""
+    return [n for n in node.all_input_nodes if not isinstance(value_of(n), (int, float, bool, torch.SymInt))]
+
+
+# ---------------------------------------------------------------------------------------- what is written
+
+
+def writes(node: fx.Node) -> bool:
+    """Does a node write into the memory of an operand?"""
+    return bool(written_operands(node))
+
+
+def written_operands(node: fx.Node) -> list[fx.Node]:
+    """The operands that a call of a function or method writes to.
+
+    PyTorch's functions write to what their schema marks, to the first operand of a name that ends in an
+    underscore, to ``out=``, and in place where they are told to.  A function from elsewhere is watched.
+    """
+    if node.op not in ("call_function", "call_method"):
+        return []
+    if isinstance(node.target, torch._ops.OpOverload):
+        return _marked(node, [node.target._schema])
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        packet = node.target
+        return _marked(node, [getattr(packet, name)._schema for name in packet.overloads()])
+    found = _nodes_in(node.kwargs["out"]) if node.kwargs.get("out") is not None else []
+    name, in_place = operation(node)
+    if node.target is operator.setitem or name == "__setitem__":
+        return found + _nodes_in(node.args[:1])
+    if in_place:
+        known = _schemas_in_place(name)
+        found += _marked(node, known) if known else []
+        return list(dict.fromkeys(found)) or _nodes_in(first_operand(node)) or _tensors(node)
+    if node.op == "call_function":
+        found += _by_convention(node, name)
+    return found
+
+
+def _marked(node: fx.Node, schemas: Iterable[Any]) -> list[fx.Node]:
+    """What the schemas mark as written, those together that may be meant."""
+    found: dict[fx.Node, None] = {}
+    for schema in schemas:
+        if schema.is_mutable:
+            for argument, given in _bound(schema, node):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    found.update(dict.fromkeys(_nodes_in(given)))
+    return list(found)
+
+
+@functools.cache
+def _schemas_in_place(name: str) -> tuple[Any, ...]:
+    packet = getattr(torch.ops.aten, f"{name}_", None)
+    return () if packet is None else tuple(getattr(packet, o)._schema for o in packet.overloads())
+
+
+def _by_convention(node: fx.Node, name: str) -> list[fx.Node]:
+    """What a function writes to whose name does not say so."""
+    function: Any = node.target
+    module = str(getattr(function, "__module__", None) or "torch")
+    if module.split(".")[0] not in ("torch", "math", "_operator", "operator", "builtins"):
+        return _observed(node)
+    if _option(node, "inplace"):
+        return _nodes_in(first_operand(node)) or _tensors(node)
+    if any(word in getattr(function, "__name__", "") for word in _STATISTICS) or _option(node, "max_norm"):
+        return _tensors(node)[1:]
+    return []
+
+
+def _option(node: fx.Node, name: str) -> bool:
+    """Is an option of a function given, by keyword or by position, and not false?"""
+    if name in node.kwargs:
+        return node.kwargs[name] not in (None, False)
+    at = _parameters(node.target).get(name)
+    return at is not None and at < len(node.args) and node.args[at] not in (None, False)
+
+
+@functools.cache
+def _parameters(function: Any) -> dict[str, int]:
+    """The positions of a Python function's parameters; none for built-in ones, which have schemas."""
+    try:
+        return {name: n for n, name in enumerate(inspect.signature(function).parameters)}
+    except (TypeError, ValueError):
+        return {}
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the storages that operators write to."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: set[Storage] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = kwargs.get(argument.name, args[position] if position < len(args) else None)
+                for tensor in given if isinstance(given, (list, tuple)) else [given]:
+                    if isinstance(tensor, Tensor):
+                        self.found.add(_storage(tensor)[1])
+        return func(*args, **kwargs)
+
+
+def _observed(node: fx.Node) -> list[fx.Node]:
+    """What a function writes to when it runs on the recorded values; everything where it cannot be run."""
+    operands = _tensors(node)
+    if not operands:
+        return []
+    values = [v for n in operands for v in (value_of(n),) if isinstance(v, Tensor)]
+    mode = next((m for v in values if (m := getattr(v, "fake_mode", None)) is not None), None)
+    if mode is None or len(values) < len(operands):
+        return operands
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _apart(value_of(n)))
+    try:
+        with mode, torch.no_grad(), _Watch() as watch:
+            node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception:
+        return operands
+    return [n for n, v in zip(operands, values, strict=True) if _storage(v)[1] in watch.found]
+
+
+def _apart(value: Any) -> Any:
+    """The same memory under another name, whose metadata may be changed."""
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _module_targets(node: fx.Node, owner: torch.nn.Module | None) -> list[fx.Node]:
+    """What a module writes to: its own buffers are nobody's operands; unknown modules write to everything."""
+    module = _attribute(owner, str(node.target))
+    if not isinstance(module, torch.nn.Module) or not type(module).__module__.startswith("torch.nn."):
+        return _tensors(node)
+    return _tensors(node) if getattr(module, "inplace", False) else []
+
+
+def _higher_order_targets(node: fx.Node, owner: torch.nn.Module | None) -> list[fx.Node]:
+    """What a higher-order operator writes to: everything, where a body writes to anything it is given."""
+    bodies = [_attribute(owner, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"]
+    graphs = [b for b in bodies if isinstance(b, fx.GraphModule)]
+    if graphs:
+        return _tensors(node) if any(map(_writes_outside, graphs)) else []
+    return [] if _higher_order_name(node) in _FUNCTIONAL else _tensors(node)
+
+
+def _higher_order_name(node: fx.Node) -> str:
+    return str(getattr(node.target, "_name", ""))
+
+
+def _writes_outside(body: fx.GraphModule) -> bool:
+    memory = Memory(body.graph, body)
+    return any(memory.written(n) & memory.external for n in body.graph.nodes)
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Must a node stay although nobody reads it and it writes to no tensor?"""
+    if node.op not in ("call_function", "call_method") or is_type_check(node):
+        return False
+    if node.target in fx.node._side_effectful_functions and node.target is not operator.setitem:
+        return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[-1] in _EFFECTS or _returns_nothing(node)
+    name = getattr(node.target, "__name__", str(node.target))
+    return name in _EFFECTS or name.endswith(("_increment_nesting", "_decrement_nesting", "_dual_level"))
+
+
+def _returns_nothing(node: fx.Node) -> bool:
+    """An operator without results is called for its effect."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    return not schema.returns and not schema.is_mutable
+
+
+def is_type_check(node: fx.Node) -> bool:
+    """An assertion on the type of a value, which says nothing once nobody computes the value."""
+    return operation(node)[0] == "_assert_tensor_metadata"
+
+
+# ---------------------------------------------------------------------------------------- liveness
+
+
+def live_nodes(graph: fx.Graph, memory: Memory, without: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """The nodes that the output, an effect, or a write that somebody can see depends on.
+
+    A write is seen outside (arguments, attributes), or by a later node that is given a tensor on the storage.
+    ``without``: nodes that others have replaced, writes included.
+    """
+    live: set[fx.Node] = set()
+    seen = set(memory.external)
+    for node in reversed(graph.nodes):
+        if node in without:
+            continue
+        needed = node.op in ("output", "placeholder") or any(u in live for u in node.users)
+        if needed or has_effect(node) or not memory.written(node).isdisjoint(seen):
+            live.add(node)
+            seen |= memory.read(node)
+    return live
+
+
+__all__ = [
+    "Memory", "Storages", "has_effect", "is_type_check", "live_nodes", "written_operands", "writes",
+]  # fmt: skip

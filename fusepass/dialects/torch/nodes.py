@@ -1,0 +1,168 @@
+"""How a ``torch.fx`` node is written: what it calls, with which arguments, on values of which sizes.
+
+Functions, methods, operators, ATen overloads and what Dynamo makes of them have one name each here.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fusepass.dialects.handlers import Value
+from fusepass.dialects.torch.ops import HANDLERS
+from fusepass.expressions.index import simplify_size
+
+#: Those that, written with a trailing underscore, change the shape of the tensor they are called on.
+_SHAPES = frozenset("transpose swapaxes swapdims t squeeze unsqueeze resize resize_as as_strided set".split())
+_INPLACE_OPERATORS = {
+    "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ifloordiv": "floordiv", "ipow": "pow",
+    "iand": "and", "ior": "or", "ixor": "xor", "imod": "mod",
+}  # fmt: skip
+_BINARY = "add sub mul truediv floordiv mod pow and or xor matmul eq ne lt le gt ge rsub getitem".split()
+#: Operators written as methods (`x.__eq__(y)`, as Dynamo of torch 2.11 does); `__bool__` is no `bool()`.
+_OPERATORS = {
+    **{f"__{name}__": name for name in (*_BINARY, "neg", "abs", "invert", *_INPLACE_OPERATORS)},
+    **{f"__r{name}__": name for name in ("add", "mul", "and", "or", "xor")},
+}
+#: Where the functions live that are known by their names; in other places (``torch.masked``,
+#: ``torch.sparse``) the same names mean something else.
+_MODULES = frozenset(
+    "torch torch.functional torch.nn.functional torch._tensor torch._C torch._C._nn torch._C._linalg "
+    "torch._C._special torch._ops.aten torch._ops.prims _operator operator math builtins".split()
+)
+#: Methods whose arguments come in another order than those of the function of that name.
+_METHODS = {"where": "where_method"}
+_ATTRIBUTES = {"T": "t", "mT": "mT", "mH": "mH", "H": "t"}
+
+
+#: What functions are that Python code cannot make: their names and modules are their own.
+_BUILT_IN = (
+    types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, type,
+    torch._ops.OpOverload, torch._ops.OpOverloadPacket,
+)  # fmt: skip
+
+
+def is_pytorchs(function: Any) -> bool:
+    """Is a function of PyTorch or Python what its name and module say?
+
+    Somebody's own that stands in for it may have borrowed both (``functools.wraps``).
+    """
+    if isinstance(function, types.FunctionType):
+        return str(function.__globals__.get("__name__")).split(".")[0] in ("torch", "operator")
+    return isinstance(function, _BUILT_IN)
+
+
+def stand_in(function: types.FunctionType, others: Iterable[str] = ()) -> str | None:
+    """The name of a function that one of PyTorch calls, and that somebody has put another in the place of.
+
+    Args:
+        function: a function of PyTorch in Python; those of its module that it calls count with it.
+        others: more names that are read from ``torch`` and ``torch.nn.functional``.
+    """
+    todo, seen = [function], {function}
+    places: list[Mapping[str, Any]] = [vars(torch), vars(torch.nn.functional)]
+    names = [(name, place) for name in others for place in places]
+    while todo:
+        at = todo.pop()
+        names += [(n, place) for n in at.__code__.co_names for place in (at.__globals__, vars(torch))]
+        for name, place in names:
+            found = place.get(name)
+            if callable(found) and not is_pytorchs(found):
+                return name
+            if isinstance(found, types.FunctionType) and found not in seen:
+                seen.add(found)
+                if found.__module__ == function.__module__:
+                    todo.append(found)
+        names.clear()
+    return None
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake tensor (or number) recorded for a node, or None."""
+    meta = node.meta
+    found = meta.get("example_value")
+    return meta.get("val") if found is None else found
+
+
+def fake_mode_of(value: Any) -> Any:
+    """The fake-tensor mode of a recorded value, or None; a DTensor has that of its shard."""
+    if isinstance(value, torch.Tensor):
+        value = getattr(value, "_local_tensor", value)
+    return getattr(value, "fake_mode", None)
+
+
+def shape_of(value: Any) -> tuple[Any, ...]:
+    """A tensor's shape in integers and sympy expressions."""
+    return tuple(size_of(s) for s in value.shape)
+
+
+def size_of(value: Any) -> Any:
+    """A size as an integer or a sympy expression."""
+    if isinstance(value, torch.SymInt):
+        return simplify_size(value.node.expr)
+    return int(value)
+
+
+def operation(node: fx.Node) -> tuple[str, bool]:
+    """The operation's name, and whether it writes into its first argument."""
+    if node.op == "call_method":
+        name = _METHODS.get(str(node.target), str(node.target))
+    elif isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name.split("::")[-1]
+        if node.target.namespace not in ("aten", "prims"):
+            return "", node.target._schema.is_mutable
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        if node.target is getattr and len(node.args) == 2:
+            return _ATTRIBUTES.get(str(node.args[1]), ""), False
+        module = getattr(node.target, "__module__", None) or ""
+        if (module and module not in _MODULES) or not is_pytorchs(node.target):
+            return "", False
+    else:
+        return "", False
+    name = _OPERATORS.get(name, name)
+    if name in _INPLACE_OPERATORS:
+        return _INPLACE_OPERATORS[name], True
+    if name.endswith("_") and not name.endswith("__") and name not in HANDLERS:
+        return name[:-1], True
+    return name, False
+
+
+@functools.cache
+def _schemas(name: str) -> tuple[tuple[str, ...], ...]:
+    """The positional parameters of every overload of an ATen operation."""
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return ()
+    schemas = (getattr(packet, overload)._schema for overload in packet.overloads())
+    return tuple(tuple(a.name for a in s.arguments if not a.kwarg_only) for s in schemas)
+
+
+def positional(name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) -> tuple[Value, ...]:
+    """Arguments given by keyword, put in the place that the operation's schema gives them."""
+    for names in _schemas(name) if kwargs else ():
+        if len(names) > len(args) and names[len(args)] in kwargs:
+            for parameter in names[len(args) :]:
+                if parameter not in kwargs:
+                    break
+                args = (*args, kwargs.pop(parameter))
+            break
+    return args
+
+
+def first_operand(node: fx.Node) -> Any:
+    """The first argument, by position or by its usual names."""
+    if node.args:
+        return node.args[0]
+    return node.kwargs.get("input", node.kwargs.get("self"))
+
+
+def reshapes_in_place(node: fx.Node) -> bool:
+    """Does the node change the shape of its first argument (``x.unsqueeze_(0)``)?"""
+    name, writes = operation(node)
+    return writes and name in _SHAPES

@@ -1,0 +1,69 @@
+"""Sums, maxima and running sums."""
+
+from __future__ import annotations
+
+import torch
+
+from fusepass.dialects.handlers import HANDLERS, Handler, Result, Value, dim_of, handles, reshape, whole
+from fusepass.dialects.torch.views import slice_dim
+from fusepass.expressions.index import simplify_size
+from fusepass.expressions.ir import Expr, cast, expr, pointwise
+
+
+def _dims(dim: Value, rank: int) -> tuple[int, ...] | None:
+    """The dimensions that are reduced, in order; None where they are not known."""
+    if dim is None:
+        return tuple(range(rank))
+    given = dim if isinstance(dim, (tuple, list)) else (dim,)
+    return tuple(sorted(dim_of(d, rank) for d in given)) if whole(given) else None
+
+
+def _reduce(op: str) -> Handler:
+    def handler(r: Result, x: Expr, dim: Value = None, keepdim: bool = False, **kw: Value) -> Expr | None:
+        dims = _dims(kw.get("axis", dim), x.rank)
+        if dims is None:
+            return None
+        wide = tuple(1 if d in dims else n for d, n in enumerate(x.shape))
+        reduced = expr(op, (cast(x, r.dtype) if op == "sum" else x,), (dims,), wide, r.dtype)
+        return reshape(reduced, r.shape)
+
+    return handler
+
+
+HANDLERS["sum"] = _reduce("sum")
+HANDLERS["amax"] = _reduce("amax")
+HANDLERS["logsumexp"] = _reduce("logsumexp")
+
+
+@handles("cumsum")
+def _cumsum(r: Result, x: Expr, dim: int) -> Expr:
+    return expr("cumsum", (x,), (dim_of(dim, x.rank),), r.shape, r.dtype)
+
+
+@handles("diff")
+def _diff(
+    r: Result, x: Expr, n: int = 1, dim: int = -1, prepend: Value = None, append: Value = None
+) -> Expr | None:
+    d = dim_of(dim, x.rank)
+    parts = [p for p in (prepend, x, append) if isinstance(p, Expr)]
+    if n != 1 or x.dtype is torch.bool:  # of bits it is their exclusive or
+        return None
+    length = simplify_size(r.shape[d] + 1)
+    whole = (
+        x
+        if len(parts) == 1
+        else expr("cat", tuple(parts), (d,), (*x.shape[:d], length, *x.shape[d + 1 :]), x.dtype)
+    )
+    return pointwise(
+        "sub", slice_dim(whole, d, 1, r.shape[d]), slice_dim(whole, d, 0, r.shape[d]), dtype=r.dtype
+    )
+
+
+def _extreme(op: str) -> Handler:
+    def handler(r: Result, x: Expr, other: Expr) -> Expr:
+        return pointwise(op, x, other, dtype=r.dtype)  # max(dim) returns two results: see the reader
+
+    return handler
+
+
+HANDLERS["max"], HANDLERS["min"] = _extreme("max"), _extreme("min")

@@ -1,0 +1,171 @@
+"""Numbers as PyTorch computes with them: what a value is in a dtype, and what operations make of it.
+
+Everything that looks at a constant (folding, masks, scales, bounds) sees the value that its dtype holds:
+three as a bool is True, 2.9 as an integer is 2, 258 as a byte is 2, and 1e9 in half precision is infinite.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusepass.host.surroundings import clean_context
+
+Number = bool | int | float | complex
+#: Values with their dtypes.
+Constants = tuple[tuple[Any, torch.dtype], ...]
+
+COMPARISONS = frozenset("lt le gt ge eq ne".split())
+LOGIC = frozenset("and or xor not".split())
+_OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "neg": torch.neg, "abs": torch.abs, "exp": torch.exp, "exp2": torch.exp2, "log": torch.log,
+    "tanh": torch.tanh, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "sigmoid": torch.sigmoid,
+    "relu": torch.relu, "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div,
+    "floordiv": torch.floor_divide, "mod": torch.remainder, "pow": torch.pow, "max": torch.maximum,
+    "min": torch.minimum, "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge, "eq": torch.eq,
+    "ne": torch.ne, "and": torch.logical_and, "or": torch.logical_or, "xor": torch.logical_xor,
+    "not": torch.logical_not, "isnan": torch.isnan, "isinf": torch.isinf,
+}  # fmt: skip
+
+
+def opmath(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that PyTorch computes in; a Python number that meets a tensor is taken in it."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
+def is_integer(dtype: torch.dtype) -> bool:
+    """Integers, without bool."""
+    return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
+
+
+def converted(value: Number, dtype: torch.dtype) -> Number | None:
+    """``value`` as an element of ``dtype``; None where PyTorch does not say what that is.
+
+    Integers wrap and floats are truncated to integers.  NaN, infinities and floats out of its range have no
+    meaning as an integer, and complex numbers none as anything real.
+    """
+    if dtype is torch.bool:
+        return bool(value)
+    try:
+        if dtype.is_complex:
+            return _complex(complex(value), dtype)
+        if isinstance(value, complex):
+            return None
+        return _rounded(value, dtype) if dtype.is_floating_point else _integer(value, dtype)
+    except (OverflowError, RuntimeError, TypeError):
+        return None
+
+
+def held(value: float, dtype: torch.dtype) -> float:
+    """A number as a floating dtype holds it."""
+    return _rounded(value, dtype) if dtype.is_floating_point else value
+
+
+def _complex(value: complex, dtype: torch.dtype) -> complex:
+    part = {torch.complex64: torch.float32, torch.complex128: torch.float64}.get(dtype, torch.float16)
+    return complex(_rounded(value.real, part), _rounded(value.imag, part))
+
+
+def _integer(value: bool | int | float, dtype: torch.dtype) -> int | None:
+    limits = torch.iinfo(dtype)
+    if isinstance(value, float):
+        inside = math.isfinite(value) and limits.min <= math.trunc(value) <= limits.max
+        return math.trunc(value) if inside else None
+    return (int(value) - limits.min) % (1 << limits.bits) + limits.min
+
+
+def _rounded(value: bool | int | float, dtype: torch.dtype) -> float:
+    if dtype is torch.float64:
+        return float(value)
+    single = _single(value)
+    if dtype is torch.float32 or not math.isfinite(single):
+        return single if dtype.itemsize > 1 else _by_torch(single, dtype)
+    if dtype is torch.float16:
+        try:
+            (half,) = struct.unpack("<e", struct.pack("<e", single))
+        except OverflowError:
+            half = math.copysign(math.inf, single)
+        return float(half)
+    if dtype is torch.bfloat16:
+        (bits,) = struct.unpack("<I", struct.pack("<f", single))
+        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+        return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+    return _by_torch(single, dtype)
+
+
+def _single(value: bool | int | float) -> float:
+    """The nearest float32; of an integer without a double in between."""
+    if not isinstance(value, float) and (extra := int(value).bit_length() - 24) > 0:
+        quotient, rest = divmod(abs(int(value)), 1 << extra)
+        half = 1 << (extra - 1)
+        quotient += rest > half or (rest == half and quotient % 2)
+        value = math.copysign(quotient << extra, value)
+    return ctypes.c_float(float(value)).value
+
+
+def _by_torch(value: float, dtype: torch.dtype) -> float:
+    with clean_context(draws=False):
+        return float(torch.tensor(value, dtype=torch.float32, device="cpu").to(dtype).item())
+
+
+def folded(op: str, args: Constants, dtype: torch.dtype, attrs: tuple[Any, ...] = ()) -> Number | None:
+    """What PyTorch computes from constants ``(value, dtype)``, as an element of ``dtype``.
+
+    None where it computes nothing (a division by the integer zero), and where it depends on the device.
+    """
+    kinds = {d for _, d in args} | {dtype}
+    known = op in _OPERATIONS or op == "nan_to_num"
+    if not known or any(d.is_complex for d in kinds):
+        return None
+    if is_integer(dtype) and any(d.is_floating_point for d in kinds):
+        return None
+    found = [_computed(op, given, within, dtype, attrs) for given, within in _readings(op, args, dtype)]
+    return found[0] if len(set(map(repr, found))) == 1 else None
+
+
+def _readings(op: str, args: Constants, dtype: torch.dtype) -> list[tuple[Constants, torch.dtype]]:
+    """The operands, and the dtype they are computed in, as devices differ.
+
+    A number that meets a narrow tensor is rounded to the tensor's dtype on some of them; a factor or a
+    divisor on none.
+    """
+    if op in LOGIC:
+        return [(args, torch.bool)]
+    if op in COMPARISONS or op in ("isnan", "isinf"):
+        common = functools.reduce(torch.promote_types, (d for _, d in args))
+        floats = [d for _, d in args if d.is_floating_point]
+        return [(args, d) for d in dict.fromkeys([opmath(common), *floats])]
+    wide = opmath(dtype)
+    if wide is dtype or op in ("mul", "div", "floordiv"):
+        return [(args, wide)]
+    return [(args, wide), (tuple((held(v, dtype), dtype) for v, _ in args), wide)]
+
+
+def _computed(
+    op: str,
+    args: Constants,
+    within: torch.dtype,
+    dtype: torch.dtype,
+    attrs: tuple[Any, ...],
+) -> Number | None:
+    try:
+        with clean_context(draws=False):
+            given = [torch.tensor(v, dtype=opmath(d), device="cpu").to(within) for v, d in args]
+            if op == "nan_to_num":
+                out = torch.nan_to_num(given[0], nan=attrs[0], neginf=attrs[1], posinf=attrs[2])
+            else:
+                out = _OPERATIONS[op](*given)
+            number: Number = out.item()
+    except (ArithmeticError, RuntimeError, TypeError, ValueError):
+        return None
+    return converted(number, dtype)
+
+
+__all__ = ["COMPARISONS", "LOGIC", "Number", "converted", "folded", "held", "is_integer", "opmath"]

@@ -1,0 +1,518 @@
+"""Between which numbers the elements of an expression lie, as far as that can be proved.
+
+The bounds are those of interval arithmetic, widened by rounding; what may exceed a dtype is infinite, and
+None means that an element may be NaN or that nothing is known.  Assumed of what a graph is given is:
+
+* the operands of matrix products, and numbers that are learned, are finite and no fills;
+* lengths that are not known have an upper bound;
+* in :func:`is_ordinary`, which asks for an order of magnitude, learned numbers, products, integers that are
+  given, and lengths are of usual size, so that a learned slope times a distance is an ordinary number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+
+from fusepass.expressions.contents import FILL, Contents
+from fusepass.expressions.index import Affine, AxisSpace, Facts
+from fusepass.expressions.ir import VIEWS, Expr, held, is_integer, opmath
+
+Interval = tuple[float, float]
+
+__all__ = ["LEAST", "Interval", "Ranges", "absorbs_from_above", "is_ordinary", "range_of"]
+
+_BITS = frozenset("lt le gt ge eq ne and or xor not isnan isinf".split())
+_TRUTH: Interval = (0.0, 1.0)
+#: Operations that do not round, and those that never leave their bounds by rounding.
+_EXACT = frozenset("where max min amax cat neg abs relu".split())
+_BOUNDED = frozenset("tanh sigmoid softmax".split())
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large things may be that are not known: learned numbers and products, integers, lengths."""
+
+    learned: float
+    integer: float | None  # None: all that the dtype holds
+    length: int
+
+
+#: Nothing that can be run is larger.
+WIDEST = Scale(FILL, None, 1 << 40)
+#: What is usual: slopes times distances, and small fills times given bits, stay below a fill.
+USUAL = Scale(64.0, 64.0, 1 << 20)
+#: Small ones: what is large beside them is large because of a constant.
+LEAST = Scale(1.0, 1.0, 2)
+
+
+@dataclass
+class Ranges:
+    """Bounds of the expressions of one graph.
+
+    Attributes:
+        contents: what is known of leaves.
+        facts: what is known of sizes.
+        space: the axes of index expressions, where formulas are asked about.
+        scale: how large what is not known may be.
+    """
+
+    contents: Contents
+    facts: Facts
+    space: AxisSpace | None = None
+    scale: Scale = WIDEST
+    _known: dict[Expr, Interval | None] = field(default_factory=dict)
+
+    def of(self, root: Expr) -> Interval | None:
+        """Bounds of every element; infinite ones may be reached.  None: unknown, or NaN."""
+        todo = [root]
+        while todo:
+            node = todo[-1]
+            missing = [a for a in _below(node) if a not in self._known]
+            if missing and node not in self._known:
+                todo.extend(missing)
+                continue
+            todo.pop()
+            if node not in self._known:
+                self._known[node] = self._of(node)
+        return self._known[root]
+
+    def is_finite(self, root: Expr) -> bool:
+        """Is every element provably a number, neither NaN nor infinite?"""
+        found = self.of(root)
+        return found is not None and math.isfinite(found[0]) and math.isfinite(found[1])
+
+    # -- one node ----------------------------------------------------------------------------
+
+    def _of(self, node: Expr) -> Interval | None:
+        if node.dtype.is_complex:
+            return None
+        if node.op in _BITS or node.dtype is torch.bool:
+            return _TRUTH
+        if node.op in ("const", "iota", "affine", "input"):
+            return self._leaf(node)
+        if node.op in VIEWS or node.op in ("index", "load"):
+            return self._known[node.args[0]]
+        if node.op == "dot":
+            return self._product(node)
+        args = [self._known[a] for a in _below(node)]
+        if is_integer(node.dtype):
+            return self._integer(node, args)
+        if node.op == "nan_to_num":
+            return _cleaned(node, args[0])
+        if any(a is None for a in args):
+            return None
+        return self._float(node, [_as(a, arg, node.dtype) for a, arg in zip(args, _below(node), strict=True)])
+
+    def _leaf(self, node: Expr) -> Interval | None:
+        if node.op == "const":
+            value = float(node.attrs[0])
+            return None if math.isnan(value) else (value, value)
+        if node.op == "iota":
+            start, step = (self._size(n) for n in node.attrs)
+            last = self._size(node.shape[0] - 1 if node.shape else 0)
+            return _sum(start, _times(step, (0.0, max(last[1], 0.0))))
+        if node.op == "affine":
+            return self._affine(node.attrs[0])
+        return self._input(node)
+
+    def _input(self, node: Expr) -> Interval | None:
+        if (value := self.contents.values.get(node)) is not None:
+            return self.of(value)
+        known = self.contents.extremes(node) if node.is_float or node in self.contents.asked else None
+        if known is not None:
+            return None if math.isnan(known[0]) or math.isnan(known[1]) else known
+        if not node.is_float:
+            low, high = _limits(node.dtype)
+            if self.scale.integer is not None:
+                low, high = max(low, -self.scale.integer), min(high, self.scale.integer)
+            return low, high
+        if node in self.contents.ordinary:
+            return -self.scale.learned, self.scale.learned
+        return None
+
+    def _affine(self, index: Affine) -> Interval | None:
+        if self.space is None:
+            return None
+        index = self.space.resolve(index)
+        total = self._size(index.const)
+        for axis, c in index.terms:
+            last = self._size(self.space.sizes[axis])[1] - 1
+            total = _sum(total, _times(self._size(c), (0.0, max(last, 0.0))))
+        return total
+
+    def _product(self, node: Expr) -> Interval | None:
+        """A matrix product, whose operands are finite by assumption unless a fill is written into them."""
+        if any(map(_holds_fill, node.args)):
+            return None
+        return -self.scale.learned, self.scale.learned
+
+    def _integer(self, node: Expr, args: list[Interval | None]) -> Interval:
+        """Integers wrap where they leave their dtype, so that they always lie within it."""
+        low, high = _limits(node.dtype)
+        if any(a is None for a in args) or (node.op in ("floordiv", "mod") and _holds_zero(args[1])):
+            return low, high
+        if node.op == "cast":
+            found = args[0]
+            assert found is not None
+            found = (math.trunc(found[0]), math.trunc(found[1])) if _is_finite(found) else None
+        else:
+            found = self._real(node, [a for a in args if a is not None])
+            if found is not None and _is_finite(found):
+                found = (math.floor(found[0]), math.ceil(found[1]))  # integers of negative powers
+        if found is None or not _is_finite(found) or found[0] < low or found[1] > high:
+            return low, high
+        return found
+
+    def _float(self, node: Expr, args: list[Interval]) -> Interval | None:
+        same = all(a.dtype is node.dtype for a in _below(node))
+        if node.op in _BOUNDED or (node.op in _EXACT and same):
+            return self._real(node, args)
+        if node.op == "cast":
+            return _cast(args[0], node.dtype)
+        found = self._real(node, args)
+        return None if found is None else _rounded(found, node.dtype)
+
+    def _real(self, node: Expr, args: list[Interval]) -> Interval | None:
+        """The operation on real numbers."""
+        if node.op in ("where", "cat"):
+            return min(a[0] for a in args), max(a[1] for a in args)
+        if node.op in ("sum", "cumsum", "logsumexp", "softmax", "log_softmax", "amax"):
+            return self._reduced(node, args[0])
+        if node.op == "dropout":
+            return _dropped(args[0], float(node.attrs[0]))
+        same = len(node.args) == 2 and node.args[0] is node.args[1]
+        if same and node.op == "mul":
+            return _power(args[0], 2.0)
+        if same and node.op == "sub" and _is_finite(args[0]):
+            return 0.0, 0.0
+        rule = _RULES.get(node.op)
+        return None if rule is None else rule(*args)
+
+    def _reduced(self, node: Expr, x: Interval) -> Interval | None:
+        dims = node.attrs[0] if isinstance(node.attrs[0], tuple) else (node.attrs[0],)
+        counts = [self._size(node.args[0].shape[d]) for d in dims]
+        fewest, most = (math.prod(max(c[i], 0.0) for c in counts) for i in (0, 1))
+        if node.op == "amax":
+            return x
+        if node.op == "softmax":
+            return _TRUTH if _is_finite(x) else None
+        if self._counts(node, x):
+            return -float(self.scale.length), float(self.scale.length)
+        if node.op == "logsumexp":
+            return x[0], x[1] + math.log(max(most, 1.0))
+        if node.op == "log_softmax":
+            return (x[0] - x[1] - math.log(max(most, 1.0)), 0.0) if _is_finite(x) else None
+        if x[0] == -math.inf and x[1] == math.inf:
+            return None
+        ends = [_part(n, b) for n in (min(fewest, 1.0) if node.op == "cumsum" else fewest, most) for b in x]
+        low, high = min(ends), max(ends)
+        slack = 0.0
+        if node.is_float and _is_finite((low, high)):
+            slack = most * torch.finfo(opmath(node.dtype)).eps * most * max(abs(x[0]), abs(x[1]))
+            slack = slack if x[0] < 0 < x[1] else 0.0
+        return low * _grown(low, most, node) - slack, high * _grown(high, most, node) + slack
+
+    def _counts(self, node: Expr, x: Interval) -> bool:
+        """Is it a sum of given integers, where these are of usual size?  Such sums count positions."""
+        usual = self.scale.integer
+        return is_integer(node.dtype) and usual is not None and -usual <= x[0] and x[1] <= usual
+
+    # -- sizes -------------------------------------------------------------------------------
+
+    def _size(self, size: Any) -> Interval:
+        """Bounds of a size, or of a sum of products of sizes."""
+        if isinstance(size, int):
+            return float(size), float(size)
+        if size.is_Integer:
+            return float(size), float(size)
+        if size.is_Symbol:
+            return (1.0 if size.is_positive else 0.0), float(self.scale.length)
+        parts = [self._size(a) for a in size.args]
+        if size.is_Add or size.is_Mul:
+            out = parts[0]
+            for part in parts[1:]:
+                out = _sum(out, part) if size.is_Add else _times(out, part)
+            return out
+        if isinstance(size, (sympy.Max, sympy.Min)) or type(size).__name__ in ("Max", "Min"):
+            return min(p[0] for p in parts), max(p[1] for p in parts)
+        if size.is_Pow and size.exp.is_Integer and size.exp > 0:
+            return _power(parts[0], float(size.exp)) or (-math.inf, math.inf)
+        most = max((abs(b) for p in parts for b in p), default=math.inf)
+        divided = type(size).__name__ in ("FloorDiv", "CleanDiv", "CeilDiv", "Mod", "PythonMod")
+        return (-most, most) if divided else (-math.inf, math.inf)
+
+
+def range_of(node: Expr, contents: Contents, facts: Facts) -> Interval | None:
+    """Bounds of every element of an expression; None where it may be NaN, or anything."""
+    return Ranges(contents, facts).of(node)
+
+
+def is_ordinary(node: Expr, dtype: torch.dtype, contents: Contents, facts: Facts) -> bool:
+    """Is every element provably a finite number that is no fill in ``dtype``, for inputs of usual size?
+
+    The lowest number of half precision absorbs scores there, as ``FILL`` does in others.
+    """
+    found = Ranges(contents, facts, scale=USUAL).of(node)
+    most = min(FILL, torch.finfo(dtype).max / 2)
+    return found is not None and found[0] > -most and found[1] < most
+
+
+def absorbs_from_above(node: Expr, contents: Contents, facts: Facts) -> bool:
+    """Are some elements, for whatever inputs, so high that scores that they are added to are absorbed?"""
+    found = Ranges(contents, facts, scale=LEAST).of(node)
+    return found is not None and found[1] >= FILL
+
+
+def _holds_fill(operand: Expr) -> bool:
+    """Is a number that is infinite, NaN or a fill part of what an operand is made of, products apart?"""
+    todo, seen = [operand], {operand}
+    while todo:
+        node = todo.pop()
+        if node.op == "const" and node.is_float and not abs(node.attrs[0]) < FILL:
+            return True
+        fresh = [a for a in node.args if a not in seen and node.op != "dot"]
+        seen.update(fresh)
+        todo.extend(fresh)
+    return False
+
+
+# ---------------------------------------------------------------------------------------- dtypes
+
+
+def _below(node: Expr) -> tuple[Expr, ...]:
+    """The arguments whose elements the elements of a node are made of."""
+    if node.op in _BITS or node.op == "dot" or node.dtype is torch.bool:
+        return ()
+    if node.op == "where":
+        return node.args[1:]
+    return node.args[:1] if node.op == "index" else node.args
+
+
+def _limits(dtype: torch.dtype) -> Interval:
+    if dtype is torch.bool:
+        return _TRUTH
+    info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    return float(info.min), float(info.max)
+
+
+def _as(x: Interval | None, arg: Expr, dtype: torch.dtype) -> Interval:
+    """An operand in the dtype that it is computed with; numbers keep their own precision."""
+    assert x is not None
+    return x if arg.op == "const" or arg.dtype is dtype else _cast(x, dtype)
+
+
+def _cast(x: Interval, dtype: torch.dtype) -> Interval:
+    """Bounds in another dtype: a cast rounds rightly, and keeps the order of numbers."""
+    return _rounded((held(x[0], dtype), held(x[1], dtype)), dtype, slack=0.0)
+
+
+def _rounded(x: Interval, dtype: torch.dtype, slack: float = 8.0) -> Interval:
+    """Bounds after rounding: a little wider, infinite where the dtype ends, zero where it begins."""
+    info = torch.finfo(dtype)
+    slack *= info.eps
+    low, high = x
+    low -= abs(low) * slack if math.isfinite(low) else 0.0
+    high += abs(high) * slack if math.isfinite(high) else 0.0
+    least = float(info.smallest_normal)
+    low = 0.0 if 0 < low < 2 * least else -2 * least if -least < low < 0 else low
+    high = 0.0 if -2 * least < high < 0 else 2 * least if 0 < high < least else high
+    most = float(info.max)
+    return (
+        -math.inf if low < -most else min(low, most),
+        math.inf if high > most else max(high, -most),
+    )
+
+
+def _cleaned(node: Expr, x: Interval | None) -> Interval:
+    """``nan_to_num``: numbers stay what they are, the rest becomes what the attributes say."""
+    nan, low, high = (held(v, node.dtype) for v in node.attrs)
+    least, most = _limits(node.dtype) if x is None else x
+    if math.isnan(nan):
+        return -math.inf, math.inf
+    ends = [nan] if x is None else []
+    ends.append(low if least == -math.inf or x is None else least)
+    ends.append(high if most == math.inf or x is None else most)
+    limits = _limits(node.dtype)
+    ends += [limits[0]] if least in (-math.inf, limits[0]) else []
+    ends += [limits[1]] if most in (math.inf, limits[1]) else []
+    return min(ends), max(ends)
+
+
+def _grown(bound: float, count: float, node: Expr) -> float:
+    """By how much rounding may raise a sum of ``count`` numbers."""
+    return 1.0 + (count * torch.finfo(opmath(node.dtype)).eps if node.is_float and bound else 0.0)
+
+
+# ---------------------------------------------------------------------------------------- arithmetic
+
+
+def _is_finite(x: Interval) -> bool:
+    return math.isfinite(x[0]) and math.isfinite(x[1])
+
+
+def _holds_zero(x: Interval | None) -> bool:
+    return x is None or x[0] <= 0 <= x[1]
+
+
+def _part(a: float, b: float) -> float:
+    """A product of bounds, where zero times what is unbounded is zero."""
+    return 0.0 if a == 0 or b == 0 else a * b
+
+
+def _times(a: Interval, b: Interval) -> Interval:
+    ends = [_part(x, y) for x in a for y in b]
+    return min(ends), max(ends)
+
+
+def _sum(a: Interval, b: Interval) -> Interval:
+    return a[0] + b[0], a[1] + b[1]
+
+
+def _add(a: Interval, b: Interval) -> Interval | None:
+    infinite = any({x, y} == {-math.inf, math.inf} for x in a for y in b)
+    return None if infinite else _sum(a, b)
+
+
+def _neg(x: Interval) -> Interval:
+    return -x[1], -x[0]
+
+
+def _sub(a: Interval, b: Interval) -> Interval | None:
+    return _add(a, _neg(b))
+
+
+def _mul(a: Interval, b: Interval) -> Interval | None:
+    """Zero times infinity is NaN."""
+    for x, y in ((a, b), (b, a)):
+        if _holds_zero(x) and not _is_finite(y):
+            return None
+    return _times(a, b)
+
+
+def _div(a: Interval, b: Interval) -> Interval | None:
+    if _holds_zero(b):
+        return None if _holds_zero(a) or not (_is_finite(a) and _is_finite(b)) else (-math.inf, math.inf)
+    if not (_is_finite(a) or _is_finite(b)):
+        return None
+    ends = [x / y for x in a for y in b]
+    return min(ends), max(ends)
+
+
+def _floordiv(a: Interval, b: Interval) -> Interval | None:
+    found = _div(a, b)
+    if found is None or not _is_finite(found):
+        return None
+    slack = 1.0 + 1e-6 * max(abs(found[0]), abs(found[1]))
+    return math.floor(found[0] - slack), math.ceil(found[1] + slack)
+
+
+def _mod(a: Interval, b: Interval) -> Interval | None:
+    """The remainder has the sign of the divisor."""
+    if _holds_zero(b) or not (_is_finite(a) and _is_finite(b)):
+        return None
+    return min(0.0, b[0]), max(0.0, b[1])
+
+
+def _abs(x: Interval) -> Interval:
+    ends = (abs(x[0]), abs(x[1]))
+    return (0.0 if _holds_zero(x) else min(ends)), max(ends)
+
+
+def _monotone(function: Callable[[float], float]) -> Callable[[Interval], Interval]:
+    return lambda x: (function(x[0]), function(x[1]))
+
+
+def _bounded(function: Callable[..., float]) -> Callable[..., float]:
+    """A function that is infinite where Python's overflows."""
+
+    def bounded(*x: float) -> float:
+        try:
+            return function(*x)
+        except OverflowError:
+            return math.inf
+
+    return bounded
+
+
+_power_of = _bounded(math.pow)
+
+
+def _log(x: Interval) -> Interval | None:
+    return None if x[0] < 0 else (_ln(x[0]), _ln(x[1]))
+
+
+def _ln(x: float) -> float:
+    return -math.inf if x == 0 else math.log(x)
+
+
+def _sqrt(x: Interval) -> Interval | None:
+    return None if x[0] < 0 else (math.sqrt(x[0]), math.sqrt(x[1]))
+
+
+def _rsqrt(x: Interval) -> Interval | None:
+    """The inverse root of minus zero is minus infinity."""
+    if x[0] <= 0:
+        return None if x[0] < 0 else (-math.inf, math.inf)
+    return 1 / math.sqrt(x[1]), 1 / math.sqrt(x[0])
+
+
+def _pow(a: Interval, b: Interval) -> Interval | None:
+    if b[0] == b[1] and b[0].is_integer() and math.isfinite(b[0]):
+        found = _power(a, abs(b[0]))
+        return found if found is None or b[0] >= 0 else _div((1.0, 1.0), found)
+    if a[0] < 0 or not (_is_finite(a) and _is_finite(b)) or (a[0] == 0 and b[0] <= 0):
+        return None
+    ends = [_power_of(x, y) for x in a for y in b] + [1.0] * (b[0] <= 0 <= b[1])
+    return min(ends), max(ends)
+
+
+def _power(x: Interval, exponent: float) -> Interval | None:
+    """A power by an integer that is not negative."""
+    if exponent == 0:
+        return 1.0, 1.0
+    if exponent % 2:
+        ends = (math.copysign(_power_of(abs(b), exponent), b) for b in x)
+        low, high = ends
+        return low, high
+    low, high = _abs(x)
+    return _power_of(low, exponent), _power_of(high, exponent)
+
+
+def _dropped(x: Interval, p: float) -> Interval | None:
+    """Zero, or what is left of the weight of all."""
+    if not _is_finite(x):
+        return None
+    if p >= 1:
+        return 0.0, 0.0
+    return min(0.0, x[0] / (1 - p)), max(0.0, x[1] / (1 - p))
+
+
+def _logistic(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+
+
+def _clipped(rule: Callable[[Interval], Interval], low: float, high: float) -> Callable[[Interval], Interval]:
+    """A function whose values never leave ``low`` to ``high``, rounding allowed for."""
+
+    def clipped(x: Interval) -> Interval:
+        found = rule(x)
+        return max(low, found[0] - 1e-2 * abs(found[0])), min(high, found[1] + 1e-2 * abs(found[1]))
+
+    return clipped
+
+
+_RULES: dict[str, Callable[..., Interval | None]] = {
+    "add": _add, "sub": _sub, "mul": _mul, "div": _div, "floordiv": _floordiv, "mod": _mod, "neg": _neg,
+    "abs": _abs, "log": _log, "sqrt": _sqrt, "rsqrt": _rsqrt, "pow": _pow,
+    "max": lambda a, b: (max(a[0], b[0]), max(a[1], b[1])),
+    "min": lambda a, b: (min(a[0], b[0]), min(a[1], b[1])),
+    "relu": lambda x: (max(0.0, x[0]), max(0.0, x[1])),
+    "exp": _monotone(_bounded(math.exp)), "exp2": _monotone(_bounded(math.exp2)),
+    "tanh": _clipped(_monotone(math.tanh), -1.0, 1.0), "sigmoid": _clipped(_monotone(_logistic), 0.0, 1.0),
+}  # fmt: skip

@@ -1,0 +1,222 @@
+"""The user's options, in: a plain dictionary; out: a checked, frozen `Options`.
+
+There is one set of names for all functions. Those that compile, or say what compiling would do, take them
+all; those that only run the pass take `PassOptions`, and refuse the others. Every error names the value, what
+was expected, the accepted ones and the nearest of them, or where the option belongs.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, TypedDict
+
+from fusepass.host.requested import Requested
+
+KERNELS = (
+    "auto",
+    "autotune",
+    "sdpa",
+    "cudnn",
+    "flash2",
+    "flash3",
+    "flash4",
+    "flex",
+    "flex_flash",
+    "reference",
+)
+PRECISIONS = ("native", "fp8", "fp8_unrotated")
+
+Compiler = Callable[..., Any]
+"""What compiles a rewritten graph: `(GraphModule, example inputs) -> callable`."""
+
+
+class PassOptions(TypedDict, total=False):
+    """The options of the pass itself: keywords of `enable`, `fuse`, `export_pt2` and `compile_aoti`."""
+
+    kernel: str
+    precision: str
+    validate: bool
+
+
+def kernels() -> tuple[str, ...]:
+    """What `kernel=` takes: `KERNELS`, and those of other packages."""
+    from fusepass.kernels.registry import registered
+
+    return (*KERNELS, *registered())
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `torch.compile(..., backend="fusepass", options={...})` accepts, and an `Options` in its place.
+
+    Raises:
+        TypeError: a value of another type than is expected.
+        ValueError: an unknown value, or `mode` for an inner backend that has none.
+    """
+
+    inner: str | Compiler = "inductor"
+    """A backend name or a callable: what compiles the rewritten graph."""
+    kernel: str = "auto"
+    """One of `KERNELS`, or a registered one. "auto" ranks them by a cost model, "autotune" measures them for
+    a site's own shapes; another name: that kernel where it can, else the site stays."""
+    precision: str = "native"
+    """One of `PRECISIONS`. In FP8 where a site can be (Hopper, inference), in its own dtype elsewhere."""
+    validate: bool = False
+    """Run every site's original and its replacement against float64 when the graph is compiled."""
+    mode: str | None = None
+    """TorchInductor's mode, as in `torch.compile(mode=...)`, which PyTorch forbids beside `options=`."""
+    requested: Requested = field(default_factory=Requested, init=False, repr=False, compare=False)
+    """No option: what became of the kernel that was asked for."""
+
+    def __post_init__(self) -> None:
+        _check_choice("kernel", self.kernel, KERNELS if self.kernel in KERNELS else kernels())
+        _check_choice("precision", self.precision, PRECISIONS)
+        if not isinstance(self.validate, bool):
+            raise TypeError(f"fusepass option validate={self.validate!r}: expected True or False")
+        _check_inner(self.inner)
+        _check_mode(self.mode, self.inner)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of all options."""
+        return [option.name for option in fields(cls) if option.init]
+
+    @classmethod
+    def from_user(cls, **options: Any) -> "Options":
+        """`Options` from what a user wrote; a name that is no option is an error."""
+        for name in options:
+            if name not in cls.names():
+                raise ValueError(f"unknown fusepass option {name!r}; {_advice(name, cls.names())}")
+        return cls(**options)
+
+    @classmethod
+    def of(cls, given: "Mapping[str, Any] | Options | None", **defaults: Any) -> "Options":
+        """`Options` as they are, or of a dictionary, for which there may be other `defaults`."""
+        return given if isinstance(given, Options) else cls.from_user(**{**defaults, **(given or {})})
+
+    def given(self) -> dict[str, Any]:
+        """A dictionary of those that are not as they are by default."""
+        plain = {option.name: option.default for option in fields(self) if option.init}
+        return {name: value for name in plain if (value := getattr(self, name)) != plain[name]}
+
+
+def pass_options(function: str, given: Mapping[str, Any]) -> Options:
+    """The options of a function that runs the pass and compiles nothing.
+
+    Raises:
+        TypeError, ValueError: as of `Options`; an option that the function would ignore.
+    """
+    refuse_others(function, given, tuple(PassOptions.__annotations__))
+    return Options(**given)
+
+
+#: Where an option belongs that a function would ignore.
+_BELONGS = {
+    "inner": "a graph is compiled by torch.compile(..., backend='fusepass', options={'inner': ...})",
+    "mode": "a graph is compiled by torch.compile(..., backend='fusepass', options={'mode': ...})",
+}
+_ELSEWHERE = {
+    ("enable", "mode"): "the mode is that of each torch.compile call: torch.compile(model, mode=...)",
+    ("compile_aoti", "mode"): "TorchInductor's settings are given as inductor_configs={...}",
+}
+_OF_OPERATORS = {
+    "kernel": "an ONNX runtime has its own kernels; target= says which operators it offers",
+    "precision": "an ONNX model computes in its own dtypes",
+    "validate": "verify=True runs the file that was written and compares",
+}
+
+
+def refuse_others(function: str, given: Mapping[str, Any], taken: tuple[str, ...]) -> None:
+    """Refuse options that `function` would ignore.
+
+    Raises:
+        ValueError: with the options that it takes, and where the given one belongs.
+    """
+    for name, value in given.items():
+        if name in taken:
+            continue
+        where = _ELSEWHERE.get((function, name)) or ({} if "kernel" in taken else _OF_OPERATORS).get(name)
+        where = where or _BELONGS.get(name)
+        if where is None:
+            raise ValueError(f"{function}(): unknown fusepass option {name!r}; {_advice(name, taken)}")
+        takes = ", ".join(repr(name) for name in taken) or "none"
+        raise ValueError(
+            f"{function}({name}={value!r}) would be ignored: of the options it takes {takes}; {where}"
+        )
+
+
+def _advice(name: str, taken: Iterable[str]) -> str:
+    """Where a name belongs that is no option of the pass, or the options that there are."""
+    import inspect
+
+    import torch
+
+    if name in inspect.signature(torch.compile).parameters and name != "options":
+        return f"{name}= is an argument of torch.compile itself; {accepted(name, taken)}"
+    from torch._inductor import config
+
+    if name.replace("-", "_") in config.get_config_copy():
+        call = f"torch.compile(model, options={{{name!r}: ...}})"
+        return f"it is TorchInductor's: with fusepass.enabled(): {call}; {accepted(name, taken)}"
+    return accepted(name, taken)
+
+
+def accepted(value: str, choices: Iterable[str]) -> str:
+    """The end of an error message: the accepted values, and the one nearest to `value`."""
+    listed = list(choices)
+    near = get_close_matches(value, listed, n=1, cutoff=0.5)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return "accepted are " + ", ".join(repr(choice) for choice in listed) + hint
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        expected = accepted("", choices)
+        raise TypeError(
+            f"fusepass option {name}={value!r}: expected a string, got {_type(value)}; {expected}"
+        )
+    if value not in choices:
+        raise ValueError(f"fusepass option {name}={value!r} is unknown; {accepted(value, choices)}")
+
+
+def _check_inner(inner: object) -> None:
+    """Names are looked up only when they are not the usual ones: the look-up imports every backend."""
+    if inner == "fusepass" or getattr(inner, "__module__", None) == "fusepass.compilation.backend":
+        raise ValueError(
+            "fusepass option inner='fusepass': it cannot be its own inner backend; try 'inductor'"
+        )
+    if not isinstance(inner, str):
+        if not callable(inner):
+            expected = "expected a backend name or a callable(graph_module, example_inputs)"
+            raise TypeError(f"fusepass option inner={inner!r}: {expected}, got {_type(inner)}")
+        return
+    if inner in ("inductor", "aot_eager", "eager"):
+        return
+    names = inner_backends()
+    if inner not in names:
+        raise ValueError(f"fusepass option inner={inner!r} is unknown; {accepted(inner, names)}")
+
+
+def inner_backends() -> list[str]:
+    """Every backend name that torch knows here, debugging ones included, without fusepass itself."""
+    import torch._dynamo
+
+    return [name for name in torch._dynamo.list_backends(exclude_tags=()) if name != "fusepass"]
+
+
+def _check_mode(mode: object, inner: object) -> None:
+    if mode is None:
+        return
+    if not isinstance(mode, str):
+        raise TypeError(f"fusepass option mode={mode!r}: expected a string or None, got {_type(mode)}")
+    import torch._inductor
+
+    modes = torch._inductor.list_mode_options()
+    if mode not in modes:
+        raise ValueError(f"fusepass option mode={mode!r} is unknown; {accepted(mode, modes)}")
+    if inner != "inductor" and mode != "default":
+        raise ValueError(f"mode={mode!r} is for inner='inductor' only; here inner={inner!r}")
+
+
+def _type(value: object) -> str:
+    return type(value).__name__

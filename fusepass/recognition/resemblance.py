@@ -1,0 +1,117 @@
+"""What resembles attention: the softmaxes that a report must account for, fused or not.
+
+Sites share much of what is behind them, so what is found behind an expression is kept for as long as the
+expression lives: together, all questions about a graph look at each of its nodes once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+from fusepass.expressions.ir import Expr
+from fusepass.patterns.scores import holds_product
+
+T = TypeVar("T")
+
+_SOFTMAXES = frozenset({"softmax", "log_softmax"})
+_ENDS = frozenset({"input", "dot"})
+
+#: For an expression, the softmaxes and exponentials below it, itself left out, up to the next products.
+_behind: WeakKeyDictionary[Expr, tuple[Expr, ...]] = WeakKeyDictionary()
+#: Is there a product of two tensors of rank 3 or more below, up to the next products?
+_active: WeakKeyDictionary[Expr, bool] = WeakKeyDictionary()
+
+
+def _upwards(
+    root: Expr,
+    known: MutableMapping[Expr, T],
+    ends: frozenset[str],
+    made: Callable[[Expr, Sequence[Expr]], T],
+) -> T:
+    """What ``made`` makes of an expression, and first of all below it that is not known and behind no end.
+
+    Args:
+        ends: the operations whose arguments are not looked at.
+        made: gets an expression and those of its arguments that are looked at, which are known by then.
+    """
+    todo = [root]
+    while todo:
+        node = todo[-1]
+        below = () if node.op in ends else node.args
+        unknown = [] if node in known else [a for a in below if a not in known]
+        if unknown:
+            todo.extend(unknown)
+            continue
+        todo.pop()
+        if node not in known:
+            known[node] = made(node, below)
+    return known[root]
+
+
+def _at_or_behind(node: Expr) -> tuple[Expr, ...]:
+    """The softmaxes and exponentials at an expression, or next behind it."""
+    if node.op in _SOFTMAXES:
+        return (node,)
+    found = _upwards(node, _behind, _ENDS | _SOFTMAXES, _joined)
+    return (node, *found) if node.op == "exp" else found
+
+
+def _joined(node: Expr, below: Sequence[Expr]) -> tuple[Expr, ...]:
+    parts = [p for p in dict.fromkeys(map(_at_or_behind, below)) if p]
+    if len(parts) < 2:
+        return parts[0] if parts else ()
+    return tuple(dict.fromkeys(e for p in parts for e in p))
+
+
+def softmaxes_behind(anchor: Expr) -> set[Expr]:
+    """The softmax nodes directly behind a product, whatever was made of them."""
+    return {e for a in anchor.args for e in _at_or_behind(a)}
+
+
+def products_behind(anchor: Expr) -> list[Expr]:
+    """The score products behind the softmaxes that a sum of products is made of."""
+    found: dict[Expr, None] = {}
+    behind = dict.fromkeys(s for part in anchor.args for a in part.args for s in _at_or_behind(a))
+    todo = list(dict.fromkeys(s.args[0] for s in behind))
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if node.op == "dot":
+            found[node] = None
+        elif node.op != "input":
+            fresh = [a for a in dict.fromkeys(node.args) if a not in seen]
+            seen.update(fresh)
+            todo.extend(fresh)
+    return list(found)
+
+
+def of_activations(scores: Expr) -> bool:
+    """Do the scores come from a product of two tensors of rank 3 or more?"""
+    return holds_product(scores) and _upwards(scores, _active, _ENDS, _of_rank_three)
+
+
+def _of_rank_three(node: Expr, below: Sequence[Expr]) -> bool:
+    if node.op == "dot":
+        return min(a.rank for a in node.args) >= 3
+    return any(_active[a] for a in below)
+
+
+def were_scores(softmax: Expr, before: Mapping[Expr, Expr]) -> bool:
+    """Is a leaf behind the softmax what became of scores in a write that nobody followed?
+
+    Args:
+        softmax: the softmax.
+        before: what leaves that were written to stood for.
+    """
+    todo, seen = list(softmax.args[:1]), set(softmax.args[:1])
+    while todo and before:
+        node = todo.pop()
+        if node in before and of_activations(before[node]):
+            return True
+        if node.op != "dot":
+            fresh = [a for a in node.args if a not in seen]
+            seen.update(fresh)
+            todo.extend(fresh)
+    return False

@@ -1,0 +1,1 @@
+"""What the pass did, as data, as tables and as a page."""

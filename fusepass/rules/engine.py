@@ -1,0 +1,188 @@
+"""The rule engine: peel one layer at a time, say why it stopped.
+
+A *term* is a tensor expression together with the index of one of its elements, so a rule speaks about
+elements and never about layouts.  A rule looks at a term and returns None ("does not concern me"), the
+ways to peel it, or raises :class:`Refuse` ("concerns me, but is not allowed").  Rules carry no state;
+their order is the order of their list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from fusepass.expressions.contents import Contents
+from fusepass.expressions.index import Affine, AxisSpace, Facts
+from fusepass.expressions.ir import POINTWISE, Expr
+from fusepass.specification.attention import ScoreModifier, WeightModifier
+
+STEP_LIMIT = 200
+
+
+def always(_: Expr) -> bool:
+    """True of every expression: nothing is written over."""
+    return True
+
+
+@dataclass(frozen=True)
+class Term:
+    """The element ``expr[index]``; ``index`` has one affine expression per dimension."""
+
+    expr: Expr
+    index: tuple[Affine, ...]
+
+    def argument(self, position: int) -> Term:
+        """The same element of an argument of a pointwise expression: broadcast dimensions are dropped."""
+        return self.of(self.expr.args[position])
+
+    def of(self, arg: Expr) -> Term:
+        """The element of ``arg`` that broadcasts to this one."""
+        kept = self.index[len(self.index) - arg.rank :] if arg.rank else ()
+        return Term(arg, tuple(Affine() if n == 1 else i for n, i in zip(arg.shape, kept, strict=True)))
+
+
+class Refuse(Exception):
+    """A layer that a rule knows but may not peel: the reason is for the user."""
+
+    def __init__(self, reason: str, at: Expr | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.at = at
+
+
+@dataclass(frozen=True)
+class Peel:
+    """One layer taken off: the term below it and what the layer does (None: nothing but layout)."""
+
+    inner: Term
+    modifier: ScoreModifier | WeightModifier | None = None
+
+
+@dataclass(frozen=True)
+class Core:
+    """A softmax found: its scores, the position of its axis in their index, the dtype it computes in.
+
+    Attributes:
+        sink: one more logit of every row.
+        form: what rows of nothing but low fills give.  ``"softmax"``: the same weight for all keys;
+            ``"bare"``: NaN, since exponentials from which no maximum was subtracted are all zero;
+            ``"relative"``: something else, since a logsumexp or an unknown shift was subtracted;
+            ``"gated"``: zero, or NaN where the fill is infinite, in spite of a sink.
+    """
+
+    scores: Term
+    dim: int
+    dtype: torch.dtype
+    sink: Term | None = None
+    form: Literal["softmax", "bare", "relative", "gated"] = "softmax"
+
+
+@dataclass(frozen=True)
+class Product:
+    """``sum over axes of left * right``."""
+
+    left: Term
+    right: Term
+    axes: tuple[Affine, ...]
+
+
+Found = Peel | Core | Product
+Apply = Callable[[Term, "Scope"], "Sequence[Found] | Found | None"]
+Example = Callable[[], Expr]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A named identity.  ``example`` builds an expression on which it applies, for the law tests."""
+
+    name: str
+    law: str
+    apply: Apply
+    example: Example
+
+
+def rule(law: str, example: Example) -> Callable[[Apply], Rule]:
+    """Make a rule of a function; ``law`` is the identity in one line."""
+    return lambda function: Rule(function.__name__, law, function, example)
+
+
+@dataclass
+class Scope:
+    """What the rules of one site share: its axes, the tensors its modifiers name, the trace."""
+
+    space: AxisSpace
+    keys: Affine = field(default_factory=Affine)
+    operands: list[Term] = field(default_factory=list)
+    trace: list[str] = field(default_factory=list)
+    views: Sequence[Rule] = ()
+    contents: Contents = field(default_factory=Contents)
+    readable: Callable[[Expr], bool] = always  # whether a kernel can still be given an expression's value
+    sunk: bool = False  # the softmax has a sink, or exponentials without a maximum subtracted
+    above: Sequence[ScoreModifier] = ()  # what has been peeled off the scores so far
+
+    @property
+    def facts(self) -> Facts:
+        """What is known of sizes."""
+        return self.space.facts
+
+    def slot(self, term: Term) -> int:
+        """Register a tensor that a modifier needs."""
+        if term in self.operands:
+            return self.operands.index(term)
+        self.operands.append(term)
+        return len(self.operands) - 1
+
+    def axes(self, term: Term) -> frozenset[str]:
+        """The axes a term really varies over, seen through views and element-wise operations."""
+        found: set[str] = set()
+        todo, seen = [term], {term}
+        while todo:
+            at = todo.pop()
+            if at.expr.op in POINTWISE:
+                below = [at.of(a) for a in at.expr.args]
+            else:
+                inner = self.step(at)
+                below = [] if inner is None else [inner]
+                if inner is None:
+                    found.update(a for i in at.index for a in self.space.resolve(i).axes)
+            fresh = [t for t in dict.fromkeys(below) if t not in seen]
+            seen.update(fresh)
+            todo.extend(reversed(fresh))
+        return self.finest(frozenset(found))
+
+    def finest(self, axes: frozenset[str]) -> frozenset[str]:
+        """Axes as of now: looking into a tensor may split some that were named before."""
+        return frozenset().union(*(self.space.resolve(Affine(((a, 1),))).axes for a in axes))
+
+    def step(self, term: Term) -> Term | None:
+        """The term below one view, or None."""
+        for view in self.views:
+            found = view.apply(term, self)
+            if isinstance(found, Peel):
+                return found.inner
+        return None
+
+    def shifts_cancel(self) -> bool:
+        """Does a shift of whole rows, below what has been peeled so far, cancel in the softmax?
+
+        Modifiers that keep it say so; beside a sink it does not.
+        """
+        return not self.sunk and all(m.keeps_shift for m in self.above)
+
+    def varies_over_keys(self, term: Term) -> bool:
+        """Does the term depend on the key position?"""
+        over = self.axes(term)  # first: it may split the key axis
+        return bool(self.space.resolve(self.keys).axes & over)
+
+
+def applied(rules: Sequence[Rule], term: Term, scope: Scope) -> list[Found]:
+    """What the first rule that is concerned makes of a term; empty where none is."""
+    for candidate in rules:
+        found = candidate.apply(term, scope)
+        if found is not None:
+            scope.trace.append(f"{candidate.name}: {term.expr.op} {list(map(str, term.expr.shape))}")
+            return list(found) if isinstance(found, (list, tuple)) else [found]  # type: ignore[list-item]
+    return []

@@ -1,0 +1,1 @@
+"""Which kernel serves a site: by rules, by predicted costs, or by measurements."""

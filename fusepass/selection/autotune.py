@@ -1,0 +1,192 @@
+"""`options={"kernel": "autotune"}`: measure the candidates for a site, and remember the fastest on disk.
+
+A site's nodes are cut out of the graph, once as they were and once with each kernel, compiled by the same
+inner compiler, and timed on random tensors of the site's own shapes and strides.  The answer is kept for
+this GPU, these versions and this specification.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fusepass.compilation.backend import inner_compiler
+from fusepass.dialects.torch.nodes import value_of
+from fusepass.host.config import Options
+from fusepass.host.surroundings import graph_context
+from fusepass.kernels import Kernel
+from fusepass.selection import clock as bench_clock
+from fusepass.selection import costs
+from fusepass.selection.select import UNFUSED, Write
+from fusepass.specification.attention import Attention
+from fusepass.tools.bench import measuring as bench
+from fusepass.writing.validate import between, random_inputs
+
+log = logging.getLogger("fusepass")
+_lock = threading.Lock()
+REPEATS = 20
+
+
+def fastest(
+    original: fx.Node,
+    spec: Attention,
+    kernels: Sequence[Kernel],
+    write: Write,
+    options: Options,
+    training: bool,
+) -> str | None:
+    """The name of the fastest way to compute a site, or ``"unfused"``; None where nothing could be timed.
+
+    Args:
+        original: the node that computes the site.
+        kernels: those to try.
+        write: writes one of them into the graph and returns its node and what takes it back, or None.
+    """
+    key = key_of(spec, site_inputs(original), training, options.inner, options.mode)
+    known = remembered(key)
+    if known == UNFUSED or known in [k.name for k in kernels]:
+        return known
+    times = {UNFUSED: milliseconds(original, original, options, training)}
+    for kernel in kernels:
+        written = write(kernel)
+        if written is not None:
+            times[kernel.name] = milliseconds(original, written[0], options, training)
+            written[1]()
+    found = {name: ms for name, ms in times.items() if ms is not None}
+    return remember(key, found) if found else None
+
+
+def remembered(key: str) -> str | None:
+    """The kernel that was fastest when this was measured before."""
+    found = _read().get(key)
+    return found["kernel"] if isinstance(found, dict) and isinstance(found.get("kernel"), str) else None
+
+
+def remember(key: str, milliseconds: dict[str, float]) -> str:
+    """Keep a measurement; returns the fastest."""
+    best = min(milliseconds, key=lambda name: milliseconds[name])
+    with _lock:
+        table = _read() | {key: {"kernel": best, "milliseconds": milliseconds}}
+        place = costs.cache_folder() / "autotune.json"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        fresh = place.with_suffix(f".{threading.get_ident()}.tmp")
+        fresh.write_text(json.dumps(table, indent=1))
+        fresh.replace(place)
+    return best
+
+
+def _read() -> dict[str, Any]:
+    place = costs.cache_folder() / "autotune.json"
+    try:
+        table = json.loads(place.read_text())
+    except (OSError, ValueError):
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def key_of(spec: Attention, tensors: Sequence[Tensor], training: bool, inner: Any, mode: str | None) -> str:
+    """What an answer depends on: the machine, the versions, the specification, and the layout of operands."""
+    layouts = [(str(t.dtype), [_hint(n) for n in t.shape], [_hint(n) for n in t.stride()]) for t in tensors]
+    device = tensors[0].device.type if tensors else "cpu"
+    about = {k: v for k, v in bench.machine(device).items() if k != "python"}
+    name = inner if isinstance(inner, str) else getattr(inner, "__qualname__", "callable")
+    return json.dumps([about, str(spec), layouts, training, name, *([] if mode is None else [mode])])
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def site_inputs(node: fx.Node) -> list[Tensor]:
+    """The tensors that a site begins with, as the key has them."""
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    nodes = between(node, node, order)
+    outside = sorted({i for n in nodes for i in n.all_input_nodes if i not in nodes}, key=lambda n: order[n])
+    return [v for n in outside if isinstance(v := value_of(n), Tensor)]
+
+
+def milliseconds(original: fx.Node, end: fx.Node, options: Options, training: bool) -> float | None:
+    """The median time of the nodes up to ``end``, compiled on their own; None where they cannot be.
+
+    Args:
+        original: the node that computes the site as it was written, which says where the site begins.
+        end: it, or the node that is to take its place.
+    """
+    order = {n: i for i, n in enumerate(original.graph.nodes)}
+    nodes = between(original, end, order)
+    device = value_of(original).device
+    values = random_inputs(nodes, device)
+    graph, given = _standalone(end, nodes, values, order)
+    for tensor in given:
+        if training and tensor.is_floating_point():
+            tensor.requires_grad_()
+    compile_inner = inner_compiler(options)
+    try:
+        # A thread of its own: what is being compiled around us must not be seen from here.
+        with graph_context(), ThreadPoolExecutor(1) as pool:
+            return pool.submit(_timed, compile_inner, graph, given, device, training).result()
+    except Exception as error:
+        log.info("fusepass: autotune leaves a candidate out: %s: %s", type(error).__name__, error)
+        return None
+
+
+def _standalone(
+    end: fx.Node, nodes: set[fx.Node], values: dict[fx.Node, Any], order: dict[fx.Node, int]
+) -> tuple[fx.GraphModule, list[Tensor]]:
+    graph, env, given = fx.Graph(), dict[fx.Node, Any](), list[Tensor]()
+    for node, value in values.items():
+        if isinstance(value, Tensor):
+            env[node] = graph.placeholder(node.name)
+            given.append(_like(value, value_of(node)))
+        else:
+            env[node] = value
+    for node in sorted(nodes, key=lambda n: order[n]):
+        if order[node] > order[end]:
+            break
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+        env[node] = graph.create_node(node.op, node.target, args, kwargs)
+    graph.output((env[end],))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(torch.nn.Module(), graph), given
+
+
+def _like(value: Tensor, fake: Tensor) -> Tensor:
+    """A value in the strides that the graph has."""
+    laid = torch.empty_strided(
+        value.shape, [_hint(n) for n in fake.stride()], dtype=value.dtype, device=value.device
+    )
+    return laid.copy_(value)
+
+
+def _timed(
+    compile_inner: Callable[..., Any],
+    graph: fx.GraphModule,
+    given: list[Tensor],
+    device: torch.device,
+    training: bool,
+) -> float:
+    with torch.set_grad_enabled(training):
+        compiled = compile_inner(graph, given)
+        wanted = [t for t in given if t.requires_grad]
+        grad: list[Tensor] = []
+
+        def step() -> object:
+            out: Tensor = compiled(*given)[0]
+            if not training or not out.requires_grad:
+                return out
+            if not grad:
+                grad.append(torch.randn_like(out))
+            return torch.autograd.grad(out, wanted, grad[0], allow_unused=True)
+
+        step()
+        return bench_clock.timed(step, device, REPEATS)
+
+
+__all__ = ["key_of", "milliseconds", "remember", "remembered", "site_inputs"]

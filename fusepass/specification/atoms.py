@@ -1,0 +1,115 @@
+"""Visibilities by name, and fills: the vocabulary of masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fusepass.expressions.index import Facts, Size
+
+
+@dataclass(frozen=True)
+class Band:
+    """``i - left <= j <= i + right``; None is unbounded.  ``Band(None, 0)`` is causal, aligned top-left."""
+
+    left: Size | None
+    right: Size | None
+
+    def __str__(self) -> str:
+        if self.left is None and self.right == 0:
+            return "causal"
+        if self.left is None:
+            return f"causal+{self.right}"
+        if self.right == 0 and self.left != 0:
+            return f"window({self.left})"
+        return f"band({self.left}, {'' if self.right is None else self.right})"
+
+
+@dataclass(frozen=True)
+class KeyPadding:
+    """Keys are hidden by a tensor that varies over ``b`` and ``j`` alone (or ``j`` alone)."""
+
+    def __str__(self) -> str:
+        return "key padding"
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Causal, except that every query sees the keys below a bound."""
+
+    def __str__(self) -> str:
+        return "prefix"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Queries see the keys of their own block of ``size`` positions."""
+
+    size: int
+
+    def __str__(self) -> str:
+        return f"chunk({self.size})"
+
+
+@dataclass(frozen=True)
+class Document:
+    """Queries see the keys that carry the same label."""
+
+    def __str__(self) -> str:
+        return "document"
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Any other visibility, given as a tensor over the letters in ``axes``."""
+
+    axes: str
+
+    def __str__(self) -> str:
+        return f"mask[{self.axes}]"
+
+
+Atom = Band | KeyPadding | Prefix | Chunk | Document | Dense
+
+
+def intersect(bands: Sequence[Band], facts: Facts) -> Band | None:
+    """The band that is the conjunction of several; None where two bounds cannot be ordered."""
+    left: Size | None = None
+    right: Size | None = None
+    for band in bands:
+        for mine, theirs in ((left, band.left), (right, band.right)):
+            if (
+                mine is not None
+                and theirs is not None
+                and not (facts.at_most(mine, theirs) or facts.at_most(theirs, mine))
+            ):
+                return None
+        if band.left is not None and (left is None or facts.at_most(band.left, left)):
+            left = band.left
+        if band.right is not None and (right is None or facts.at_most(band.right, right)):
+            right = band.right
+    return Band(left, right)
+
+
+def negligible(fill: float, dtype: torch.dtype) -> bool:
+    """Does ``exp`` of a score replaced by ``fill`` vanish beside any score of ordinary size?
+
+    True for ``-inf``, for the most negative number of the dtype, and below ``-1e8``.  Fills such as
+    ``-1e4`` are within reach of real scores and are kept as they are.  NaN hides nothing.
+    """
+    lowest = torch.finfo(dtype).min if dtype.is_floating_point else -1e8
+    return fill == -math.inf or fill <= max(-1e8, lowest * 0.99)
+
+
+def absorbs(fill: float, dtype: torch.dtype, most: float = 1e8) -> bool:
+    """Is ``fill`` plus any number of ordinary size, up to ``most``, that same fill in ``dtype``?"""
+    return -fill * torch.finfo(dtype).eps / 2 > most
+
+
+__all__ = [
+    "Atom", "Band", "Chunk", "Dense", "Document", "KeyPadding", "Prefix",
+    "absorbs", "intersect", "negligible",
+]  # fmt: skip

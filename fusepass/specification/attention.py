@@ -1,0 +1,326 @@
+"""The attention specification: what a site computes, as data, with its reference semantics and laws.
+
+Axis letters, one legend for the whole project: ``B`` batch, ``H`` query heads, ``G`` key/value heads
+(``H`` is a multiple of ``G``; query head ``h`` reads key/value head ``h // (H // G)``), ``Q`` query
+length, ``K`` key length, ``D`` and ``Dv`` head sizes of keys and values.  Positions are ``i`` (query)
+and ``j`` (key).  In a boolean mask True means *attends*.
+
+    out[b, h, i] = sum_j weights[b, h, i, j] * v[b, g, j]
+    weights      = weight_modifiers(softmax_j(score_modifiers(q[b, h, i] . k[b, g, j])))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusepass.expressions.index import Size
+from fusepass.expressions.ir import DTYPES
+from fusepass.specification.atoms import (
+    Atom,
+    Band,
+    Chunk,
+    Dense,
+    Document,
+    KeyPadding,
+    Prefix,
+    absorbs,
+    intersect,
+    negligible,
+)
+from fusepass.specification.modifiers import Modifier, ScoreModifier, WeightModifier, kinds
+from fusepass.specification.score_modifiers import (
+    Bias,
+    Cast,
+    Finite,
+    Floor,
+    Mask,
+    Scale,
+    ScaleBy,
+    SoftCap,
+    finite,
+)
+from fusepass.specification.weight_modifiers import Dropout, Keep, KeyGate, Sink, WeightScale, ZeroEmptyRows
+
+#: Scores beyond this are rare; fills that absorb them count as absorbing all.
+USUAL_SCORES = 31.0  # half precision's lowest number absorbs these
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention site.  Modifiers are in the order of computation."""
+
+    batch: Size
+    heads: Size
+    kv_heads: Size
+    queries: Size
+    keys: Size
+    head_dim: Size
+    value_dim: Size
+    dtype: torch.dtype
+    scores: tuple[ScoreModifier, ...] = ()
+    weights: tuple[WeightModifier, ...] = ()
+    softmax_dtype: torch.dtype = torch.float32
+    out_dtype: torch.dtype = torch.float32
+    sink: Sink | None = None
+    rows_seen: bool = True  # proved: every query sees at least one key, or a sink that is finite
+    operands: int = 0
+    keys_exist: bool = True  # proved: there is at least one key
+
+    def __str__(self) -> str:
+        sizes = (
+            f"B={self.batch} H={self.heads} G={self.kv_heads} Q={self.queries} K={self.keys} "
+            f"D={self.head_dim} Dv={self.value_dim}"
+        )
+        sink = () if self.sink is None else (self.sink,)
+        mods = [str(m) for m in (*self.scores, *sink, *self.weights)]
+        kind = str(self.dtype).removeprefix("torch.")
+        soft = (
+            ""
+            if self.softmax_dtype is self.dtype
+            else f"; softmax in {str(self.softmax_dtype).removeprefix('torch.')}"
+        )
+        return f"attention({sizes}; {kind}{soft}; {', '.join(mods) or 'plain'})"
+
+    @property
+    def modifiers(self) -> tuple[Modifier, ...]:
+        """All modifiers."""
+        return (*self.scores, *self.weights, *(() if self.sink is None else (self.sink,)))
+
+    @property
+    def masks(self) -> tuple[Mask, ...]:
+        """The score masks."""
+        return tuple(m for m in self.scores if isinstance(m, Mask))
+
+    @property
+    def atoms(self) -> tuple[Atom, ...]:
+        """All atoms of the masks that hide; their conjunction is the visibility."""
+        return tuple(a for m in self.masks if self.hides(m) for a in m.atoms)
+
+    @property
+    def added(self) -> tuple[Bias | Mask, ...]:
+        """What is added to the scores or hides some."""
+        return tuple(m for m in self.scores if isinstance(m, (Bias, Mask)))
+
+    def hides(self, mask: Mask) -> bool:
+        """Do the pairs outside a mask get no weight, whatever their scores?
+
+        Only then is it a visibility.  Any other mask (its fill within reach of real scores, NaN or no low
+        number at all, or brought back by a later modifier) sets scores to a number like another.  Of equal
+        masks the last one counts: what it hides, no other brings back.
+        """
+        at = max(n for n, mod in enumerate(self.scores) if mod == mask)
+        levels = [mask.fill, *fates(self.scores, at, mask.fill)]
+        return all(n is not None and negligible(n, self.score_dtype) for n in levels)
+
+    @property
+    def unseen_rows(self) -> bool:
+        """May a query see no key?"""
+        return not self.rows_seen and any(map(self.hides, self.masks))
+
+    def is_causal(self, offset: object = 0) -> bool:
+        """Is the whole visibility ``j <= i + offset``, with no other term added to the scores?"""
+        band = (Band(None, offset),)  # type: ignore[arg-type]
+        only = (isinstance(m, Mask) and m.atoms == band and self.hides(m) for m in self.added)
+        return bool(self.added) and all(only)
+
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """The dtype whose lowest number is a fill."""
+        return self.softmax_dtype if self.softmax_dtype.itemsize < 4 else self.dtype
+
+    @property
+    def dropout(self) -> float:
+        """Dropout probability of the weights."""
+        return next((w.p for w in self.weights if isinstance(w, Dropout)), 0.0)
+
+    def kind(self) -> str:
+        """A few words for tables."""
+        words = [str(a) for a in dict.fromkeys(a for m in self.masks for a in m.atoms)]
+        words += ["softcap" for m in self.scores if isinstance(m, SoftCap)][:1]
+        words += [f"bias[{m.axes}]" for m in self.scores if isinstance(m, Bias)]
+        words += [] if self.sink is None else ["sink"]
+        words += ["dropout"] if self.dropout else []
+        if self.heads != self.kv_heads:
+            words.append(
+                "single kv head" if self.kv_heads == 1 else f"grouped heads {self.heads}:{self.kv_heads}"
+            )
+        return ", ".join(words) or "full"
+
+
+# ---------------------------------------------------------------------------------------- laws
+
+
+def merge_scales(mods: Sequence[ScoreModifier]) -> tuple[ScoreModifier, ...]:
+    """Move every constant scale as far in as it goes, and merge those that meet.
+
+    It passes what says so (:meth:`ScoreModifier.scaled`), and stops at everything else.
+    """
+    before: tuple[ScoreModifier, ...] = ()
+    now = tuple(mods)
+    while now != before:
+        before, now = now, _merged(now)
+    return now
+
+
+def _merged(mods: Sequence[ScoreModifier]) -> tuple[ScoreModifier, ...]:
+    out: list[ScoreModifier] = []
+    for mod in mods:
+        if not isinstance(mod, Scale):
+            out.append(mod)
+            continue
+        at = len(out)
+        while at > 0 and not isinstance(out[at - 1], Scale):
+            passed = out[at - 1].scaled(mod.factor)
+            if passed is None:
+                break
+            at -= 1
+            out[at] = passed
+        if at > 0 and isinstance(before := out[at - 1], Scale):
+            out[at - 1] = Scale(before.factor * mod.factor)
+        else:
+            out.insert(at, mod)
+    return tuple(m for m in out if m != Scale(1.0))
+
+
+def fates(scores: Sequence[ScoreModifier], at: int, fill: float) -> Iterator[float | None]:
+    """What becomes of a score that the modifier at a position sets to ``fill``, after each one that follows.
+
+    It ends with None where that is not known.
+    """
+    for mod in scores[at + 1 :]:
+        after = mod.hidden(fill)
+        yield after
+        if after is None:
+            return
+        fill = after
+
+
+def rounds_softmax(softmax_dtype: torch.dtype, operands: torch.dtype) -> bool:
+    """Is a softmax computed in a narrower dtype than its operands have?"""
+    return holds_less(softmax_dtype, operands)
+
+
+def holds_less(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Does a dtype round what another one holds, or does it overflow earlier?"""
+    mine, theirs = torch.finfo(dtype), torch.finfo(other)
+    return mine.eps > theirs.eps or mine.max < theirs.max
+
+
+def empty_rows(spec: Attention) -> str:
+    """What a row that sees no key gives.
+
+    Returns:
+        ``"zero"``; ``"nan"``; ``"mean"``: of the values of the keys with the highest fill, which is all of
+        them where :func:`one_level` holds; ``"unknown"``: it depends on scores, biases or a sink.
+    """
+    if spec.sink is not None or not all(map(spec.hides, spec.masks)) or not _keeps_levels(spec):
+        return "unknown"
+    infinite = any(m.fill == -math.inf for m in spec.masks)
+    for weight in spec.weights:
+        if isinstance(weight, Keep) and weight.implied and not (weight.product and infinite):
+            return "zero" if weight.covers else "unknown"
+    if not infinite:
+        return "mean"
+    return "zero" if any(isinstance(w, ZeroEmptyRows) for w in spec.weights) else "nan"
+
+
+def _keeps_levels(spec: Attention) -> bool:
+    """Is a fill the same for all keys of a row after all that follows?
+
+    Other masks, and biases that may hide, have fills of their own, which are compared.  Scores of usual size,
+    and biases, that an additive mask is added to are absorbed by it.
+    """
+    dtype = min((spec.dtype, spec.softmax_dtype), key=lambda d: torch.finfo(d).eps)
+    scale = 1.0
+    for at, mask in enumerate(spec.scores):
+        scale *= abs(mask.factor) if isinstance(mask, Scale) else 1.0
+        if not isinstance(mask, Mask):
+            continue
+        level: float | None = mask.fill
+        added_in = spec.dtype if mask.fill >= torch.finfo(spec.dtype).min else dtype
+        added_in = DTYPES[mask.dtype] if mask.dtype else added_in
+        if mask.additive and not absorbs(mask.fill, added_in, USUAL_SCORES * max(scale, 1.0)):
+            return False
+        for mod, after in zip(spec.scores[at + 1 :], fates(spec.scores, at, mask.fill), strict=False):
+            own = isinstance(mod, Mask) or (isinstance(mod, Bias) and (mod.hides or mask.additive))
+            if level is None or not (own or mod.keeps_level(level, dtype)):
+                return False
+            level = after
+    return True
+
+
+def one_level(spec: Attention) -> bool:
+    """Have all keys of a row that sees none the same fill?"""
+    if any(isinstance(m, Bias) and m.hides for m in spec.scores) and not _all_infinite(spec):
+        return False
+    same = len({m.fill for m in spec.masks}) <= 1
+    return same and (len(spec.masks) <= 1 or _all_infinite(spec) or not any(m.additive for m in spec.masks))
+
+
+def _all_infinite(spec: Attention) -> bool:
+    return all(m.fill == -math.inf for m in spec.masks)
+
+
+# ---------------------------------------------------------------------------------------- reference
+
+
+def softmax(spec: Attention, s: Tensor, operands: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The weights of scores ``s`` (``[B, H, Q, K]``), computed in ``dtype``."""
+    if spec.sink is None:
+        found = torch.softmax(s, -1, dtype=dtype)
+        if not any(isinstance(w, ZeroEmptyRows) and not w.every for w in spec.weights):
+            return found
+        return found.masked_fill((s == -math.inf).all(-1, keepdim=True), 0.0)
+    wide = torch.promote_types(s.dtype, dtype)  # finfo.min of the one may be infinite in the other
+    sink = operands[spec.sink.slot].to(wide).expand(*s.shape[:-1], 1)
+    return torch.softmax(torch.cat([s.to(wide), sink], -1), -1, dtype=dtype)[..., :-1]
+
+
+def reference(
+    spec: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Sequence[Tensor] = (),
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Plain mathematics of a specification: the oracle.
+
+    Args:
+        spec: what to compute.
+        q: ``[B, H, Q, D]``; k: ``[B, G, K, D]``; v: ``[B, G, K, Dv]``.
+        operands: the tensors of the modifiers, each broadcastable to ``[B, H, Q, K]``.
+        dtype: compute everything in it (float64 for an oracle); None rounds where the original does.
+
+    Returns:
+        ``[B, H, Q, Dv]`` in ``dtype``, or in the original's result dtype.
+
+    Source: Vaswani et al., "Attention is all you need" (arXiv 1706.03762), equation 1.
+    """
+    soft, out = dtype or spec.softmax_dtype, dtype or spec.out_dtype
+    if dtype is not None:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        operands = [t.to(dtype) if t.is_floating_point() else t for t in operands]
+    group = q.shape[1] // max(k.shape[1], 1) or 1
+    k, v = (t if group == 1 else t.repeat_interleave(group, 1) for t in (k, v))
+    s = q @ k.transpose(-2, -1)
+    for mod in spec.scores:
+        s = mod.apply(s, operands)
+    w = softmax(spec, s, operands, soft)
+    for weight in spec.weights:
+        w = weight.apply(w, operands)
+    return (w.to(v.dtype) @ v).to(out)
+
+
+__all__ = [
+    "Atom", "Attention", "Band", "Bias", "Cast", "Chunk", "Dense", "Document", "Dropout", "Finite", "Floor",
+    "Keep", "KeyGate", "KeyPadding", "Mask", "Modifier", "Prefix", "Scale", "ScaleBy", "ScoreModifier",
+    "Sink", "SoftCap", "WeightModifier", "WeightScale", "ZeroEmptyRows", "absorbs", "empty_rows", "fates",
+    "finite", "holds_less", "intersect", "kinds", "merge_scales", "negligible", "one_level", "reference",
+    "rounds_softmax", "softmax",
+]  # fmt: skip

@@ -1,0 +1,98 @@
+"""The command `python -m fusepass bench`."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from fusepass.kernels.registry import registered
+from fusepass.selection import costs
+from fusepass.tools.bench import measuring as bench
+from fusepass.tools.bench import report as bench_report
+from fusepass.tools.bench.cases import VARIANTS
+from fusepass.tools.targets import UsageError
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Measures or reads, and shows, plots or makes a profile."""
+    console = Console(width=None if Console().is_terminal else 150)
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows: list[bench.Row] = []
+    about: dict[str, str] = {}
+    if arguments.read:
+        for place in arguments.read:
+            if not place.is_file():
+                raise UsageError(
+                    f"cannot read {str(place)!r}: there is no such file; expected results of bench"
+                )
+            more, about = bench.read_csv(place)
+            rows += more
+    else:
+        about = bench.machine(arguments.device) | {"dtype": arguments.dtype}
+        rows = _measure(arguments, console, about)
+        console.print(f"{len(rows)} measurements in {arguments.out}", highlight=False)
+    if arguments.profile or arguments.profile_to:
+        made = bench_report.profile_of(rows, about)
+        place = arguments.profile_to or costs.place_of(about["device"])
+        made.save(place)
+        console.print(bench_report.curves_table(made))
+        console.print(f"profile in {place}", highlight=False)
+    else:
+        bench_report.show(rows, console)
+    if arguments.markdown:
+        source = " ".join(map(str, arguments.read or [arguments.out]))
+        arguments.markdown.write_text(bench_report.markdown(rows, about, source))
+    if arguments.plot:
+        made_plots = bench_report.plot(rows, arguments.plot, about)
+        console.print(f"{len(made_plots)} pictures in {arguments.plot}", highlight=False)
+    return 0
+
+
+def _measure(arguments: argparse.Namespace, console: Console, about: dict[str, str]) -> list[bench.Row]:
+    variants = _chosen(arguments.variants, list(VARIANTS), "variant")
+    modes = _chosen(arguments.modes, list(bench.MODES), "mode")
+    named = (
+        ["compile", *bench.by_name()]
+        if arguments.profile
+        else ["eager", "compile", "auto", "hand", *registered()]
+    )
+    contenders = arguments.contenders.split(",") if arguments.contenders else named
+    settings = {name: getattr(arguments, name) for name in ("device", "dtype", "tokens", "width", "repeats")}
+    work = bench.jobs(
+        variants, _numbers(arguments.lengths), _numbers(arguments.head_dims), modes, contenders, **settings
+    )
+    workers = arguments.workers or 1  # several compile at once, but then they disturb each other's times
+    with Progress(console=console, transient=True) as progress:
+        task, rows = progress.add_task("measuring", total=len(work)), list[bench.Row]()
+
+        def keep(row: bench.Row) -> None:
+            rows.append(row)
+            progress.advance(task)
+            if len(rows) % 5 == 0:
+                bench.write_csv(rows, arguments.out, about)
+
+        try:
+            return bench.run(work, workers, keep, arguments.limit)
+        finally:
+            bench.write_csv(rows, arguments.out, about)
+
+
+def _chosen(text: str, accepted: list[str], noun: str) -> list[str]:
+    found = accepted if text == "all" else text.split(",")
+    for name in found:
+        if name not in accepted:
+            raise UsageError(f"unknown {noun} {name!r}; accepted are {', '.join(accepted)}")
+    return found
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(n) for n in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"expected whole numbers with commas between them, got {text!r}") from error
+
+
+__all__ = ["command"]

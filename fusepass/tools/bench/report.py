@@ -1,0 +1,307 @@
+"""What `fusepass bench` makes of its rows: a table, plots, and a profile for the cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fusepass.selection import costs
+from fusepass.selection.select import UNFUSED
+from fusepass.tools.bench import measuring as bench
+from fusepass.tools.bench.cases import VARIANTS
+from fusepass.tools.bench.measuring import Row
+
+Key = tuple[str, str, int, int]
+
+
+def by_case(rows: Iterable[Row]) -> dict[Key, dict[str, Row]]:
+    """Rows by variant, mode, head size and length, then by contender; failed ones are left out."""
+    table: dict[Key, dict[str, Row]] = {}
+    for row in rows:
+        if row.milliseconds is not None:
+            table.setdefault((row.variant, row.mode, row.head_dim, row.length), {})[row.contender] = row
+    return table
+
+
+def best_by_hand(found: dict[str, Row], gpu: bool = True) -> Row | None:
+    """The fastest of the hand-written calls that compute the same; ``gpu``: by the GPU's time, if known."""
+    return _fastest(found, "repaired ", gpu) or _fastest(found, "hand ", gpu)
+
+
+def _fastest(found: dict[str, Row], kind: str, gpu: bool) -> Row | None:
+    named = [row for name, row in found.items() if name.startswith(kind)]
+    return min(named, key=lambda r: _spent(r, gpu) or 0.0, default=None)
+
+
+def _spent(row: Row, gpu: bool) -> float | None:
+    return row.best_known if gpu else row.milliseconds
+
+
+HEAD = (
+    "variant", "pass", "D", "S", "eager", "compile", "best by hand", "auto", "kernel", "× compile",
+    "× by hand", "calls × by hand",
+)  # fmt: skip
+
+
+def lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """One line a case: what `auto` chose, and how many times faster it is than the others.
+
+    Times are the GPU's, where they are known; the last column compares calls back to back.
+    """
+    made: list[tuple[str, ...]] = []
+    rows = list(rows)
+    others = of_packages(rows)
+    for (variant, mode, head_dim, length), found in sorted(by_case(rows).items()):
+        hand, auto, plain = best_by_hand(found), found.get("auto"), found.get("compile")
+        made.append((
+            variant, mode, str(head_dim), str(length), _time(found.get("eager")), _time(plain),
+            "" if hand is None else f"{_time(hand)} {hand.contender.split()[1]}", _time(auto),
+            "" if auto is None else auto.kernel, _ratio(plain, auto), _ratio(hand, auto),
+            _ratio(best_by_hand(found, gpu=False), auto, gpu=False),
+            *(_time(found.get(name)) for name in others),
+        ))  # fmt: skip
+    return made
+
+
+def of_packages(rows: Sequence[Row]) -> list[str]:
+    """The contenders that are kernels of other packages: each has a column of its own."""
+    known = ("eager", "compile", "auto", *bench.NAMED)
+    return [
+        name for name in dict.fromkeys(r.contender for r in rows) if name not in known and " " not in name
+    ]
+
+
+def by_name(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Where ``auto`` was not measured: a head, and a line a case with every contender's time.
+
+    Kernels also have how many times faster than ``compile`` they are.
+    """
+    named = list(dict.fromkeys(row.contender for row in rows))
+    made: list[tuple[str, ...]] = []
+    for (variant, mode, head_dim, length), found in sorted(by_case(rows).items()):
+        cells = [_time(found.get(name)) for name in named]
+        for place, name in enumerate(named):
+            if name not in ("eager", "compile") and (ratio := _ratio(found.get("compile"), found.get(name))):
+                cells[place] += f" ({ratio}×)"
+        made.append((variant, mode, str(head_dim), str(length), *cells))
+    return (*HEAD[:4], *named), made
+
+
+def _head_and_lines(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    if not any(r.contender == "auto" for r in rows):
+        return by_name(rows)
+    return (*HEAD, *of_packages(rows)), lines(rows)
+
+
+def summary(rows: Iterable[Row]) -> Table:
+    """The lines, for a terminal."""
+    table = Table(title="Attention, median milliseconds", title_justify="left", header_style="bold")
+    head, found = _head_and_lines(list(rows))
+    for name in head:
+        left = name in ("variant", "pass", "best by hand", "kernel")
+        table.add_column(name, justify="left" if left else "right")
+    for line in found:
+        table.add_row(*line)
+    return table
+
+
+ABOUT = """\
+Median milliseconds of the GPU, replaying a CUDA graph of the call; random data, 16384 tokens, 2048 features
+unless the rows say otherwise; the contenders of a case take turns. `compile` is `torch.compile` of attention
+as it is written, `auto` is fusepass on the same, and the best call by hand is the fastest library call that
+computes the same from the same inputs, uncompiled but for FlexAttention. The × columns say how many times
+faster `auto` is; the last one is of calls back to back, where a compiled function of a short problem waits
+for its own launch."""
+
+
+ABOUT_NAMED = """\
+Median milliseconds on random data. `compile` is `torch.compile` of attention as it is written; a kernel's
+name is fusepass with that kernel, and how many times faster than `compile` it is."""
+
+
+def markdown(rows: Sequence[Row], machine: dict[str, str], source: str) -> str:
+    """The lines as a page."""
+    head, made = _head_and_lines(rows)
+    automatic = head[: len(HEAD)] == HEAD
+    about = ABOUT if automatic else ABOUT_NAMED
+    text = ["# Attention, measured", "", f"Made by `python -m fusepass bench --read {source} --markdown`: "
+            + "; ".join(f"{k}: {v}" for k, v in machine.items()) + ".", "", about, ""]  # fmt: skip
+    text += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    text += [f"| {' | '.join(line)} |" for line in made]
+    if not automatic:
+        return "\n".join([*text, ""])
+    found = [(float(line[10]), line[0]) for line in made if line[10]]
+    behind = sorted({variant for ratio, variant in found if ratio < 0.97})
+    text += ["", f"At 0.97 of the best call by hand or above: {sum(r >= 0.97 for r, _ in found)} of "
+             f"{len(found)}. Below, in some pass or length: {', '.join(behind) or 'none'}.", ""]  # fmt: skip
+    return "\n".join(text + _unrepaired(rows))
+
+
+ABOUT_UNREPAIRED = """\
+Calls of the libraries give zero, or nothing that is a number, in rows that see no key, where these programs
+give the mean of all values. Nobody knows when the call is compiled that this data has no such rows, so `auto`
+and the best call by hand above repair them. Here is the fastest call that does not."""
+
+
+def _unrepaired(rows: Sequence[Row]) -> list[str]:
+    """The cases in which a faster call by hand computes something else."""
+    text = []
+    for (variant, mode, head_dim, length), found in sorted(by_case(rows).items()):
+        auto, best = found.get("auto"), _fastest(found, "hand ", gpu=True)
+        if auto is not None and best is not None and _fastest(found, "repaired ", gpu=True) is not None:
+            cells = (
+                variant,
+                mode,
+                str(head_dim),
+                str(length),
+                _time(best),
+                best.contender.split()[1],
+                _time(auto),
+            )
+            text.append(f"| {' | '.join(cells)} | {_ratio(best, auto)} |")
+    if not text:
+        return []
+    head = ("variant", "pass", "D", "S", "not repaired", "kernel", "auto", "× not repaired")
+    return ["## Rows that see no key", "", ABOUT_UNREPAIRED, "", f"| {' | '.join(head)} |",
+            f"|{'---|' * len(head)}", *text, ""]  # fmt: skip
+
+
+def _time(row: Row | None) -> str:
+    return "" if row is None or row.best_known is None else f"{row.best_known:.4g}"
+
+
+def _ratio(other: Row | None, mine: Row | None, gpu: bool = True) -> str:
+    """How many times faster mine is; GPU times are compared only with each other."""
+    if other is None or mine is None:
+        return ""
+    gpu = gpu and other.gpu_milliseconds is not None and mine.gpu_milliseconds is not None
+    theirs, ours = _spent(other, gpu), _spent(mine, gpu)
+    return f"{theirs / ours:.2f}" if theirs and ours else ""
+
+
+def problems(rows: Iterable[Row]) -> dict[str, int]:
+    """What went wrong, and how often."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        if row.problem:
+            text = f"{row.contender}, {row.variant}: {row.problem[:110]}"
+            counts[text] = counts.get(text, 0) + 1
+    return counts
+
+
+def samples(rows: Iterable[Row]) -> list[costs.Sample]:
+    """The rows that the cost model learns from: kernels by name, and plain `torch.compile`."""
+    made, known = [], bench.by_name()
+    for row in rows:
+        kernel = UNFUSED if row.contender == "compile" else row.contender
+        if row.milliseconds is None or kernel not in (UNFUSED, *known):
+            continue
+        kind = VARIANTS[row.variant].kind
+        rows_of_queries = row.batch * row.heads * row.queries
+        keys = row.keys if costs.sees_all(kernel, kind) else row.pairs / rows_of_queries
+        size = rows_of_queries * 2 * row.head_dim
+        spent = row.best_known or row.milliseconds
+        launch = max(spent, row.milliseconds)
+        made.append(costs.Sample(kernel, kind, row.head_dim, row.mode, size, keys, spent, launch))
+    return made
+
+
+#: Devices that share a profile: the same chip with other memory.
+_SAME_CHIP = {
+    "NVIDIA H200": (
+        "NVIDIA H200", "NVIDIA H200 NVL", "NVIDIA H100 80GB HBM3", "NVIDIA H100",
+    ),
+}  # fmt: skip
+
+
+def profile_of(rows: Iterable[Row], machine: dict[str, str]) -> costs.Profile:
+    """The cost model of the machine that the rows were measured on."""
+    name = machine["device"]
+    return costs.Profile(_SAME_CHIP.get(name, (name,)), dict(machine), costs.curves(samples(rows)))
+
+
+def curves_table(profile: costs.Profile) -> Table:
+    """The cost model, for people."""
+    table = Table(title=f"Cost model of {profile.devices[0]}", title_justify="left", header_style="bold")
+    for name in ("kernel", "kind", "D", "pass", "launch ms", "points", "keys", "TFLOP/s there"):
+        table.add_column(name, justify="left" if name in ("kernel", "kind", "pass") else "right")
+    for c in profile.curves:
+        keys, rate = c.points[-1]
+        flops = 2 * keys * (3.5 if c.mode == costs.TRAINING else 1)
+        table.add_row(
+            c.kernel, c.kind, str(c.head_dim), c.mode, f"{c.launch:.3f}", str(len(c.points)), f"{keys:.0f}",
+            f"{flops / rate / 1e3:.0f}",
+        )  # fmt: skip
+    return table
+
+
+_COLOURS = {"eager": "0.6", "compile": "0.3", "auto": "tab:red", "best by hand": "tab:blue"}
+
+
+def plot(rows: Sequence[Row], folder: Path, machine: dict[str, str]) -> list[Path]:
+    """One picture a variant: TFLOP/s over length, a panel each head size and pass.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing (`pip install fusepass[docs]`).
+    """
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text as text: small files, readable differences
+    matplotlib.rcParams["svg.hashsalt"] = "fusepass"  # the same file from the same numbers
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    cases, made = by_case(rows), []
+    for variant in dict.fromkeys(k[0] for k in sorted(cases)):
+        panels = sorted({(k[1], k[2]) for k in cases if k[0] == variant})
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(3.2 * len(panels), 3), squeeze=False)
+        for (mode, head_dim), axis in zip(panels, axes[0], strict=True):
+            lines: dict[str, list[tuple[int, float]]] = {}
+            for key in sorted(k for k in cases if (k[0], k[1], k[2]) == (variant, mode, head_dim)):
+                found = cases[key]
+                for name in _COLOURS:
+                    row = best_by_hand(found) if name == "best by hand" else found.get(name)
+                    if row is not None and row.tflops is not None:
+                        lines.setdefault(name, []).append((key[3], row.tflops))
+            for name, points in lines.items():
+                axis.plot(*zip(*points, strict=True), marker="o", ms=3, label=name, color=_COLOURS[name])
+            lengths = sorted({length for points in lines.values() for length, _ in points})
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(lengths, [str(n) for n in lengths], fontsize=7)
+            axis.set_ylim(bottom=0)
+            axis.set_title(f"{variant}, {mode}, D={head_dim}", fontsize=8)
+            axis.set_xlabel("length", fontsize=8)
+        axes[0][0].set_ylabel("TFLOP/s", fontsize=8)
+        axes[0][0].legend(fontsize=7)
+        figure.text(0.01, 0.005, f"{machine.get('device', '')}, torch {machine.get('torch', '')}", fontsize=6)
+        figure.tight_layout()
+        made.append(folder / f"{variant}.svg")
+        figure.savefig(made[-1], metadata={"Date": None})
+        pyplot.close(figure)
+    return made
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Print the table and the problems."""
+    console.print(summary(rows))
+    for text, count in problems(rows).items():
+        console.print(f"{count} × {text}", style="dim", highlight=False, markup=False)
+
+
+__all__ = [
+    "best_by_hand",
+    "by_case",
+    "curves_table",
+    "lines",
+    "markdown",
+    "plot",
+    "problems",
+    "profile_of",
+    "samples",
+    "show",
+    "summary",
+]

@@ -1,0 +1,244 @@
+"""Which kernels this machine can run, and why not the others.
+
+Nothing heavy is imported to find out, but a library that the GPU can run, which might lack a part.
+"""
+
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markup import escape
+from rich.table import Table
+
+from fusepass.kernels.gates import GATES, Capability, capability_refuses, installed, library_refuses
+from fusepass.kernels.registry import Registered, registered
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the kernels need to know about this machine."""
+
+    capability: Capability | None
+    """CUDA compute capability of the first GPU; None without a GPU, and on AMD's."""
+    device: str
+    packages: dict[str, str]
+    """Versions of the installed packages that matter."""
+
+
+@dataclass(frozen=True)
+class KernelStatus:
+    """Whether a kernel can run here: `why` says with what, or why not and what to do."""
+
+    kernel: str
+    runs: bool
+    why: str
+    gpus: str = "any"
+    """Compute capabilities it is for."""
+    dtypes: str = "any"
+    head_sizes: str = "any"
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `doctor` found. Prints as a table."""
+
+    machine: Machine
+    kernels: tuple[KernelStatus, ...]
+
+    def table(self) -> Table:
+        """One row a kernel."""
+        table = Table(title="Kernels on this machine", title_justify="left", header_style="bold")
+        table.add_column("kernel", no_wrap=True)
+        table.add_column("runs", justify="center")
+        table.add_column("GPUs", overflow="fold")
+        table.add_column("dtypes", overflow="fold")
+        table.add_column("head sizes", overflow="fold")
+        table.add_column("with what, or why not", overflow="fold")
+        for status in self.kernels:
+            runs = "[green]yes[/green]" if status.runs else "[yellow]no[/yellow]"
+            limits = (status.gpus, status.dtypes, status.head_sizes)
+            table.add_row(escape(status.kernel), runs, *map(escape, limits), escape(status.why))
+        return table
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dump`."""
+        return asdict(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        versions = ", ".join(f"{name} {version}" for name, version in self.machine.packages.items())
+        yield escape(f"{self.machine.device}; Python {platform.python_version()}; {versions}")
+        yield self.table()
+
+
+PACKAGES = (
+    "fusepass",
+    "torch",
+    "triton",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "nvidia-cudnn-frontend",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "transformers",
+)
+
+
+def diagnose() -> Diagnosis:
+    """This machine, and every kernel's answer to it."""
+    machine = _machine()
+    answers = {**_ANSWERS, **{name: _of_package(found) for name, found in registered().items()}}
+    kernels = tuple(KernelStatus(name, *answer(machine), *_limits(name)) for name, answer in answers.items())
+    return Diagnosis(machine, kernels)
+
+
+def _limits(name: str) -> tuple[str, str, str]:
+    """GPUs, dtypes and head sizes of a kernel, as the table of gates has them."""
+    gate = GATES.get(name)
+    if gate is None:
+        return "any", "any", "any"
+    gpus = "any" if gate.majors is None else ", ".join(f"{m}.x" for m in gate.majors)
+    short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+    multiples = f", ×{gate.step}" if gate.step > 1 else ""
+    sizes = f"{gate.least}…{gate.head_dims or ''}{multiples}"
+    if not gate.backward:
+        sizes += "; forward only"
+    elif gate.backward_dims != gate.head_dims:
+        sizes += f"; backward …{gate.backward_dims}"
+    return gpus, " ".join(short.get(d, str(d).removeprefix("torch.")) for d in gate.dtypes), sizes
+
+
+def _machine() -> Machine:
+    versions = {name: version for name in PACKAGES if (version := _version(name))}
+    if not torch.cuda.is_available():
+        return Machine(None, f"no GPU, {os.cpu_count()} CPU cores ({platform.machine()})", versions)
+    properties = torch.cuda.get_device_properties(0)
+    count = torch.cuda.device_count()
+    device = f"{count} × {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if torch.version.hip:
+        return Machine(None, f"{device}, ROCm {torch.version.hip}", versions)
+    capability = torch.cuda.get_device_capability(0)
+    return Machine(capability, f"{device}, compute capability {_dotted(capability)}", versions)
+
+
+Answer = tuple[bool, str]
+
+
+def _sdpa(machine: Machine) -> Answer:
+    if machine.capability is None and not torch.cuda.is_available():
+        return True, "torch's flash attention for CPUs, else plain math"
+    enabled = {
+        "flash": torch.backends.cuda.flash_sdp_enabled(),
+        "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        "cuDNN": torch.backends.cuda.cudnn_sdp_enabled(),
+        "math": torch.backends.cuda.math_sdp_enabled(),
+    }
+    return True, "torch's own: " + ", ".join(name for name, on in enabled.items() if on)
+
+
+def _flex(machine: Machine) -> Answer:
+    if find_spec("torch.nn.attention") is None or not _torch_file("nn/attention/flex_attention.py"):
+        return False, f"torch {torch.__version__} has no FlexAttention"
+    if torch.cuda.is_available():
+        if find_spec("triton") is None:
+            return False, "needs triton to generate the kernel: pip install triton"
+        return True, "FlexAttention, a Triton kernel generated for each site"
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    found = next((path for name in compilers if name and (path := shutil.which(name))), None)
+    if found is None:
+        return (
+            False,
+            "on a CPU FlexAttention needs a C++ compiler, and none is on the PATH (g++, clang++, CXX)",
+        )
+    return True, f"FlexAttention for CPUs, compiled with {found}; inference only"
+
+
+def _cudnn(machine: Machine) -> Answer:
+    if refusal := _refusal("cudnn", machine):
+        return False, refusal
+    if not torch.backends.cudnn.is_available():
+        return False, "this torch was built without cuDNN"
+    return True, f"cuDNN {torch.backends.cudnn.version()}, through torch"
+
+
+def _library(kernel: str) -> Callable[[Machine], "Answer"]:
+    """The answer of a kernel that is a package: the GPU first, then whether it is installed."""
+
+    def answer(machine: Machine) -> Answer:
+        package = GATES[kernel].package
+        assert package is not None
+        refusal, found = _refusal(kernel, machine), installed(package)
+        version = machine.packages.get(package.name, "of unknown version")
+        state = (
+            f"{package.name} {version}" if found else f"{package.name} is not installed: {package.install}"
+        )
+        if refusal:
+            return False, f"{refusal}; {state}" + (" is installed" if found else "")
+        if found and (broken := library_refuses(kernel)):
+            return False, broken
+        return found, state
+
+    return answer
+
+
+def _of_package(found: Registered) -> Callable[[Machine], Answer]:
+    """The answer of a registered kernel: what its gate says, and who registered it."""
+
+    def answer(machine: Machine) -> Answer:
+        unasked = "`auto` may choose it" if found.by_auto else "by name only"
+        state = f"registered by {found.module}; {unasked}"
+        name = found.kernel.name
+        if found.gate.package is not None:
+            runs, why = _library(name)(machine)
+            return runs, f"{why}; {state}"
+        refusal = _refusal(name, machine)
+        return refusal is None, state if refusal is None else f"{refusal}; {state}"
+
+    return answer
+
+
+def _refusal(kernel: str, machine: Machine) -> str | None:
+    """Why the GPU will not do; None if it will."""
+    return capability_refuses(GATES[kernel], machine.capability)
+
+
+def _reference(machine: Machine) -> Answer:
+    return True, "the plain mathematics, for checking; slow"
+
+
+_ANSWERS: dict[str, Callable[[Machine], Answer]] = {
+    "sdpa": _sdpa,
+    "cudnn": _cudnn,
+    "flash2": _library("flash2"),
+    "flash3": _library("flash3"),
+    "flash4": _library("flash4"),
+    "flex": _flex,
+    "flex_flash": _library("flex_flash"),
+    "fp8": _library("fp8"),
+    "reference": _reference,
+}
+
+
+def _torch_file(file: str) -> bool:
+    return (Path(torch.__file__).parent / file).is_file()
+
+
+@cache
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _dotted(capability: Capability) -> str:
+    return f"{capability[0]}.{capability[1]}"

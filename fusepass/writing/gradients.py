@@ -1,0 +1,123 @@
+"""What a replacement owes to autograd.
+
+A fused call keeps its operands and its result for its backward pass; the original may have kept others, so
+memory that the graph writes to later is copied first.  And what the original result depended on keeps a
+gradient: an operand that cancels (a bias of whole rows, everything over a single key) gets zeros, not None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from fusepass.dialects.torch.nodes import value_of
+from fusepass.expressions.ir import Expr
+from fusepass.kernels.flex import stored_op
+from fusepass.writing.emit import Builder, CannotEmit
+
+
+def learns(node: fx.Node) -> bool:
+    """Does a gradient flow to a node's tensor?"""
+    return bool(getattr(value_of(node), "requires_grad", False))
+
+
+def keep_for_backward(build: Builder, product: Expr, out: fx.Node) -> fx.Node:
+    """Copy what the backward pass will read and the graph writes to later; the result likewise.
+
+    Operands by an opaque operator: TorchInductor takes a plain copy of an argument for the argument.
+
+    Raises:
+        CannotEmit: the original would not have the gradients either.
+    """
+    reader, end = build.reader, build.reader.order[build.anchor]
+    if _overwrites_what_is_kept(build, product):
+        raise CannotEmit("what the original keeps for its backward pass is written to afterwards")
+    written = [n for n in given_to(build.made) if reader.written_between(reader.memory.of(n), end)]
+    for node in written:
+        users = [m for m in build.made if node in m.all_input_nodes]
+        copied = build.before(users[0], stored_op, node)
+        for user in users:
+            user.replace_input_with(node, copied)
+    if reader.written_between(reader.memory.of(build.anchor), end):
+        out = build.op("clone", out)
+    return out
+
+
+def _overwrites_what_is_kept(build: Builder, product: Expr) -> bool:
+    """Is an operand of the original's products written to after it was kept: where the other one learns?
+
+    In eager that is an error, or, through ``.data``, another gradient.
+    """
+    reader = build.reader
+    for node in (reader.definer.get(product), build.anchor):
+        given = [n for n in node.all_input_nodes if isinstance(value_of(n), Tensor)] if node else []
+        for operand in given:
+            needed = any(learns(n) for n in given if n is not operand)
+            if needed and node and reader.written_between(reader.memory.of(operand), reader.order[node]):
+                return True
+    return False
+
+
+def given_to(made: Sequence[fx.Node]) -> list[fx.Node]:
+    """The graph's own tensors that new nodes read."""
+    inside = set(made)
+    found = {n: None for m in made for n in m.all_input_nodes if n not in inside}
+    return [n for n in found if isinstance(value_of(n), Tensor)]
+
+
+def tie(build: Builder, out: fx.Node, made: Sequence[fx.Node]) -> fx.Node:
+    """``out``, with zero gradients for what the original depended on and ``made`` does not.
+
+    Source: the derivative of ``torch.where`` is zero for the branch that is not taken, whatever it holds.
+    """
+    lost = [n for n in unreached(build.anchor, given_to(made), build.reader.order) if learns(n)]
+    if not lost:
+        return out
+    value = build.value(out)
+    total: fx.Node | None = None
+    for node in lost:
+        part = build.cast(build.op("sum", build.replaced.get(node, node)), value.dtype)
+        total = part if total is None else build.op("add", total, part)
+    never = build.op("scalar_tensor", False, dtype=torch.bool, device=value.device)
+    return build.op("where", never, total, out)
+
+
+def unreached(anchor: fx.Node, used: Iterable[fx.Node], order: dict[fx.Node, int]) -> list[fx.Node]:
+    """The nodes nearest to ``anchor`` that gradients reach from it and do not reach through ``used``."""
+    through = {n for n in used if learns(n)}
+    first = min((order.get(n, 0) for n in through if n.op in ("call_function", "call_method")), default=0)
+    leads: dict[fx.Node, bool] = dict.fromkeys(through, True)
+    todo: list[tuple[fx.Node, bool]] = [(anchor, False)]
+    while todo:
+        node, ready = todo.pop()
+        if ready:
+            leads[node] = any(leads.get(n, False) for n in node.all_input_nodes)
+        elif node not in leads:
+            leads[node] = False
+            if order.get(node, first) >= first:  # what replaced an earlier site has no place of its own
+                todo.append((node, True))
+                todo.extend((n, False) for n in node.all_input_nodes if learns(n))
+    on_the_way = [n for n, leads_there in leads.items() if n is anchor or (leads_there and n not in through)]
+    edges = (n for node in on_the_way for n in node.all_input_nodes)
+    lost = [n for n in dict.fromkeys(edges) if learns(n) and not leads.get(n, False)]
+    return [n for n in lost if not _is_behind(n, through, order)]
+
+
+def _is_behind(node: fx.Node, through: set[fx.Node], order: dict[fx.Node, int]) -> bool:
+    """Does one of ``through`` depend on ``node``?"""
+    todo, seen = list(through), set(through)
+    while todo:
+        at = todo.pop()
+        if at is node:
+            return True
+        since = order.get(node, 0)
+        given = (n for n in at.all_input_nodes if n not in seen and learns(n))
+        fresh = [n for n in given if order.get(n, since) >= since]
+        seen.update(fresh)
+        todo.extend(fresh)
+    return False
+
+
+__all__ = ["given_to", "keep_for_backward", "learns", "tie", "unreached"]

@@ -1,0 +1,164 @@
+"""What else looks at a site's scores and weights, and what nobody needs once a site is replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+
+import torch
+from torch import fx
+
+from fusepass.dialects.torch.graph import Reader
+from fusepass.dialects.torch.memory import Memory, is_type_check, live_nodes
+from fusepass.dialects.torch.nodes import operation, value_of
+from fusepass.expressions.ir import POINTWISE, VIEWS, Expr, under_casts
+
+_LIGHT = (
+    POINTWISE
+    | VIEWS
+    | {"softmax", "log_softmax", "sum", "amax", "logsumexp", "dropout", "cumsum", "index", "cat"}
+)
+#: Views that mean nothing by themselves: who reads them is what matters.
+_OPAQUE_VIEWS = frozenset({"detach", "diagonal"})
+
+
+def outside_reader(
+    reader: Reader,
+    live: set[fx.Node],
+    product: Expr,
+    anchor: fx.Node,
+    shares: Callable[[fx.Node], bool] = lambda user: False,
+) -> fx.Node | None:
+    """A live node, not on the way to ``anchor``, for which the scores or weights must still be computed.
+
+    Where ``anchor`` only normalises a product with the values, or adds up several, they are on the way.
+    ``shares`` tells readers that will need them no more either.
+    """
+    inner = inner_products(reader, anchor)
+    for node in _computing(reader, product, anchor, inner):
+        found = _reader_of(reader, live, node, anchor, inner, product, shares)
+        if found is not None:
+            return found
+    return None
+
+
+def inner_products(reader: Reader, anchor: fx.Node) -> set[fx.Node]:
+    """The products, and their sums, that ``anchor`` normalises or adds up."""
+    if _op(reader, anchor) in ("mul", "div"):
+        return {n for n in anchor.all_input_nodes if _is_product(reader, n)}
+    found: set[fx.Node] = set()
+    todo = [anchor]
+    while todo:
+        node = todo.pop()
+        if _op(reader, node) == "add":
+            fresh = [n for n in node.all_input_nodes if n not in found]
+            found.update(n for n in fresh if _op(reader, n) == "add" or _is_product(reader, n))
+            todo.extend(fresh)
+    return found
+
+
+def _op(reader: Reader, node: fx.Node) -> str:
+    meaning = reader.defined.get(node)
+    return meaning.op if isinstance(meaning, Expr) else ""
+
+
+def _is_product(reader: Reader, node: fx.Node) -> bool:
+    meaning = reader.defined.get(node)
+    return isinstance(meaning, Expr) and under_casts(meaning).op == "dot"
+
+
+def _computing(
+    reader: Reader, product: Expr, anchor: fx.Node, inner: set[fx.Node], limit: int = 400
+) -> list[fx.Node]:
+    """The nodes behind ``anchor`` that compute ``product``."""
+    found, seen, todo = [], {anchor}, [anchor]
+    while todo and len(seen) < limit:
+        node = todo.pop()
+        for source in node.all_input_nodes:
+            if source in seen:
+                continue
+            seen.add(source)
+            meaning = reader.defined.get(source)
+            if meaning is product:
+                found.append(source)
+            if _passes_on(reader, source, product) or source in inner or _is_light(reader, source, meaning):
+                todo.append(source)
+    return found
+
+
+def _passes_on(reader: Reader, node: fx.Node, product: Expr) -> bool:
+    """Is it ``product`` only because it returns an operand that is (``s[:]``, ``s.view(s.shape)``)?"""
+    return reader.defined.get(node) is product and any(
+        reader.defined.get(source) is product for source in node.all_input_nodes
+    )
+
+
+def _is_light(reader: Reader, node: fx.Node, meaning: object) -> bool:
+    """Element-wise operations, views, reductions, writes: what lies between the two products of a site."""
+    if isinstance(meaning, tuple) or reader.memory.written(node) or operation(node)[0] in _OPAQUE_VIEWS:
+        return True
+    return isinstance(meaning, Expr) and meaning.op in _LIGHT
+
+
+def _reader_of(
+    reader: Reader,
+    live: set[fx.Node],
+    start: fx.Node,
+    anchor: fx.Node,
+    inner: set[fx.Node],
+    product: Expr,
+    shares: Callable[[fx.Node], bool],
+    limit: int = 400,
+) -> fx.Node | None:
+    seen, todo = {start}, [start]
+    while todo:
+        node = todo.pop()
+        if node in live and not reader.memory.external.isdisjoint(reader.memory.written(node)):
+            return node  # the caller sees what it writes
+        for user in _readers(reader, node):
+            if user is anchor or user in seen or user not in live or _reads_type(user):
+                continue
+            light = (
+                user in inner
+                or _passes_on(reader, user, product)
+                or _is_light(reader, user, reader.defined.get(user))
+            )
+            if not light and shares(user):
+                seen.add(user)
+                continue
+            if not light or len(seen) > limit:
+                return user
+            seen.add(user)
+            todo.append(user)
+    return None
+
+
+def _readers(reader: Reader, node: fx.Node) -> Iterator[fx.Node]:
+    """Who reads a node: its users and, where it writes, who is later given a tensor on that memory."""
+    yield from node.users
+    if reader.memory.written(node):
+        yield from reader.given_later(node)
+
+
+def _reads_type(user: fx.Node) -> bool:
+    """Does it read the shape, dtype or device of a tensor, and not its elements?"""
+    kinds = (torch.dtype, torch.device, torch.Size, torch.SymInt, int)
+    return is_type_check(user) or (isinstance(value_of(user), kinds) and operation(user)[0] != "item")
+
+
+def erase_dead(graph: fx.Graph, memory: Memory, before: set[fx.Node], replaced: Collection[fx.Node]) -> None:
+    """Remove what nobody needs any more, and what reads it in vain.
+
+    Args:
+        graph: the graph, after sites were replaced.
+        memory: its storages.
+        before: the nodes that were live before; what was dead already is left to others.
+        replaced: the nodes that others have replaced.
+    """
+    live = live_nodes(graph, memory, replaced)
+    gone: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node not in live and (node in before or any(n in gone for n in node.all_input_nodes)):
+            gone.add(node)
+    for node in reversed(list(graph.nodes)):
+        if node in gone:
+            graph.erase_node(node)

@@ -1,0 +1,148 @@
+"""Memory layout seen from outside.
+
+A kernel's result may be strided otherwise than the product it replaces.  Most readers do not care; a
+``view``, a graph output or a question for strides does.  Who cares is found by running the readers on
+fake tensors, and only then is the result re-laid.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fusepass.dialects.torch.memory import writes
+from fusepass.dialects.torch.nodes import operation, value_of
+from fusepass.writing.emit import Builder, CannotEmit
+from fusepass.writing.sharding import check_placements
+
+#: Operations that ask for the layout itself.
+_ASKING = frozenset(
+    "stride is_contiguous storage_offset data_ptr as_strided untyped_storage sym_stride sym_storage_offset "
+    "set dim_order is_non_overlapping_and_dense".split()
+)
+_LIMIT = 200
+_LARGE = 1 << 20  # stands for a size that depends on data
+
+
+def laid_out_as(build: Builder, node: fx.Node, out: fx.Node) -> fx.Node:
+    """``out``, re-laid like ``node`` where a reader of ``node`` depends on its layout.
+
+    Raises:
+        CannotEmit: such a reader exists, and the layout is none that a permutation of dimensions gives.
+    """
+    before = value_of(node)
+    check_placements(before, build.value(out))
+    if same_strides(before, build.value(out)) or not _observed(build, node, build.value(out)):
+        return out
+    order = sorted(range(before.dim()), key=lambda d: (-_hint(before.stride(d)), d))
+    inverse = [order.index(d) for d in range(before.dim())]
+    if order == sorted(order):
+        out = build.op("contiguous", out)
+    else:
+        out = build.op("permute", build.op("contiguous", build.op("permute", out, order)), inverse)
+    if not same_strides(before, build.value(out)) and _observed(build, node, build.value(out)):
+        raise CannotEmit("a reader of the result depends on a memory layout that cannot be restored")
+    return out
+
+
+def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Provably the same strides, where they matter: in dimensions of more than one element."""
+    return all(
+        statically_known_true(m == n) or statically_known_true(size == 1)
+        for size, m, n in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def _hint(stride: Any) -> int:
+    """A number to sort by."""
+    if isinstance(stride, int):
+        return stride
+    if stride.node.hint is not None:
+        return int(stride.node.hint)
+    return int(stride.node.expr.subs(dict.fromkeys(stride.node.expr.free_symbols, _LARGE)))
+
+
+def _observed(build: Builder, node: fx.Node, value: torch.Tensor) -> bool:
+    """Would a reader of ``node`` notice that it is strided as ``value`` is?"""
+    order = build.reader.order
+    changed: dict[fx.Node, Any] = {node: value}
+    todo = [(order.get(u, -1), u) for u in node.users]
+    heapq.heapify(todo)
+    seen: set[fx.Node] = set()
+    while todo:
+        _, user = heapq.heappop(todo)
+        if user in seen:
+            continue
+        seen.add(user)
+        if len(seen) > _LIMIT or _must_keep(user):
+            return True
+        try:
+            new = _run(build, user, changed)
+        except Exception:
+            return True
+        if _aliases_otherwise(build, user, new, changed):
+            return True
+        if not _same(value_of(user), new):
+            changed[user] = new
+            for reader in user.users:
+                heapq.heappush(todo, (order.get(reader, -1), reader))
+    return False
+
+
+def _aliases_otherwise(build: Builder, user: fx.Node, new: Any, changed: dict[fx.Node, Any]) -> bool:
+    """Is a view now a copy, or a copy a view, where that is seen?
+
+    It is where one of them is written to, and where no gradients are recorded: a view of what has a gradient
+    has it there too, a copy does not.
+    """
+    reader, memory = build.reader, build.reader.memory
+    if not isinstance(new, torch.Tensor):
+        return False
+    for source in user.all_input_nodes:
+        if isinstance(given := changed.get(source), torch.Tensor):
+            before = not memory.of(source).isdisjoint(memory.of(user))
+            now = given.untyped_storage()._cdata == new.untyped_storage()._cdata
+            seen = user in reader.without_gradients
+            if before != now and (seen or reader.was_written(source) or reader.was_written(user)):
+                return True
+    return False
+
+
+def _must_keep(user: fx.Node) -> bool:
+    """A reader that depends on strides, or of which that is not known."""
+    if user.op not in ("call_function", "call_method"):
+        return True
+    if isinstance(user.target, torch._ops.HigherOrderOperator):
+        return True
+    return operation(user)[0] in _ASKING or writes(user)
+
+
+def _run(build: Builder, user: fx.Node, changed: dict[fx.Node, Any]) -> Any:
+    """The reader's value on the new layout."""
+
+    def value(n: fx.Node) -> Any:
+        found = changed.get(n, value_of(n))
+        if found is None:
+            raise CannotEmit(f"'{n.name}' has no known value")
+        return found
+
+    args, kwargs = fx.map_arg((user.args, user.kwargs), value)
+    with build.trial(), torch.no_grad():
+        if user.op == "call_method":
+            return getattr(args[0], str(user.target))(*args[1:], **kwargs)
+        return user.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _same(old: Any, new: Any) -> bool:
+    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
+        return old.shape == new.shape and same_strides(old, new)
+    if isinstance(old, (tuple, list)) and isinstance(new, (tuple, list)):
+        return len(old) == len(new) and all(_same(a, b) for a, b in zip(old, new, strict=True))
+    return not isinstance(new, torch.Tensor)
+
+
+__all__ = ["laid_out_as", "same_strides"]
