@@ -87,6 +87,24 @@ def shifted_beside_a_sink(s: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------- fills
 
 
+@unsound
+def fills_that_overflow_together_and_are_cleaned(s: Tensor) -> Tensor:
+    s = s + torch.where(ROWS, 0.0, LOW) + torch.where(ROWS, 0.0, LOW)
+    return s.nan_to_num(0.0).softmax(-1)
+
+
+@unsound
+def fill_scaled_to_usual_size(s: Tensor) -> Tensor:
+    e = (s.masked_fill(~CAUSAL, -1e9) * 1e-9).exp()
+    return e / (1 + e.sum(-1, keepdim=True))
+
+
+@unsound
+def kept_where_a_bias_hides(s: Tensor) -> Tensor:
+    s = s.masked_fill(~CAUSAL, LOW) + (1 - torch.ones(N, N).tril(-1)) * -INF
+    return s.softmax(-1).masked_fill(~CAUSAL, 0.0)
+
+
 @fused
 def hidden_rows_are_nan(s: Tensor) -> Tensor:
     return s.masked_fill(~ROWS, -INF).softmax(-1)
@@ -499,3 +517,46 @@ def test_gradients_of_rows_without_exponentials_are_nan_where_eager_s_are(
         return e / e.sum(-1, keepdim=True) @ v
 
     gradients_agree(program, kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradients_of_rows_between_two_masks_that_are_added(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        near = torch.arange(N)[:, None] - torch.arange(N)
+        s = q @ k.mT + torch.zeros(N, N).masked_fill(near.abs() > 1, -INF)
+        seen = (torch.arange(N) < 2) & (near.abs() <= 1)
+        return (s + (1 - seen.to(s.dtype)) * LOW).softmax(-1) @ v
+
+    gradients_agree(program, kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_sdpa_adds_masks_of_half_in_single_precision(kernel: str) -> None:
+    bias = torch.full((N, N), -9984.0, dtype=torch.bfloat16).tril()
+    given: Any = {name: t.bfloat16() for name, t in inputs().items()}
+    agrees(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, bias), kernel, close=2e-2, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("low", [-INF, torch.finfo(torch.bfloat16).min])
+def test_a_sink_is_compared_with_sums_of_single_precision(kernel: str, low: float) -> None:
+    """Two fills of half precision, of which one hides whole rows: only their sinks are left."""
+    least = torch.finfo(torch.bfloat16).min
+
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        s = q @ k.mT + b.masked_fill(~ROWS, low)
+        s = s + (1 - torch.ones(N, N).tril()) * least
+        return F.pad(s, (0, 1)).softmax(-1)[..., :-1].to(v.dtype) @ v
+
+    given: Any = {name: t.bfloat16() for name, t in inputs().items()}
+    agrees(program, kernel, close=3e-2, b=torch.zeros(N, 1, dtype=torch.bfloat16), **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_number_is_added_in_the_dtype_of_the_sum_before(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q * 0.5) @ k.mT + torch.zeros(N, 1).masked_fill(~ROWS, -30000) + 1e9
+        return (s * 0.5 * -0.5).softmax(-1).to(v.dtype) @ v
+
+    given: Any = {name: t[:, :, :1].half() for name, t in inputs().items()}
+    agrees(program, kernel, close=1e-2, **given)

@@ -279,6 +279,19 @@ def test_a_value_that_was_overwritten_is_not_read_again(program: Program, grads:
     assert not any(s.fused for s in seen.sites)
 
 
+def test_a_dropout_that_drops_nothing_gives_its_operand() -> None:
+    """Its recorded value is another tensor: compiled for AOTAutograd, PyTorch itself loses the write."""
+
+    def program(q, k, v, b):  # type: ignore[no-untyped-def]
+        weights = (q @ k.mT).softmax(-1)
+        dropped = F.dropout(weights, 0.5, training=False)
+        weights.tanh_()
+        return dropped @ v
+
+    seen = agrees(program, "", "eager", "reference")
+    assert not any(s.fused for s in seen.sites)
+
+
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("read", [Tensor.flatten, lambda x: x.transpose(1, 2).reshape(2, 4, 16)])
 def test_a_view_without_gradients_is_no_copy(read: Callable[[Tensor], Tensor], transposed: bool) -> None:

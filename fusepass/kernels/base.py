@@ -443,7 +443,7 @@ def finish_rows(
     opaque = any(isinstance(m, Bias) for m in fills)
     if target.training and policy != "zero" and 0 < len(additive) < len(fills):
         raise Refused("gradients of rows that see no key under masks that are added and masks that are not")
-    if target.training and additive and (policy == "mean" or opaque):
+    if target.training and (opaque or any(math.isfinite(m.fill) for m in additive if isinstance(m, Mask))):
         if len(fills) > 1:
             raise Refused("gradients of rows that see no key under several masks (join them into one)")
         out = build.op(

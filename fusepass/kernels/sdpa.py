@@ -87,7 +87,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
         x = Operands(muted(build, rows, x.q), x.k, x.v)
         mask = _levels_and_biases(site, build, rows, build.value(x.q).dtype)
     if spec.sink is not None:
-        x, mask = _with_sink(site, build, x, mask)
+        x, mask = _with_sink(site, build, target, x, mask)
     out = _call(site, build, target, x, mask, causal, scale)
     if rows is not None:
         out = finish_rows(site, build, out, original, scale, rows, target)
@@ -103,7 +103,9 @@ def _levels_and_biases(site: Site, build: Builder, rows: Rows, dtype: torch.dtyp
     return total
 
 
-def _with_sink(site: Site, build: Builder, x: Operands, mask: fx.Node | None) -> tuple[Operands, fx.Node]:
+def _with_sink(
+    site: Site, build: Builder, target: Target, x: Operands, mask: fx.Node | None
+) -> tuple[Operands, fx.Node]:
     """A sink as one more key and value of zeros: its score is zero plus the sink, its value nothing."""
     spec, like = site.spec, build.value(x.q)
     assert spec.sink is not None
@@ -111,23 +113,25 @@ def _with_sink(site: Site, build: Builder, x: Operands, mask: fx.Node | None) ->
     sink = row_operand(site, build, spec.sink.slot)
     if not isinstance(sink, fx.Node) or not isinstance(build.value(sink), torch.Tensor):
         sink = build.op("full", [1, 1, 1, 1], sink, dtype=like.dtype, device=like.device)
-    sink = build.cast(
-        sink if build.value(sink).dim() == 4 else build.op("reshape", sink, [1, 1, 1, 1]), like.dtype
-    )
+    sink = sink if build.value(sink).dim() == 4 else build.op("reshape", sink, [1, 1, 1, 1])
     if mask is None:
         mask = build.op("full", [1, 1, 1, 1], 0.0, dtype=like.dtype, device=like.device)
     if build.value(mask).dtype is torch.bool:
         zero, hidden = (build.number(n, x.q) for n in (0.0, -math.inf))
         mask = build.op("where", mask, zero, hidden)
+    sink = build.cast(sink, build.value(mask).dtype)
     shapes = [[size_of(n) for n in build.value(t).shape] for t in (mask, sink)]
     whole = [build.size(next((s[d] for s in shapes if s[d] != 1), 1)) for d in range(3)]
     keys = build.size(spec.keys)
     columns = [build.op("expand", mask, [*whole, keys]), build.op("expand", sink, [*whole, 1])]
-    return Operands(x.q, k, v), build.op("cat", columns, 3)
+    return Operands(x.q, k, v), _as_operand(site, build, target, build.op("cat", columns, 3), like.dtype)
 
 
 def attn_mask(site: Site, build: Builder, target: Target, x: Operands) -> fx.Node | None:
-    """Everything added to the scores, as one tensor; None where nothing is."""
+    """Everything added to the scores, as one tensor; None where nothing is.
+
+    Beside a sink, which is to join it, it has the dtype of the sum.
+    """
     spec, dtype = site.spec, build.value(x.q).dtype
     extra = spec.added
     if not extra:
@@ -142,6 +146,12 @@ def attn_mask(site: Site, build: Builder, target: Target, x: Operands) -> fx.Nod
             term = _added(site, build, mod)
             total = term if total is None else build.op("add", total, term)
     assert total is not None
+    return total if spec.sink is not None else _as_operand(site, build, target, total, dtype)
+
+
+def _as_operand(site: Site, build: Builder, target: Target, total: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """All that is added to a row's scores, its sink included, in the dtype that the call takes."""
+    extra = site.spec.added
     if len(extra) > 1 and build.value(total).dtype.itemsize > dtype.itemsize:
         total = _lifted(build, total)
     total = build.cast(total, dtype)

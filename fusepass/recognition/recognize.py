@@ -71,6 +71,8 @@ from fusepass.specification.program import slots
 LARGE = 1e30
 #: Exponentials of numbers up to this size neither vanish nor overflow beside a row's other terms.
 SMALL = 64.0
+#: Exponentials of numbers below this are zero, in float64 as well.
+VANISHING = -1000.0
 
 
 @dataclass(frozen=True)
@@ -425,15 +427,12 @@ class _Reading:
         scale = math.prod(abs(step.factor) for step in written.steps if isinstance(step, Scale))
         if math.frexp(scale)[0] == 0.5:
             return False
-        wide = getattr(written.modifier, "dtype", "")
-        dtypes = [written.dtype, *([DTYPES[wide]] if wide else ())]
-        dtype = min(dtypes, key=lambda d: torch.finfo(d).eps)  # of the sum
         if isinstance(mod, Bias):
             fill = -self._constants(mod) / abs(mod.factor) if mod.factor else 0.0
-            inexact = -fill * torch.finfo(dtype).eps > 1 / 16
+            inexact = -fill * torch.finfo(written.dtype).eps > 1 / 16
         else:
             fill, inexact = mod.fill, mod.additive
-        return inexact and math.isfinite(fill) and not absorbs(fill, dtype, USUAL_SCORES * scale)
+        return inexact and math.isfinite(fill) and not absorbs(fill, written.dtype, USUAL_SCORES * scale)
 
     def _kept_beside(self, scores: Sequence[ScoreModifier], *dtypes: torch.dtype) -> Bias | None:
         """A bias of constants that an additive mask after it does not absorb: hidden scores still differ.
@@ -499,7 +498,10 @@ class _Reading:
             )
         if rows_seen:
             return scores
-        return tuple(self._infinite(m) if isinstance(m, Mask) else m for m in scores)
+        return tuple(
+            self._infinite(m) if isinstance(m, Mask) and _vanishes(scores, n) else m
+            for n, m in enumerate(scores)
+        )
 
     def _is_small(self, mod: Bias) -> bool:
         """Is a bias so small that no exponential of a whole row vanishes or overflows because of it?"""
@@ -680,7 +682,14 @@ class _Reading:
                 first = at
                 while first > 0 and isinstance(scores[first - 1], Mask):
                     first -= 1
-                under = [self._refilled(m, mod.low) for m in scores[first:at] if isinstance(m, Mask)]
+                masks_before = [m for m in scores[first:at] if isinstance(m, Mask)]
+                infinite = any(m.fill == -math.inf for m in masks_before)
+                if infinite and any(_is_infinite(m) for m in scores[at + 1 :]):
+                    raise Refuse("infinite scores become numbers, and others are added", self.out.expr)
+                together = sum(m.fill for m in masks_before if m.additive and math.isfinite(m.fill))
+                if together < torch.finfo(self.computed).min:
+                    raise Refuse("infinite scores become numbers, and fills overflow together", self.out.expr)
+                under = [self._refilled(m, mod.low) for m in masks_before]
                 scores = [*scores[:first], mod, *under, *scores[at + 1 :]]
         return scores
 
@@ -775,6 +784,19 @@ def _stays_low(scores: Sequence[ScoreModifier], at: int) -> bool:
     return all(level is not None and level <= SMALL for level in levels)
 
 
+def _is_infinite(mod: ScoreModifier) -> bool:
+    """May it make scores infinite?"""
+    return (isinstance(mod, Bias) and mod.hides) or (isinstance(mod, Mask) and mod.fill == -math.inf)
+
+
+def _vanishes(scores: Sequence[ScoreModifier], at: int) -> bool:
+    """Is the exponential of what the mask at a position sets scores to zero, in every dtype?"""
+    mask = scores[at]
+    assert isinstance(mask, Mask)
+    *_, level = (mask.fill, *fates(scores, at, mask.fill))
+    return level is not None and level < VANISHING
+
+
 def _factor(node: Expr) -> tuple[int, float] | None:
     """The position of the tensor and the constant, where a node is a tensor times a constant."""
     if node.op == "neg":
@@ -798,7 +820,7 @@ def _without_exact_casts(mods: Sequence[ScoreModifier], product: torch.dtype) ->
 
 @dataclass(frozen=True)
 class _Written:
-    """A mask or bias as written: the dtype of the scores there, and the scales and roundings after it."""
+    """A mask or bias as written: the dtype of what it gives, and the scales and roundings after it."""
 
     modifier: Any
     dtype: torch.dtype
@@ -813,6 +835,7 @@ def _roundings(mods: Sequence[ScoreModifier], product: torch.dtype) -> dict[int,
         if isinstance(mod, Cast):
             dtype = DTYPES[mod.dtype]
         if isinstance(mod, (Mask, Bias)):
+            dtype = DTYPES[mod.dtype] if mod.dtype else dtype
             known = itertools.takewhile(lambda m: isinstance(m, (Scale, Cast, Mask, Bias)), mods[at + 1 :])
             found[mod.slot] = _Written(mod, dtype, tuple(m for m in known if isinstance(m, (Scale, Cast))))
     return found

@@ -236,7 +236,9 @@ def scores(sk: Sketch, ops: Operands) -> tuple[str, Operands]:
         forms += [f"torch.bmm({q}, {k}.mT)"] * 2
         bias = sk.pick("torch.zeros(1, 1, 1)", "BIAS") if sk.dtype == "torch.float32" else ""
         if bias:
-            forms.append(f"torch.baddbmm({bias}, {q}, {k}.mT, beta={sk.pick('1', '0.5', '0')}, alpha=0.5)")
+            beta = sk.pick("1", "0.5", "0")
+            base = f"{bias}.detach()" if beta == "0" else bias  # its gradients are zero, or zero times NaN
+            forms.append(f"torch.baddbmm({base}, {q}, {k}.mT, beta={beta}, alpha=0.5)")
     else:
         forms.append(f"torch.bmm({q}.flatten(0, 1), {k}.flatten(0, 1).mT).view(B, H, Q, K)")
         forms.append(f"torch.einsum('bhqd,bhkd->bhqk', {q}, {k})")

@@ -272,6 +272,8 @@ class Reader:
             (torch.SymInt, torch.SymFloat, int, float, bool, str, torch.dtype, torch.device, torch.Size),
         ):
             return self._opaque(node)
+        if self.memory.rebinds:
+            return self._opaque(node)  # nor are recorded shapes what they were
         out = self._try(node, name, value)
         if self._stops_gradients(node, value) and isinstance(out, Expr) and not is_constant(out):
             opaque = self._opaque(node)

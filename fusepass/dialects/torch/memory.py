@@ -122,6 +122,8 @@ class Memory:
             found.update(*(self.of(n) for n in node.all_input_nodes))  # it may be a view of any of them
         elif isinstance(node.target, torch._ops.OpOverload):
             found.update(*(self.of(n) for n in _aliased(node)))
+        elif operation(node)[0].endswith("dropout"):
+            found.update(*(self.of(n) for n in _nodes_in(first_operand(node))))  # itself, when not training
         return frozenset(found)
 
     def _keys(self, value: Any) -> Iterator[Storage]:

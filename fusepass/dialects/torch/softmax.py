@@ -79,7 +79,10 @@ def sdpa(
     scale: Value = None,
     enable_gqa: bool = False,
 ) -> Expr | None:
-    """``scaled_dot_product_attention`` written out, as PyTorch's documentation defines it."""
+    """``scaled_dot_product_attention`` written out, as PyTorch's documentation defines it.
+
+    Its kernels compute halves in single precision: a mask is not rounded with the scores.
+    """
     factor = scale if scale is not None else _default_scale(q.shape[-1])
     if not isinstance(factor, (int, float)) or not isinstance(dropout_p, (int, float)) or q.rank < 3:
         return None
@@ -100,10 +103,11 @@ def sdpa(
     if isinstance(attn_mask, Expr) and attn_mask.dtype is torch.bool:
         scores = pointwise("where", attn_mask, scores, hidden, dtype=r.dtype)
     elif isinstance(attn_mask, Expr):
-        scores = pointwise("add", scores, attn_mask, dtype=r.dtype)
+        wide = opmath(r.dtype)
+        scores = pointwise("add", cast(scores, wide), cast(attn_mask, wide), dtype=wide)
     elif attn_mask is not None:
         return None
-    p = expr("softmax", (scores,), (len(weights.shape) - 1,), weights.shape, r.dtype)
+    p = cast(expr("softmax", (scores,), (len(weights.shape) - 1,), weights.shape, scores.dtype), r.dtype)
     if is_causal or attn_mask is not None:
         p = expr("nan_to_num", (p,), NAN_TO_ZERO, weights.shape, r.dtype)
     if dropout_p > 0:
