@@ -320,7 +320,7 @@ def by_inductor(model: Model, inputs: Inputs, plain: Counter[str]) -> int | None
 def by_fusepass(model: Model, inputs: Inputs, expected: list[torch.Tensor]) -> Row:
     """What the pass leaves, what it recognises, and the largest difference from eager."""
     from fusepass.compilation.backend import fusepass
-    from fusepass.reports.report import collect
+    from fusepass.reports.collector import collect
 
     found: Counter[str] = Counter()
     with collect() as collector:
@@ -338,7 +338,7 @@ def by_fusepass(model: Model, inputs: Inputs, expected: list[torch.Tensor]) -> R
 def timed(model: Model, inputs: Inputs, expected: list[torch.Tensor], inner: str) -> Row:
     """Seconds of the pass and of the whole compilation: the first call's time less the second's."""
     from fusepass.compilation.backend import fusepass
-    from fusepass.reports.report import collect
+    from fusepass.reports.collector import collect
 
     torch.compile(torch.neg, backend=inner)(torch.ones(8))  # what a first use loads is not compilation
     gc.collect()  # nor is what earlier compilations left

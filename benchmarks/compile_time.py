@@ -93,7 +93,7 @@ class Decoder(nn.Module):
 def compile_once(layers: int, inner: str) -> dict[str, Any]:
     """Compile one model, cold; the first call's time less the second's is the time of compilation."""
     from fusepass.compilation.backend import fusepass
-    from fusepass.reports.report import collect
+    from fusepass.reports.collector import collect
 
     torch.manual_seed(0)
     model, x = Decoder(layers).eval(), torch.randn(BATCH, LENGTH, WIDTH)

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from fusepass.kernels import fp8, fp8_ops
 from fusepass.kernels.gates import FLASH3, FRONTEND, installed
 from fusepass.selection import clock as bench_clock
-from fusepass.tools.bench import measuring as bench
+from fusepass.selection.machine import machine
 
 HEAD_DIM = 128
 
@@ -387,7 +387,7 @@ def main() -> None:
     if arguments.read:
         markdown(arguments.read, arguments.markdown or arguments.read.with_suffix(".md"))
         return
-    console, about = Console(width=150), bench.machine()
+    console, about = Console(width=150), machine()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "time": lambda: speed([int(n) for n in arguments.lengths.split(",")]),

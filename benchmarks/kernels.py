@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 
 from fusepass.kernels.gates import runs_here
+from fusepass.selection.machine import machine
 from fusepass.tools.bench import measuring as bench
 from fusepass.tools.bench import report as bench_report
 from fusepass.tools.bench.cases import VARIANTS
@@ -68,7 +69,7 @@ def auto_jobs(
 
 def measure(work: list[bench.Job], place: Path, arguments: argparse.Namespace) -> list[bench.Row]:
     rows: list[bench.Row] = bench.read_csv(place)[0] if arguments.add and place.exists() else []
-    about = bench.machine() | ({"load": arguments.load} if arguments.load else {})
+    about = machine() | ({"load": arguments.load} if arguments.load else {})
 
     def keep(row: bench.Row) -> None:
         rows[:] = [r for r in rows if bench.key_of(r) != bench.key_of(row)]
@@ -115,14 +116,14 @@ def main() -> int:
             results / f"profile-{name}.csv",
             arguments,
         )
-        made = bench_report.profile_of(rows, bench.machine())
+        made = bench_report.profile_of(rows, machine())
         made.save(ROOT / "fusepass" / "selection" / "profiles" / f"{name}.json")
     if arguments.part in ("all", "auto"):
         work = auto_jobs(*grid, arguments.repeats, arguments.contenders, arguments.variants)
         rows = measure(work, results / f"auto-{name}.csv", arguments)
         bench_report.show(rows, console)
         try:
-            bench_report.plot(rows, ROOT / "docs" / "kernels", bench.machine())
+            bench_report.plot(rows, ROOT / "docs" / "kernels", machine())
         except ModuleNotFoundError:
             console.print("no pictures: matplotlib is not installed")
     return 0

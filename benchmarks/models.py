@@ -27,9 +27,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fusepass.reports.report import collect
+from fusepass.reports.collector import collect
 from fusepass.selection import clock as bench_clock
-from fusepass.tools.bench import measuring as bench
+from fusepass.selection.machine import machine
 from fusepass.tools.bench.pool import Exclusive, spread
 
 CONTENDERS = ("eager", "sdpa", "flash_attention_2", "fusepass")
@@ -339,7 +339,7 @@ def main() -> int:
     if arguments.read:
         rows, about = read(arguments.read)
     else:
-        about, rows = bench.machine(arguments.device), []
+        about, rows = machine(arguments.device), []
         if arguments.add and arguments.out.exists():
             rows = read(arguments.out)[0]
         about["transformers"] = __import__("transformers").__version__

@@ -34,8 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from fusepass.host.faults import first_line
-from fusepass.reports.report import collect
-from fusepass.tools.bench import measuring as bench
+from fusepass.reports.collector import collect
+from fusepass.selection.machine import machine
 
 CONTENDERS = ("eager", "compile", "fusepass")
 STEPS = 3
@@ -337,7 +337,7 @@ def main() -> int:
             for contender in arguments.contenders:
                 rows.append(spread(kind, contender, arguments))
                 print(rows[-1], flush=True)
-                write(rows, bench.machine(arguments.device), place)
+                write(rows, machine(arguments.device), place)
     table = markdown(*read(place), place)
     if arguments.markdown:
         arguments.markdown.write_text(table)

@@ -16,7 +16,7 @@ from fusepass.compilation.fusing import fuse_with
 from fusepass.exporters.reports import ExportReport
 from fusepass.exporters.staging import ModelError, staged
 from fusepass.host.config import Options, PassOptions, pass_options
-from fusepass.reports.report import collect
+from fusepass.reports.collector import collect
 
 
 def export_pt2(

@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from fusepass.reports.report import Collector, GraphReport
+from fusepass.reports.report import GraphReport
 from fusepass.reports.tables import site_table
 
 
@@ -83,7 +83,7 @@ class ExportReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         if self.graph.sites:
-            yield site_table(Collector([self.graph]))
+            yield site_table(self.graph.sites)
         if self.checks:
             yield _check_table(self.checks)
         written = ", ".join(f"{count} {name}" for name, count in self.operators.items())

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from fusepass.exporters.reports import ExportReport
     from fusepass.host.config import Options
     from fusepass.kernels.registry import register_kernel
-    from fusepass.reports.report import Collector, GraphReport, SiteReport, collect
+    from fusepass.reports.collector import Collector, collect
+    from fusepass.reports.report import GraphReport, SiteReport
     from fusepass.tools.explanation import Explanation, explain
     from fusepass.tools.verification import Verification, verify
 
@@ -54,8 +55,8 @@ _HOME = {
     "enabled": "fusepass.compilation.autoenable",
     "is_enabled": "fusepass.compilation.autoenable",
     "Options": "fusepass.host.config",
-    "collect": "fusepass.reports.report",
-    "Collector": "fusepass.reports.report",
+    "collect": "fusepass.reports.collector",
+    "Collector": "fusepass.reports.collector",
     "GraphReport": "fusepass.reports.report",
     "SiteReport": "fusepass.reports.report",
     "Explanation": "fusepass.tools.explanation",

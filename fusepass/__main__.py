@@ -11,7 +11,8 @@ from typing import Any
 
 import fusepass
 from fusepass import __version__
-from fusepass.host.config import KERNELS, PRECISIONS, Options, pass_options, refuse_others
+from fusepass.host.config import PRECISIONS, Options, pass_options, refuse_others
+from fusepass.host.kernel_names import KERNELS
 
 MODEL_HELP = """\
 MODEL is path/to/file.py:factory or package.module:factory. The factory takes no arguments and returns
@@ -339,8 +340,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from fusepass.compilation.autoenable import enabled
+    from fusepass.reports.collector import collect, render, summary
     from fusepass.reports.page import page
-    from fusepass.reports.report import collect, render, summary
     from fusepass.tools.targets import UsageError
 
     settings, script = _settings(arguments, lambda given: _taken("enable", given)), arguments.script

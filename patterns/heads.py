@@ -2,36 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from fusepass.expressions.index import Affine, Size
 from fusepass.rules.engine import Refuse, Scope, Term
-
-
-@dataclass
-class Roles:
-    """The finest axes of a site by role, each list outermost first.
-
-    Query heads are ``kv_heads`` then ``group``: head ``h`` reads key/value head ``h // group``.
-    """
-
-    batch: list[str] = field(default_factory=list)
-    kv_heads: list[str] = field(default_factory=list)
-    group: list[str] = field(default_factory=list)
-    query: list[str] = field(default_factory=list)
-    key: list[str] = field(default_factory=list)
-    head_dim: list[str] = field(default_factory=list)
-    value_dim: list[str] = field(default_factory=list)
-
-    @property
-    def heads(self) -> list[str]:
-        """The axes of the query heads."""
-        return [*self.kv_heads, *self.group]
-
-    def letters(self) -> dict[str, str]:
-        """Axis name to letter, for texts."""
-        table = dict.fromkeys(self.batch, "b") | dict.fromkeys(self.heads, "h")
-        return table | dict.fromkeys(self.query, "i") | dict.fromkeys(self.key, "j")
+from fusepass.rules.site import Roles
 
 
 def ordered(scope: Scope, indices: tuple[Affine, ...] | list[Affine]) -> list[str]:

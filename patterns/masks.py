@@ -1,12 +1,11 @@
 """Masks by meaning: the visibility that a formula says, its atoms, and what they are called.
 
-``additive_mask`` finds what a bias hides, ``conjuncts`` splits a visibility into atoms, ``classify`` names
-them, and ``every_row_sees`` proves that no row is left without a key.
+``conjuncts`` splits a visibility into atoms, ``classify`` names them, and ``every_row_sees`` proves that no
+row is left without a key.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +13,9 @@ import torch
 from fusepass.expressions.contents import Contents
 from fusepass.expressions.index import Affine, AxisSpace, Facts, Size, simplify_size
 from fusepass.expressions.intervals import is_ordinary
-from fusepass.expressions.ir import Expr, affine, expr, held, scalar_of
+from fusepass.expressions.ir import Expr, affine, expr, scalar_of
 from fusepass.rules.engine import Scope
-from fusepass.rules.formulas import FALSE, TRUE, Formulas, against_zero, terms_of
+from fusepass.rules.formulas import TRUE, Formulas, against_zero, terms_of
 from fusepass.specification.attention import (
     Atom,
     Band,
@@ -26,51 +25,9 @@ from fusepass.specification.attention import (
     KeyPadding,
     Prefix,
     intersect,
-    negligible,
 )
 
-__all__ = ["Positions", "additive_mask", "classify", "conjuncts", "every_row_sees", "intersect"]
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """An additive mask: zero where ``attends``, ``fill`` elsewhere."""
-
-    attends: Expr
-    fill: float
-
-
-def additive_mask(formulas: Formulas, formula: Expr, dtype: torch.dtype) -> Hidden | None:
-    """Is this bias a mask, that is, only ever zero or a negligible fill?"""
-    if formula.op == "cast" and formula.is_float and formula.args[0].is_float:
-        inner = additive_mask(formulas, formula.args[0], dtype)
-        return None if inner is None else Hidden(inner.attends, held(inner.fill, formula.dtype))
-    if formula.op == "const":
-        value = float(formula.attrs[0])
-        if value != 0 and not negligible(value, dtype):
-            return None
-        return Hidden(TRUE, 0.0) if value == 0 else Hidden(FALSE, value)
-    if formula.op == "add":
-        a, b = (additive_mask(formulas, x, dtype) for x in formula.args)
-        if a is None or b is None:
-            return None
-        both = held(a.fill + b.fill, formula.dtype)
-        least = both if both == -math.inf else min(a.fill, b.fill)
-        return Hidden(formulas.make("and", (a.attends, b.attends), torch.bool), least)
-    if formula.op == "where":
-        condition, yes, no = formula.args
-        for wanted, kept, filler in (
-            (condition, yes, no),
-            (formulas.make("not", (condition,), torch.bool), no, yes),
-        ):
-            fill = scalar_of(filler)
-            inner = additive_mask(formulas, kept, dtype)
-            if fill is not None and inner is not None and negligible(float(fill), dtype):
-                return Hidden(
-                    formulas.make("and", (wanted, inner.attends), torch.bool), min(float(fill), inner.fill)
-                )
-        return _either_mask(formulas, condition, yes, no, dtype)
-    return None
+__all__ = ["Positions", "classify", "conjuncts", "every_row_sees", "intersect"]
 
 
 def may_hide(bias: Expr, contents: Contents, facts: Facts) -> bool:
@@ -82,18 +39,6 @@ def may_hide(bias: Expr, contents: Contents, facts: Facts) -> bool:
 def conjuncts(formula: Expr) -> list[Expr]:
     """The terms of a conjunction; none for true."""
     return [] if formula is TRUE else terms_of(formula, "and")
-
-
-def _either_mask(formulas: Formulas, c: Expr, yes: Expr, no: Expr, dtype: torch.dtype) -> Hidden | None:
-    """``where(c, x, y)`` of two masks that hide with the same fill."""
-    a, b = additive_mask(formulas, yes, dtype), additive_mask(formulas, no, dtype)
-    if a is None or b is None or (a.fill != b.fill and TRUE not in (a.attends, b.attends)):
-        return None
-    sides = (
-        formulas.make("and", (c, a.attends), torch.bool),
-        formulas.make("and", (formulas.make("not", (c,), torch.bool), b.attends), torch.bool),
-    )
-    return Hidden(formulas.make("or", sides, torch.bool), min(a.fill, b.fill))
 
 
 def visibility_factor(formulas: Formulas, factor: Expr) -> Expr | None:

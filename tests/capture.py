@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from fusepass.dialects.torch.graph import Reader
 from fusepass.expressions.ir import Expr
-from fusepass.reports.report import Collector, collect
+from fusepass.reports.collector import Collector, collect
 
 Program = Callable[..., Any]
 

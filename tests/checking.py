@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusepass.reports import report
+from fusepass.reports import collector
 from fusepass.reports.report import SiteReport
 
 # A fault of the pass must fail the test that meets it, instead of leaving the graph as it was.
@@ -55,7 +55,7 @@ def fresh(inputs: Inputs, dtype: torch.dtype | None = None, grads: bool = False)
 def call(fn: Function, inputs: Inputs, dtype: torch.dtype | None = None, grads: bool = False) -> Run:
     """Call a function on copies of the inputs, in `dtype`; gradients are of a fixed weighted sum."""
     given = fresh(inputs, dtype, grads)
-    with report.collect() as seen, torch.set_grad_enabled(grads):
+    with collector.collect() as seen, torch.set_grad_enabled(grads):
         out = fn(**given)
         found: dict[str, Tensor] = {}
         if grads:

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fusepass  # noqa: F401  (the backend's name)
-from fusepass.reports.report import collect
+from fusepass.reports.collector import collect
 
 WIDTH, HEADS, GROUPS, LAYERS = 32, 4, 2, 2
 

@@ -22,7 +22,8 @@ from fusepass.host.config import Options
 from fusepass.kernels import flex_blocks
 from fusepass.selection import clock as bench_clock
 from fusepass.selection import costs
-from fusepass.selection.select import kind_of
+from fusepass.selection.machine import machine
+from fusepass.selection.work import kind_of
 from fusepass.tools.bench import measuring as bench
 from fusepass.tools.bench import report as bench_report
 from fusepass.tools.bench.cases import VARIANTS
@@ -116,7 +117,7 @@ def test_a_run_and_what_is_made_of_it(tmp_path: Path) -> None:
     assert all(r.milliseconds is not None and r.milliseconds > 0 for r in done)
     assert {r.kernel for r in done if r.contender == "auto"} == {"sdpa"}
     place = tmp_path / "deep" / "rows.csv"
-    bench.write_csv(rows, place, bench.machine("cpu"))
+    bench.write_csv(rows, place, machine("cpu"))
     again, about = bench.read_csv(place)
     assert sorted(map(str, again)) == sorted(map(str, rows)) and about["torch"] == torch.__version__
     profile = bench_report.profile_of(again, about)

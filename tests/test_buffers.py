@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusepass.reports import report
+from fusepass.reports import collector
 from fusepass.reports.report import SiteReport
 from tests import checking
 
@@ -114,7 +114,7 @@ class Pair:
     def agree(self, args: list[Tensor] | None = None) -> list[SiteReport]:
         """One call of each; equal results, equal buffers left behind."""
         args = given() if args is None else args
-        with report.collect() as seen, torch.no_grad():
+        with collector.collect() as seen, torch.no_grad():
             got = self.fn(*args)
             want = self.eager(*args)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)

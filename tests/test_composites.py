@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusepass.dialects.torch import composites
-from fusepass.reports.report import Collector, collect
+from fusepass.reports.collector import Collector, collect
 from tests.capture import agrees, close, compiled, dynamo_graph
 
 E, H, B, Q, K = 16, 2, 3, 5, 7

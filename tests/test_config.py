@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from fusepass.host.config import KERNELS, Options, accepted, inner_backends
+from fusepass.host.config import Options, accepted, inner_backends
+from fusepass.host.kernel_names import KERNELS
 
 
 def test_defaults() -> None:

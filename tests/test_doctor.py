@@ -6,7 +6,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from fusepass.host.config import KERNELS
+from fusepass.host.kernel_names import KERNELS
 from fusepass.kernels.gates import GATES, Package
 from fusepass.tools import doctor
 from fusepass.tools.doctor import Machine, diagnose

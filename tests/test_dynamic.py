@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fusepass.reports import report
+from fusepass.reports import collector
 from tests import checking, programs
 from tests.programs import SQUARE, Program, Sizes
 
@@ -73,7 +73,7 @@ def check_all(p: Program, fn: Callable[..., Tensor], sizes: tuple[Sizes, ...]) -
         eager = checking.call(programs.function(p), given).out
         exact = checking.call(programs.function(p, exact=True), given, torch.float64).out
         fresh = head_sizes_fixed(sized, checking.fresh(given))
-        with report.collect() as seen, torch.no_grad():
+        with collector.collect() as seen, torch.no_grad():
             out = fn(**fresh)
         runs.append(checking.Run(seen.sites, out, {}))
         checking.assert_as_accurate(runs[-1].out, eager, exact, str(size))

@@ -9,7 +9,7 @@ import torch
 import fusepass
 from fusepass.compilation.autoenable import is_enabled
 from fusepass.compilation.backend import fusepass as backend
-from fusepass.reports.report import collect
+from fusepass.reports.collector import collect
 from tests import engines
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -13,7 +13,7 @@ from fusepass.compilation.backend import compile_fused
 from fusepass.dialects.torch.graph import Reader
 from fusepass.expressions.index import AxisSpace
 from fusepass.host.config import Options
-from fusepass.reports.report import Collector, collect
+from fusepass.reports.collector import Collector, collect
 from fusepass.writing.emit import Builder
 from tests.capture import dynamo_graph
 

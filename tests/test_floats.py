@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusepass.reports import report
+from fusepass.reports import collector
 from tests import checking  # noqa: F401  (faults of the pass are raised)
 
 INF, NAN = math.inf, math.nan
@@ -304,12 +304,12 @@ def agrees(
     inner: str = "aot_eager",
     close: float | None = None,
     **changed: Tensor,
-) -> report.Collector:
+) -> collector.Collector:
     given = inputs() | changed
     expected = program(**given)
     torch._dynamo.reset()
     call: Any = torch.compile(program, backend="fusepass", options={"inner": inner, "kernel": kernel})
-    with report.collect() as seen:
+    with collector.collect() as seen:
         got = call(**given)
     rtol, atol = (1e-4, 1e-5) if close is None else (close, close)
     torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, equal_nan=True)

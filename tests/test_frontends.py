@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fusepass
-from fusepass.reports.report import Collector, collect
+from fusepass.reports.collector import Collector, collect
 from tests.capture import close, compiled, copies, qkv
 
 INF = math.inf

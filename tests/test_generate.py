@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fusepass.reports import report
+from fusepass.reports import collector
 from fusepass.reports.report import GraphReport
 
 os.environ["FUSEPASS_STRICT"] = "1"  # faults of the pass are raised
@@ -133,7 +133,7 @@ def generate(name: str, cache: str, fuse: bool) -> Generated:
         how["min_new_tokens"] = STEPS
     if cache == "static":
         how |= {"cache_implementation": "static", "disable_compile": True}
-    with report.collect() as seen, torch.no_grad():
+    with collector.collect() as seen, torch.no_grad():
         out = model.generate(**prompt(name), **how, output_logits=True)
     return Generated(out.sequences, list(out.logits), seen.graphs, inner.graphs)
 
@@ -284,7 +284,7 @@ def decode(kind: type[Attention], fuse: bool) -> Decoded:
     torch.manual_seed(0)
     model, inner = kind().eval(), Counting()
     step, past, outputs, position = compile_with(model, fuse, inner), None, [], 0
-    with report.collect() as seen, torch.no_grad():
+    with collector.collect() as seen, torch.no_grad():
         for n in (5, 1, 1, 1, 1, 1):
             out, past = step(torch.randn(B, n, WIDTH), torch.arange(position, position + n), position, past)
             outputs.append(out)

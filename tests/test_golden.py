@@ -22,7 +22,8 @@ from fusepass.dialects.torch.graph import Reader
 from fusepass.expressions.index import Facts
 from fusepass.expressions.ir import Expr, leaf, parse, to_text, walk
 from fusepass.expressions.ir import expr as make
-from fusepass.recognition.recognize import Miss, Site, recognise
+from fusepass.recognition.recognize import Miss, recognise
+from fusepass.rules.site import Site
 
 FOLDER = Path(__file__).parent / "golden"
 INF = math.inf

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import fusepass
 from fusepass.expressions import contents
-from fusepass.reports import report
-from fusepass.reports.report import Collector
+from fusepass.reports import collector
+from fusepass.reports.collector import Collector
 from tests import checking  # noqa: F401  (faults of the pass are raised)
 
 B, H, N, D = 2, 2, 8, 8
@@ -161,7 +161,7 @@ def compiled(fn: Any, **kwargs: Any) -> Any:
 def agree(fn: Any, model: Any, args: list[Tensor] | None = None) -> Collector:
     """One call of each, with equal results; what was compiled for it."""
     args = given() if args is None else args
-    with report.collect() as seen, torch.no_grad():
+    with collector.collect() as seen, torch.no_grad():
         got = fn(*args)
         want = model(*args)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -405,7 +405,7 @@ def test_loaded_code_is_saved_again(tmp_path: Path) -> None:
 
 
 def test_code_compiled_ahead_relies_on_buffers(tmp_path: Path) -> None:
-    with report.collect() as seen:
+    with collector.collect() as seen:
         ahead(Persistent(), tmp_path / "saved")
     assert kinds(seen) == ["causal"]
 
@@ -413,7 +413,7 @@ def test_code_compiled_ahead_relies_on_buffers(tmp_path: Path) -> None:
 def test_code_compiled_ahead_while_enabled(tmp_path: Path) -> None:
     """Where no guard can go along, nothing is relied on."""
     model = Persistent()
-    with fusepass.enabled(), report.collect() as seen, torch.no_grad():
+    with fusepass.enabled(), collector.collect() as seen, torch.no_grad():
         whole: Any = torch.compile(model, fullgraph=True)
         fn = whole.forward.aot_compile((tuple(given()), {}))
     (site,) = seen.sites
@@ -479,7 +479,7 @@ class WritesElsewhere(Persistent):
 def test_a_buffer_that_lies_in_what_the_graph_writes_to() -> None:
     model, eager = WritesElsewhere(), WritesElsewhere()
     fn, args = compiled(model), given()
-    with report.collect() as seen, torch.no_grad():
+    with collector.collect() as seen, torch.no_grad():
         fn(*args, torch.zeros(2, 2 * N))
         assert kinds(seen) == ["causal"]
         for rows in (slice(2, 4), slice(4, 6)):
@@ -524,7 +524,7 @@ def test_counters_are_no_constants(shape: tuple[int, ...], inside: bool, said: l
     graphs = 0
     for _ in range(4):
         q = torch.randn(B, H, 1, D)
-        with report.collect() as seen:
+        with collector.collect() as seen:
             torch.testing.assert_close(fn(q), other(q))
         graphs += len(seen.graphs)
         if not inside:
@@ -626,7 +626,7 @@ class Aside(Persistent):
 def test_buffers_of_what_stays_are_not_relied_on(said: list[str]) -> None:
     model = Aside()
     fn = compiled(model)
-    with report.collect() as seen:
+    with collector.collect() as seen:
         fn(*given())
     (graph,) = seen.graphs
     assert len(graph.assumed) == 1 and "other" not in graph.assumed[0]

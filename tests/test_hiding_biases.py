@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusepass.reports import report
+from fusepass.reports import collector
 from tests import checking
 from tests.capture import compiled, qkv
 
@@ -89,7 +89,7 @@ def test_gradients_of_rows_that_a_bias_hides(
 ) -> None:
     fn, args = program(bias, fill, how, order, cap=False), list(qkv(Q=N))
     want = gradients(fn, args, padding(side))
-    with report.collect() as seen:
+    with collector.collect() as seen:
         got = gradients(checking.compiled(fn, kernel), args, padding(side))
     assert seen.fused and not seen.left, seen.sites
     for mine, theirs in zip(got, want, strict=True):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusepass.reports import report
+from fusepass.reports import collector
 from tests import checking
 
 B, S, H, D = 2, 6, 2, 8
@@ -149,7 +149,7 @@ def run(model: nn.Module, call: Callable[..., Tensor], x: Tensor, train: bool) -
     """Output, and gradients of the parameters and of the input."""
     model.zero_grad()
     leaf = x.clone().requires_grad_(train)
-    with report.collect() as seen, torch.set_grad_enabled(train):
+    with collector.collect() as seen, torch.set_grad_enabled(train):
         out = call(leaf)
         if train:
             out.square().sum().backward()

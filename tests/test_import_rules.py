@@ -77,7 +77,7 @@ def allowed_in_exporters(name: str) -> bool:
         "fusepass.compilation.fusing",
         "fusepass.writing.layouts",
     )
-    reports = ("fusepass.host.config", "fusepass.reports.report", "fusepass.reports.tables")
+    reports = ("fusepass.host.config", "fusepass.reports")
     return within(
         name, *(f"fusepass.{d}" for d in data), *engine, *reports, "fusepass.exporters"
     ) or not within(name, *FOLDERS)

@@ -14,10 +14,10 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from fusepass.compilation.rewrite import rewrite_graph
-from fusepass.host.config import KERNELS as NAMES
 from fusepass.host.config import Options
+from fusepass.host.kernel_names import KERNELS as NAMES
 from fusepass.kernels import BY_NAME, FLEX, KERNELS, REFERENCE, SDPA, Kernel, Target, reference
-from fusepass.reports.report import collect
+from fusepass.reports.collector import collect
 from fusepass.specification.attention import (
     Attention,
     Band,

@@ -16,7 +16,7 @@ from fusepass.compilation.rewrite import rewrite_graph
 from fusepass.host.config import Options
 from fusepass.kernels import BY_NAME, Target, flex, formula
 from fusepass.kernels.blocks import BLOCK, block_visibility, tables
-from fusepass.kernels.flex_blocks import block_attention
+from fusepass.kernels.flex_operators import block_attention
 from fusepass.specification.attention import Attention
 from tests.attention_cases import CASES, INF, heads, merge
 from tests.checking import assert_same_accuracy, call, compiled

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fusepass.compilation.rewrite import rewrite_graph
 from fusepass.host.config import Options
-from fusepass.reports import report
+from fusepass.reports import collector
 from tests import checking
 from tests.capture import agrees, close, compiled, dynamo_graph
 
@@ -144,7 +144,7 @@ def test_a_view_after_a_graph_break(kernel: str) -> None:
 
     args = split_heads()
     fn = checking.compiled(program, kernel, fullgraph=False)
-    with report.collect() as seen, torch.no_grad():
+    with collector.collect() as seen, torch.no_grad():
         got = fn(*args)
     assert [s.fused for s in seen.sites] == [True] and not seen.notes
     same_layout(got, program(*args))

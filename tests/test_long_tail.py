@@ -17,7 +17,7 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusepass.reports import report
+from fusepass.reports import collector
 from tests import checking
 
 B, H, N, D = 2, 4, 12, 8
@@ -474,7 +474,7 @@ def run(model: nn.Module, fn: Callable[..., Tensor], x: Tensor, train: bool) -> 
     """Output, and gradients of the parameters and the input."""
     model.zero_grad()
     leaf = x.clone().requires_grad_(train)
-    with report.collect() as seen, torch.set_grad_enabled(train):
+    with collector.collect() as seen, torch.set_grad_enabled(train):
         out = fn(leaf)
         if train:
             (out * torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)).sum().backward()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusepass.dialects.torch.memory import Memory, written_operands
-from fusepass.reports import report
+from fusepass.reports import collector
 from tests import checking  # noqa: F401  (faults of the pass are raised)
 
 Program = Callable[[Tensor, Tensor, Tensor, Tensor], Any]
@@ -249,10 +249,10 @@ def run(program: Any, grads: str) -> list[Tensor]:
     return found + [t.detach() for t in given.values()]
 
 
-def agrees(program: Program, grads: str, inner: str, kernel: str) -> report.Collector:
+def agrees(program: Program, grads: str, inner: str, kernel: str) -> collector.Collector:
     expected = run(program, grads)
     torch._dynamo.reset()
-    with report.collect() as seen:
+    with collector.collect() as seen:
         got = run(
             torch.compile(program, backend="fusepass", options={"inner": inner, "kernel": kernel}), grads
         )
@@ -342,7 +342,7 @@ def test_arguments_that_overlap_in_a_later_call_alone() -> None:
     expected = cleared(q, k, v, torch.zeros(1))
     torch._dynamo.reset()
     call = torch.compile(cleared, backend="fusepass", options={"inner": "aot_eager"})
-    with report.collect() as seen:
+    with collector.collect() as seen:
         apart = torch.ones(2, 2, 8, 8)
         torch.testing.assert_close(call(q, k[:, :, :4], v, apart), expected)
     assert [s.fused for s in seen.sites] == [True]

@@ -22,7 +22,7 @@ from fusepass.expressions.index import AxisSpace, Facts
 from fusepass.expressions.ir import Expr, cast, const, expr, leaf, parse, pointwise, scalar_of, to_text, walk
 from fusepass.patterns.scores import number
 from fusepass.recognition.recognize import RULES
-from fusepass.reports import report
+from fusepass.reports import collector
 from fusepass.rules.engine import Scope, Term
 from fusepass.rules.formulas import FALSE, TRUE, Formulas
 from tests import checking
@@ -551,7 +551,7 @@ def test_buffers_of_every_dtype(name: str, kernel: str) -> None:
     held, score = BUFFERS[name]
     model, args = Holding(score, held), qkv()
     want = model(*args)
-    with report.collect():
+    with collector.collect():
         got = checking.compiled(model, kernel, fullgraph=False)(*args)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
 

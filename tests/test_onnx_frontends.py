@@ -16,8 +16,9 @@ from fusepass.dialects.onnx.graph import OnnxReader
 from fusepass.dialects.onnx.sizes import DimFacts, parse_dim, symbol
 from fusepass.exporters.onnx.opsets import infer
 from fusepass.expressions.ir import expr
-from fusepass.recognition.recognize import Site, recognise
-from fusepass.reports.report import collect
+from fusepass.recognition.recognize import recognise
+from fusepass.reports.collector import collect
+from fusepass.rules.site import Site
 from tests import evaluate, programs
 from tests.test_frontends import PROGRAMS, module
 

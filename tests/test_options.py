@@ -14,7 +14,7 @@ import fusepass
 from fusepass.__main__ import main
 from fusepass.compilation.backend import fusepass as backend
 from fusepass.host.config import Options
-from fusepass.reports.report import collect
+from fusepass.reports.collector import collect
 from tests.attention import Attention, Q, plain, softcapped
 
 

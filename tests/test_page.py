@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from fusepass.__main__ import main
+from fusepass.reports.collector import Collector
 from fusepass.reports.page import RangeTime, page, range_times
-from fusepass.reports.report import Collector, GraphReport, SiteReport
+from fusepass.reports.report import GraphReport, SiteReport
 
 SOURCE = "model.py:12 forward: return (a < b).softmax(-1) @ v"
 LABEL = "fusepass 0: causal, sdpa, model.py:12"

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 import fusepass
 from fusepass.compilation.backend import fusepass as backend
+from fusepass.host import kernel_names
 from fusepass.host.config import Options
 from fusepass.kernels import (
     Builder,
@@ -333,9 +334,9 @@ def test_commands_find_it(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_package_that_fails_is_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    monkeypatch.setattr(registry, "_looked", set())
+    monkeypatch.setattr(kernel_names, "_looked", set())
     monkeypatch.setenv("FUSEPASS_KERNELS", "no_such_module")
-    point = metadata.EntryPoint("theirs", "no_such_package.kernels", registry.GROUP)
+    point = metadata.EntryPoint("theirs", "no_such_package.kernels", kernel_names.GROUP)
     monkeypatch.setattr(metadata, "entry_points", lambda group: [point])
     monkeypatch.setenv("FUSEPASS_STRICT", "0")
     for _ in range(2):

@@ -8,16 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from fusepass.reports.report import (
-    Collector,
-    GraphReport,
-    SiteReport,
-    collect,
-    publish,
-    render,
-    source_of,
-    summary,
-)
+from fusepass.reports.collector import Collector, collect, publish, render, summary
+from fusepass.reports.report import GraphReport, SiteReport, source_of
 from fusepass.reports.tables import size
 from tests import engines
 

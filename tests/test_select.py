@@ -15,8 +15,8 @@ import fusepass
 from fusepass.compilation.rewrite import rewrite_graph
 from fusepass.host.config import Options
 from fusepass.kernels import FLASH3, FLASH4, FLEX, KERNELS, SDPA, Target, reference
-from fusepass.reports import report
-from fusepass.selection import costs, select
+from fusepass.reports import collector
+from fusepass.selection import costs, select, work
 from fusepass.selection.costs import Curve, Profile, Sample
 from fusepass.specification.attention import (
     Attention,
@@ -97,8 +97,8 @@ def test_a_launch_that_the_layer_around_it_hides_costs_nothing() -> None:
     assert Profile(("GPU",), {}, ()).layer(100, 10, "forward") == 0.0
 
     def spent(tokens: float) -> float | None:
-        work = select.Work("full", 64, "forward", tokens * 2 * 64, 1024, 1024, tokens, 64.0)
-        return select.predicted(replace(made, curves=(*made.curves, quick)), "a", work)
+        site = work.Work("full", 64, "forward", tokens * 2 * 64, 1024, 1024, tokens, 64.0)
+        return select.predicted(replace(made, curves=(*made.curves, quick)), "a", site)
 
     quick = Curve("b", "full", 64, "forward", 5.0, ((1024.0, 9.9),))
     assert spent(1) == pytest.approx(40.0, rel=1e-3)
@@ -167,7 +167,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds(kind: str) -> None:
-    assert select.kind_of(KINDS[kind]) == kind
+    assert work.kind_of(KINDS[kind]) == kind
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (5, 9), (9, 5)])
@@ -178,7 +178,7 @@ def test_pairs_are_counted(queries: int, keys: int, left: int | None, right: int
     seen = torch.ones_like(gap, dtype=torch.bool)
     seen = seen if left is None else seen & (gap >= -left)
     seen = seen if right is None else seen & (gap <= right)
-    found = select.pairs_of(spec(mask(Band(left, right))), queries, keys)
+    found = work.pairs_of(spec(mask(Band(left, right))), queries, keys)
     assert found == max(1, int(seen.sum()))
 
 
@@ -229,8 +229,8 @@ def test_biases_that_learn_are_a_kind_of_their_own(keys: float, measured: bool, 
     curves = (Curve("flex", kind, 64, "training", 0.0, ((1.0, ms), (1e3, ms))) for kind, ms in kinds.items())
     made = Profile(("GPU",), {}, tuple(curves))
     given, learned = spec(Bias(0, "hij")), frozenset({0})
-    work = select.Work(select.kind_of(given, learned=learned), 64, "training", 1e6, keys, keys, 1.0, 1.0)
-    assert select.predicted(made, "flex", work) == want
+    site = work.Work(work.kind_of(given, learned=learned), 64, "training", 1e6, keys, keys, 1.0, 1.0)
+    assert select.predicted(made, "flex", site) == want
 
 
 def test_what_was_not_measured_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +361,7 @@ def test_a_graph_to_be_kept_has_no_operator_of_ours(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(reference, "multiplies_bfloat16", lambda: True)
     inputs = [torch.randn(1, 2, 16, 8, dtype=torch.bfloat16) for _ in range(3)]
     for graph in (fx.symbolic_trace(plain), torch.export.export(_Plain(), tuple(inputs))):
-        with report.collect() as seen, torch.no_grad():
+        with collector.collect() as seen, torch.no_grad():
             fusepass.fuse(graph, *inputs)
         assert seen.sites[0].kernel == "sdpa"
 

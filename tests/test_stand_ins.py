@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import fusepass
 from fusepass.dialects.torch.nodes import is_pytorchs, stand_in
-from fusepass.reports.report import Collector
+from fusepass.reports.collector import Collector
 from tests.capture import close, compiled, dynamo_graph, qkv
 
 REAL = F.scaled_dot_product_attention

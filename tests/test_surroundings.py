@@ -20,7 +20,7 @@ import fusepass
 from fusepass.compilation.backend import compile_fused, run_pass
 from fusepass.host.config import Options
 from fusepass.host.surroundings import clean_context, graph_context, is_clean, settings
-from fusepass.reports.report import collect
+from fusepass.reports.collector import collect
 from tests.capture import dynamo_graph, qkv
 
 ROOT = Path(fusepass.__file__).parent

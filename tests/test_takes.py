@@ -19,8 +19,9 @@ from fusepass.kernels import FLEX, KERNELS, REFERENCE, SDPA, Kernel, Refused
 from fusepass.kernels.base import Target, conjunction, operands, scaled
 from fusepass.patterns import examples as eg
 from fusepass.patterns.scores import holds_product
-from fusepass.recognition.recognize import RULES, Site
+from fusepass.recognition.recognize import RULES
 from fusepass.rules.engine import Peel, Scope, Term, rule
+from fusepass.rules.site import Site
 from fusepass.selection import select
 from fusepass.specification.attention import (
     Attention,

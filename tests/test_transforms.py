@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusepass
 from fusepass.dialects.torch.transforms import AGAIN, BATCHED, FOREIGN, FORWARD_MODE, TWICE
-from fusepass.reports import report
+from fusepass.reports import collector, report
 from tests.checking import assert_as_accurate
 
 Program = Callable[[Tensor, Tensor, Tensor], Any]
@@ -36,7 +36,7 @@ def drawn(*lead: int) -> list[Tensor]:
 
 def checked(program: Program, given: list[Tensor], grad: bool = True) -> list[report.SiteReport]:
     """The sites of a compiled program whose result was compared with eager."""
-    with torch.set_grad_enabled(grad), report.collect() as seen:
+    with torch.set_grad_enabled(grad), collector.collect() as seen:
         fused = torch.compile(program, backend="fusepass", fullgraph=True, options={"inner": "aot_eager"})
         got = fused(*given)
         eager, exact = program(*given), program(*(t.double() for t in given))
@@ -163,7 +163,7 @@ def test_a_gradient_that_may_be_differentiated_again(
     given = drawn(2, 4)
     torch._dynamo.reset()
     fused = torch.compile(program, backend="fusepass", fullgraph=True, options={"inner": "aot_eager"})
-    with torch.set_grad_enabled(grad), report.collect() as seen:
+    with torch.set_grad_enabled(grad), collector.collect() as seen:
         got, want = fused(learned, *given, detached), program(learned, *given, detached)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     (site,) = seen.sites
@@ -198,7 +198,7 @@ def test_a_checkpoint_whether_or_not_gradients_flow(learns: bool, grad: bool, in
         torch._dynamo.reset()
         given = [t.requires_grad_(learns) for t in drawn(2, 4)]
         options: dict[str, Any] = {"inner": inner}
-        with torch.set_grad_enabled(grad), report.collect() as seen:
+        with torch.set_grad_enabled(grad), collector.collect() as seen:
             got = torch.compile(program, backend="fusepass", fullgraph=True, options=options)(*given)
         want = program(*given)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

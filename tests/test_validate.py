@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from fusepass.compilation.rewrite import rewrite_graph
 from fusepass.host.config import Options
 from fusepass.recognition.recognize import RULES, Rules
-from fusepass.reports.report import SiteReport, collect
+from fusepass.reports.collector import collect
+from fusepass.reports.report import SiteReport
 from fusepass.rules.engine import Peel, Rule, Scope, Term
 from fusepass.specification.attention import Mask, Scale
 from fusepass.writing.validate import is_random, site_error

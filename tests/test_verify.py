@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import fusepass
+from fusepass.reports.check import Check
 from fusepass.reports.measure import cost
 from fusepass.tools.trial import distance
-from fusepass.tools.verification import Check
 from tests import engines
 
 X = torch.randn(2, 8, 16)

@@ -15,8 +15,9 @@ from fusepass.dialects.torch.graph import Reader
 from fusepass.expressions.index import Affine
 from fusepass.expressions.ir import Expr
 from fusepass.kernels import Kernel, Target
-from fusepass.recognition.recognize import Site, recognise
+from fusepass.recognition.recognize import recognise
 from fusepass.rules.engine import Term
+from fusepass.rules.site import Site
 from fusepass.specification.attention import Attention, ScoreModifier, Sink, WeightModifier
 from fusepass.specification.samples import SIZES
 from fusepass.writing.emit import Builder

@@ -37,7 +37,7 @@ from fusepass.exporters.onnx.operands import (
 )
 from fusepass.exporters.onnx.operators import Operator, Target
 from fusepass.expressions.index import Size
-from fusepass.recognition.recognize import Site
+from fusepass.rules.site import Site
 from fusepass.specification.attention import Attention, Band
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

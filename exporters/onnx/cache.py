@@ -10,8 +10,8 @@ import onnx_ir as ir
 from fusepass.exporters.onnx.builder import OnnxBuilder
 from fusepass.expressions.index import Size
 from fusepass.expressions.ir import Expr
-from fusepass.recognition.recognize import Site
 from fusepass.rules.engine import Term
+from fusepass.rules.site import Site
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from fusepass.exporters.onnx.operands import (
     times,
 )
 from fusepass.exporters.onnx.operators import Operator, Target
-from fusepass.recognition.recognize import Site
+from fusepass.rules.site import Site
 from fusepass.specification.attention import Attention
 
 DOMAIN = "com.microsoft"

@@ -36,7 +36,7 @@ from fusepass.exporters.onnx.operands import (
 from fusepass.exporters.onnx.operators import Operator, Target
 from fusepass.exporters.onnx.turned import Turned, find_turned
 from fusepass.expressions.index import Facts, Size
-from fusepass.recognition.recognize import Site
+from fusepass.rules.site import Site
 from fusepass.specification.attention import Attention, Band, Mask, intersect
 
 

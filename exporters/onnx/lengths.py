@@ -14,8 +14,8 @@ import torch
 from fusepass.exporters.onnx.builder import OnnxBuilder
 from fusepass.exporters.onnx.operands import Added, Operands
 from fusepass.expressions.index import Affine
-from fusepass.recognition.recognize import Site
 from fusepass.rules.engine import Term
+from fusepass.rules.site import Site
 from fusepass.specification.attention import KeyPadding, Mask, empty_rows
 
 _MIRRORED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le"}

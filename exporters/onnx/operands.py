@@ -13,8 +13,8 @@ from fusepass.exporters.onnx.bounds import lower_bound
 from fusepass.exporters.onnx.builder import OnnxBuilder
 from fusepass.expressions.index import Size
 from fusepass.expressions.ir import Shape, scalar_of
-from fusepass.recognition.recognize import Site
 from fusepass.rules.engine import Term
+from fusepass.rules.site import Site
 from fusepass.specification.attention import (
     Attention,
     Band,

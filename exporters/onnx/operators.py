@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from fusepass.exporters.onnx.builder import OnnxBuilder
-from fusepass.recognition.recognize import Site
+from fusepass.rules.site import Site
 from fusepass.specification.attention import Attention
 from fusepass.specification.takes import Takes
 

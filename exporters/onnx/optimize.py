@@ -31,7 +31,8 @@ from fusepass.exporters.onnx.targets import OPERATORS, checked_target, fused_ope
 from fusepass.exporters.reports import Check, ExportReport
 from fusepass.exporters.staging import ModelError, staged
 from fusepass.host.config import refuse_others
-from fusepass.reports.report import GraphReport, publish
+from fusepass.reports.collector import publish
+from fusepass.reports.report import GraphReport
 
 
 def optimize_onnx(

@@ -9,8 +9,9 @@ import onnx_ir as ir
 from fusepass.dialects.onnx.graph import OnnxReader
 from fusepass.exporters.onnx.operators import Operator, Target
 from fusepass.expressions.ir import POINTWISE, VIEWS, Expr
-from fusepass.recognition.recognize import Site, recognise_sum
+from fusepass.recognition.recognize import recognise_sum
 from fusepass.recognition.resemblance import products_behind
+from fusepass.rules.site import Site
 
 #: What lies between the two products of a site.
 _LIGHT = (

@@ -23,9 +23,10 @@ from fusepass.exporters.onnx.operators import Operator, Target
 from fusepass.exporters.onnx.readers import Readers
 from fusepass.expressions.index import AxisSpace
 from fusepass.expressions.ir import Expr
-from fusepass.recognition.recognize import Miss, Site, as_product, recognise_sum
+from fusepass.recognition.recognize import Miss, as_product, recognise_sum
 from fusepass.recognition.resemblance import of_activations, softmaxes_behind
 from fusepass.reports.report import GraphReport, SiteReport
+from fusepass.rules.site import Site
 from fusepass.writing.layouts import CannotEmit
 
 

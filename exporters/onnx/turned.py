@@ -16,8 +16,8 @@ import onnx_ir as ir
 from fusepass.exporters.onnx.builder import OnnxBuilder
 from fusepass.exporters.onnx.cache import Cache
 from fusepass.exporters.onnx.rotary import Rotation, half_table, heads_dim
-from fusepass.recognition.recognize import Site
 from fusepass.rules.engine import Term
+from fusepass.rules.site import Site
 from fusepass.specification.attention import Attention
 
 

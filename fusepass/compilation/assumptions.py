@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import CompileContext
 from torch.utils.weak import WeakIdKeyDictionary
 
 Place = tuple[int, str]
@@ -69,8 +70,6 @@ def _changes(tensor: Tensor, place: Place | None) -> bool:
 
 def place_of(node: fx.Node) -> Place | None:
     """The place of a placeholder's tensor, where Dynamo says it."""
-    from torch._guards import CompileContext
-
     frame = getattr(CompileContext.current_compile_id(), "frame_id", None)
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", None)

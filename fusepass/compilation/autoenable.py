@@ -15,7 +15,8 @@ from typing import Any, Unpack
 import torch
 
 from fusepass.compilation.assumptions import forget_places
-from fusepass.compilation.backend import compile_by_inductor, compile_fused
+from fusepass.compilation.backend import compile_fused
+from fusepass.compilation.inner import compile_by_inductor
 from fusepass.host.config import Options, PassOptions, pass_options
 from fusepass.kernels.reference import let_inductor_inline
 

@@ -1,6 +1,5 @@
 """The torch.compile backend: a captured graph in; the rewritten graph, compiled by an inner backend, out."""
 
-import copy
 import logging
 import pickle
 import time
@@ -14,15 +13,14 @@ from typing import Any
 import torch
 
 from fusepass.compilation.assumptions import Original, forget_places, note_changing, static_inputs
-from fusepass.compilation.profiler_ranges import ROUNDS, eager_ranges, marked
+from fusepass.compilation.inner import inner_compiler
+from fusepass.compilation.rewrite import rewrite_graph
 from fusepass.host.config import Options
 from fusepass.host.faults import first_line, strict
-from fusepass.reports.report import GraphReport, publish
+from fusepass.reports.collector import publish
+from fusepass.reports.report import GraphReport
 
 log = logging.getLogger("fusepass")
-
-#: Inductor as `torch.compile` calls it; `enable` puts another class in its place, which runs the pass.
-_INDUCTOR = torch._TorchCompileInductorWrapper
 
 
 def fusepass(
@@ -171,8 +169,6 @@ def run_pass(
 
     With FUSEPASS_STRICT=1 in the environment such a fault is raised: for tests.
     """
-    from fusepass.compilation.rewrite import rewrite_graph
-
     try:
         report: GraphReport = rewrite_graph(
             gm, options, example_inputs, static=static, compiled=True, guarded=guarded
@@ -185,37 +181,6 @@ def run_pass(
         log.warning("fusepass: %s", fault, exc_info=True)
         report = GraphReport(nodes=len(gm.graph.nodes), notes=[fault])
     report.seconds += preparation
-    options.requested.see(options, report)
+    options.requested.see(options.kernel, report.sites)
     publish(report)
     return report
-
-
-def inner_compiler(options: Options) -> Callable[..., Any]:
-    """What compiles the rewritten graph: the callable that the options name, in their mode."""
-    from fusepass.kernels.reference import let_inductor_inline
-
-    if options.inner == "inductor":
-        let_inductor_inline()
-        return partial(compile_by_inductor, _INDUCTOR(options.mode, None, None))
-    if not isinstance(options.inner, str):
-        return options.inner
-    from torch._dynamo.backends.registry import lookup_backend
-
-    return eager_ranges(options.inner, lookup_backend(options.inner))
-
-
-def compile_by_inductor(
-    inductor: Any, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **more: Any
-) -> Callable[..., Any]:
-    """Inductor as `torch.compile` calls it, with a named range for every fused site.
-
-    It leaves out casts to narrower dtypes, unless it is told. Where attention stays whose scores are rounded
-    by such casts, it is told: a fill that overflows there is infinite.
-    """
-    made = marked(inductor, gm)
-    graphs = (module for module in gm.modules() if isinstance(module, torch.fx.GraphModule))
-    if any(graph.meta.get(ROUNDS) for graph in graphs):
-        made = copy.copy(made)
-        made.config = {"emulate_precision_casts": True, **made.config}
-    compiled: Callable[..., Any] = _INDUCTOR.__call__(made, gm, example_inputs, **more)
-    return compiled

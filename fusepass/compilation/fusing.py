@@ -7,12 +7,14 @@ from typing import Any, Unpack, overload
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from fusepass.compilation.rewrite import rewrite_graph
 from fusepass.dialects.torch.nodes import value_of
 from fusepass.host.config import Options, PassOptions, pass_options
 from fusepass.host.surroundings import clean_context, graph_context
+from fusepass.reports.collector import publish
 
 
 @overload
@@ -48,8 +50,6 @@ def fuse(graph: Any, *example_inputs: Any, **options: Unpack[PassOptions]) -> An
 
 def fuse_with(program: ExportedProgram, options: Options) -> ExportedProgram:
     """A copy of an exported program with its attention fused."""
-    from fusepass.reports.report import publish
-
     out = copy.copy(program)
     graph_module = copy.deepcopy(program.graph_module)
     lifted = program.graph_signature.inputs_to_lifted_tensor_constants
@@ -58,7 +58,7 @@ def fuse_with(program: ExportedProgram, options: Options) -> ExportedProgram:
     }
     with torch.no_grad(), clean_context():
         report = rewrite_graph(graph_module, options, constants=constants)
-    options.requested.see(options, report, whole=True)
+    options.requested.see(options.kernel, report.sites, whole=True)
     publish(report)
     out._graph_module = graph_module
     out._graph_signature = _renamed_outputs(program, graph_module)
@@ -77,8 +77,6 @@ def _renamed_outputs(program: ExportedProgram, graph_module: fx.GraphModule) -> 
 
 
 def _fuse_module(gm: fx.GraphModule, example_inputs: tuple[Any, ...], options: Options) -> fx.GraphModule:
-    from fusepass.reports.report import publish
-
     out = copy.deepcopy(gm)
     needs_shapes = any(
         value_of(n) is None
@@ -90,15 +88,13 @@ def _fuse_module(gm: fx.GraphModule, example_inputs: tuple[Any, ...], options: O
             raise TypeError("fuse() of a graph without shapes needs example inputs: fuse(graph, *inputs)")
         _propagate(out, example_inputs)
     report = rewrite_graph(out, options, example_inputs)
-    options.requested.see(options, report, whole=True)
+    options.requested.see(options.kernel, report.sites, whole=True)
     publish(report)
     return out
 
 
 def _propagate(gm: fx.GraphModule, example_inputs: tuple[Any, ...]) -> None:
     """Record fake values on every node, and a check that later inputs have these shapes."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in example_inputs]
 

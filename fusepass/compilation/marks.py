@@ -9,7 +9,8 @@ Imported where Inductor is about to be called.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,9 +20,48 @@ from torch._inductor import ir
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.lowering import register_lowering
 from torch._inductor.virtualized import V
+from torch._ops import HigherOrderOperator
 from torch.utils._ordered_set import OrderedSet
 
-from fusepass.compilation.profiler_ranges import write_marks
+from fusepass.compilation.profiler_ranges import extents
+
+
+def write_marks(graph: fx.Graph) -> None:
+    """Put a mark before and after the nodes of every site."""
+    for label, first, last in extents(graph):
+        device = _device(first) if isinstance(first.target, HigherOrderOperator) else ""
+        with graph.inserting_before(first):
+            graph.call_function(_enter(), (label, device)).meta["val"] = None
+        with graph.inserting_after(last):
+            graph.call_function(_leave(), (label, device)).meta["val"] = None
+
+
+def _device(node: fx.Node) -> str:
+    """The device of a node's result, with its number."""
+    value = node.meta.get("val")
+    parts: Sequence[Any] = value if isinstance(value, (tuple, list)) else [value]
+    return next((str(part.device) for part in parts if isinstance(part, torch.Tensor)), "cpu")
+
+
+@functools.cache
+def _library() -> Any:
+    """Two operators that do nothing but stand in a graph."""
+    library = torch.library.Library("fusepass", "FRAGMENT")
+    for name in ("range_enter", "range_leave"):
+        library.define(f"{name}(str label, str template_on) -> ()")
+        library.impl(name, lambda label, template_on: None, "CompositeExplicitAutograd")
+        fx.node.has_side_effect(getattr(torch.ops.fusepass, name).default)
+    return library
+
+
+def _enter() -> Any:
+    _library()
+    return torch.ops.fusepass.range_enter.default
+
+
+def _leave() -> Any:
+    _library()
+    return torch.ops.fusepass.range_leave.default
 
 
 class Marking(CustomGraphPass):
@@ -147,10 +187,10 @@ def variable(label: str) -> str:
     return f"_fusepass_{number}" + "_backward" * label.endswith(", backward")
 
 
-def register(entering: Any, leaving: Any) -> None:
+def register() -> None:
     """Teach Inductor the two operators that stand for marks in a graph."""
-    register_lowering(entering, type_promotion_kind=None)(enter)
-    register_lowering(leaving, type_promotion_kind=None)(leave)
+    register_lowering(_enter(), type_promotion_kind=None)(enter)
+    register_lowering(_leave(), type_promotion_kind=None)(leave)
 
 
-__all__ = ["Mark", "Marking", "enter", "leave", "register", "variable"]
+__all__ = ["Mark", "Marking", "enter", "leave", "register", "variable", "write_marks"]

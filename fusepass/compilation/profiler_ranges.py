@@ -9,28 +9,18 @@ marks become lines of the generated program, which open and close a record of th
 
 from __future__ import annotations
 
-import copy
-import functools
 import inspect
-import logging
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import HigherOrderOperator
 
-from fusepass.host.faults import strict
 from fusepass.host.surroundings import will_be_stored
-
-log = logging.getLogger("fusepass")
 
 #: The mark, in its `meta`, of a graph in which a site stays whose scores or weights are rounded on purpose.
 ROUNDS = "fusepass_rounds"
-
-#: The setting of Inductor that runs a pass over its last graph.
-_PASS = "post_grad_custom_post_pass"
 
 
 def annotate(nodes: Iterable[fx.Node], number: int, label: str, compiled: bool) -> None:
@@ -89,78 +79,6 @@ def _with_parts(node: fx.Node) -> fx.Node:
     return node
 
 
-# ---------------------------------------------------------------------------------------- Inductor
-
-
-def marked(inductor: Any, gm: fx.GraphModule) -> Any:
-    """Inductor as `torch.compile` calls it, which writes a range for every labelled site of `gm`."""
-    labels = labels_of(gm)
-    if not labels or not _lowered():
-        return inductor
-    from torch._inductor import config
-
-    from fusepass.compilation.marks import Marking
-
-    given = inductor.config.get(_PASS) or getattr(config, _PASS)
-    before = tuple(given) if isinstance(given, (list, tuple)) else (given,) * (given is not None)
-    made = copy.copy(inductor)
-    made.config = {**inductor.config, _PASS: Marking(labels, before)}
-    return made
-
-
-def write_marks(graph: fx.Graph) -> None:
-    """Put a mark before and after the nodes of every site."""
-    for label, first, last in extents(graph):
-        device = _device(first) if isinstance(first.target, HigherOrderOperator) else ""
-        with graph.inserting_before(first):
-            graph.call_function(_enter(), (label, device)).meta["val"] = None
-        with graph.inserting_after(last):
-            graph.call_function(_leave(), (label, device)).meta["val"] = None
-
-
-def _device(node: fx.Node) -> str:
-    """The device of a node's result, with its number."""
-    value = node.meta.get("val")
-    parts: Sequence[Any] = value if isinstance(value, (tuple, list)) else [value]
-    return next((str(part.device) for part in parts if isinstance(part, torch.Tensor)), "cpu")
-
-
-@functools.cache
-def _library() -> Any:
-    """Two operators that do nothing but stand in a graph."""
-    library = torch.library.Library("fusepass", "FRAGMENT")
-    for name in ("range_enter", "range_leave"):
-        library.define(f"{name}(str label, str template_on) -> ()")
-        library.impl(name, lambda label, template_on: None, "CompositeExplicitAutograd")
-        fx.node.has_side_effect(getattr(torch.ops.fusepass, name).default)
-    return library
-
-
-def _enter() -> Any:
-    _library()
-    return torch.ops.fusepass.range_enter.default
-
-
-def _leave() -> Any:
-    _library()
-    return torch.ops.fusepass.range_leave.default
-
-
-@functools.cache
-def _lowered() -> bool:
-    """Teach Inductor the marks; False where this Inductor is another than the one they were written for."""
-    try:
-        from fusepass.compilation.marks import register
-
-        register(_enter(), _leave())
-    except (AttributeError, ImportError, TypeError) as error:
-        if strict():
-            raise
-        log.info("fusepass: no ranges in the code of this Inductor: %s", error)
-        return False
-    return True
-
-
 # ---------------------------------------------------------------------------------------- other backends
 
 
@@ -214,6 +132,6 @@ def close_record(record: Any) -> None:
 
 
 __all__ = [
-    "ROUNDS", "annotate", "close_record", "eager_ranges", "extents", "label_of", "labels_of", "marked",
-    "open_record", "with_records", "write_marks",
+    "ROUNDS", "annotate", "close_record", "eager_ranges", "extents", "label_of", "labels_of",
+    "open_record", "with_records",
 ]  # fmt: skip

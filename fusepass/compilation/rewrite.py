@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from fusepass.compilation.inner import inner_compiler
 from fusepass.compilation.profiler_ranges import ROUNDS, annotate
 from fusepass.dialects.torch.composites import Expansion, expand_all
 from fusepass.dialects.torch.graph import Known, Reader
@@ -30,16 +31,19 @@ from fusepass.kernels import FP8, KERNELS, Kernel, Refused, Target, named, round
 from fusepass.kernels.base import may_empty_rows
 from fusepass.kernels.gates import library_refuses
 from fusepass.kernels.reference import rounds as rounds_scores
-from fusepass.patterns.products import factors
-from fusepass.recognition.recognize import RULES, Miss, Rules, Site, as_product, recognise_sum
+from fusepass.recognition.recognize import RULES, Miss, Rules, as_product, factors, recognise_sum
 from fusepass.recognition.resemblance import of_activations, products_behind, softmaxes_behind, were_scores
 from fusepass.reports.report import GraphReport, SiteReport, label_for, source_of
-from fusepass.selection.select import UNFUSED, candidates
+from fusepass.rules.site import Site
+from fusepass.selection import autotune
+from fusepass.selection.select import candidates
+from fusepass.selection.work import UNFUSED
 from fusepass.specification.attention import Bias
 from fusepass.writing.emit import Builder, CannotEmit
 from fusepass.writing.gradients import given_to, keep_for_backward, learns, tie
 from fusepass.writing.liveness import erase_dead, inner_products, outside_reader
 from fusepass.writing.strides import laid_out_as
+from fusepass.writing.validate import site_error
 
 log = logging.getLogger("fusepass")
 
@@ -288,12 +292,9 @@ class _Pass:
         """The result, builder and name of the first kernel that serves; reasons go to ``rejected``."""
         asked = {name for name, _ in rejected}
 
-        def write(kernel: Kernel) -> tuple[fx.Node, Callable[[], None]] | None:
-            written = self._written(node, site, kernel, target)
-            return None if isinstance(written, str) else (written[0], written[1].discard)
-
+        measure = functools.partial(self._fastest, node, site, target)
         learned = self._learned(node, site) if target.training else frozenset()
-        for kernel in candidates(node, site, target, self.options, write, learned):
+        for kernel in candidates(node, site, target, self.options, learned, measure):
             if kernel is None:
                 rejected.append((UNFUSED, "measured faster as it is"))
                 return None
@@ -304,6 +305,16 @@ class _Pass:
                 return *written, kernel.name
             rejected.append((kernel.name, written))
         return None
+
+    def _fastest(self, node: fx.Node, site: Site, target: Target, kernels: Sequence[Kernel]) -> str | None:
+        """The name of the kernel that was measured fastest for a site."""
+
+        def write(kernel: Kernel) -> tuple[fx.Node, Callable[[], None]] | None:
+            written = self._written(node, site, kernel, target)
+            return None if isinstance(written, str) else (written[0], written[1].discard)
+
+        compiler = inner_compiler(self.options)
+        return autotune.fastest(node, site.spec, kernels, write, self.options, target.training, compiler)
 
     def _learned(self, node: fx.Node, site: Site) -> frozenset[int]:
         """The slots of biases that are made of something that needs a gradient."""
@@ -365,8 +376,6 @@ class _Pass:
         """The replacement's error relative to what is allowed, or None where validation is off."""
         if not self.options.validate:
             return None
-        from fusepass.writing.validate import site_error
-
         return site_error(node, out)
 
     def _named(self, node: fx.Node, site: Site, build: Builder, kernel: str) -> str:

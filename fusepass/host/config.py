@@ -5,25 +5,15 @@ all; those that only run the pass take `PassOptions`, and refuse the others. Eve
 was expected, the accepted ones and the nearest of them, or where the option belongs.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, TypedDict
 
+from fusepass.host.kernel_names import KERNELS, accepted_kernels
 from fusepass.host.requested import Requested
 
-KERNELS = (
-    "auto",
-    "autotune",
-    "sdpa",
-    "cudnn",
-    "flash2",
-    "flash3",
-    "flash4",
-    "flex",
-    "flex_flash",
-    "reference",
-)
 PRECISIONS = ("native", "fp8", "fp8_unrotated")
 
 Compiler = Callable[..., Any]
@@ -36,13 +26,6 @@ class PassOptions(TypedDict, total=False):
     kernel: str
     precision: str
     validate: bool
-
-
-def kernels() -> tuple[str, ...]:
-    """What `kernel=` takes: `KERNELS`, and those of other packages."""
-    from fusepass.kernels.registry import registered
-
-    return (*KERNELS, *registered())
 
 
 @dataclass(frozen=True)
@@ -69,7 +52,7 @@ class Options:
     """No option: what became of the kernel that was asked for."""
 
     def __post_init__(self) -> None:
-        _check_choice("kernel", self.kernel, KERNELS if self.kernel in KERNELS else kernels())
+        _check_choice("kernel", self.kernel, KERNELS if self.kernel in KERNELS else accepted_kernels())
         _check_choice("precision", self.precision, PRECISIONS)
         if not isinstance(self.validate, bool):
             raise TypeError(f"fusepass option validate={self.validate!r}: expected True or False")
@@ -147,8 +130,6 @@ def refuse_others(function: str, given: Mapping[str, Any], taken: tuple[str, ...
 
 def _advice(name: str, taken: Iterable[str]) -> str:
     """Where a name belongs that is no option of the pass, or the options that there are."""
-    import inspect
-
     import torch
 
     if name in inspect.signature(torch.compile).parameters and name != "options":

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from fusepass.host.config import Options
-    from fusepass.reports.report import GraphReport
+from collections.abc import Sequence
+from typing import Protocol
 
 log = logging.getLogger("fusepass")
 
 #: Reasons that are given in a warning.
 _SHOWN = 3
+
+
+class Outcome(Protocol):
+    """What became of one site, as :class:`fusepass.reports.report.SiteReport` says it."""
+
+    @property
+    def fused(self) -> bool: ...
+    @property
+    def kernel(self) -> str | None: ...
+    @property
+    def reason(self) -> str | None: ...
 
 
 class Requested:
@@ -25,17 +33,17 @@ class Requested:
     def __init__(self) -> None:
         self.settled = False
 
-    def see(self, options: Options, report: GraphReport, whole: bool = False) -> None:
-        """Look at one more graph; with `whole` there will be no others."""
-        if self.settled or options.kernel in ("auto", "autotune") or not (report.sites or whole):
+    def see(self, kernel: str, sites: Sequence[Outcome], whole: bool = False) -> None:
+        """Look at the sites of one more graph, for which `kernel` was asked; with `whole` it is the last."""
+        if self.settled or kernel in ("auto", "autotune") or not (sites or whole):
             return
         self.settled = True
-        if any(site.fused and site.kernel in (options.kernel, "fp8") for site in report.sites):
+        if any(site.fused and site.kernel in (kernel, "fp8") for site in sites):
             return
-        reasons = list(dict.fromkeys(site.reason or f"it went to '{site.kernel}'" for site in report.sites))
+        reasons = list(dict.fromkeys(site.reason or f"it went to '{site.kernel}'" for site in sites))
         more = f" (and {len(reasons) - _SHOWN} more reasons)" if len(reasons) > _SHOWN else ""
         why = "; ".join(reasons[:_SHOWN]) + more or "no attention was found"
-        log.warning("fusepass: kernel=%r was asked for and serves no attention site: %s", options.kernel, why)
+        log.warning("fusepass: kernel=%r was asked for and serves no attention site: %s", kernel, why)
 
 
 __all__ = ["Requested"]

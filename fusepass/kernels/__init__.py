@@ -32,7 +32,7 @@ from fusepass.kernels.fp8 import FP8
 from fusepass.kernels.gates import Gate, Package
 from fusepass.kernels.reference import REFERENCE
 from fusepass.kernels.sdpa import SDPA
-from fusepass.recognition.recognize import Site
+from fusepass.rules.site import Site
 from fusepass.specification.attention import (
     Attention,
     Band,

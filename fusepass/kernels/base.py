@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from fusepass.dialects.torch.nodes import size_of
 from fusepass.expressions.contents import FILL
 from fusepass.expressions.ir import Expr, opmath
-from fusepass.recognition.recognize import Site
+from fusepass.rules.site import Site
 from fusepass.specification.attention import (
     USUAL_SCORES,
     Attention,

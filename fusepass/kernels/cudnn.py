@@ -25,7 +25,7 @@ from fusepass.kernels.base import (
     scaled,
 )
 from fusepass.kernels.gates import gate_refuses
-from fusepass.recognition.recognize import Site
+from fusepass.rules.site import Site
 from fusepass.specification.attention import Attention
 from fusepass.writing.emit import Builder
 

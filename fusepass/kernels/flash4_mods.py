@@ -31,7 +31,7 @@ from fusepass.host.surroundings import settings
 from fusepass.kernels import blocks, cute_mods, flash_ops, flex_blocks
 from fusepass.kernels import formula as fm
 from fusepass.kernels.base import AROUND, IN_GRAPH, Operands, Refused, Target, after_weights, operands
-from fusepass.recognition.recognize import Site
+from fusepass.rules.site import Site
 from fusepass.specification.attention import (
     Attention,
     Band,

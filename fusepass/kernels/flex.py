@@ -15,11 +15,11 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.utils._sympy.symbol import SymT, free_symbol_is_type
 
 from fusepass.host.surroundings import settings
-from fusepass.kernels import flex_blocks
+from fusepass.kernels import flex_blocks, flex_operators
 from fusepass.kernels import formula as fm
 from fusepass.kernels.base import (
     AROUND,
@@ -40,9 +40,9 @@ from fusepass.kernels.base import (
     tensor_operand,
     without_hidden_keys,
 )
-from fusepass.kernels.flex_blocks import representable
+from fusepass.kernels.flex_operators import flex_attention
 from fusepass.kernels.gates import gate_refuses
-from fusepass.recognition.recognize import Site
+from fusepass.rules.site import Site
 from fusepass.specification.attention import (
     Attention,
     Bias,
@@ -54,130 +54,11 @@ from fusepass.specification.attention import (
     ScaleBy,
     ScoreModifier,
     SoftCap,
-    finite,
 )
-from fusepass.specification.program import Program, decode, encode
+from fusepass.specification.program import encode
 from fusepass.specification.takes import Takes
 from fusepass.writing.emit import Builder
-
-
-def flex_attention(
-    q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str, options: str
-) -> Tensor:
-    """FlexAttention of a program; see :func:`fusepass.kernels.reference.attention` for the arguments.
-
-    ``options`` are FlexAttention's, as :func:`fusepass.kernels.flex_blocks.block_attention` has them.
-
-    Returns:
-        ``[B, H, Q, Dv]`` in the dtype of ``q``.
-    """
-    from torch._higher_order_ops.flex_attention import flex_attention as operator
-    from torch.nn.attention.flex_attention import _create_empty_block_mask
-
-    code = decode(program)
-    scale, scores = _leading_scale(code)
-    exact = any(isinstance(m, Bias) for m in scores)
-
-    def score_mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *captured: Tensor) -> Tensor:
-        for mod in scores:
-            s = _apply(mod, s, (b, h, i, j), captured, exact)
-        return s
-
-    blocks = _create_empty_block_mask(q, k).as_tuple()
-    chosen = kernel_options(q) | dict(fm.read(options))
-    found = operator(q, k, v, score_mod, blocks, scale, chosen, tuple(tensors), ())
-    return found[0]
-
-
-@torch.library.custom_op("fusepass::stored", mutates_args=())
-def stored(x: Tensor) -> Tensor:
-    """A copy of ``x``, of any shape, that a compiler must keep in memory.
-
-    Inductor's FlexAttention reads its buffers from memory in a layout known beforehand, and fails (or
-    reads what was never stored) where they are computed in the same graph.
-    """
-    return x.contiguous().clone()
-
-
-@stored.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-stored.register_autograd(lambda ctx, grad: grad)
-
-
-def kernel_options(q: Tensor) -> dict[str, Any]:
-    """The kernel options that the public function would set for a caller who reads the result alone.
-
-    The CPU kernel writes no log-sum-exp, the others only where a gradient may be asked for.
-    """
-    return {
-        "BACKEND": "AUTO",
-        "PRESCALE_QK": False,
-        "ROWS_GUARANTEED_SAFE": False,
-        "BLOCKS_ARE_CONTIGUOUS": False,
-        "WRITE_DQ": True,
-        "OUTPUT_LOGSUMEXP": q.device.type != "cpu" and settings().grad,
-        "OUTPUT_MAX": False,
-    }
-
-
-def _leading_scale(code: Program) -> tuple[float, tuple[Any, ...]]:
-    first = code.scores[0] if code.scores else None
-    return (first.factor, code.scores[1:]) if isinstance(first, Scale) else (1.0, code.scores)
-
-
-def _element(t: Tensor, at: tuple[Tensor, ...]) -> Tensor:
-    """``t[b, h, i, j]`` with broadcast dimensions read at 0."""
-    if t.dim() == 0:
-        return t
-    return t[tuple(at[d] if t.shape[d] != 1 else torch.zeros_like(at[d]) for d in range(4))]
-
-
-def _apply(mod: Any, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, ...], exact: bool) -> Tensor:
-    match mod:
-        case Scale(factor):
-            return s * factor
-        case ScaleBy(slot):
-            return s * _element(captured[slot], at)
-        case SoftCap(cap):
-            return cap * torch.tanh(s / cap)
-        case Bias(slot, _, factor):
-            return s + representable(_element(captured[slot], at) * factor)
-        case Floor(bound):
-            return torch.maximum(s, torch.full_like(s, max(bound, torch.finfo(torch.float32).min)))
-        case Finite(nan, low, high):
-            return finite(s, nan, max(low, flex_blocks.EXTREME), min(high, -flex_blocks.EXTREME))
-        case Mask():
-            return _masked(mod, s, at, captured, exact)
-    raise ValueError(f"FlexAttention program: unknown modifier {mod!r}")
-
-
-def _masked(
-    mod: Mask, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, ...], exact: bool
-) -> Tensor:
-    """Hidden scores.  ``exact``: a bias may hide whole rows, in which fills are compared with each other."""
-    fill = max(mod.fill, flex_blocks.EXTREME)
-    if exact:
-        fill = mod.fill if mod.fill == -math.inf else max(mod.fill, flex_blocks.LOWEST)
-    if mod.slot >= 0:
-        tensor = _element(captured[mod.slot], at)
-        if mod.additive:
-            return s + (representable(tensor) if exact else tensor)
-        return torch.where(tensor, s, fill) if mod.attends else torch.where(tensor, fill, s)
-    hidden: Any = s + fill if mod.additive and exact else fill
-    gap = at[3] - at[2]
-    for band in mod.atoms:
-        right, left = getattr(band, "right", None), getattr(band, "left", None)
-        if right is not None:
-            s = torch.where(gap <= right, s, hidden)
-        if left is not None:
-            s = torch.where(gap >= -left, s, hidden)
-    return s
-
-
-stored_op = torch.ops.fusepass.stored.default
+from fusepass.writing.stored import stored_op
 
 
 def refuse(spec: Attention, target: Target) -> str | None:
@@ -296,7 +177,7 @@ def emit_flash(site: Site, build: Builder, target: Target) -> fx.Node:
 
 TAKES = Takes(
     ((Scale, ScaleBy, SoftCap, Bias, Mask, Floor, Finite),), AROUND, sink=True, learned=(Modifier,),
-    factors="pairs", fills="written", lowest=flex_blocks.EXTREME, rows="levels", hiding_biases=True,
+    factors="pairs", fills="written", lowest=flex_operators.EXTREME, rows="levels", hiding_biases=True,
 )  # fmt: skip
 OF_FORMULAS = replace(TAKES, scores=((Scale, ScaleBy, SoftCap, Bias, Mask),), sink=False, fills="hidden")
 FLEX = Kernel("flex", TAKES, emit, refuse)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fusepass.kernels import formula as fm
 from fusepass.kernels import gates
@@ -35,9 +35,10 @@ from fusepass.kernels.blocks import (
     table_shapes,
     tables_op,
 )
-from fusepass.patterns.masks import additive_mask
-from fusepass.recognition.recognize import Site
+from fusepass.kernels.flex_operators import block_attention
 from fusepass.rules.engine import Term
+from fusepass.rules.site import Site
+from fusepass.rules.visibility import additive_mask
 from fusepass.specification.attention import (
     Attention,
     Bias,
@@ -47,7 +48,6 @@ from fusepass.specification.attention import (
     ScaleBy,
     SoftCap,
     empty_rows,
-    finite,
     one_level,
 )
 from fusepass.writing.emit import Builder
@@ -55,89 +55,6 @@ from fusepass.writing.emit import Builder
 TILED_HEAD_DIM = 128
 """Beyond this head size the tiles of flash-attn 4 are no blocks of 128 keys."""
 SMALL_HEAD_DIM = SMALL_TILE = 64
-LOWEST = torch.finfo(torch.float32).min / 2
-EXTREME = -1e30
-"""Stands for every lower score: the kernels work in powers of two, where float32's lowest overflows."""
-
-
-def block_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    score_tensors: list[Tensor],
-    mask_tensors: list[Tensor],
-    tables: list[Tensor],
-    code: str,
-    options: str,
-) -> tuple[Tensor, Tensor]:
-    """FlexAttention of formulas.
-
-    Args:
-        q: ``[B, H, Q, D]``; k: ``[B, G, K, D]``; v: ``[B, G, K, Dv]``.
-        score_tensors, mask_tensors: what the formulas load.
-        tables: the tensors of ``fusepass::block_tables``, or none where everything is visible; those by
-            queries, which only a backward reads, may be missing.
-        code: ``[scale, [[kind, ...], ...], formula or null]``, the steps of the scores and the visibility.
-        options: ``[[name, value], ...]``, kernel options of FlexAttention.
-
-    Returns:
-        ``[B, H, Q, Dv]`` in the dtype of ``q``, and the log-sum-exp, base 2, ``[B, H, Q]``.
-    """
-    from torch._higher_order_ops.flex_attention import flex_attention as operator
-    from torch.nn.attention.flex_attention import BlockMask, _create_empty_block_mask
-
-    from fusepass.kernels.flex import kernel_options
-
-    scale, scores, visible = fm.read(code)
-
-    def score_mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *captured: Tensor) -> Tensor:
-        at = {"b": b, "h": h, "i": i, "j": j}
-        for mod in scores:
-            s = _scored(mod, s, at, captured)
-        return s
-
-    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor, *captured: Tensor) -> Tensor:
-        seen = fm.evaluate(visible, {"b": b, "h": h, "i": i, "j": j}, captured)
-        return seen if seen.dtype is torch.bool else seen != 0
-
-    if tables:
-        lengths, size = (q.shape[2], k.shape[2]), (BLOCK, BLOCK)
-        made: Any = BlockMask
-        by_queries = tables[4:] or tables[:4]
-        blocks = made(lengths, *tables[:4], *by_queries, BLOCK_SIZE=size, mask_mod=mask_mod).as_tuple()
-    else:
-        blocks = _create_empty_block_mask(q, k).as_tuple()
-    chosen = kernel_options(q) | dict(fm.read(options))
-    found = operator(q, k, v, score_mod, blocks, scale, chosen, tuple(score_tensors), tuple(mask_tensors))
-    return found[0], found[1]
-
-
-def _scored(mod: Any, s: Tensor, at: dict[str, Tensor], captured: tuple[Tensor, ...]) -> Tensor:
-    kind, given, *more = mod
-    if kind == "scale":
-        s = s * given
-    elif kind == "softcap":
-        s = given * torch.tanh(s / given)
-    elif kind == "add":
-        added = fm.evaluate(given, at, captured)
-        added = added if more[0] == 1 else added * more[0]
-        s = s + (representable(added) if fm.may_hide(given, LOWEST) else added)
-    elif kind == "times":
-        s = s * fm.evaluate(given, at, captured)
-    elif kind == "finite":
-        low, high = (max(min(end, -EXTREME), EXTREME) for end in more)
-        s = finite(s, given, low, high)
-    else:
-        raise ValueError(f"FlexAttention program: unknown step {mod!r}")
-    return s
-
-
-def representable(added: Tensor) -> Tensor:
-    """The lowest finite values halved: they hide as much, and do not overflow in powers of two."""
-    if added.dtype is torch.float16 or not added.is_floating_point():
-        return added
-    too_low = torch.logical_and(added < LOWEST, added > -math.inf)
-    return torch.where(too_low, LOWEST, added)  # of comparisons alone: CuTe has no maximum in torch 2.11
 
 
 @dataclass
@@ -411,6 +328,6 @@ def mended(
 
 
 __all__ = [
-    "GROUPED", "Plan", "block_attention", "emit", "mendable", "mended", "plan",
+    "GROUPED", "Plan", "emit", "mendable", "mended", "plan",
     "scores_by_position", "tables_of", "thin_biases", "tile",
 ]  # fmt: skip

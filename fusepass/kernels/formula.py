@@ -28,9 +28,9 @@ from torch import Tensor
 
 from fusepass.expressions.index import Affine, Size, prod
 from fusepass.expressions.ir import DTYPE_NAMES, DTYPES, Expr
-from fusepass.recognition.recognize import Site
 from fusepass.rules.engine import Term
 from fusepass.rules.formulas import Formulas
+from fusepass.rules.site import Site
 
 Formula = Any  # nested tuples, as `read` gives them
 

@@ -18,7 +18,7 @@ from fusepass.kernels import fp8_ops
 from fusepass.kernels.base import AROUND, Kernel, Refused, Target, after_weights, operands, scaled
 from fusepass.kernels.flash import shard_where_used
 from fusepass.kernels.gates import FLASH3, GATES, gate_refuses, import_refuses, installed
-from fusepass.recognition.recognize import Site
+from fusepass.rules.site import Site
 from fusepass.specification.attention import Attention, Mask, Scale, ScaleBy
 from fusepass.specification.takes import Takes
 from fusepass.writing.emit import Builder

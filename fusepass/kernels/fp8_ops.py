@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusepass.kernels.flash_ops import Flash3, library
+
 E4M3_MAX = 448.0
 #: Weights are at most 1: scaled by this they use the exponents of e4m3, and cannot overflow.
 WEIGHT_SCALE = 256.0
@@ -119,8 +121,6 @@ torch.library.register_fake(
 def _flash3(
     q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor, of_v: Tensor, scale: float, causal: bool
 ) -> Tensor:
-    from fusepass.kernels.flash_ops import Flash3, library
-
     flash3 = library("flash3")
     assert isinstance(flash3, Flash3)
     return flash3.rounded(q, k, v, (of_q, of_k, of_v), scale, causal)

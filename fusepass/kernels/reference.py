@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from fusepass.kernels.base import Kernel, Target, all_operands, operands
-from fusepass.recognition.recognize import Site
+from fusepass.rules.site import Site
 from fusepass.specification.attention import (
     Attention,
     Cast,

@@ -1,38 +1,31 @@
-"""Kernels of other packages: `register_kernel`, and where the pass looks for packages that call it.
+"""Kernels of other packages: `register_kernel`.
 
-A package names a module, or a function of one, under the entry point group `fusepass.kernels`; the
-environment variable `FUSEPASS_KERNELS` holds names of modules with commas between them. Both are loaded when
-a kernel is first asked for, in every process.
+Where the pass looks for packages that call it is in :mod:`fusepass.host.kernel_names`.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from importlib import import_module, metadata
-from typing import TYPE_CHECKING
 
+from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload
+
+from fusepass.dialects.torch.nodes import size_of
 from fusepass.host.faults import first_line, strict
+from fusepass.host.kernel_names import KERNELS, REGISTERED, look_for_packages
+from fusepass.kernels.base import Kernel, Refused, Target
+from fusepass.kernels.gates import GATES, Gate, gate_refuses
+from fusepass.rules.site import Site
+from fusepass.specification.attention import Attention
+from fusepass.specification.takes import Takes
+from fusepass.writing.emit import Builder, CannotEmit
 
-if TYPE_CHECKING:
-    from torch import fx
-
-    from fusepass.kernels.base import Kernel, Target
-    from fusepass.kernels.gates import Gate
-    from fusepass.recognition.recognize import Site
-    from fusepass.specification.attention import Attention
-    from fusepass.specification.takes import Takes
-    from fusepass.writing.emit import Builder
-
-    Emit = Callable[[Site, Builder, Target], fx.Node]
-    Refuse = Callable[[Attention, Target], str | None]
+Emit = Callable[[Site, Builder, Target], fx.Node]
+Refuse = Callable[[Attention, Target], str | None]
 
 log = logging.getLogger("fusepass")
-
-GROUP, VARIABLE = "fusepass.kernels", "FUSEPASS_KERNELS"
 
 
 @dataclass(frozen=True)
@@ -49,8 +42,7 @@ class Registered:
         return self.gate.auto and not self.kernel.rounds
 
 
-_registered: dict[str, Registered] = {}
-_looked: set[str] = set()
+_registered: dict[str, Registered] = REGISTERED
 
 
 def register_kernel(
@@ -88,9 +80,6 @@ def register_kernel(
     Raises:
         ValueError: the name is taken or no identifier, or the gate is of another name.
     """
-    from fusepass.kernels.base import Kernel
-    from fusepass.kernels.gates import GATES
-
     _check(name, gate, rounds, replace)
     kernel = Kernel(name, takes, _careful(name, emit), _with_gate(name, refuse), of_torch, rounds)
     GATES[name] = gate
@@ -104,8 +93,6 @@ def unregister_kernel(name: str) -> None:
     Raises:
         ValueError: there is none of this name.
     """
-    from fusepass.kernels.gates import GATES
-
     if name not in _registered:
         raise ValueError(
             f"no kernel {name!r} is registered; registered are {', '.join(_registered) or 'none'}"
@@ -115,13 +102,11 @@ def unregister_kernel(name: str) -> None:
 
 def registered() -> dict[str, Registered]:
     """The kernels of other packages, by name, in the order of their registration."""
-    _look_for_packages()
+    look_for_packages()
     return _registered
 
 
 def _check(name: str, gate: Gate, rounds: bool, replace: bool) -> None:
-    from fusepass.host.config import KERNELS
-
     if not name.isidentifier():
         raise ValueError(f"register_kernel({name!r}): expected a name of letters, digits and underscores")
     if name in (*KERNELS, "fp8", "unfused"):
@@ -145,7 +130,6 @@ def _check(name: str, gate: Gate, rounds: bool, replace: bool) -> None:
 
 def _with_gate(name: str, refuse: Refuse | None) -> Refuse:
     """What a kernel refuses that takes all it declares: by its gate, then by its own word."""
-    from fusepass.kernels.gates import gate_refuses
 
     def more(spec: Attention, target: Target) -> str | None:
         reason = gate_refuses(name, spec, target.device, target.training)
@@ -156,8 +140,6 @@ def _with_gate(name: str, refuse: Refuse | None) -> Refuse:
 
 def _careful(name: str, emit: Emit) -> Emit:
     """Writing whose faults cost this kernel alone, and whose result is what a site needs."""
-    from fusepass.kernels.base import Refused
-    from fusepass.writing.emit import CannotEmit
 
     def careful(site: Site, build: Builder, target: Target) -> fx.Node:
         try:
@@ -178,8 +160,6 @@ def _careful(name: str, emit: Emit) -> Emit:
 
 def _wrong_result(site: Site, build: Builder, out: fx.Node) -> str | None:
     """What of a result is not what a site needs; sizes that are not known are compared when they are used."""
-    from fusepass.dialects.torch.nodes import size_of
-
     spec, value = site.spec, build.value(out)
     wanted = (spec.batch, spec.heads, spec.queries, spec.value_dim)
     shape = tuple(size_of(n) for n in value.shape)
@@ -195,8 +175,6 @@ def _wrong_result(site: Site, build: Builder, out: fx.Node) -> str | None:
 
 def _no_operator(build: Builder) -> str | None:
     """Why what was written cannot stand in an exported graph; None if it can."""
-    from torch._ops import HigherOrderOperator, OpOverload
-
     written = {
         node.target for node in build.made if not isinstance(node.target, (OpOverload, HigherOrderOperator))
     }
@@ -207,28 +185,4 @@ def _no_operator(build: Builder) -> str | None:
     return None
 
 
-def _look_for_packages() -> None:
-    """Load what the entry points and the environment name, once a process; what fails is warned of."""
-    named = os.environ.get(VARIABLE, "")
-    if GROUP not in _looked:
-        _looked.add(GROUP)
-        for point in metadata.entry_points(group=GROUP):
-            _load(f"entry point {point.name!r} ({point.value})", point.load)
-    for module in filter(None, (part.strip() for part in named.split(","))):
-        if module not in _looked:
-            _looked.add(module)
-            _load(f"{VARIABLE} names {module!r}", partial(import_module, module))
-
-
-def _load(what: str, load: Callable[[], object]) -> None:
-    try:
-        found = load()
-        if callable(found):
-            found()
-    except Exception as error:
-        if strict():
-            raise
-        log.warning("fusepass: %s: its kernels are not there: %s", what, first_line(error), exc_info=True)
-
-
-__all__ = ["GROUP", "VARIABLE", "Registered", "register_kernel", "registered", "unregister_kernel"]
+__all__ = ["Registered", "register_kernel", "registered", "unregister_kernel"]

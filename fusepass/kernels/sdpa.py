@@ -41,8 +41,7 @@ from fusepass.kernels.base import (
     visible,
     without_hidden_keys,
 )
-from fusepass.kernels.flex import stored_op
-from fusepass.recognition.recognize import Site
+from fusepass.rules.site import Site
 from fusepass.specification.attention import (
     Attention,
     Bias,
@@ -57,6 +56,7 @@ from fusepass.specification.attention import (
 )
 from fusepass.specification.takes import Takes
 from fusepass.writing.emit import Builder
+from fusepass.writing.stored import stored_op
 
 #: What is written, whatever stands at ``torch.nn.functional.scaled_dot_product_attention``.
 CALL = torch.ops.aten.scaled_dot_product_attention.default

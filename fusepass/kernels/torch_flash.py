@@ -15,7 +15,7 @@ from torch import fx
 from fusepass.kernels import gates
 from fusepass.kernels.base import AROUND, Operands, Target
 from fusepass.kernels.flash import bottom_right
-from fusepass.recognition.recognize import Site
+from fusepass.rules.site import Site
 from fusepass.specification.attention import Attention, Mask, Scale, ScaleBy
 from fusepass.specification.takes import Takes
 from fusepass.writing.emit import Builder

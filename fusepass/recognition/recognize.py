@@ -27,7 +27,7 @@ from fusepass.patterns.products import PRODUCTS, factors, normalised_late
 from fusepass.patterns.scores import SCORES, holds_product
 from fusepass.patterns.softmax import SOFTMAX
 from fusepass.patterns.weights import WEIGHTS, holds_softmax, parts
-from fusepass.rules import formulas
+from fusepass.rules import formulas, visibility
 from fusepass.rules.engine import (
     STEP_LIMIT,
     Core,
@@ -40,6 +40,7 @@ from fusepass.rules.engine import (
     always,
     applied,
 )
+from fusepass.rules.site import Roles, Site
 from fusepass.specification.attention import (
     USUAL_SCORES,
     Atom,
@@ -87,31 +88,6 @@ class Rules:
 
 
 RULES = Rules()
-
-
-@dataclass
-class Site:
-    """A recognised attention site: the specification and what its letters stand for.
-
-    ``query``, ``keys`` and ``values`` list the tensors that may serve, from the operand of the product
-    inwards through its views; every element of the operand is an element of each of them.
-    """
-
-    spec: Attention
-    roles: heads.Roles
-    space: AxisSpace
-    query: list[Term]
-    keys: list[Term]
-    values: list[Term]
-    operands: list[Term]
-    out: Term
-    product: Expr
-    scope: Scope
-
-    @property
-    def trace(self) -> list[str]:
-        """The rules that applied, in order."""
-        return self.scope.trace
 
 
 @dataclass(frozen=True)
@@ -533,7 +509,7 @@ class _Reading:
                     seen.add(node)
                     todo.extend(node.args)
 
-    def _settle(self, roles: heads.Roles) -> None:
+    def _settle(self, roles: Roles) -> None:
         """Splits made since an axis was listed replace it by its parts."""
         for name in ("batch", "kv_heads", "group", "query", "key", "head_dim", "value_dim"):
             axes = getattr(roles, name)
@@ -569,7 +545,7 @@ class _Reading:
                 break
         return factors, chain
 
-    def _understood(self, mod: ScoreModifier, roles: heads.Roles) -> ScoreModifier:
+    def _understood(self, mod: ScoreModifier, roles: Roles) -> ScoreModifier:
         """A modifier with its axes named, and a bias that is only ever zero or a fill turned into a mask."""
         scope = self.scope
         if isinstance(mod, ScaleBy):
@@ -582,7 +558,7 @@ class _Reading:
             return replace(mod, atoms=self._atoms(attends, roles))
         return mod
 
-    def _understood_bias(self, mod: Bias, roles: heads.Roles) -> Bias | Mask:
+    def _understood_bias(self, mod: Bias, roles: Roles) -> Bias | Mask:
         scope = self.scope
         term = scope.operands[mod.slot]
         scaled = term
@@ -590,7 +566,7 @@ class _Reading:
             dtype = term.expr.dtype if term.expr.is_float else torch.float32
             factor = const(mod.factor, dtype)  # not in the dtype of integers, which would truncate it
             scaled = Term(pointwise("mul", term.expr, factor, dtype=dtype), term.index)
-        hidden = masks.additive_mask(self.formulas, self.formulas.lift(scaled), term.expr.dtype)
+        hidden = visibility.additive_mask(self.formulas, self.formulas.lift(scaled), term.expr.dtype)
         wide = mod.dtype if mod.dtype and holds_less(self.computed, DTYPES[mod.dtype]) else ""
         if hidden is None:
             if ranges.absorbs_from_above(scaled.expr, scope.contents, scope.facts):
@@ -707,13 +683,13 @@ class _Reading:
         attends = pointwise("eq", term.expr, const(0.0, term.expr.dtype))
         return Mask(self.scope.slot(Term(attends, term.index)), fill, False, True, mod.atoms)
 
-    def _letters(self, term: Term, roles: heads.Roles) -> str:
+    def _letters(self, term: Term, roles: Roles) -> str:
         self._settle(roles)
         axes = {b for a in self.scope.axes(term) for b in self.scope.space.resolve(Affine(((a, 1),))).axes}
         table = roles.letters()
         return "".join(sorted({table.get(a, "b") for a in axes}))
 
-    def _positions(self, roles: heads.Roles) -> masks.Positions:
+    def _positions(self, roles: Roles) -> masks.Positions:
         return masks.Positions(self._position(roles.query), self._position(roles.key), roles.letters())
 
     def _position(self, axes: list[str]) -> Affine:
@@ -722,7 +698,7 @@ class _Reading:
             index = index * self.scope.space.sizes[axis] + Affine(((axis, 1),))
         return index
 
-    def _atoms(self, attends: Expr, roles: heads.Roles) -> tuple[Atom, ...]:
+    def _atoms(self, attends: Expr, roles: Roles) -> tuple[Atom, ...]:
         self._settle(roles)
         space, at = self.scope.space, self._positions(roles)
         found = [masks.classify(part, at, space) for part in masks.conjuncts(attends)]
@@ -733,7 +709,7 @@ class _Reading:
                 found = [whole, *(a for a in found if not isinstance(a, Band))]
         return tuple(dict.fromkeys(found))
 
-    def _weight(self, mod: WeightModifier, roles: heads.Roles, spec: Attention) -> WeightModifier | None:
+    def _weight(self, mod: WeightModifier, roles: Roles, spec: Attention) -> WeightModifier | None:
         if isinstance(mod, WeightScale) and mod.slot is not None:
             axes = self._letters(self.scope.operands[mod.slot], roles)
             if {"i", "j"} <= set(axes):
@@ -758,7 +734,7 @@ class _Reading:
         if not mod.additive:
             return self._visible(mod.slot, mod.attends)
         term = self.scope.operands[mod.slot]
-        hidden = masks.additive_mask(self.formulas, self.formulas.lift(term), term.expr.dtype)
+        hidden = visibility.additive_mask(self.formulas, self.formulas.lift(term), term.expr.dtype)
         return hidden.attends if hidden is not None else formulas.TRUE
 
     def _rows_seen(
@@ -766,7 +742,7 @@ class _Reading:
         scores: tuple[ScoreModifier, ...],
         atoms: list[Atom],
         sizes: dict[str, Size],
-        roles: heads.Roles,
+        roles: Roles,
     ) -> bool:
         queries, keys = sizes["query"], sizes["key"]
         if masks.every_row_sees(atoms, queries, keys, self.scope):
@@ -847,6 +823,6 @@ def _without_empty(scores: tuple[ScoreModifier, ...]) -> tuple[ScoreModifier, ..
 
 
 __all__ = [
-    "RULES", "Miss", "Rules", "Site", "ZeroEmptyRows", "as_product", "negligible", "normalised_late",
+    "RULES", "Miss", "Rules", "ZeroEmptyRows", "as_product", "factors", "negligible", "normalised_late",
     "recognise", "recognise_sum",
 ]  # fmt: skip

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from fusepass.reports.report import Collector, SiteReport, merged, summary
+import torch
+
+from fusepass import __version__
+from fusepass.reports.collector import Collector, summary
+from fusepass.reports.report import SiteReport, merged
 
 
 @dataclass(frozen=True)
@@ -199,10 +203,6 @@ def _time(milliseconds: float) -> str:
 
 
 def _versions() -> str:
-    import torch
-
-    from fusepass import __version__
-
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     return (
         f"fusepass {__version__} · torch {torch.__version__} · Python {platform.python_version()} · {device}"

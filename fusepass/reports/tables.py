@@ -2,26 +2,23 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
 
-from fusepass.reports.report import Collector, SiteReport, merged
-
-if TYPE_CHECKING:
-    from fusepass.reports.measure import Cost
-    from fusepass.tools.verification import Check
+from fusepass.reports.check import Check
+from fusepass.reports.measure import Cost
+from fusepass.reports.report import SiteReport, merged
 
 
-def site_table(collector: Collector) -> Table:
+def site_table(sites: Sequence[SiteReport]) -> Table:
     """One row for all sites that read the same, in order of appearance."""
     table = Table(title="Attention sites", title_justify="left", header_style="bold", expand=False)
     table.add_column("sites", justify="right")
     table.add_column("recognised as", ratio=3, overflow="fold")
     table.add_column("kernel, or why it stays", ratio=3, overflow="fold")
     table.add_column("source", ratio=3, overflow="fold", style="dim")
-    for site, count in Counter(map(merged, collector.sites)).items():
+    for site, count in Counter(map(merged, sites)).items():
         table.add_row(str(count), _recognised(site), _outcome(site), escape(site.source or "unknown"))
     return table
 
@@ -41,7 +38,7 @@ def _outcome(site: SiteReport) -> str:
     return f"[green]{escape(site.kernel or '?')}[/green]{reason}{passed_over}"
 
 
-def check_table(outputs: Sequence["Check"], gradients: Sequence["Check"], exact: str) -> Table:
+def check_table(outputs: Sequence[Check], gradients: Sequence[Check], exact: str) -> Table:
     """Errors of every output; of the gradients only the worst."""
     title = f"Errors against {exact}, relative to the largest value"
     table = Table(title=title, title_justify="left", header_style="bold")
@@ -60,7 +57,7 @@ def check_table(outputs: Sequence["Check"], gradients: Sequence["Check"], exact:
     return table
 
 
-def cost_table(costs: Mapping[str, "Cost"], inner: str) -> Table:
+def cost_table(costs: Mapping[str, Cost], inner: str) -> Table:
     """Time and memory of every way of running."""
     names = {"eager": "eager", "inner": f"{inner} alone", "fused": f"{inner} with fusepass"}
     table = Table(title="Time and memory of one call", title_justify="left", header_style="bold")

@@ -17,21 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fusepass.compilation.backend import inner_compiler
 from fusepass.dialects.torch.nodes import value_of
-from fusepass.host.config import Options
+from fusepass.host.config import Compiler, Options
 from fusepass.host.surroundings import graph_context
 from fusepass.kernels import Kernel
-from fusepass.selection import clock as bench_clock
-from fusepass.selection import costs
-from fusepass.selection.select import UNFUSED, Write
+from fusepass.selection import clock, costs
+from fusepass.selection.machine import machine
+from fusepass.selection.work import UNFUSED
 from fusepass.specification.attention import Attention
-from fusepass.tools.bench import measuring as bench
 from fusepass.writing.validate import between, random_inputs
 
 log = logging.getLogger("fusepass")
 _lock = threading.Lock()
 REPEATS = 20
+
+Write = Callable[[Kernel], tuple[fx.Node, Callable[[], None]] | None]
+"""Writes a kernel's nodes and returns the last one and what takes them back, or None."""
 
 
 def fastest(
@@ -41,6 +42,7 @@ def fastest(
     write: Write,
     options: Options,
     training: bool,
+    compiler: Compiler,
 ) -> str | None:
     """The name of the fastest way to compute a site, or ``"unfused"``; None where nothing could be timed.
 
@@ -48,16 +50,19 @@ def fastest(
         original: the node that computes the site.
         kernels: those to try.
         write: writes one of them into the graph and returns its node and what takes it back, or None.
+        options: those that the answer depends on: the inner compiler and its mode.
+        training: are gradients wanted?
+        compiler: the inner compiler that the options name.
     """
     key = key_of(spec, site_inputs(original), training, options.inner, options.mode)
     known = remembered(key)
     if known == UNFUSED or known in [k.name for k in kernels]:
         return known
-    times = {UNFUSED: milliseconds(original, original, options, training)}
+    times = {UNFUSED: milliseconds(original, original, compiler, training)}
     for kernel in kernels:
         written = write(kernel)
         if written is not None:
-            times[kernel.name] = milliseconds(original, written[0], options, training)
+            times[kernel.name] = milliseconds(original, written[0], compiler, training)
             written[1]()
     found = {name: ms for name, ms in times.items() if ms is not None}
     return remember(key, found) if found else None
@@ -95,7 +100,7 @@ def key_of(spec: Attention, tensors: Sequence[Tensor], training: bool, inner: An
     """What an answer depends on: the machine, the versions, the specification, and the layout of operands."""
     layouts = [(str(t.dtype), [_hint(n) for n in t.shape], [_hint(n) for n in t.stride()]) for t in tensors]
     device = tensors[0].device.type if tensors else "cpu"
-    about = {k: v for k, v in bench.machine(device).items() if k != "python"}
+    about = {k: v for k, v in machine(device).items() if k != "python"}
     name = inner if isinstance(inner, str) else getattr(inner, "__qualname__", "callable")
     return json.dumps([about, str(spec), layouts, training, name, *([] if mode is None else [mode])])
 
@@ -112,12 +117,14 @@ def site_inputs(node: fx.Node) -> list[Tensor]:
     return [v for n in outside if isinstance(v := value_of(n), Tensor)]
 
 
-def milliseconds(original: fx.Node, end: fx.Node, options: Options, training: bool) -> float | None:
+def milliseconds(original: fx.Node, end: fx.Node, compiler: Compiler, training: bool) -> float | None:
     """The median time of the nodes up to ``end``, compiled on their own; None where they cannot be.
 
     Args:
         original: the node that computes the site as it was written, which says where the site begins.
         end: it, or the node that is to take its place.
+        compiler: the inner compiler.
+        training: are gradients wanted?
     """
     order = {n: i for i, n in enumerate(original.graph.nodes)}
     nodes = between(original, end, order)
@@ -127,11 +134,10 @@ def milliseconds(original: fx.Node, end: fx.Node, options: Options, training: bo
     for tensor in given:
         if training and tensor.is_floating_point():
             tensor.requires_grad_()
-    compile_inner = inner_compiler(options)
     try:
         # A thread of its own: what is being compiled around us must not be seen from here.
         with graph_context(), ThreadPoolExecutor(1) as pool:
-            return pool.submit(_timed, compile_inner, graph, given, device, training).result()
+            return pool.submit(_timed, compiler, graph, given, device, training).result()
     except Exception as error:
         log.info("fusepass: autotune leaves a candidate out: %s: %s", type(error).__name__, error)
         return None
@@ -166,14 +172,14 @@ def _like(value: Tensor, fake: Tensor) -> Tensor:
 
 
 def _timed(
-    compile_inner: Callable[..., Any],
+    compiler: Compiler,
     graph: fx.GraphModule,
     given: list[Tensor],
     device: torch.device,
     training: bool,
 ) -> float:
     with torch.set_grad_enabled(training):
-        compiled = compile_inner(graph, given)
+        compiled = compiler(graph, given)
         wanted = [t for t in given if t.requires_grad]
         grad: list[Tensor] = []
 
@@ -186,7 +192,7 @@ def _timed(
             return torch.autograd.grad(out, wanted, grad[0], allow_unused=True)
 
         step()
-        return bench_clock.timed(step, device, REPEATS)
+        return clock.timed(step, device, REPEATS)
 
 
 __all__ = ["key_of", "milliseconds", "remember", "remembered", "site_inputs"]

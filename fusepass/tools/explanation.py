@@ -11,7 +11,8 @@ from rich.table import Table
 from fusepass.compilation.assumptions import Original, static_inputs
 from fusepass.compilation.backend import run_pass
 from fusepass.host.config import Options
-from fusepass.reports.report import Collector, SiteReport, collect, summary
+from fusepass.reports.collector import Collector, collect, summary
+from fusepass.reports.report import SiteReport
 from fusepass.reports.tables import site_table
 from fusepass.tools.sandbox import compiled_apart, fresh, restored, unwrapped
 
@@ -37,7 +38,7 @@ class Explanation:
 
     def table(self) -> Table:
         """The sites as a rich table; sites that read the same share a row."""
-        return site_table(self.collector)
+        return site_table(self.sites)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`."""

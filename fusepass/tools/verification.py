@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 
-from fusepass.compilation.backend import compile_fused, inner_compiler
+from fusepass.compilation.backend import compile_fused
+from fusepass.compilation.inner import inner_compiler
 from fusepass.host.config import Options
+from fusepass.reports.check import Check
+from fusepass.reports.collector import Collector, collect, summary
 from fusepass.reports.measure import Cost, cost
-from fusepass.reports.report import Collector, SiteReport, collect, summary
+from fusepass.reports.report import SiteReport
 from fusepass.reports.tables import check_table, cost_table
 from fusepass.tools.sandbox import compiled_apart, unwrapped
 from fusepass.tools.trial import Results, Tensors, Trial, distance
@@ -24,29 +27,6 @@ ROOM = 2.0
 
 class Unsteady(ValueError):
     """The model gives other results from run to run, so that there is nothing to compare."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One output, or one gradient. Errors are relative to the largest value of the exact result."""
-
-    name: str
-    eager_error: float
-    fused_error: float
-    difference: float
-    """Of the fused result from the eager one."""
-    allowed: float
-
-    @property
-    def ok(self) -> bool:
-        return self.fused_error <= self.allowed
-
-    @property
-    def ratio(self) -> float:
-        """How many times larger the fused error is than the eager one."""
-        if self.eager_error:
-            return self.fused_error / self.eager_error
-        return float("inf") if self.fused_error else 1.0
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor, fx
 
 from fusepass.dialects.torch.nodes import value_of
 from fusepass.expressions.ir import Expr
-from fusepass.kernels.flex import stored_op
 from fusepass.writing.emit import Builder, CannotEmit
+from fusepass.writing.stored import stored_op
 
 
 def learns(node: fx.Node) -> bool:

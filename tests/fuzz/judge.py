@@ -119,7 +119,7 @@ def coarseness(program: Program) -> float:
 
 def compare(program: Program, expected: Expected, backend: str, **options: str) -> Verdict:
     """Compiles a program with a backend and compares it with what is expected."""
-    from fusepass.reports.report import collect
+    from fusepass.reports.collector import collect
 
     torch._dynamo.reset()
     with collect() as report:

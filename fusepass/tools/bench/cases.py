@@ -35,7 +35,7 @@ class Shape:
 class Variant:
     """One kind of attention.
 
-    kind: what the cost model calls it (:func:`fusepass.selection.select.kind_of`).
+    kind: what the cost model calls it (:func:`fusepass.selection.work.kind_of`).
     kernels: those that take it.
     hand: the same computation on one library, by name; "prepared" ones are given what depends on data, such
         as the block table of a padding, which a model makes once a step; "repaired" ones give what the

@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from fusepass.kernels.registry import registered
 from fusepass.selection import costs
+from fusepass.selection.machine import machine
 from fusepass.tools.bench import measuring as bench
 from fusepass.tools.bench import report as bench_report
 from fusepass.tools.bench.cases import VARIANTS
@@ -31,7 +32,7 @@ def command(arguments: argparse.Namespace) -> int:
             more, about = bench.read_csv(place)
             rows += more
     else:
-        about = bench.machine(arguments.device) | {"dtype": arguments.dtype}
+        about = machine(arguments.device) | {"dtype": arguments.dtype}
         rows = _measure(arguments, console, about)
         console.print(f"{len(rows)} measurements in {arguments.out}", highlight=False)
     if arguments.profile or arguments.profile_to:

@@ -20,7 +20,6 @@ import fcntl
 import gc
 import itertools
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fusepass.kernels.registry import registered
+from fusepass.reports.collector import Collector, collect
 from fusepass.selection.clock import first_line, in_turn, peak, recorded
 from fusepass.tools.bench.cases import VARIANTS, Inputs, Variant
 from fusepass.tools.bench.pool import Exclusive, alone, spread
@@ -310,8 +310,6 @@ def _contender(job: Job, variant: Variant) -> tuple[Callable[..., Tensor], Calla
         return variant.program, lambda: "eager"
     if job.contender == "compile":
         return torch.compile(variant.program, dynamic=False), lambda: "compile"
-    from fusepass.reports.report import Collector
-
     seen = Collector()
     compiled = torch.compile(
         variant.program, backend="fusepass", dynamic=False, options={"kernel": job.contender}
@@ -321,8 +319,6 @@ def _contender(job: Job, variant: Variant) -> tuple[Callable[..., Tensor], Calla
         if seen.graphs:
             out: Tensor = compiled(**inputs)
             return out
-        from fusepass.reports.report import collect
-
         with collect() as found:
             out = compiled(**inputs)
         seen.graphs.extend(found.graphs)
@@ -363,30 +359,6 @@ def _locked(wanted: bool) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------- results
-
-
-def machine(device: str = "cuda") -> dict[str, str]:
-    """The machine and the versions that the numbers are of."""
-    from importlib import metadata
-
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    if device == "cuda":
-        found |= {
-            "device": torch.cuda.get_device_name(),
-            "capability": ".".join(map(str, torch.cuda.get_device_capability())),
-            "cuda": torch.version.cuda or "",
-            "cudnn": str(torch.backends.cudnn.version()),
-        }
-    else:
-        from fusepass.kernels.reference import multiplies_bfloat16
-
-        found["device"] = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-        instructions = torch.backends.cpu.get_cpu_capability()
-        found["instructions"] = f"{instructions}{' with bfloat16 products' * multiplies_bfloat16()}"
-    for name in ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cudnn-frontend"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 def key_of(row: Row) -> tuple[object, ...]:
@@ -434,7 +406,6 @@ __all__ = [
     "Row",
     "jobs",
     "key_of",
-    "machine",
     "apart",
     "by_name",
     "measured",

@@ -7,6 +7,7 @@ measurement becomes a result that says so.  Nothing is lost: results are handed 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -231,8 +232,6 @@ def _serve(pipe: Connection, measure: Any) -> None:
 
 def _end_with_parent() -> None:
     """Linux: a process whose parent dies gets a signal."""
-    import ctypes
-
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fusepass.selection import costs
-from fusepass.selection.select import UNFUSED
+from fusepass.selection.work import UNFUSED
 from fusepass.tools.bench import measuring as bench
 from fusepass.tools.bench.cases import VARIANTS
 from fusepass.tools.bench.measuring import Row

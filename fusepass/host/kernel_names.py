@@ -1,0 +1,72 @@
+"""What `kernel=` takes: the names of fusepass's own kernels, and those of other packages.
+
+A package names a module, or a function of one, under the entry point group `fusepass.kernels`; the
+environment variable `FUSEPASS_KERNELS` holds names of modules with commas between them. Both are loaded when
+a kernel is first asked for, in every process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module, metadata
+from typing import Any
+
+from fusepass.host.faults import first_line, strict
+
+log = logging.getLogger("fusepass")
+
+KERNELS = (
+    "auto",
+    "autotune",
+    "sdpa",
+    "cudnn",
+    "flash2",
+    "flash3",
+    "flash4",
+    "flex",
+    "flex_flash",
+    "reference",
+)
+
+GROUP, VARIABLE = "fusepass.kernels", "FUSEPASS_KERNELS"
+
+#: What other packages have registered, by name, in the order of their registration.  It lies here so that
+#: options can be checked where no kernel is loaded.
+REGISTERED: dict[str, Any] = {}
+_looked: set[str] = set()
+
+
+def accepted_kernels() -> tuple[str, ...]:
+    """What `kernel=` takes: `KERNELS`, and those of other packages."""
+    look_for_packages()
+    return (*KERNELS, *REGISTERED)
+
+
+def look_for_packages() -> None:
+    """Load what the entry points and the environment name, once a process; what fails is warned of."""
+    named = os.environ.get(VARIABLE, "")
+    if GROUP not in _looked:
+        _looked.add(GROUP)
+        for point in metadata.entry_points(group=GROUP):
+            _load(f"entry point {point.name!r} ({point.value})", point.load)
+    for module in filter(None, (part.strip() for part in named.split(","))):
+        if module not in _looked:
+            _looked.add(module)
+            _load(f"{VARIABLE} names {module!r}", partial(import_module, module))
+
+
+def _load(what: str, load: Callable[[], object]) -> None:
+    try:
+        found = load()
+        if callable(found):
+            found()
+    except Exception as error:
+        if strict():
+            raise
+        log.warning("fusepass: %s: its kernels are not there: %s", what, first_line(error), exc_info=True)
+
+
+__all__ = ["GROUP", "KERNELS", "REGISTERED", "VARIABLE", "accepted_kernels", "look_for_packages"]

@@ -1,0 +1,198 @@
+"""Calls of FlexAttention as one function each: of a program of modifiers, and of formulas with block tables.
+
+They stand in graphs, and are traced when the graph is compiled.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusepass.host.surroundings import settings
+from fusepass.kernels import formula as fm
+from fusepass.kernels.blocks import BLOCK
+from fusepass.specification.attention import Bias, Finite, Floor, Mask, Scale, ScaleBy, SoftCap, finite
+from fusepass.specification.program import Program, decode
+
+LOWEST = torch.finfo(torch.float32).min / 2
+EXTREME = -1e30
+"""Stands for every lower score: the kernels work in powers of two, where float32's lowest overflows."""
+
+
+def flex_attention(
+    q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str, options: str
+) -> Tensor:
+    """FlexAttention of a program; see :func:`fusepass.kernels.reference.attention` for the arguments.
+
+    ``options`` are FlexAttention's, as :func:`block_attention` has them.
+
+    Returns:
+        ``[B, H, Q, Dv]`` in the dtype of ``q``.
+    """
+    from torch._higher_order_ops.flex_attention import flex_attention as operator
+    from torch.nn.attention.flex_attention import _create_empty_block_mask
+
+    code = decode(program)
+    scale, scores = _leading_scale(code)
+    exact = any(isinstance(m, Bias) for m in scores)
+
+    def score_mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *captured: Tensor) -> Tensor:
+        for mod in scores:
+            s = _apply(mod, s, (b, h, i, j), captured, exact)
+        return s
+
+    blocks = _create_empty_block_mask(q, k).as_tuple()
+    chosen = kernel_options(q) | dict(fm.read(options))
+    found = operator(q, k, v, score_mod, blocks, scale, chosen, tuple(tensors), ())
+    return found[0]
+
+
+def kernel_options(q: Tensor) -> dict[str, Any]:
+    """The kernel options that the public function would set for a caller who reads the result alone.
+
+    The CPU kernel writes no log-sum-exp, the others only where a gradient may be asked for.
+    """
+    return {
+        "BACKEND": "AUTO",
+        "PRESCALE_QK": False,
+        "ROWS_GUARANTEED_SAFE": False,
+        "BLOCKS_ARE_CONTIGUOUS": False,
+        "WRITE_DQ": True,
+        "OUTPUT_LOGSUMEXP": q.device.type != "cpu" and settings().grad,
+        "OUTPUT_MAX": False,
+    }
+
+
+def _leading_scale(code: Program) -> tuple[float, tuple[Any, ...]]:
+    first = code.scores[0] if code.scores else None
+    return (first.factor, code.scores[1:]) if isinstance(first, Scale) else (1.0, code.scores)
+
+
+def _element(t: Tensor, at: tuple[Tensor, ...]) -> Tensor:
+    """``t[b, h, i, j]`` with broadcast dimensions read at 0."""
+    if t.dim() == 0:
+        return t
+    return t[tuple(at[d] if t.shape[d] != 1 else torch.zeros_like(at[d]) for d in range(4))]
+
+
+def _apply(mod: Any, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, ...], exact: bool) -> Tensor:
+    match mod:
+        case Scale(factor):
+            return s * factor
+        case ScaleBy(slot):
+            return s * _element(captured[slot], at)
+        case SoftCap(cap):
+            return cap * torch.tanh(s / cap)
+        case Bias(slot, _, factor):
+            return s + representable(_element(captured[slot], at) * factor)
+        case Floor(bound):
+            return torch.maximum(s, torch.full_like(s, max(bound, torch.finfo(torch.float32).min)))
+        case Finite(nan, low, high):
+            return finite(s, nan, max(low, EXTREME), min(high, -EXTREME))
+        case Mask():
+            return _masked(mod, s, at, captured, exact)
+    raise ValueError(f"FlexAttention program: unknown modifier {mod!r}")
+
+
+def _masked(
+    mod: Mask, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, ...], exact: bool
+) -> Tensor:
+    """Hidden scores.  ``exact``: a bias may hide whole rows, in which fills are compared with each other."""
+    fill = max(mod.fill, EXTREME)
+    if exact:
+        fill = mod.fill if mod.fill == -math.inf else max(mod.fill, LOWEST)
+    if mod.slot >= 0:
+        tensor = _element(captured[mod.slot], at)
+        if mod.additive:
+            return s + (representable(tensor) if exact else tensor)
+        return torch.where(tensor, s, fill) if mod.attends else torch.where(tensor, fill, s)
+    hidden: Any = s + fill if mod.additive and exact else fill
+    gap = at[3] - at[2]
+    for band in mod.atoms:
+        right, left = getattr(band, "right", None), getattr(band, "left", None)
+        if right is not None:
+            s = torch.where(gap <= right, s, hidden)
+        if left is not None:
+            s = torch.where(gap >= -left, s, hidden)
+    return s
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score_tensors: list[Tensor],
+    mask_tensors: list[Tensor],
+    tables: list[Tensor],
+    code: str,
+    options: str,
+) -> tuple[Tensor, Tensor]:
+    """FlexAttention of formulas.
+
+    Args:
+        q: ``[B, H, Q, D]``; k: ``[B, G, K, D]``; v: ``[B, G, K, Dv]``.
+        score_tensors, mask_tensors: what the formulas load.
+        tables: the tensors of ``fusepass::block_tables``, or none where everything is visible; those by
+            queries, which only a backward reads, may be missing.
+        code: ``[scale, [[kind, ...], ...], formula or null]``, the steps of the scores and the visibility.
+        options: ``[[name, value], ...]``, kernel options of FlexAttention.
+
+    Returns:
+        ``[B, H, Q, Dv]`` in the dtype of ``q``, and the log-sum-exp, base 2, ``[B, H, Q]``.
+    """
+    from torch._higher_order_ops.flex_attention import flex_attention as operator
+    from torch.nn.attention.flex_attention import BlockMask, _create_empty_block_mask
+
+    scale, scores, visible = fm.read(code)
+
+    def score_mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *captured: Tensor) -> Tensor:
+        at = {"b": b, "h": h, "i": i, "j": j}
+        for mod in scores:
+            s = _scored(mod, s, at, captured)
+        return s
+
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor, *captured: Tensor) -> Tensor:
+        seen = fm.evaluate(visible, {"b": b, "h": h, "i": i, "j": j}, captured)
+        return seen if seen.dtype is torch.bool else seen != 0
+
+    if tables:
+        lengths, size = (q.shape[2], k.shape[2]), (BLOCK, BLOCK)
+        made: Any = BlockMask
+        by_queries = tables[4:] or tables[:4]
+        blocks = made(lengths, *tables[:4], *by_queries, BLOCK_SIZE=size, mask_mod=mask_mod).as_tuple()
+    else:
+        blocks = _create_empty_block_mask(q, k).as_tuple()
+    chosen = kernel_options(q) | dict(fm.read(options))
+    found = operator(q, k, v, score_mod, blocks, scale, chosen, tuple(score_tensors), tuple(mask_tensors))
+    return found[0], found[1]
+
+
+def _scored(mod: Any, s: Tensor, at: dict[str, Tensor], captured: tuple[Tensor, ...]) -> Tensor:
+    kind, given, *more = mod
+    if kind == "scale":
+        s = s * given
+    elif kind == "softcap":
+        s = given * torch.tanh(s / given)
+    elif kind == "add":
+        added = fm.evaluate(given, at, captured)
+        added = added if more[0] == 1 else added * more[0]
+        s = s + (representable(added) if fm.may_hide(given, LOWEST) else added)
+    elif kind == "times":
+        s = s * fm.evaluate(given, at, captured)
+    elif kind == "finite":
+        low, high = (max(min(end, -EXTREME), EXTREME) for end in more)
+        s = finite(s, given, low, high)
+    else:
+        raise ValueError(f"FlexAttention program: unknown step {mod!r}")
+    return s
+
+
+def representable(added: Tensor) -> Tensor:
+    """The lowest finite values halved: they hide as much, and do not overflow in powers of two."""
+    if added.dtype is torch.float16 or not added.is_floating_point():
+        return added
+    too_low = torch.logical_and(added < LOWEST, added > -math.inf)
+    return torch.where(too_low, LOWEST, added)  # of comparisons alone: CuTe has no maximum in torch 2.11

@@ -1,0 +1,26 @@
+"""How far a result of the fused model is from the exact one, beside the eager one."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Check:
+    """One output, or one gradient. Errors are relative to the largest value of the exact result."""
+
+    name: str
+    eager_error: float
+    fused_error: float
+    difference: float
+    """Of the fused result from the eager one."""
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.fused_error <= self.allowed
+
+    @property
+    def ratio(self) -> float:
+        """How many times larger the fused error is than the eager one."""
+        if self.eager_error:
+            return self.fused_error / self.eager_error
+        return float("inf") if self.fused_error else 1.0

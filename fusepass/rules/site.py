@@ -1,0 +1,64 @@
+"""A recognised site: the specification, and the tensors and axes that its letters stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fusepass.expressions.index import AxisSpace
+from fusepass.expressions.ir import Expr
+from fusepass.rules.engine import Scope, Term
+from fusepass.specification.attention import Attention
+
+
+@dataclass
+class Roles:
+    """The finest axes of a site by role, each list outermost first.
+
+    Query heads are ``kv_heads`` then ``group``: head ``h`` reads key/value head ``h // group``.
+    """
+
+    batch: list[str] = field(default_factory=list)
+    kv_heads: list[str] = field(default_factory=list)
+    group: list[str] = field(default_factory=list)
+    query: list[str] = field(default_factory=list)
+    key: list[str] = field(default_factory=list)
+    head_dim: list[str] = field(default_factory=list)
+    value_dim: list[str] = field(default_factory=list)
+
+    @property
+    def heads(self) -> list[str]:
+        """The axes of the query heads."""
+        return [*self.kv_heads, *self.group]
+
+    def letters(self) -> dict[str, str]:
+        """Axis name to letter, for texts."""
+        table = dict.fromkeys(self.batch, "b") | dict.fromkeys(self.heads, "h")
+        return table | dict.fromkeys(self.query, "i") | dict.fromkeys(self.key, "j")
+
+
+@dataclass
+class Site:
+    """A recognised attention site: the specification and what its letters stand for.
+
+    ``query``, ``keys`` and ``values`` list the tensors that may serve, from the operand of the product
+    inwards through its views; every element of the operand is an element of each of them.
+    """
+
+    spec: Attention
+    roles: Roles
+    space: AxisSpace
+    query: list[Term]
+    keys: list[Term]
+    values: list[Term]
+    operands: list[Term]
+    out: Term
+    product: Expr
+    scope: Scope
+
+    @property
+    def trace(self) -> list[str]:
+        """The rules that applied, in order."""
+        return self.scope.trace
+
+
+__all__ = ["Roles", "Site"]
