@@ -7,73 +7,36 @@ to a product of queries and keys, gives every axis its role, and understands the
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from fusepass.expressions import intervals as ranges
 from fusepass.expressions.contents import Contents
-from fusepass.expressions.index import Affine, AxisSpace, Facts, Size, prod
-from fusepass.expressions.intervals import range_of
-from fusepass.expressions.ir import DTYPES, Expr, const, expr, pointwise, scalar_of
-from fusepass.patterns import heads, masks
+from fusepass.expressions.index import Affine, AxisSpace, Facts, Size
+from fusepass.expressions.ir import Expr, expr
+from fusepass.patterns import heads
 from fusepass.patterns.joined import JOINED, joined, taken_apart
 from fusepass.patterns.layout import LAYOUT
 from fusepass.patterns.products import PRODUCTS, factors, normalised_late
 from fusepass.patterns.scores import SCORES, holds_product
 from fusepass.patterns.softmax import SOFTMAX
 from fusepass.patterns.weights import WEIGHTS, holds_softmax, parts
-from fusepass.rules import formulas, visibility
-from fusepass.rules.engine import (
-    STEP_LIMIT,
-    Core,
-    Peel,
-    Product,
-    Refuse,
-    Rule,
-    Scope,
-    Term,
-    always,
-    applied,
-)
+from fusepass.recognition.fills import Fills, without_empty
+from fusepass.recognition.meanings import Meanings
+from fusepass.recognition.operands import chain_of, check_operands
+from fusepass.rules.engine import STEP_LIMIT, Core, Peel, Product, Refuse, Rule, Scope, Term, always, applied
 from fusepass.rules.site import Roles, Site
 from fusepass.specification.attention import (
-    USUAL_SCORES,
-    Atom,
     Attention,
-    Band,
-    Bias,
-    Cast,
-    Finite,
-    Floor,
-    Keep,
-    KeyGate,
-    Mask,
     Scale,
-    ScaleBy,
     ScoreModifier,
     Sink,
     WeightModifier,
-    WeightScale,
-    ZeroEmptyRows,
-    absorbs,
-    fates,
     holds_less,
     merge_scales,
-    negligible,
 )
-from fusepass.specification.program import slots
-
-#: Exponentials of usual scores do not overflow in a dtype that holds this number.
-LARGE = 1e30
-#: Exponentials of numbers up to this size neither vanish nor overflow beside a row's other terms.
-SMALL = 64.0
-#: Exponentials of numbers below this are zero, in float64 as well.
-VANISHING = -1000.0
 
 
 @dataclass(frozen=True)
@@ -203,9 +166,7 @@ class _Reading:
     ) -> None:
         self.scope, self.rules, self.out = scope, rules, out
         self.weights, self.values, self.summed = weights, values, summed
-        self.formulas = formulas.Formulas(scope)
         self.steps = 0
-        self.computed = out.expr.dtype  # the dtype of the product of queries and keys
 
     def run(self) -> Site | Miss | None:
         if len(self.summed) != 1:
@@ -320,59 +281,29 @@ class _Reading:
     # -- understanding -----------------------------------------------------------------------
 
     def _finish(self, core: Core, found: _Scores, weights: list[WeightModifier]) -> Site:
-        scope, self.computed = self.scope, found.node.dtype
-        left_is_key = self._is_key_side(found.product, 0)
-        query, key = (
-            (found.product.right, found.product.left)
-            if left_is_key
-            else (found.product.left, found.product.right)
-        )
-        low = self.out.expr.dtype
-        query_scales, query_chain = self._operand(query, low)
-        key_scales, key_chain = self._operand(key, low)
-        _, value_chain = self._operand(self.values, low, scales=False)
-        before = heads.ordered(scope, list(self.weights.index))
-        value_axes = [a for a in heads.ordered(scope, list(self.out.index)) if a not in before]
-        roles = heads.assign(
-            scope, core.scores, core.dim, query, key, self.values, found.product.axes, value_axes
-        )
-        self._settle(roles)
+        scope, low = self.scope, self.out.expr.dtype
+        query, key = self._query_and_key(found.product)
+        query_scales, query_chain = chain_of(scope, query, low)
+        key_scales, key_chain = chain_of(scope, key, low)
+        _, value_chain = chain_of(scope, self.values, low, scales=False)
+        roles = self._roles(core, found.product, query, key)
         dtype = query_chain[-1].expr.dtype
+        meanings = Meanings(scope, roles, found.node.dtype)
+        fills = Fills(meanings, core, dtype)
         written = [Scale(f) for f in (*query_scales, *key_scales)] + found.modifiers
-        scores = merge_scales(_without_exact_casts(written, found.node.dtype))
-        rounded = {} if any(isinstance(m, Cast) for m in scores) else _roundings(written, found.node.dtype)
-        understood = [self._rounded(self._understood(m, roles), m, rounded) for m in scores]
-        understood = [self._overflown(m, core.dtype, found.node.dtype) for m in understood]
-        partly = [
-            m
-            for m, as_merged in zip(understood, scores, strict=True)
-            if self._absorbs_in_part(m, as_merged, rounded)
-        ]
-        scores = self._floored(self._finite(self._filled(understood)))
-        atoms = [a for m in scores if isinstance(m, Mask) for a in m.atoms]
-        sizes = {
-            name: self._size(getattr(roles, name))
-            for name in ("batch", "heads", "kv_heads", "query", "key", "head_dim", "value_dim")
-        }
-        rows_seen = self._rows_seen(scores, atoms, sizes, roles)
-        if partly and not (rows_seen and all(isinstance(m, Mask) for m in partly)):
-            raise Refuse(
-                f"'{partly[0]}' absorbs scores in part, and they are scaled afterwards", core.scores.expr
-            )
-        if not rows_seen and (large := self._kept_beside(scores, dtype, core.dtype)) is not None:
-            raise Refuse(
-                f"where a query sees no key, '{large}' holds numbers that the mask's fill does not absorb",
-                core.scores.expr,
-            )
+        scores = fills.understood(written)
+        sizes = meanings.sizes()
+        rows_seen = meanings.rows_seen(scores)
+        fills.check(scores, rows_seen)
         sink = None
         if core.sink is not None:
-            sink = Sink(scope.slot(core.sink), self._letters(core.sink, roles), self._finite_sink(core))
-        scores = self._as_normalised(core, scores, rows_seen)
+            sink = Sink(scope.slot(core.sink), meanings.letters(core.sink), fills.finite_sink())
+        scores = fills.as_normalised(scores, rows_seen)
         spec = Attention(
             sizes["batch"], sizes["heads"], sizes["kv_heads"], sizes["query"], sizes["key"],
             sizes["head_dim"], sizes["value_dim"],
             dtype=dtype,
-            scores=merge_scales(_without_empty(scores)),
+            scores=merge_scales(without_empty(scores)),
             softmax_dtype=core.dtype,
             out_dtype=self.out.expr.dtype,
             sink=sink,
@@ -380,449 +311,27 @@ class _Reading:
             operands=len(scope.operands),
             keys_exist=scope.facts.at_most(1, sizes["key"]),
         )  # fmt: skip
-        kept = tuple(w for m in weights if (w := self._weight(m, roles, spec)) is not None)
+        kept = tuple(w for m in weights if (w := meanings.weight(m, spec)) is not None)
         spec = replace(spec, weights=kept)
-        self._check_operands(spec, found.node)
+        check_operands(scope, spec, found.node)
         return Site(
             spec, roles, scope.space, query_chain, key_chain, value_chain, scope.operands, self.out,
             found.node, scope,
         )  # fmt: skip
 
-    def _absorbs_in_part(
-        self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, _Written]
-    ) -> bool:
-        """Are scores rounded by a mask or a constant that is added, and scaled by what rounds them again?
+    def _query_and_key(self, product: Product) -> tuple[Term, Term]:
+        """The operands of the product of queries and keys, in this order."""
+        left_is_key = self._is_key_side(product, 0)
+        return (product.right, product.left) if left_is_key else (product.left, product.right)
 
-        Moved before what is added, the scale would have other scores rounded.
-        """
-        if not isinstance(mod, (Mask, Bias)) or not isinstance(merged, (Mask, Bias)):
-            return False
-        written = rounded.get(merged.slot)
-        if written is None:
-            return False
-        scale = math.prod(abs(step.factor) for step in written.steps if isinstance(step, Scale))
-        if math.frexp(scale)[0] == 0.5:
-            return False
-        if isinstance(mod, Bias):
-            fill = -self._constants(mod) / abs(mod.factor) if mod.factor else 0.0
-            inexact = -fill * torch.finfo(written.dtype).eps > 1 / 16
-        else:
-            fill, inexact = mod.fill, mod.additive
-        return inexact and math.isfinite(fill) and not absorbs(fill, written.dtype, USUAL_SCORES * scale)
-
-    def _kept_beside(self, scores: Sequence[ScoreModifier], *dtypes: torch.dtype) -> Bias | None:
-        """A bias of constants that an additive mask after it does not absorb: hidden scores still differ.
-
-        Args:
-            scores: the modifiers.
-            dtypes: of the scores, and of the softmax.
-        """
-        for at, mod in enumerate(scores):
-            most = self._constants(mod) if isinstance(mod, Bias) and not mod.hides else 0.0
-            if most <= USUAL_SCORES:
-                continue
-            for mask in scores[at + 1 :]:
-                if isinstance(mask, Mask) and mask.additive:
-                    wide = next((d for d in dtypes if mask.fill >= torch.finfo(d).min), torch.float64)
-                    if not absorbs(mask.fill, DTYPES[mask.dtype] if mask.dtype else wide, most):
-                        return mod  # type: ignore[return-value]
-        return None
-
-    def _constants(self, mod: Bias) -> float:
-        """How large a bias is because of the constants in it, whatever its inputs are; 0 if not known."""
-        known = ranges.Ranges(self.scope.contents, self.scope.facts, scale=ranges.LEAST)
-        found = known.of(self.scope.operands[mod.slot].expr)
-        return 0.0 if found is None else max(map(abs, found)) * abs(mod.factor)
-
-    def _as_normalised(
-        self, core: Core, scores: tuple[ScoreModifier, ...], rows_seen: bool
-    ) -> tuple[ScoreModifier, ...]:
-        """The scores of a softmax that is written out: what a low fill does there in rows that see no key.
-
-        Raises:
-            Refuse: it depends on numbers.
-        """
-        hiding = next((m for m in scores if isinstance(m, Bias) and m.hides), None)
-        if core.form != "softmax" and not all(
-            _stays_low(scores, n) for n, m in enumerate(scores) if isinstance(m, Mask)
-        ):
-            raise Refuse(
-                "its softmax is written out, and scores that a mask sets to a low number do not stay low",
-                core.scores.expr,
-            )
-        if core.form == "relative" and not all(
-            self._is_exact(core, m) for m in scores if isinstance(m, Bias)
-        ):
-            raise Refuse(
-                "its softmax is written out, as exp(x - logsumexp(x)), which is another one for large biases",
-                core.scores.expr,
-            )
-        if core.form == "softmax" or (rows_seen and core.form != "bare" and hiding is None):
-            return scores
-        large = core.form == "bare" and (
-            not all(self._is_small(m) for m in scores if isinstance(m, Bias))
-            or any(isinstance(m, Scale) and abs(m.factor) > 1 for m in scores)
-            or torch.finfo(core.scores.expr.dtype).max < LARGE
-        )
-        infinite = any(isinstance(m, Mask) and not math.isfinite(m.fill) for m in scores)
-        if core.form == "gated" and not infinite and hiding is None and self._finite_sink(core):
-            return scores
-        if hiding is not None or core.form != "bare" or large:
-            raise Refuse(
-                "its softmax is written out, and what a query that sees no key gives depends on numbers",
-                core.scores.expr,
-            )
-        if rows_seen:
-            return scores
-        return tuple(
-            self._infinite(m) if isinstance(m, Mask) and _vanishes(scores, n) else m
-            for n, m in enumerate(scores)
-        )
-
-    def _is_small(self, mod: Bias) -> bool:
-        """Is a bias so small that no exponential of a whole row vanishes or overflows because of it?"""
-        found = range_of(self.scope.operands[mod.slot].expr, self.scope.contents, self.scope.facts)
-        return found is not None and max(map(abs, found)) * abs(mod.factor) <= SMALL
-
-    def _is_exact(self, core: Core, mod: Bias) -> bool:
-        """Is no constant in it so large that subtracting a log-sum-exp of its size loses parts of weights?"""
-        most = max(SMALL, 1 / (16 * torch.finfo(core.scores.expr.dtype).eps))
-        return self._constants(mod) <= most
-
-    def _finite_sink(self, core: Core) -> bool:
-        """Is there a sink that every row sees, since it is a learned or constant number of ordinary size?"""
-        return core.sink is not None and not masks.may_hide(
-            core.sink.expr, self.scope.contents, self.scope.facts
-        )
-
-    def _check_operands(self, spec: Attention, product: Expr) -> None:
-        """A modifier made of the scores would compute them a second time."""
-        for slot in slots(spec):
-            todo, seen = [self.scope.operands[slot].expr], set()
-            while todo:
-                node = todo.pop()
-                if node is product:
-                    raise Refuse(
-                        "a mask, bias or factor of the scores is computed from the scores themselves", node
-                    )
-                if node not in seen and node.op not in ("input", "dot"):
-                    seen.add(node)
-                    todo.extend(node.args)
-
-    def _settle(self, roles: Roles) -> None:
-        """Splits made since an axis was listed replace it by its parts."""
-        for name in ("batch", "kv_heads", "group", "query", "key", "head_dim", "value_dim"):
-            axes = getattr(roles, name)
-            setattr(roles, name, heads.ordered(self.scope, [Affine(((a, 1),)) for a in axes]))
-
-    def _size(self, axes: list[str]) -> Size:
-        return prod(self.scope.space.sizes[a] for a in axes)
-
-    def _operand(self, term: Term, low: torch.dtype, scales: bool = True) -> tuple[list[float], list[Term]]:
-        """Constant scales of an operand, and the tensors through its views that hold the rest of it.
-
-        A scale that was written into the operand's own memory (``q *= scale``) stays in it.
-        """
-        factors: list[float] = []
-        chain = [term]
-        for _ in range(STEP_LIMIT):
-            node = term.expr
-            below = self.scope.step(term)
-            factor = _factor(node) if scales else None
-            if factor is not None and not self.scope.readable(node.args[factor[0]]):
-                factor = None
-            if below is not None:
-                term = below
-                chain.append(term)
-            elif factor is not None:
-                factors.append(factor[1])
-                term = term.argument(factor[0])
-                chain = [term]
-            elif node.op == "cast" and node.args[0].dtype is low and node.dtype.itemsize > low.itemsize:
-                term = term.argument(0)
-                chain = [term]
-            else:
-                break
-        return factors, chain
-
-    def _understood(self, mod: ScoreModifier, roles: Roles) -> ScoreModifier:
-        """A modifier with its axes named, and a bias that is only ever zero or a fill turned into a mask."""
+    def _roles(self, core: Core, product: Product, query: Term, key: Term) -> Roles:
+        """What every axis is."""
         scope = self.scope
-        if isinstance(mod, ScaleBy):
-            return replace(mod, axes=self._letters(scope.operands[mod.slot], roles))
-        if isinstance(mod, Bias):
-            return self._understood_bias(mod, roles)
-        if isinstance(mod, Mask):
-            formula = self.formulas.lift(scope.operands[mod.slot])
-            attends = formula if mod.attends else self.formulas.make("not", (formula,), torch.bool)
-            return replace(mod, atoms=self._atoms(attends, roles))
-        return mod
-
-    def _understood_bias(self, mod: Bias, roles: Roles) -> Bias | Mask:
-        scope = self.scope
-        term = scope.operands[mod.slot]
-        scaled = term
-        if mod.factor != 1:
-            dtype = term.expr.dtype if term.expr.is_float else torch.float32
-            factor = const(mod.factor, dtype)  # not in the dtype of integers, which would truncate it
-            scaled = Term(pointwise("mul", term.expr, factor, dtype=dtype), term.index)
-        hidden = visibility.additive_mask(self.formulas, self.formulas.lift(scaled), term.expr.dtype)
-        wide = mod.dtype if mod.dtype and holds_less(self.computed, DTYPES[mod.dtype]) else ""
-        if hidden is None:
-            if ranges.absorbs_from_above(scaled.expr, scope.contents, scope.facts):
-                raise Refuse("a bias raises scores so far that others are absorbed", term.expr)
-            hides = masks.may_hide(term.expr, scope.contents, scope.facts)
-            return replace(mod, axes=self._letters(term, roles), hides=hides, dtype=wide if hides else "")
-        atoms = self._atoms(hidden.attends, roles)
-        return Mask(self.scope.slot(scaled), hidden.fill, True, True, atoms, wide)
-
-    def _overflown(self, mod: ScoreModifier, *dtypes: torch.dtype) -> ScoreModifier:
-        """A mask whose fill is below all that the scores may be: it is minus infinity."""
-        lowest = min(torch.finfo(d).min for d in dtypes)
-        return self._infinite(mod) if isinstance(mod, Mask) and mod.fill < lowest else mod
-
-    def _infinite(self, mod: Mask) -> Mask:
-        """A mask whose fill is minus infinity, added as it was, or in place of scores as it was."""
-        if not mod.additive or mod.fill == -math.inf:
-            return replace(mod, fill=-math.inf)
-        term = self.scope.operands[mod.slot]
-        zero, low = (const(n, term.expr.dtype) for n in (0.0, -math.inf))
-        added = pointwise("where", pointwise("eq", term.expr, zero), zero, low, dtype=term.expr.dtype)
-        return replace(mod, slot=self.scope.slot(Term(added, term.index)), fill=-math.inf)
-
-    def _rounded(
-        self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, _Written]
-    ) -> ScoreModifier:
-        """A mask whose fill overflows where the scores are rounded to a narrower dtype: minus infinity."""
-        if not isinstance(mod, Mask) or not isinstance(merged, (Mask, Bias)) or not math.isfinite(mod.fill):
-            return mod
-        written = rounded.get(merged.slot)
-        if written is None:
-            return mod
-        if isinstance(written.modifier, Mask):
-            fill = written.modifier.fill
-        elif isinstance(merged, Bias) and merged.factor:
-            fill = mod.fill * written.modifier.factor / merged.factor
-        else:
-            return mod
-        operand = self.scope.operands[written.modifier.slot].expr
-        most = torch.finfo(written.dtype).max
-        if operand.is_float and operand.rank:
-            most = max(most, torch.finfo(operand.dtype).max)  # the sum is of the wider dtype
-        for step in written.steps:
-            if isinstance(step, Cast):
-                most = torch.finfo(DTYPES[step.dtype]).max
-            fill = fill * step.factor if isinstance(step, Scale) else step.hidden(fill)
-            fill = fill if abs(fill) <= most else math.copysign(math.inf, fill)
-        return self._infinite(mod) if fill == -math.inf else mod
-
-    def _filled(self, scores: list[ScoreModifier]) -> list[ScoreModifier]:
-        """``s * c + (0 if c else fill) = where(c, s, fill)`` for a factor ``c`` of zeros and ones."""
-        out: list[ScoreModifier] = []
-        for mod in scores:
-            before = out[-1] if out else None
-            if isinstance(before, ScaleBy) and isinstance(mod, Mask) and mod.additive:
-                term = self.scope.operands[before.slot]
-                kept = masks.visibility_factor(self.formulas, self.formulas.lift(term))
-                if kept is not None and set(masks.conjuncts(kept)) == set(
-                    masks.conjuncts(self._mask_visible(mod))
-                ):
-                    bits = expr("cast", (term.expr,), (torch.bool,), term.expr.shape, torch.bool)
-                    out[-1] = Mask(self.scope.slot(Term(bits, term.index)), mod.fill, False, True, mod.atoms)
-                    continue
-            out.append(mod)
-        return out
-
-    def _floored(self, scores: list[ScoreModifier]) -> tuple[ScoreModifier, ...]:
-        """``max(where(m, s, -inf), c) = where(m, s, c)``: a floor goes into the masks before it.
-
-        Where the only other things before it are scales, nothing is left for it to do.
-        """
-        at = next((n for n, m in enumerate(scores) if isinstance(m, Floor)), None)
-        if at is None:
-            return tuple(scores)
-        floor = scores[at]
-        assert isinstance(floor, Floor)
-        before, rest = scores[:at], self._floored(scores[at + 1 :])
-        infinite = [n for n, m in enumerate(before) if isinstance(m, Mask) and m.fill == -math.inf]
-        if any(level != -math.inf for n in infinite for level in fates(before, n, -math.inf)):
-            return (*before, floor, *rest)
-        before = [self._refilled(m, floor.bound) if isinstance(m, Mask) else m for m in before]
-        kept = [] if all(isinstance(m, (Scale, Mask)) for m in before) else [floor]
-        return (*before, *kept, *rest)
-
-    def _finite(self, scores: list[ScoreModifier]) -> list[ScoreModifier]:
-        """``nan_to_num(where(m, s, -inf)) = where(m, nan_to_num(s), low)``: under the masks before it."""
-        for at, mod in enumerate(scores):
-            if isinstance(mod, Finite):
-                first = at
-                while first > 0 and isinstance(scores[first - 1], Mask):
-                    first -= 1
-                masks_before = [m for m in scores[first:at] if isinstance(m, Mask)]
-                infinite = any(m.fill == -math.inf for m in masks_before)
-                if infinite and any(_is_infinite(m) for m in scores[at + 1 :]):
-                    raise Refuse("infinite scores become numbers, and others are added", self.out.expr)
-                together = sum(m.fill for m in masks_before if m.additive and math.isfinite(m.fill))
-                if together < torch.finfo(self.computed).min:
-                    raise Refuse("infinite scores become numbers, and fills overflow together", self.out.expr)
-                under = [self._refilled(m, mod.low) for m in masks_before]
-                scores = [*scores[:first], mod, *under, *scores[at + 1 :]]
-        return scores
-
-    def _refilled(self, mod: Mask, fill: float) -> Mask:
-        """A mask of ``-inf`` with another fill."""
-        return self._filled_with(mod, fill) if mod.fill == -math.inf else mod
-
-    def _filled_with(self, mod: Mask, fill: float) -> Mask:
-        """A mask with another fill, which replaces scores."""
-        if mod.fill == fill:
-            return mod
-        if not mod.additive:
-            return replace(mod, fill=fill)
-        term = self.scope.operands[mod.slot]
-        attends = pointwise("eq", term.expr, const(0.0, term.expr.dtype))
-        return Mask(self.scope.slot(Term(attends, term.index)), fill, False, True, mod.atoms)
-
-    def _letters(self, term: Term, roles: Roles) -> str:
-        self._settle(roles)
-        axes = {b for a in self.scope.axes(term) for b in self.scope.space.resolve(Affine(((a, 1),))).axes}
-        table = roles.letters()
-        return "".join(sorted({table.get(a, "b") for a in axes}))
-
-    def _positions(self, roles: Roles) -> masks.Positions:
-        return masks.Positions(self._position(roles.query), self._position(roles.key), roles.letters())
-
-    def _position(self, axes: list[str]) -> Affine:
-        index = Affine()
-        for axis in axes:
-            index = index * self.scope.space.sizes[axis] + Affine(((axis, 1),))
-        return index
-
-    def _atoms(self, attends: Expr, roles: Roles) -> tuple[Atom, ...]:
-        self._settle(roles)
-        space, at = self.scope.space, self._positions(roles)
-        found = [masks.classify(part, at, space) for part in masks.conjuncts(attends)]
-        bands = [a for a in found if isinstance(a, Band)]
-        if len(bands) > 1:
-            whole = masks.intersect(bands, self.scope.facts)
-            if whole is not None:
-                found = [whole, *(a for a in found if not isinstance(a, Band))]
-        return tuple(dict.fromkeys(found))
-
-    def _weight(self, mod: WeightModifier, roles: Roles, spec: Attention) -> WeightModifier | None:
-        if isinstance(mod, WeightScale) and mod.slot is not None:
-            axes = self._letters(self.scope.operands[mod.slot], roles)
-            if {"i", "j"} <= set(axes):
-                raise Refuse("the weights are multiplied by a tensor that varies over queries and keys")
-            return KeyGate(mod.slot, axes) if "j" in axes else replace(mod, axes=axes)
-        if not isinstance(mod, Keep):
-            return mod
-        axes = self._letters(self.scope.operands[mod.slot], roles)
-        kept = set(masks.conjuncts(self._visible(mod.slot, mod.attends)))
-        if not kept:
-            return None  # it hides nothing
-        visible = [masks.conjuncts(self._mask_visible(m)) for m in spec.masks if spec.hides(m)]
-        hidden = {c for parts in visible for c in parts}
-        covers = hidden <= kept and all(visible)
-        return replace(mod, axes=axes, implied=kept <= hidden, covers=covers)
-
-    def _visible(self, slot: int, attends: bool) -> Expr:
-        formula = self.formulas.lift(self.scope.operands[slot])
-        return formula if attends else self.formulas.make("not", (formula,), torch.bool)
-
-    def _mask_visible(self, mod: Mask) -> Expr:
-        if not mod.additive:
-            return self._visible(mod.slot, mod.attends)
-        term = self.scope.operands[mod.slot]
-        hidden = visibility.additive_mask(self.formulas, self.formulas.lift(term), term.expr.dtype)
-        return hidden.attends if hidden is not None else formulas.TRUE
-
-    def _rows_seen(
-        self,
-        scores: tuple[ScoreModifier, ...],
-        atoms: list[Atom],
-        sizes: dict[str, Size],
-        roles: Roles,
-    ) -> bool:
-        queries, keys = sizes["query"], sizes["key"]
-        if masks.every_row_sees(atoms, queries, keys, self.scope):
-            return True
-        parts = [c for m in scores if isinstance(m, Mask) for c in masks.conjuncts(self._mask_visible(m))]
-        at = self._positions(roles)
-        return masks.every_row_sees_itself(parts, at, queries, keys, self.formulas)
-
-
-def _stays_low(scores: Sequence[ScoreModifier], at: int) -> bool:
-    """Is what the mask at a position sets scores to no large number after all that follows?"""
-    mask = scores[at]
-    assert isinstance(mask, Mask)
-    levels = [mask.fill, *fates(scores, at, mask.fill)]
-    return all(level is not None and level <= SMALL for level in levels)
-
-
-def _is_infinite(mod: ScoreModifier) -> bool:
-    """May it make scores infinite?"""
-    return (isinstance(mod, Bias) and mod.hides) or (isinstance(mod, Mask) and mod.fill == -math.inf)
-
-
-def _vanishes(scores: Sequence[ScoreModifier], at: int) -> bool:
-    """Is the exponential of what the mask at a position sets scores to zero, in every dtype?"""
-    mask = scores[at]
-    assert isinstance(mask, Mask)
-    *_, level = (mask.fill, *fates(scores, at, mask.fill))
-    return level is not None and level < VANISHING
-
-
-def _factor(node: Expr) -> tuple[int, float] | None:
-    """The position of the tensor and the constant, where a node is a tensor times a constant."""
-    if node.op == "neg":
-        return 0, -1.0
-    if node.op == "mul":
-        for position in (0, 1):
-            value = scalar_of(node.args[1 - position])
-            if value is not None and node.args[position].rank == node.rank:
-                return position, float(value)
-    if node.op == "div" and (value := scalar_of(node.args[1])):
-        return 0, 1.0 / float(value)
-    return None
-
-
-def _without_exact_casts(mods: Sequence[ScoreModifier], product: torch.dtype) -> list[ScoreModifier]:
-    """Casts count from the first on that holds less than the product does; from there all are kept."""
-    less = (n for n, m in enumerate(mods) if isinstance(m, Cast) and holds_less(DTYPES[m.dtype], product))
-    first = next(less, len(mods))
-    return [m for n, m in enumerate(mods) if n >= first or not isinstance(m, Cast)]
-
-
-@dataclass(frozen=True)
-class _Written:
-    """A mask or bias as written: the dtype of what it gives, and the scales and roundings after it."""
-
-    modifier: Any
-    dtype: torch.dtype
-    steps: tuple[Any, ...]
-
-
-def _roundings(mods: Sequence[ScoreModifier], product: torch.dtype) -> dict[int, _Written]:
-    """For every slot of a mask or bias, how it was written, on scores that begin in the product's dtype."""
-    found: dict[int, _Written] = {}
-    dtype = product
-    for at, mod in enumerate(mods):
-        if isinstance(mod, Cast):
-            dtype = DTYPES[mod.dtype]
-        if isinstance(mod, (Mask, Bias)):
-            dtype = DTYPES[mod.dtype] if mod.dtype else dtype
-            known = itertools.takewhile(lambda m: isinstance(m, (Scale, Cast, Mask, Bias)), mods[at + 1 :])
-            found[mod.slot] = _Written(mod, dtype, tuple(m for m in known if isinstance(m, (Scale, Cast))))
-    return found
-
-
-def _without_empty(scores: tuple[ScoreModifier, ...]) -> tuple[ScoreModifier, ...]:
-    """Masks that hide nothing do nothing."""
-    return tuple(m for m in scores if not (isinstance(m, Mask) and not m.atoms))
+        before = heads.ordered(scope, list(self.weights.index))
+        value_axes = [a for a in heads.ordered(scope, list(self.out.index)) if a not in before]
+        return heads.assign(scope, core.scores, core.dim, query, key, self.values, product.axes, value_axes)
 
 
 __all__ = [
-    "RULES", "Miss", "Rules", "ZeroEmptyRows", "as_product", "factors", "negligible", "normalised_late",
-    "recognise", "recognise_sum",
+    "RULES", "Miss", "Rules", "as_product", "factors", "recognise", "recognise_sum",
 ]  # fmt: skip

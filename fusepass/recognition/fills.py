@@ -1,0 +1,355 @@
+"""Laws about fills and rounding: what a mask makes of scores in floats, through all that follows it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fusepass.expressions import intervals
+from fusepass.expressions.intervals import range_of
+from fusepass.expressions.ir import DTYPES, const, expr, pointwise
+from fusepass.patterns import masks
+from fusepass.recognition.meanings import Meanings
+from fusepass.rules.engine import Core, Refuse, Term
+from fusepass.specification.attention import (
+    USUAL_SCORES,
+    Bias,
+    Cast,
+    Finite,
+    Floor,
+    Mask,
+    Scale,
+    ScaleBy,
+    ScoreModifier,
+    absorbs,
+    fates,
+    holds_less,
+    merge_scales,
+)
+
+#: Exponentials of usual scores do not overflow in a dtype that holds this number.
+LARGE = 1e30
+#: Exponentials of numbers up to this size neither vanish nor overflow beside a row's other terms.
+SMALL = 64.0
+#: Exponentials of numbers below this are zero, in float64 as well.
+VANISHING = -1000.0
+
+
+class Fills:
+    """What fills do to the scores of one site.
+
+    Args:
+        meanings: what the modifiers mean.
+        core: the softmax.
+        dtype: the dtype of the scores, as queries and keys have it.
+    """
+
+    def __init__(self, meanings: Meanings, core: Core, dtype: torch.dtype) -> None:
+        self.scope, self.meanings, self.core, self.dtype = meanings.scope, meanings, core, dtype
+        self.partly: list[ScoreModifier] = []
+
+    def understood(self, written: Sequence[ScoreModifier]) -> tuple[ScoreModifier, ...]:
+        """The modifiers of the scores: scales merged, masks understood, fills as they arrive at the softmax.
+
+        Args:
+            written: the modifiers as they were peeled, from the product outwards.
+        """
+        product = self.meanings.computed
+        merged = merge_scales(without_exact_casts(written, product))
+        rounded = {} if any(isinstance(m, Cast) for m in merged) else roundings(written, product)
+        scores = [self._rounded(self.meanings.understood(m), m, rounded) for m in merged]
+        scores = [self._overflown(m, self.core.dtype, product) for m in scores]
+        pairs = zip(scores, merged, strict=True)
+        self.partly = [m for m, as_merged in pairs if self._absorbs_in_part(m, as_merged, rounded)]
+        return self._floored(self._finite(self._filled(scores)))
+
+    def check(self, scores: Sequence[ScoreModifier], rows_seen: bool) -> None:
+        """Refuse fills that absorb a part of what they are added to.
+
+        Raises:
+            Refuse: the original's result depends on how it rounds.
+        """
+        if self.partly and not (rows_seen and all(isinstance(m, Mask) for m in self.partly)):
+            raise Refuse(
+                f"'{self.partly[0]}' absorbs scores in part, and they are scaled afterwards",
+                self.core.scores.expr,
+            )
+        if not rows_seen and (large := self._kept_beside(scores, self.dtype, self.core.dtype)) is not None:
+            raise Refuse(
+                f"where a query sees no key, '{large}' holds numbers that the mask's fill does not absorb",
+                self.core.scores.expr,
+            )
+
+    def _rounded(
+        self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, Written]
+    ) -> ScoreModifier:
+        """A mask whose fill overflows where the scores are rounded to a narrower dtype: minus infinity."""
+        if not isinstance(mod, Mask) or not isinstance(merged, (Mask, Bias)) or not math.isfinite(mod.fill):
+            return mod
+        written = rounded.get(merged.slot)
+        if written is None:
+            return mod
+        if isinstance(written.modifier, Mask):
+            fill = written.modifier.fill
+        elif isinstance(merged, Bias) and merged.factor:
+            fill = mod.fill * written.modifier.factor / merged.factor
+        else:
+            return mod
+        operand = self.scope.operands[written.modifier.slot].expr
+        most = torch.finfo(written.dtype).max
+        if operand.is_float and operand.rank:
+            most = max(most, torch.finfo(operand.dtype).max)  # the sum is of the wider dtype
+        for step in written.steps:
+            if isinstance(step, Cast):
+                most = torch.finfo(DTYPES[step.dtype]).max
+            fill = fill * step.factor if isinstance(step, Scale) else step.hidden(fill)
+            fill = fill if abs(fill) <= most else math.copysign(math.inf, fill)
+        return self._infinite(mod) if fill == -math.inf else mod
+
+    def _absorbs_in_part(
+        self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, Written]
+    ) -> bool:
+        """Are scores rounded by a mask or a constant that is added, and scaled by what rounds them again?
+
+        Moved before what is added, the scale would have other scores rounded.
+        """
+        if not isinstance(mod, (Mask, Bias)) or not isinstance(merged, (Mask, Bias)):
+            return False
+        written = rounded.get(merged.slot)
+        if written is None:
+            return False
+        scale = math.prod(abs(step.factor) for step in written.steps if isinstance(step, Scale))
+        if math.frexp(scale)[0] == 0.5:
+            return False
+        if isinstance(mod, Bias):
+            fill = -self._constants(mod) / abs(mod.factor) if mod.factor else 0.0
+            inexact = -fill * torch.finfo(written.dtype).eps > 1 / 16
+        else:
+            fill, inexact = mod.fill, mod.additive
+        return inexact and math.isfinite(fill) and not absorbs(fill, written.dtype, USUAL_SCORES * scale)
+
+    def _kept_beside(self, scores: Sequence[ScoreModifier], *dtypes: torch.dtype) -> Bias | None:
+        """A bias of constants that an additive mask after it does not absorb: hidden scores still differ.
+
+        Args:
+            scores: the modifiers.
+            dtypes: of the scores, and of the softmax.
+        """
+        for at, mod in enumerate(scores):
+            most = self._constants(mod) if isinstance(mod, Bias) and not mod.hides else 0.0
+            if most <= USUAL_SCORES:
+                continue
+            for mask in scores[at + 1 :]:
+                if isinstance(mask, Mask) and mask.additive:
+                    wide = next((d for d in dtypes if mask.fill >= torch.finfo(d).min), torch.float64)
+                    if not absorbs(mask.fill, DTYPES[mask.dtype] if mask.dtype else wide, most):
+                        return mod  # type: ignore[return-value]
+        return None
+
+    def _constants(self, mod: Bias) -> float:
+        """How large a bias is because of the constants in it, whatever its inputs are; 0 if not known."""
+        known = intervals.Ranges(self.scope.contents, self.scope.facts, scale=intervals.LEAST)
+        found = known.of(self.scope.operands[mod.slot].expr)
+        return 0.0 if found is None else max(map(abs, found)) * abs(mod.factor)
+
+    def _overflown(self, mod: ScoreModifier, *dtypes: torch.dtype) -> ScoreModifier:
+        """A mask whose fill is below all that the scores may be: it is minus infinity."""
+        lowest = min(torch.finfo(d).min for d in dtypes)
+        return self._infinite(mod) if isinstance(mod, Mask) and mod.fill < lowest else mod
+
+    def _infinite(self, mod: Mask) -> Mask:
+        """A mask whose fill is minus infinity, added as it was, or in place of scores as it was."""
+        if not mod.additive or mod.fill == -math.inf:
+            return replace(mod, fill=-math.inf)
+        term = self.scope.operands[mod.slot]
+        zero, low = (const(n, term.expr.dtype) for n in (0.0, -math.inf))
+        added = pointwise("where", pointwise("eq", term.expr, zero), zero, low, dtype=term.expr.dtype)
+        return replace(mod, slot=self.scope.slot(Term(added, term.index)), fill=-math.inf)
+
+    def _filled(self, scores: list[ScoreModifier]) -> list[ScoreModifier]:
+        """``s * c + (0 if c else fill) = where(c, s, fill)`` for a factor ``c`` of zeros and ones."""
+        out: list[ScoreModifier] = []
+        for mod in scores:
+            before = out[-1] if out else None
+            if isinstance(before, ScaleBy) and isinstance(mod, Mask) and mod.additive:
+                term = self.scope.operands[before.slot]
+                kept = masks.visibility_factor(self.meanings.formulas, self.meanings.formulas.lift(term))
+                if kept is not None and set(masks.conjuncts(kept)) == set(
+                    masks.conjuncts(self.meanings.mask_visible(mod))
+                ):
+                    bits = expr("cast", (term.expr,), (torch.bool,), term.expr.shape, torch.bool)
+                    out[-1] = Mask(self.scope.slot(Term(bits, term.index)), mod.fill, False, True, mod.atoms)
+                    continue
+            out.append(mod)
+        return out
+
+    def _floored(self, scores: list[ScoreModifier]) -> tuple[ScoreModifier, ...]:
+        """``max(where(m, s, -inf), c) = where(m, s, c)``: a floor goes into the masks before it.
+
+        Where the only other things before it are scales, nothing is left for it to do.
+        """
+        at = next((n for n, m in enumerate(scores) if isinstance(m, Floor)), None)
+        if at is None:
+            return tuple(scores)
+        floor = scores[at]
+        assert isinstance(floor, Floor)
+        before, rest = scores[:at], self._floored(scores[at + 1 :])
+        infinite = [n for n, m in enumerate(before) if isinstance(m, Mask) and m.fill == -math.inf]
+        if any(level != -math.inf for n in infinite for level in fates(before, n, -math.inf)):
+            return (*before, floor, *rest)
+        before = [self._refilled(m, floor.bound) if isinstance(m, Mask) else m for m in before]
+        kept = [] if all(isinstance(m, (Scale, Mask)) for m in before) else [floor]
+        return (*before, *kept, *rest)
+
+    def _finite(self, scores: list[ScoreModifier]) -> list[ScoreModifier]:
+        """``nan_to_num(where(m, s, -inf)) = where(m, nan_to_num(s), low)``: under the masks before it."""
+        for at, mod in enumerate(scores):
+            if isinstance(mod, Finite):
+                first = at
+                while first > 0 and isinstance(scores[first - 1], Mask):
+                    first -= 1
+                masks_before = [m for m in scores[first:at] if isinstance(m, Mask)]
+                infinite = any(m.fill == -math.inf for m in masks_before)
+                if infinite and any(_is_infinite(m) for m in scores[at + 1 :]):
+                    raise Refuse("infinite scores become numbers, and others are added")
+                together = sum(m.fill for m in masks_before if m.additive and math.isfinite(m.fill))
+                if together < torch.finfo(self.meanings.computed).min:
+                    raise Refuse("infinite scores become numbers, and fills overflow together")
+                under = [self._refilled(m, mod.low) for m in masks_before]
+                scores = [*scores[:first], mod, *under, *scores[at + 1 :]]
+        return scores
+
+    def _refilled(self, mod: Mask, fill: float) -> Mask:
+        """A mask of ``-inf`` with another fill."""
+        return self._filled_with(mod, fill) if mod.fill == -math.inf else mod
+
+    def _filled_with(self, mod: Mask, fill: float) -> Mask:
+        """A mask with another fill, which replaces scores."""
+        if mod.fill == fill:
+            return mod
+        if not mod.additive:
+            return replace(mod, fill=fill)
+        term = self.scope.operands[mod.slot]
+        attends = pointwise("eq", term.expr, const(0.0, term.expr.dtype))
+        return Mask(self.scope.slot(Term(attends, term.index)), fill, False, True, mod.atoms)
+
+    def as_normalised(self, scores: tuple[ScoreModifier, ...], rows_seen: bool) -> tuple[ScoreModifier, ...]:
+        """The scores of a softmax that is written out: what a low fill does there in rows that see no key.
+
+        Raises:
+            Refuse: it depends on numbers.
+        """
+        hiding = next((m for m in scores if isinstance(m, Bias) and m.hides), None)
+        if self.core.form != "softmax" and not all(
+            _stays_low(scores, n) for n, m in enumerate(scores) if isinstance(m, Mask)
+        ):
+            raise Refuse(
+                "its softmax is written out, and scores that a mask sets to a low number do not stay low",
+                self.core.scores.expr,
+            )
+        if self.core.form == "relative" and not all(self._is_exact(m) for m in scores if isinstance(m, Bias)):
+            raise Refuse(
+                "its softmax is written out, as exp(x - logsumexp(x)), which is another one for large biases",
+                self.core.scores.expr,
+            )
+        if self.core.form == "softmax" or (rows_seen and self.core.form != "bare" and hiding is None):
+            return scores
+        large = self.core.form == "bare" and (
+            not all(self._is_small(m) for m in scores if isinstance(m, Bias))
+            or any(isinstance(m, Scale) and abs(m.factor) > 1 for m in scores)
+            or torch.finfo(self.core.scores.expr.dtype).max < LARGE
+        )
+        infinite = any(isinstance(m, Mask) and not math.isfinite(m.fill) for m in scores)
+        if self.core.form == "gated" and not infinite and hiding is None and self.finite_sink():
+            return scores
+        if hiding is not None or self.core.form != "bare" or large:
+            raise Refuse(
+                "its softmax is written out, and what a query that sees no key gives depends on numbers",
+                self.core.scores.expr,
+            )
+        if rows_seen:
+            return scores
+        return tuple(
+            self._infinite(m) if isinstance(m, Mask) and _vanishes(scores, n) else m
+            for n, m in enumerate(scores)
+        )
+
+    def _is_small(self, mod: Bias) -> bool:
+        """Is a bias so small that no exponential of a whole row vanishes or overflows because of it?"""
+        found = range_of(self.scope.operands[mod.slot].expr, self.scope.contents, self.scope.facts)
+        return found is not None and max(map(abs, found)) * abs(mod.factor) <= SMALL
+
+    def _is_exact(self, mod: Bias) -> bool:
+        """Is no constant in it so large that subtracting a log-sum-exp of its size loses parts of weights?"""
+        most = max(SMALL, 1 / (16 * torch.finfo(self.core.scores.expr.dtype).eps))
+        return self._constants(mod) <= most
+
+    def finite_sink(self) -> bool:
+        """Is there a sink that every row sees, since it is a learned or constant number of ordinary size?"""
+        return self.core.sink is not None and not masks.may_hide(
+            self.core.sink.expr, self.scope.contents, self.scope.facts
+        )
+
+
+def _stays_low(scores: Sequence[ScoreModifier], at: int) -> bool:
+    """Is what the mask at a position sets scores to no large number after all that follows?"""
+    mask = scores[at]
+    assert isinstance(mask, Mask)
+    levels = [mask.fill, *fates(scores, at, mask.fill)]
+    return all(level is not None and level <= SMALL for level in levels)
+
+
+def _is_infinite(mod: ScoreModifier) -> bool:
+    """May it make scores infinite?"""
+    return (isinstance(mod, Bias) and mod.hides) or (isinstance(mod, Mask) and mod.fill == -math.inf)
+
+
+def _vanishes(scores: Sequence[ScoreModifier], at: int) -> bool:
+    """Is the exponential of what the mask at a position sets scores to zero, in every dtype?"""
+    mask = scores[at]
+    assert isinstance(mask, Mask)
+    *_, level = (mask.fill, *fates(scores, at, mask.fill))
+    return level is not None and level < VANISHING
+
+
+def without_exact_casts(mods: Sequence[ScoreModifier], product: torch.dtype) -> list[ScoreModifier]:
+    """Casts count from the first on that holds less than the product does; from there all are kept."""
+    less = (n for n, m in enumerate(mods) if isinstance(m, Cast) and holds_less(DTYPES[m.dtype], product))
+    first = next(less, len(mods))
+    return [m for n, m in enumerate(mods) if n >= first or not isinstance(m, Cast)]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A mask or bias as written: the dtype of what it gives, and the scales and roundings after it."""
+
+    modifier: Any
+    dtype: torch.dtype
+    steps: tuple[Any, ...]
+
+
+def roundings(mods: Sequence[ScoreModifier], product: torch.dtype) -> dict[int, Written]:
+    """For every slot of a mask or bias, how it was written, on scores that begin in the product's dtype."""
+    found: dict[int, Written] = {}
+    dtype = product
+    for at, mod in enumerate(mods):
+        if isinstance(mod, Cast):
+            dtype = DTYPES[mod.dtype]
+        if isinstance(mod, (Mask, Bias)):
+            dtype = DTYPES[mod.dtype] if mod.dtype else dtype
+            known = itertools.takewhile(lambda m: isinstance(m, (Scale, Cast, Mask, Bias)), mods[at + 1 :])
+            found[mod.slot] = Written(mod, dtype, tuple(m for m in known if isinstance(m, (Scale, Cast))))
+    return found
+
+
+def without_empty(scores: tuple[ScoreModifier, ...]) -> tuple[ScoreModifier, ...]:
+    """Masks that hide nothing do nothing."""
+    return tuple(m for m in scores if not (isinstance(m, Mask) and not m.atoms))
+
+
+__all__ = ["Fills", "without_empty"]

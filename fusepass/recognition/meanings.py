@@ -1,0 +1,167 @@
+"""What modifiers mean once every axis has its role: named axes, masks by their atoms, rows that see a key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from fusepass.expressions import intervals
+from fusepass.expressions.index import Affine, Size, prod
+from fusepass.expressions.ir import DTYPES, Expr, const, pointwise
+from fusepass.patterns import heads, masks
+from fusepass.rules import formulas, visibility
+from fusepass.rules.engine import Refuse, Scope, Term
+from fusepass.rules.site import Roles
+from fusepass.specification.attention import (
+    Atom,
+    Attention,
+    Band,
+    Bias,
+    Keep,
+    KeyGate,
+    Mask,
+    ScaleBy,
+    ScoreModifier,
+    WeightModifier,
+    WeightScale,
+    holds_less,
+)
+
+
+class Meanings:
+    """Names what the modifiers of one site are.
+
+    Args:
+        scope: the site's axes and tensors.
+        roles: what each axis is.
+        computed: the dtype of the product of queries and keys.
+    """
+
+    def __init__(self, scope: Scope, roles: Roles, computed: torch.dtype) -> None:
+        self.scope, self.roles, self.computed = scope, roles, computed
+        self.formulas = formulas.Formulas(scope)
+        settle(scope, roles)
+
+    def understood(self, mod: ScoreModifier) -> ScoreModifier:
+        """A modifier with its axes named, and a bias that is only ever zero or a fill turned into a mask."""
+        scope = self.scope
+        if isinstance(mod, ScaleBy):
+            return replace(mod, axes=self.letters(scope.operands[mod.slot]))
+        if isinstance(mod, Bias):
+            return self._understood_bias(mod)
+        if isinstance(mod, Mask):
+            formula = self.formulas.lift(scope.operands[mod.slot])
+            attends = formula if mod.attends else self.formulas.make("not", (formula,), torch.bool)
+            return replace(mod, atoms=self._atoms(attends))
+        return mod
+
+    def _understood_bias(self, mod: Bias) -> Bias | Mask:
+        scope = self.scope
+        term = scope.operands[mod.slot]
+        scaled = term
+        if mod.factor != 1:
+            dtype = term.expr.dtype if term.expr.is_float else torch.float32
+            factor = const(mod.factor, dtype)  # not in the dtype of integers, which would truncate it
+            scaled = Term(pointwise("mul", term.expr, factor, dtype=dtype), term.index)
+        hidden = visibility.additive_mask(self.formulas, self.formulas.lift(scaled), term.expr.dtype)
+        wide = mod.dtype if mod.dtype and holds_less(self.computed, DTYPES[mod.dtype]) else ""
+        if hidden is None:
+            if intervals.absorbs_from_above(scaled.expr, scope.contents, scope.facts):
+                raise Refuse("a bias raises scores so far that others are absorbed", term.expr)
+            hides = masks.may_hide(term.expr, scope.contents, scope.facts)
+            return replace(mod, axes=self.letters(term), hides=hides, dtype=wide if hides else "")
+        atoms = self._atoms(hidden.attends)
+        return Mask(self.scope.slot(scaled), hidden.fill, True, True, atoms, wide)
+
+    def letters(self, term: Term) -> str:
+        """The roles that an operand varies over, as letters in order."""
+        settle(self.scope, self.roles)
+        axes = {b for a in self.scope.axes(term) for b in self.scope.space.resolve(Affine(((a, 1),))).axes}
+        table = self.roles.letters()
+        return "".join(sorted({table.get(a, "b") for a in axes}))
+
+    def _positions(self) -> masks.Positions:
+        return masks.Positions(
+            self._position(self.roles.query), self._position(self.roles.key), self.roles.letters()
+        )
+
+    def _position(self, axes: list[str]) -> Affine:
+        index = Affine()
+        for axis in axes:
+            index = index * self.scope.space.sizes[axis] + Affine(((axis, 1),))
+        return index
+
+    def _atoms(self, attends: Expr) -> tuple[Atom, ...]:
+        """The parts of a visibility, named."""
+        settle(self.scope, self.roles)
+        space, at = self.scope.space, self._positions()
+        found = [masks.classify(part, at, space) for part in masks.conjuncts(attends)]
+        bands = [a for a in found if isinstance(a, Band)]
+        if len(bands) > 1:
+            whole = masks.intersect(bands, self.scope.facts)
+            if whole is not None:
+                found = [whole, *(a for a in found if not isinstance(a, Band))]
+        return tuple(dict.fromkeys(found))
+
+    def weight(self, mod: WeightModifier, spec: Attention) -> WeightModifier | None:
+        """A modifier of the weights with its axes named; None if it does nothing.
+
+        Raises:
+            Refuse: the weights are multiplied by a tensor over queries and keys.
+        """
+        if isinstance(mod, WeightScale) and mod.slot is not None:
+            axes = self.letters(self.scope.operands[mod.slot])
+            if {"i", "j"} <= set(axes):
+                raise Refuse("the weights are multiplied by a tensor that varies over queries and keys")
+            return KeyGate(mod.slot, axes) if "j" in axes else replace(mod, axes=axes)
+        if not isinstance(mod, Keep):
+            return mod
+        axes = self.letters(self.scope.operands[mod.slot])
+        kept = set(masks.conjuncts(self._visible(mod.slot, mod.attends)))
+        if not kept:
+            return None  # it hides nothing
+        visible = [masks.conjuncts(self.mask_visible(m)) for m in spec.masks if spec.hides(m)]
+        hidden = {c for parts in visible for c in parts}
+        covers = hidden <= kept and all(visible)
+        return replace(mod, axes=axes, implied=kept <= hidden, covers=covers)
+
+    def _visible(self, slot: int, attends: bool) -> Expr:
+        formula = self.formulas.lift(self.scope.operands[slot])
+        return formula if attends else self.formulas.make("not", (formula,), torch.bool)
+
+    def mask_visible(self, mod: Mask) -> Expr:
+        """The formula of what a mask leaves visible."""
+        if not mod.additive:
+            return self._visible(mod.slot, mod.attends)
+        term = self.scope.operands[mod.slot]
+        hidden = visibility.additive_mask(self.formulas, self.formulas.lift(term), term.expr.dtype)
+        return hidden.attends if hidden is not None else formulas.TRUE
+
+    def sizes(self) -> dict[str, Size]:
+        """The size of every role."""
+        names = ("batch", "heads", "kv_heads", "query", "key", "head_dim", "value_dim")
+        space = self.scope.space
+        return {name: prod(space.sizes[a] for a in getattr(self.roles, name)) for name in names}
+
+    def rows_seen(self, scores: Sequence[ScoreModifier]) -> bool:
+        """Is it proved that every query sees a key?"""
+        sizes = self.sizes()
+        queries, keys = sizes["query"], sizes["key"]
+        atoms = [a for m in scores if isinstance(m, Mask) for a in m.atoms]
+        if masks.every_row_sees(atoms, queries, keys, self.scope):
+            return True
+        parts = [c for m in scores if isinstance(m, Mask) for c in masks.conjuncts(self.mask_visible(m))]
+        at = self._positions()
+        return masks.every_row_sees_itself(parts, at, queries, keys, self.formulas)
+
+
+def settle(scope: Scope, roles: Roles) -> None:
+    """Splits made since an axis was listed replace it by its parts."""
+    for name in ("batch", "kv_heads", "group", "query", "key", "head_dim", "value_dim"):
+        axes = getattr(roles, name)
+        setattr(roles, name, heads.ordered(scope, [Affine(((a, 1),)) for a in axes]))
+
+
+__all__ = ["Meanings"]
