@@ -94,11 +94,17 @@ def _subtracts_maximum(node: Expr, dim: int, scope: Scope) -> bool:
     shift = node.args[1]
     while shift.op in ("cast", "expand") or shift in scope.contents.values:
         shift = scope.contents.values.get(shift) or shift.args[0]
-    return (
-        shift.op == "amax"
-        and dim in shift.attrs[0]
-        and under_casts(shift.args[0]) is under_casts(node.args[0])
-    )
+    return _is_maximum(shift, node.args[0], dim)
+
+
+def _is_maximum(shift: Expr, x: Expr, dim: int, casts: bool = True) -> bool:
+    """Is ``shift`` the maximum of ``x`` over one dimension, be it rounded by casts on the way?
+
+    A maximum over more dimensions is another row's, beside which all of a hidden row may vanish.
+    """
+    if shift.op != "amax" or shift.attrs[0] != (dim,):
+        return False
+    return shift.args[0] is x or (casts and under_casts(shift.args[0]) is under_casts(x))
 
 
 def _logits(node: Expr, scope: Scope) -> Expr | None:
@@ -149,10 +155,7 @@ def _unclamped(denominator: Expr, numerator: Expr, scores: Expr) -> Expr:
 def _is_shifted(scores: Expr, dim: int) -> bool:
     """Is its very maximum over a dimension subtracted, so that the largest exponential over it is 1?"""
     node = under_casts(scores)
-    if node.op != "sub":
-        return False
-    shift = node.args[1]
-    return shift.op == "amax" and shift.attrs[0] == (dim,) and shift.args[0] is node.args[0]
+    return node.op == "sub" and _is_maximum(node.args[1], node.args[0], dim, casts=False)
 
 
 def _with_sink(term: Term, scores: Expr, denominator: Expr, numerator: Expr) -> Core | None:
@@ -242,12 +245,7 @@ def _unshifted(node: Expr, dim: int) -> Expr:
         node = under_casts(node)
         if node.op != "sub":
             return node
-        shift = under_casts(node.args[1])
-        if (
-            shift.op != "amax"
-            or shift.attrs[0] != (dim,)
-            or under_casts(shift.args[0]) is not under_casts(node.args[0])
-        ):
+        if not _is_maximum(under_casts(node.args[1]), node.args[0], dim):
             return node
         node = node.args[0]
 

@@ -142,3 +142,21 @@ def test_another_denominator_stays(name: str) -> None:
     if words is not None:
         assert words in str(got.site.reason)
     checking.assert_identical(got.out, checking.call(program, inputs).out)
+
+
+@pytest.mark.parametrize("dims", [(-1,), (-2, -1)])
+def test_a_maximum_of_more_than_the_row_lets_hidden_rows_vanish(dims: tuple[int, ...]) -> None:
+    """Beside another row's maximum all exponentials of a row of low fills are zero: 0/0, and no mean."""
+    hidden = torch.zeros(B, 1, N, N, dtype=torch.bool)
+    hidden[0, :, 3] = True
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = scores(q, k).masked_fill(hidden, -1e9)
+        e = (s - s.amax(dims, keepdim=True)).exp()
+        return (e / total(e)) @ v
+
+    inputs = given()
+    got, want = checking.call(checking.compiled(program, "reference", "eager"), inputs), program(**inputs)
+    assert got.site.fused is (dims == (-1,))
+    torch.testing.assert_close(got.out, want, equal_nan=True)
+    assert bool(want.isnan().any()) is (dims != (-1,))
