@@ -17,7 +17,7 @@ hypothesis.settings.load_profile("fusepass")
 
 # The exporters' tests need the packages of the `onnx` extra; without them there is nothing to test.
 if not all(map(importlib.util.find_spec, ("onnx", "onnx_ir", "onnxruntime", "onnxscript"))):
-    collect_ignore_glob = ["test_onnx_*.py"]
+    collect_ignore_glob = ["*/test_onnx_*.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

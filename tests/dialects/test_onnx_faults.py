@@ -16,7 +16,7 @@ from fusepass.dialects.onnx.call import HANDLERS, Call
 from fusepass.dialects.onnx.graph import OnnxReader
 from fusepass.expressions.ir import Expr
 from fusepass.host import faults
-from tests.test_onnx_optimize import plain
+from tests.exporters.test_onnx_optimize import plain
 
 
 class TwoSites(nn.Module):

@@ -41,7 +41,7 @@ from fusepass.tools.bench import report as bench_report
 from tests.attention import Attention, Q, plain, softcapped
 from tests.fake_cuda import fake_graph, hopper
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GATE = Gate("mine", (torch.float32, torch.float64))
 
 
@@ -258,7 +258,7 @@ def test_doctor_lists_it() -> None:
     there = Package("pytest", "pytest", "__init__.py", "pip install pytest")
     absent = Package("mine-attention", "no_such_module", "", "pip install mine-attention")
     for gate, runs, words in (
-        (GATE, True, "registered by tests.test_registry; by name only"),
+        (GATE, True, "registered by tests.kernels.test_registry; by name only"),
         (Gate("mine", (torch.float32,), auto=True), True, "`auto` may choose it"),
         (Gate("mine", (torch.float16,), (9,)), False, "it needs an NVIDIA GPU"),
         (Gate("mine", (torch.float32,), package=there), True, "pytest of unknown version; registered by"),

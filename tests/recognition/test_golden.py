@@ -1,7 +1,7 @@
 """Golden texts: what is read of a program, and what is made of it, word for word.
 
-``UPDATE_GOLDEN=1 pytest tests/test_golden.py`` writes the files anew; read the difference before it is
-committed.  The texts come from ``torch.export`` before decomposition and hold nothing that depends on
+``UPDATE_GOLDEN=1 pytest tests/recognition/test_golden.py`` writes the files anew; read the difference before
+it is committed.  The texts come from ``torch.export`` before decomposition and hold nothing that depends on
 the version of PyTorch.
 """
 
@@ -25,7 +25,7 @@ from fusepass.expressions.ir import expr as make
 from fusepass.recognition.recognize import Miss, recognise
 from fusepass.rules.site import Site
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parents[1] / "golden"
 INF = math.inf
 B, H, G, T, D = 2, 4, 2, 6, 8
 Q, K, V = (torch.zeros(B, H, T, D) for _ in range(3))  # three objects: export takes one tensor for one input

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import fusepass
 from fusepass.exporters.staging import ModelError
+from tests.exporters.test_onnx_optimize import plain
 from tests.onnx_models import Attention, drawn, nodes, run, sharpened
-from tests.test_onnx_optimize import plain
 
 QKV = ["B", 2, "S", 8]
 

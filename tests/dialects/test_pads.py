@@ -14,7 +14,7 @@ from torch import Tensor
 from fusepass.dialects.torch.graph import Reader
 from tests.capture import agrees, close, meaning, qkv
 from tests.evaluate import Evaluator, Grid
-from tests.test_masks import read, text
+from tests.patterns.test_masks import read, text
 
 N = 6
 INF = math.inf

@@ -52,7 +52,7 @@ from fusepass.writing.emit import Builder
 from tests.capture import compiled, dynamo_graph
 from tests.capture import qkv as random_qkv
 from tests.checking import assert_as_accurate
-from tests.test_modifiers import joined
+from tests.specification.test_modifiers import joined
 from tests.written import CPU, Q, qkv, spec_of, written
 
 INF = math.inf

@@ -21,7 +21,7 @@ from fusepass.reports.report import GraphReport
 from fusepass.writing.sharding import check_placements, has_strategy, is_sharded
 from tests.capture import dynamo_graph
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch has no torch.distributed"),

@@ -15,7 +15,7 @@ from fusepass.patterns.masks import conjuncts, every_row_sees_itself, visibility
 from fusepass.rules.formulas import Formulas
 from tests.capture import agrees, close, compiled, qkv
 from tests.evaluate import Evaluator, Grid
-from tests.test_masks import LABELS, PAD, ij, read, text, visibilities
+from tests.patterns.test_masks import LABELS, PAD, ij, read, text, visibilities
 
 N = 8
 INF = math.inf

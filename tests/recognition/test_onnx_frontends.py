@@ -20,7 +20,7 @@ from fusepass.recognition.recognize import recognise
 from fusepass.reports.collector import collect
 from fusepass.rules.site import Site
 from tests import evaluate, programs
-from tests.test_frontends import PROGRAMS, module
+from tests.recognition.test_frontends import PROGRAMS, module
 
 #: What PyTorch's exporter changes before the dialect sees it: constants of other dtypes are rounded, a
 #: constant divisor becomes a number, `//` becomes several operators (a chunk is then a dense mask).

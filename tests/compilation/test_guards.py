@@ -330,7 +330,7 @@ def test_no_part_of_what_cannot_be_stored_is(store: Store, monkeypatch: pytest.M
 
 _PROCESS = """
 import sys, torch
-from tests.test_guards import Persistent, agree, compiled, write
+from tests.compilation.test_guards import Persistent, agree, compiled, write
 model = Persistent()
 if sys.argv[1] == "changed":
     write(model)

@@ -283,7 +283,7 @@ def test_on_a_cpu_the_list_is_the_order() -> None:
 
 # ---------------------------------------------------------------------------------------- regret
 
-MEASURED = sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("profile-*.csv"))
+MEASURED = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("profile-*.csv"))
 
 
 @pytest.mark.parametrize("place", MEASURED, ids=lambda place: place.stem)
