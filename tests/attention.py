@@ -14,6 +14,22 @@ def softcapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.mT * 0.25 / 5).tanh() * 5).softmax(-1) @ v
 
 
+def flattened(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Its heads and positions in one dimension, as a layer behind it reads them."""
+    return ((q @ k.transpose(-1, -2) * 0.1).softmax(-1) @ v).flatten(2)
+
+
+def cleared(q: Tensor, k: Tensor, v: Tensor, cache: Tensor) -> Tensor:
+    scores = q @ k.mT
+    cache.zero_()
+    return scores.softmax(-1) @ v
+
+
+def random_heads(length: int = 8) -> list[Tensor]:
+    """Queries, keys and values ``[2, 2, length, 8]``."""
+    return [torch.randn(2, 2, length, 8) for _ in range(3)]
+
+
 class Attention(torch.nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return plain(q, k, v)

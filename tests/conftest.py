@@ -50,6 +50,22 @@ def fresh_state() -> Iterator[None]:
 
 
 @pytest.fixture
+def instant_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor without the wait: the graph is run as it is."""
+    import torch._inductor.compile_fx
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", lambda gm, inputs, **kwargs: gm.forward)
+
+
+@pytest.fixture
+def idle_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that sees every softmax and changes nothing."""
+    from tests import engines
+
+    engines.install(monkeypatch, engines.idle)
+
+
+@pytest.fixture
 def mesh() -> Iterator[Any]:
     """Two ranks that only pretend to talk to each other."""
     from torch import distributed

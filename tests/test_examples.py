@@ -24,14 +24,6 @@ RUNS: dict[str, tuple[list[str], str]] = {  # example -> (short settings, someth
 
 
 @pytest.fixture
-def inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor without the wait: the graph is run as it is."""
-    import torch._inductor.compile_fx
-
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", lambda gm, inputs, **kwargs: gm.forward)
-
-
-@pytest.fixture
 def logging_as_it_was() -> Iterator[None]:
     """The demo switches warnings off, which later tests listen to."""
     before = logging.root.manager.disable
@@ -44,7 +36,7 @@ def test_no_example_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.usefixtures("inductor", "logging_as_it_was")
+@pytest.mark.usefixtures("instant_inductor", "logging_as_it_was")
 def test_an_example_runs(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,7 +53,7 @@ def blocks(path: Path) -> list[tuple[int, str]]:
     return [(text[: match.start()].count("\n") + 2, match[1]) for match in found]
 
 
-@pytest.mark.usefixtures("inductor")
+@pytest.mark.usefixtures("instant_inductor")
 @pytest.mark.parametrize(("page", "least"), [("README.md", 3), ("docs/kernels.md", 1)])
 def test_the_code_of_a_page_runs(
     page: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

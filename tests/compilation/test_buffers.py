@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fusepass.reports import collector
 from fusepass.reports.report import SiteReport
 from tests import checking
+from tests.attention import random_heads as given
 
 B, H, N, D = 2, 2, 8, 8
 INF = float("inf")
@@ -97,10 +98,6 @@ class Two(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.second(self.first(q, k, v), k, v)  # type: ignore[no-any-return]
-
-
-def given(n: int = N) -> list[Tensor]:
-    return [torch.randn(B, H, n, D) for _ in range(3)]
 
 
 class Pair:

@@ -21,15 +21,13 @@ from fusepass.expressions import contents
 from fusepass.reports import collector
 from fusepass.reports.collector import Collector
 from tests import checking  # noqa: F401  (faults of the pass are raised)
+from tests.attention import cleared
+from tests.attention import random_heads as given
 
 B, H, N, D = 2, 2, 8, 8
 INF = float("inf")
 
 Change = Callable[[Any], Any]
-
-
-def given(n: int = N) -> list[Tensor]:
-    return [torch.randn(B, H, n, D) for _ in range(3)]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -250,12 +248,6 @@ def test_stored_code_of_any_length(store: Store) -> None:
     write(model)
     for n in (N, N + 2):
         agree(fn, model, given(n))
-
-
-def cleared(q: Tensor, k: Tensor, v: Tensor, cache: Tensor) -> Tensor:
-    scores = q @ k.mT
-    cache.zero_()
-    return scores.softmax(-1) @ v
 
 
 def overlapping() -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fusepass.dialects.torch.memory import Memory, written_operands
 from fusepass.reports import collector
 from tests import checking  # noqa: F401  (faults of the pass are raised)
+from tests.attention import cleared
 
 Program = Callable[[Tensor, Tensor, Tensor, Tensor], Any]
 NAMES = ("q", "k", "v", "b")
@@ -318,12 +319,6 @@ def test_a_copy_for_the_backward_pass_survives_inductor() -> None:
 
 
 # ---------------------------------------------------------------------------------------- overlap
-
-
-def cleared(q: Tensor, k: Tensor, v: Tensor, cache: Tensor) -> Tensor:
-    scores = q @ k.mT
-    cache.zero_()
-    return scores.softmax(-1) @ v
 
 
 def test_arguments_of_one_storage_are_one_memory() -> None:

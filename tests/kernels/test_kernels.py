@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -35,16 +36,14 @@ from fusepass.specification.attention import (
     ZeroEmptyRows,
 )
 from tests.capture import agrees, close, compiled, copies, dynamo_graph, qkv
+from tests.specs import specification
 
 INF = math.inf
 CAUSAL = Mask(0, -INF, atoms=(Band(None, 0),))
 CPU, CUDA = Target("cpu", False, False), Target("cuda", False, False)
 
 
-def spec(
-    *scores: Any, weights: tuple[Any, ...] = (), dtype: torch.dtype = torch.float32, **more: Any
-) -> Attention:
-    return Attention(2, 4, 2, 8, 8, 16, 16, dtype, scores, weights, dtype, dtype, operands=4, **more)
+spec = partial(specification, dtype=torch.float32, queries=8, keys=8, head_dim=16, value_dim=16, operands=4)
 
 
 @dataclass(frozen=True)

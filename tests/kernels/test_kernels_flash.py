@@ -32,8 +32,10 @@ from fusepass.specification.attention import (
 )
 from fusepass.specification.derivative import gradients
 from fusepass.tools import doctor
+from tests.attention import flattened
 from tests.attention_cases import INF
 from tests.fake_cuda import fake_graph, hopper, targets
+from tests.specs import specification as spec
 
 CUDA = Target("cuda", False, False)
 CAUSAL = Mask(0, -INF, atoms=(Band(None, 0),))
@@ -42,11 +44,6 @@ FLASHES = (FLASH2, FLASH3, FLASH4)
 
 #: What float32 makes of 0.1.
 TENTH = torch.tensor(0.1).item()
-
-
-def spec(*scores: Any, **more: Any) -> Attention:
-    made = Attention(2, 4, 2, 64, 64, 64, 64, torch.bfloat16, scores, out_dtype=torch.bfloat16)
-    return replace(made, **more)
 
 
 @pytest.fixture
@@ -289,15 +286,11 @@ def test_a_bias_that_is_no_alibi(everything: None) -> None:
 
 
 def test_cudnn_is_called_by_name(everything: None) -> None:
-    graph, site = rewritten(plain, "cudnn", *[(2, 4, 64, 64)] * 3)
+    graph, site = rewritten(flattened, "cudnn", *[(2, 4, 64, 64)] * 3)
     assert site.kernel == "cudnn"
     call = arguments(graph, "_scaled_dot_product_cudnn_attention")
     assert call.args[3:] == (None, False, 0.0, False, False) and call.kwargs == {"scale": TENTH}
     assert "a query may see no key" in str(CUDNN.refuse(spec(CAUSAL, rows_seen=False), CUDA))
-
-
-def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ((q @ k.transpose(-1, -2) * 0.1).softmax(-1) @ v).flatten(2)
 
 
 def test_a_negative_scale_goes_into_the_queries(everything: None) -> None:
@@ -311,7 +304,7 @@ def test_a_negative_scale_goes_into_the_queries(everything: None) -> None:
 
 def test_without_a_profile_the_old_order_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     hopper(monkeypatch)
-    assert rewritten(plain, "auto", *[(2, 4, 64, 64)] * 3)[1].kernel == "sdpa"
+    assert rewritten(flattened, "auto", *[(2, 4, 64, 64)] * 3)[1].kernel == "sdpa"
 
 
 # ---------------------------------------------------------------------------------------- operators

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,16 +15,16 @@ from fusepass.compilation.rewrite import rewrite_graph
 from fusepass.host.config import Options
 from fusepass.kernels import FP8, Target, flash, fp8, gates
 from fusepass.kernels.fp8_ops import E4M3_MAX
-from fusepass.specification.attention import Attention, Band, Bias, Dropout, Mask, Scale, SoftCap
+from fusepass.specification.attention import Band, Bias, Dropout, Mask, Scale, SoftCap
+from tests.attention import flattened
 from tests.fake_cuda import fake_graph, hopper, targets
+from tests.specs import specification
 
 CUDA = Target("cuda", False, False, precision="fp8")
 CAUSAL = Mask(0, float("-inf"), atoms=(Band(None, 0),))
 
 
-def spec(*scores: object, **more: object) -> Attention:
-    made = Attention(2, 4, 2, 64, 64, 128, 128, torch.bfloat16, scores, out_dtype=torch.bfloat16)  # type: ignore[arg-type]
-    return replace(made, **more)  # type: ignore[arg-type]
+spec = partial(specification, head_dim=128, value_dim=128)
 
 
 @pytest.mark.parametrize("size", [1, 2, 64, 128])
@@ -167,13 +168,9 @@ def test_takes_full_and_causal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "(Ada)" in str(FP8.refuse(spec(), CUDA))
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ((q @ k.transpose(-1, -2) * 0.1).softmax(-1) @ v).flatten(2)
-
-
 def test_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     hopper(monkeypatch)
-    graph = fake_graph(plain, *[(2, 4, 64, 128)] * 3)
+    graph = fake_graph(flattened, *[(2, 4, 64, 128)] * 3)
     with torch.no_grad():
         site = rewrite_graph(graph, Options(precision="fp8")).sites[0]
     assert site.kernel == "fp8" and site.reason is None
@@ -182,7 +179,7 @@ def test_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_site_that_cannot_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     hopper(monkeypatch)
-    graph = fake_graph(plain, *[(2, 4, 64, 64)] * 3)
+    graph = fake_graph(flattened, *[(2, 4, 64, 64)] * 3)
     with torch.no_grad():
         site = rewrite_graph(graph, Options(precision="fp8")).sites[0]
     assert site.fused and site.kernel != "fp8"

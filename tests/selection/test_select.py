@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,16 @@ from fusepass.specification.attention import (
 )
 from fusepass.tools.bench import measuring as bench
 from fusepass.tools.bench import report as bench_report
+from tests.attention import flattened
 from tests.checking import call, compiled
 from tests.fake_cuda import fake_graph, hopper
+from tests.specs import specification
 
 INF = float("inf")
 CUDA = Target("cuda", False, False)
 
 
-def spec(*scores: Any, **more: Any) -> Attention:
-    made = Attention(2, 8, 2, 2048, 2048, 64, 64, torch.bfloat16, scores, out_dtype=torch.bfloat16)
-    return replace(made, **more)
+spec = partial(specification, heads=8, queries=2048, keys=2048)
 
 
 def mask(*atoms: Any) -> Mask:
@@ -186,7 +187,7 @@ def test_pairs_are_counted(queries: int, keys: int, left: int | None, right: int
 
 
 def profile(**milliseconds: float) -> Profile:
-    """Kernels that take that long for the site of :func:`plain`, in forward and training."""
+    """Kernels that take that long for the site of :func:`flattened`, in forward and training."""
     size = 2 * 4 * 64 * (64 + 64) / 1e6
     return Profile(
         ("GPU",), {"device": "GPU"},
@@ -197,14 +198,10 @@ def profile(**milliseconds: float) -> Profile:
     )  # fmt: skip
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ((q @ k.transpose(-1, -2) * 0.1).softmax(-1) @ v).flatten(2)
-
-
 def chosen(monkeypatch: pytest.MonkeyPatch, made: Profile | None, kernel: str = "auto") -> Any:
     hopper(monkeypatch)
     monkeypatch.setattr(costs, "profile", lambda device: made)
-    graph = fake_graph(plain, *[(2, 4, 64, 64)] * 3)
+    graph = fake_graph(flattened, *[(2, 4, 64, 64)] * 3)
     with torch.no_grad():
         return rewrite_graph(graph, Options(kernel=kernel)).sites[0]
 
@@ -319,7 +316,7 @@ def on_cpu(length: int, dtype: torch.dtype = torch.bfloat16, grads: bool = False
     """The kernel that the backend chooses."""
     torch._dynamo.reset()
     inputs = {name: torch.randn(1, 2, length, 8) for name in "qkv"}
-    got = call(compiled(fn or plain, dynamic=False), inputs, dtype, grads)
+    got = call(compiled(fn or flattened, dynamic=False), inputs, dtype, grads)
     return str(got.site.kernel)
 
 
@@ -353,14 +350,14 @@ def test_short_sequences_with_a_mask_in_training() -> None:
 def test_a_length_that_may_grow_counts_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "multiplies_bfloat16", lambda: True)
     inputs = {name: torch.randn(1, 2, 16, 8) for name in "qkv"}
-    got = call(compiled(plain, dynamic=True), inputs, torch.bfloat16)
+    got = call(compiled(flattened, dynamic=True), inputs, torch.bfloat16)
     assert got.site.kernel == "sdpa"
 
 
 def test_a_graph_to_be_kept_has_no_operator_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "multiplies_bfloat16", lambda: True)
     inputs = [torch.randn(1, 2, 16, 8, dtype=torch.bfloat16) for _ in range(3)]
-    for graph in (fx.symbolic_trace(plain), torch.export.export(_Plain(), tuple(inputs))):
+    for graph in (fx.symbolic_trace(flattened), torch.export.export(_Plain(), tuple(inputs))):
         with collector.collect() as seen, torch.no_grad():
             fusepass.fuse(graph, *inputs)
         assert seen.sites[0].kernel == "sdpa"
@@ -368,4 +365,4 @@ def test_a_graph_to_be_kept_has_no_operator_of_ours(monkeypatch: pytest.MonkeyPa
 
 class _Plain(torch.nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return plain(q, k, v)
+        return flattened(q, k, v)

@@ -49,6 +49,7 @@ from fusepass.specification.modifiers import KINDS, Sample, Tensors
 from fusepass.specification.samples import Draw
 from fusepass.specification.takes import Takes
 from fusepass.writing.emit import Builder
+from tests.attention import plain
 from tests.capture import compiled, dynamo_graph
 from tests.capture import qkv as random_qkv
 from tests.checking import assert_as_accurate
@@ -383,10 +384,6 @@ def test_a_fill_that_does_not_absorb_scores_is_no_mean_by_adding_it() -> None:
 
 
 # ------------------------------------------------------------ no keys
-
-
-def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.mT * 0.3).softmax(-1) @ v
 
 
 def test_without_keys_the_reference_gives_zeros_and_others_refuse() -> None:

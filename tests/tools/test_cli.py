@@ -53,14 +53,6 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor without the wait: the graph is run as it is."""
-    import torch._inductor.compile_fx
-
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", lambda gm, inputs, **kwargs: gm.forward)
-
-
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "models.py:model", "--kernel", "flex"]) == 0
     printed = capsys.readouterr().out
@@ -103,7 +95,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Kernels on this machine" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("inductor")
+@pytest.mark.usefixtures("instant_inductor")
 def test_run(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["run", "--kernel", "flex", "script.py", "--kernel", "mine", "--report"])
@@ -113,7 +105,7 @@ def test_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.err.startswith("fusepass: 0 of 1 attention site fused")
 
 
-@pytest.mark.usefixtures("inductor")
+@pytest.mark.usefixtures("instant_inductor")
 def test_run_keeps_the_exit_code_and_reports(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["run", "--report", "script.py", "--fail"])
@@ -121,7 +113,7 @@ def test_run_keeps_the_exit_code_and_reports(capsys: pytest.CaptureFixture[str])
     assert "Attention sites" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("inductor")
+@pytest.mark.usefixtures("instant_inductor")
 def test_run_a_module(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["run", "-m", "script", "one"])

@@ -72,9 +72,9 @@ def test_a_package_that_is_there_and_one_that_is_not(kernel: str, monkeypatch: p
 
 
 def test_flash_attn_is_told_apart_by_its_files() -> None:
-    assert Package("", "fusepass", "doctor.py", "").installed()
+    assert Package("", "fusepass", "__main__.py", "").installed()
     assert not Package("", "fusepass", "cute/interface.py", "").installed()
-    assert not Package("", "no_such_package", "doctor.py", "").installed()
+    assert not Package("", "no_such_package", "__main__.py", "").installed()
 
 
 def test_the_table_says_what_kernels_take() -> None:

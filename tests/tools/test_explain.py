@@ -9,11 +9,7 @@ import fusepass
 from tests import engines
 
 X = torch.randn(2, 8, 16)
-
-
-@pytest.fixture(autouse=True)
-def engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    engines.install(monkeypatch, engines.idle)
+pytestmark = pytest.mark.usefixtures("idle_engine")
 
 
 def test_it_shows_every_site() -> None:

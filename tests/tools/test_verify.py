@@ -13,12 +13,8 @@ from fusepass.tools.trial import distance
 from tests import engines
 
 X = torch.randn(2, 8, 16)
+pytestmark = pytest.mark.usefixtures("idle_engine")
 QUICK = {"inner": "eager"}
-
-
-@pytest.fixture(autouse=True)
-def engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    engines.install(monkeypatch, engines.idle)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
