@@ -17,7 +17,7 @@ import torch
 
 from fusepass.contents import Contents
 from fusepass.index import Affine, AxisSpace, Facts, Size, prod
-from fusepass.ir import DTYPES, Expr, const, expr, pointwise, scalar_of
+from fusepass.ir import DTYPES, Expr, const, expr, opmath, pointwise, scalar_of
 from fusepass.patterns import formulas, heads, masks, ranges
 from fusepass.patterns.joined import JOINED, joined, taken_apart
 from fusepass.patterns.layout import LAYOUT
@@ -586,7 +586,7 @@ class _Reading:
         scaled = term
         if mod.factor != 1:
             dtype = term.expr.dtype if term.expr.is_float else torch.float32
-            factor = const(mod.factor, dtype)  # not in the dtype of integers, which would truncate it
+            factor = const(mod.factor, opmath(dtype))  # neither truncated to integers nor rounded to half
             scaled = Term(pointwise("mul", term.expr, factor, dtype=dtype), term.index)
         hidden = masks.additive_mask(self.formulas, self.formulas.lift(scaled), term.expr.dtype)
         wide = mod.dtype if mod.dtype and holds_less(self.computed, DTYPES[mod.dtype]) else ""
@@ -594,7 +594,9 @@ class _Reading:
             if ranges.absorbs_from_above(scaled.expr, scope.contents, scope.facts):
                 raise Refuse("a bias raises scores so far that others are absorbed", term.expr)
             hides = masks.may_hide(term.expr, scope.contents, scope.facts)
-            return replace(mod, axes=self._letters(term, roles), hides=hides, dtype=wide if hides else "")
+            coarse = self._constants(mod) * torch.finfo(self.computed).eps > 1 / 16
+            kept = wide if hides or coarse else ""
+            return replace(mod, axes=self._letters(term, roles), hides=hides, dtype=kept)
         atoms = self._atoms(hidden.attends, roles)
         return Mask(self.scope.slot(scaled), hidden.fill, True, True, atoms, wide)
 
@@ -674,22 +676,43 @@ class _Reading:
         return (*before, *kept, *rest)
 
     def _finite(self, scores: list[ScoreModifier]) -> list[ScoreModifier]:
-        """``nan_to_num(where(m, s, -inf)) = where(m, nan_to_num(s), low)``: under the masks before it."""
+        """``nan_to_num(where(m, s, -inf)) = where(m, nan_to_num(s), low)``: under the masks before it.
+
+        Raises:
+            Refuse: what becomes of infinite scores depends on more than a mask.
+        """
         for at, mod in enumerate(scores):
             if isinstance(mod, Finite):
                 first = at
                 while first > 0 and isinstance(scores[first - 1], Mask):
                     first -= 1
-                masks_before = [m for m in scores[first:at] if isinstance(m, Mask)]
-                infinite = any(m.fill == -math.inf for m in masks_before)
-                if infinite and any(_is_infinite(m) for m in scores[at + 1 :]):
-                    raise Refuse("infinite scores become numbers, and others are added", self.out.expr)
-                together = sum(m.fill for m in masks_before if m.additive and math.isfinite(m.fill))
-                if together < torch.finfo(self.computed).min:
-                    raise Refuse("infinite scores become numbers, and fills overflow together", self.out.expr)
-                under = [self._refilled(m, mod.low) for m in masks_before]
+                before = [m for m in scores[first:at] if isinstance(m, Mask)]
+                if reason := self._depends(mod, scores[:first], before, scores[at + 1 :]):
+                    raise Refuse(f"infinite scores become numbers, and {reason}", self.out.expr)
+                under = [self._refilled(m, mod.low) for m in before]
                 scores = [*scores[:first], mod, *under, *scores[at + 1 :]]
         return scores
+
+    def _depends(
+        self,
+        mod: Finite,
+        before: Sequence[ScoreModifier],
+        under: Sequence[Mask],
+        after: Sequence[ScoreModifier],
+    ) -> str | None:
+        """What else than masks makes scores infinite, or masked scores that are numbers infinite again."""
+        lowest = torch.finfo(self.computed).min
+        finite = [m for m in under if m.additive and math.isfinite(m.fill)]
+        if finite and any(map(_is_infinite, before)):
+            return "fills are added to others that are infinite"
+        if sum(m.fill for m in finite) < lowest:
+            return "fills overflow together"
+        if len(finite) < len(under) and any(map(_is_infinite, after)):
+            return "infinite ones are added to them"
+        levels = fates((mod, *after), 0, mod.low)
+        if under and any(level is not None and -math.inf < level < lowest for level in levels):
+            return "overflow when they are scaled"
+        return None
 
     def _refilled(self, mod: Mask, fill: float) -> Mask:
         """A mask of ``-inf`` with another fill."""

@@ -69,8 +69,10 @@ def judge(program: Program) -> Verdict:
 
 
 def is_unseen_by_autograd(program: Program, verdict: Verdict) -> bool:
-    """Are only gradients other ones, where a mask that eager keeps for them is written through ``.data``?"""
-    return ".data.fill_(" in program.text and all("gradient" in reason for reason in verdict.reasons)
+    """Are only gradients other ones, where what eager keeps for them is written through ``.data``?"""
+    return bool(re.search(r"\.data\.\w+_\(", program.text)) and all(
+        "gradient" in reason for reason in verdict.reasons
+    )
 
 
 def is_kernels_own(program: Program, verdict: Verdict) -> bool:
@@ -109,7 +111,7 @@ def coarseness(program: Program) -> float:
         r"(?<!b)float16|half\(": half / 8,
         r"torch\.float64": single / 8,  # most masks, and softmaxes now and then, are of single precision
         r"-1e4|-10000|-30000|\* 100\b": 1e4 * single / 64,  # scores so large, and their log-sum-exp
-        LARGE: 256 * single / 8,  # scores so large, and their gradients
+        LARGE: 256 * single,  # scores so large, and their gradients
         r"softmax\([^()]*float16|\.half\(\)\.(log_)?softmax": half,  # rounded weights, and their gradients
     }
     coarse = [eps for text, eps in found.items() if re.search(text, program.text)]
