@@ -80,7 +80,7 @@ def is_unseen_by_autograd(program: Program, verdict: Verdict) -> bool:
 
 
 def is_written_between_passes(program: Program, verdict: Verdict) -> bool:
-    """Does PyTorch refuse a write between forward and backward, by code that is in no graph or in a later one?
+    """Does PyTorch refuse a write between forward and backward, by code that is in no graph with the site?
 
     A fused call keeps the keys that it is given, where eager keeps a copy of them for every query head.
     """
