@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from fusepass.expressions import intervals
 from fusepass.expressions.intervals import range_of
 from fusepass.expressions.ir import DTYPES, const, expr, pointwise
 from fusepass.patterns import masks
@@ -127,7 +126,7 @@ class Fills:
         if math.frexp(scale)[0] == 0.5:
             return False
         if isinstance(mod, Bias):
-            fill = -self._constants(mod) / abs(mod.factor) if mod.factor else 0.0
+            fill = -self.meanings.constants(mod) / abs(mod.factor) if mod.factor else 0.0
             inexact = -fill * torch.finfo(written.dtype).eps > 1 / 16
         else:
             fill, inexact = mod.fill, mod.additive
@@ -141,7 +140,7 @@ class Fills:
             dtypes: of the scores, and of the softmax.
         """
         for at, mod in enumerate(scores):
-            most = self._constants(mod) if isinstance(mod, Bias) and not mod.hides else 0.0
+            most = self.meanings.constants(mod) if isinstance(mod, Bias) and not mod.hides else 0.0
             if most <= USUAL_SCORES:
                 continue
             for mask in scores[at + 1 :]:
@@ -150,12 +149,6 @@ class Fills:
                     if not absorbs(mask.fill, DTYPES[mask.dtype] if mask.dtype else wide, most):
                         return mod  # type: ignore[return-value]
         return None
-
-    def _constants(self, mod: Bias) -> float:
-        """How large a bias is because of the constants in it, whatever its inputs are; 0 if not known."""
-        known = intervals.Ranges(self.scope.contents, self.scope.facts, scale=intervals.LEAST)
-        found = known.of(self.scope.operands[mod.slot].expr)
-        return 0.0 if found is None else max(map(abs, found)) * abs(mod.factor)
 
     def _overflown(self, mod: ScoreModifier, *dtypes: torch.dtype) -> ScoreModifier:
         """A mask whose fill is below all that the scores may be: it is minus infinity."""
@@ -207,22 +200,43 @@ class Fills:
         return (*before, *kept, *rest)
 
     def _finite(self, scores: list[ScoreModifier]) -> list[ScoreModifier]:
-        """``nan_to_num(where(m, s, -inf)) = where(m, nan_to_num(s), low)``: under the masks before it."""
+        """``nan_to_num(where(m, s, -inf)) = where(m, nan_to_num(s), low)``: under the masks before it.
+
+        Raises:
+            Refuse: what becomes of infinite scores depends on more than a mask.
+        """
         for at, mod in enumerate(scores):
             if isinstance(mod, Finite):
                 first = at
                 while first > 0 and isinstance(scores[first - 1], Mask):
                     first -= 1
-                masks_before = [m for m in scores[first:at] if isinstance(m, Mask)]
-                infinite = any(m.fill == -math.inf for m in masks_before)
-                if infinite and any(_is_infinite(m) for m in scores[at + 1 :]):
-                    raise Refuse("infinite scores become numbers, and others are added")
-                together = sum(m.fill for m in masks_before if m.additive and math.isfinite(m.fill))
-                if together < torch.finfo(self.meanings.computed).min:
-                    raise Refuse("infinite scores become numbers, and fills overflow together")
-                under = [self._refilled(m, mod.low) for m in masks_before]
+                before = [m for m in scores[first:at] if isinstance(m, Mask)]
+                if reason := self._depends(mod, scores[:first], before, scores[at + 1 :]):
+                    raise Refuse(f"infinite scores become numbers, and {reason}")
+                under = [self._refilled(m, mod.low) for m in before]
                 scores = [*scores[:first], mod, *under, *scores[at + 1 :]]
         return scores
+
+    def _depends(
+        self,
+        mod: Finite,
+        before: Sequence[ScoreModifier],
+        under: Sequence[Mask],
+        after: Sequence[ScoreModifier],
+    ) -> str | None:
+        """What else than masks makes scores infinite, or masked scores that are numbers infinite again."""
+        lowest = torch.finfo(self.meanings.computed).min
+        finite = [m for m in under if m.additive and math.isfinite(m.fill)]
+        if finite and any(map(_is_infinite, before)):
+            return "fills are added to others that are infinite"
+        if sum(m.fill for m in finite) < lowest:
+            return "fills overflow together"
+        if len(finite) < len(under) and any(map(_is_infinite, after)):
+            return "infinite ones are added to them"
+        levels = fates((mod, *after), 0, mod.low)
+        if under and any(level is not None and -math.inf < level < lowest for level in levels):
+            return "overflow when they are scaled"
+        return None
 
     def _refilled(self, mod: Mask, fill: float) -> Mask:
         """A mask of ``-inf`` with another fill."""
@@ -287,7 +301,7 @@ class Fills:
     def _is_exact(self, mod: Bias) -> bool:
         """Is no constant in it so large that subtracting a log-sum-exp of its size loses parts of weights?"""
         most = max(SMALL, 1 / (16 * torch.finfo(self.core.scores.expr.dtype).eps))
-        return self._constants(mod) <= most
+        return self.meanings.constants(mod) <= most
 
     def finite_sink(self) -> bool:
         """Is there a sink that every row sees, since it is a learned or constant number of ordinary size?"""

@@ -9,7 +9,7 @@ import torch
 
 from fusepass.expressions import intervals
 from fusepass.expressions.index import Affine, Size, prod
-from fusepass.expressions.ir import DTYPES, Expr, const, pointwise
+from fusepass.expressions.ir import DTYPES, Expr, const, opmath, pointwise
 from fusepass.patterns import heads, masks
 from fusepass.rules import formulas, visibility
 from fusepass.rules.engine import Refuse, Scope, Term
@@ -63,7 +63,7 @@ class Meanings:
         scaled = term
         if mod.factor != 1:
             dtype = term.expr.dtype if term.expr.is_float else torch.float32
-            factor = const(mod.factor, dtype)  # not in the dtype of integers, which would truncate it
+            factor = const(mod.factor, opmath(dtype))  # neither truncated to integers nor rounded to half
             scaled = Term(pointwise("mul", term.expr, factor, dtype=dtype), term.index)
         hidden = visibility.additive_mask(self.formulas, self.formulas.lift(scaled), term.expr.dtype)
         wide = mod.dtype if mod.dtype and holds_less(self.computed, DTYPES[mod.dtype]) else ""
@@ -71,9 +71,17 @@ class Meanings:
             if intervals.absorbs_from_above(scaled.expr, scope.contents, scope.facts):
                 raise Refuse("a bias raises scores so far that others are absorbed", term.expr)
             hides = masks.may_hide(term.expr, scope.contents, scope.facts)
-            return replace(mod, axes=self.letters(term), hides=hides, dtype=wide if hides else "")
+            coarse = self.constants(mod) * torch.finfo(self.computed).eps > 1 / 16
+            kept = wide if hides or coarse else ""
+            return replace(mod, axes=self.letters(term), hides=hides, dtype=kept)
         atoms = self._atoms(hidden.attends)
         return Mask(self.scope.slot(scaled), hidden.fill, True, True, atoms, wide)
+
+    def constants(self, mod: Bias) -> float:
+        """How large a bias is because of the constants in it, whatever its inputs are; 0 if not known."""
+        known = intervals.Ranges(self.scope.contents, self.scope.facts, scale=intervals.LEAST)
+        found = known.of(self.scope.operands[mod.slot].expr)
+        return 0.0 if found is None else max(map(abs, found)) * abs(mod.factor)
 
     def letters(self, term: Term) -> str:
         """The roles that an operand varies over, as letters in order."""

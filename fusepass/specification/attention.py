@@ -119,8 +119,21 @@ class Attention:
 
     @property
     def unseen_rows(self) -> bool:
-        """May a query see no key?"""
-        return not self.rows_seen and any(map(self.hides, self.masks))
+        """May a query see no key?
+
+        A mask that replaces scores may leave some to an earlier one, and brings back none for certain.
+        """
+        return not self.rows_seen and any(
+            self._hides_alone(at) for at, mod in enumerate(self.scores) if isinstance(mod, Mask)
+        )
+
+    def _hides_alone(self, at: int) -> bool:
+        """Would the mask at a position hide for good if no mask replaced scores after it?"""
+        mask = self.scores[at]
+        assert isinstance(mask, Mask)
+        after = [m for m in self.scores[at + 1 :] if not isinstance(m, Mask) or m.additive]
+        levels = [mask.fill, *fates((mask, *after), 0, mask.fill)]
+        return all(n is not None and negligible(n, self.score_dtype) for n in levels)
 
     def is_causal(self, offset: object = 0) -> bool:
         """Is the whole visibility ``j <= i + offset``, with no other term added to the scores?"""

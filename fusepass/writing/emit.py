@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -144,8 +145,8 @@ class Builder(Layouts[fx.Node]):
         PyTorch's functionalization keeps the strides that a tensor had before it was written to through a
         permuted view, and then fails to merge dimensions that lie apart; there, a copy is merged.
         """
-        merges = sum(size != 1 for size in new) < sum(size != 1 for size in old)
-        if merges and self.reader.memory.of(node) & self.reader.memory.written_turned:
+        cuts = [set(itertools.accumulate(sizes, operator.mul)) for sizes in (old, new)]
+        if not cuts[0] <= cuts[1] and self.reader.memory.of(node) & self.reader.memory.written_turned:
             node = self.op("clone", node, memory_format=torch.contiguous_format)
         return super()._reshaped(node, old, new)
 

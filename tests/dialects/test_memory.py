@@ -44,6 +44,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @case(True)
+def through_a_permuted_view_of_keys_that_are_regrouped(q, k, v, b):  # type: ignore[no-untyped-def]
+    q, k = (torch.cat([t, t + b], 1) for t in (q, k))
+    k.transpose(0, 1).index_add_(0, torch.tensor([0]), k.transpose(0, 1)[:1] * 0.5)
+    return attention(q, k / 2, v[:, :, None].expand(2, 2, 2, 4, 8).reshape(2, 4, 4, 8))
+
+
+@case(True)
 def through_a_permuted_view_of_shared_values(q, k, v, b):  # type: ignore[no-untyped-def]
     values = v * 2
     values.transpose(0, 1).masked_fill_(torch.arange(8) > 2, 0)

@@ -94,6 +94,11 @@ def fills_that_overflow_together_and_are_cleaned(s: Tensor) -> Tensor:
 
 
 @unsound
+def cleaned_and_overflowing_again(s: Tensor) -> Tensor:
+    return (s.masked_fill(~ROWS, -INF).nan_to_num(0.0) / (1 / 3)).softmax(-1)
+
+
+@unsound
 def fill_scaled_to_usual_size(s: Tensor) -> Tensor:
     e = (s.masked_fill(~CAUSAL, -1e9) * 1e-9).exp()
     return e / (1 + e.sum(-1, keepdim=True))
@@ -560,3 +565,42 @@ def test_a_number_is_added_in_the_dtype_of_the_sum_before(kernel: str) -> None:
 
     given: Any = {name: t[:, :, :1].half() for name, t in inputs().items()}
     agrees(program, kernel, close=1e-2, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_infinite_biases_that_are_cleaned_beside_a_fill(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        s = q @ k.mT - b + (1 - CAUSAL.to(q.dtype)) * torch.finfo(q.dtype).min
+        return s.nan_to_num(0.0).softmax(-1) @ v
+
+    bias = torch.zeros(N, N).index_fill(1, torch.tensor([2]), -INF)
+    agrees(program, kernel, b=bias)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_large_number_is_added_in_the_dtype_of_its_sum(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        s = b + ((q @ k.mT).double() + 1e4)
+        return F.pad(s, (0, 1)).softmax(-1)[..., :-1].to(v.dtype) @ v
+
+    given: Any = {name: t.half() for name, t in inputs().items()}
+    agrees(program, kernel, close=2e-2, b=torch.randn(N, 1).half(), **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_row_may_be_hidden_by_a_mask_that_a_later_one_overwrites_in_part(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        s = torch.where(ROWS, q @ k.mT, -INF)
+        return torch.where(m, -1e4, s).softmax(-1) @ v
+
+    agrees(program, kernel, m=torch.zeros(H, 1, 1, dtype=torch.bool).index_fill(0, torch.tensor([0]), True))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_infinity_times_less_than_half_precision_holds(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        s = (q @ k.mT + (1 - m.to(q.dtype)) * 1e9) * 1e-9
+        return ((s / 3).tanh() * 3).softmax(-1).to(v.dtype) @ v
+
+    given: Any = {name: t.half() for name, t in inputs().items()}
+    agrees(program, kernel, close=1e-2, m=ROWS, **given)
