@@ -10,7 +10,7 @@ What is most worth knowing is measured first.  Written are
 - ``fusepass/profiles/GPU.json``: the cost model made of that;
 - ``benchmarks/results/auto-GPU.csv``: `torch.compile`, `auto` with that profile, and calls by hand; with
   ``--contenders auto,hand,compile,eager`` unfused attention without a compiler too;
-- ``docs/kernels/``: pictures of the latter, where matplotlib is installed.
+- ``docs/kernels/``: pictures of the latter and of other GPUs' results, where matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fusepass import bench, bench_report
+from fusepass import bench, bench_plot, bench_report
 from fusepass.bench_cases import VARIANTS
 from fusepass.kernels.gates import runs_here
 
@@ -121,7 +121,8 @@ def main() -> int:
         rows = measure(work, results / f"auto-{name}.csv", arguments)
         bench_report.show(rows, console)
         try:
-            bench_report.plot(rows, ROOT / "docs" / "kernels", bench.machine())
+            measured = [bench.read_csv(place) for place in sorted(results.glob("auto-*.csv"))]
+            bench_plot.plot(measured, ROOT / "docs" / "kernels")
         except ModuleNotFoundError:
             console.print("no pictures: matplotlib is not installed")
     return 0

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusepass import bench, bench_clock, bench_report, costs
+from fusepass import bench, bench_clock, bench_plot, bench_report, costs
 from fusepass.__main__ import main
 from fusepass.bench_cases import VARIANTS
 from fusepass.bench_pool import Exclusive, spread
@@ -289,7 +289,9 @@ def test_a_page_of_the_results() -> None:
     auto = replace(row, contender="auto", kernel="sdpa", milliseconds=2.0, gpu_milliseconds=1.0)
     hand = replace(row, contender="hand sdpa", milliseconds=1.0, gpu_milliseconds=0.9)
     page = bench_report.markdown([row, auto, hand], {"torch": "2"}, "rows.csv")
-    assert "| 0.9 sdpa | 1 | sdpa |  | 0.90 | 0.50 |" in page and page.endswith("length: full.\n")
+    assert "| 0.9 sdpa | 1 | sdpa |  | 0.90 | 0.50 |" in page and page.endswith(
+        "times as fast):\n\n- full: forward 16 × 16 (0.90)\n"
+    )
 
 
 def test_a_page_tells_calls_by_hand_that_repair_rows_from_those_that_do_not() -> None:
@@ -308,3 +310,17 @@ def test_a_page_of_kernels_by_name() -> None:
     page = bench_report.markdown(rows, {"torch": "2"}, "rows.csv")
     assert "| variant | pass | D | S | compile | sdpa |" in page
     assert page.endswith("| full | forward | 16 | 16 | 3 | 2 (1.50×) |\n")
+
+
+def test_a_picture_says_how_many_times_as_fast_auto_is(tmp_path: Path) -> None:
+    (row,) = bench.run(bench.jobs(["full"], [16], [16], ["forward"], ["eager"], **TINY))
+    times = {"compile": 6.0, "auto": 2.0, "hand sdpa": 1.0}
+    rows = [replace(row, contender=name, milliseconds=t, gpu_milliseconds=t) for name, t in times.items()]
+    results = [(rows, {"device": "NVIDIA H100 80GB HBM3", "torch": "2"}), (rows[1:], {"device": "a CPU"})]
+    lines = list(bench_plot.lines_of(results, "full", "forward", 16))
+    assert [line.machine for line in lines] == ["H100", "a CPU"]
+    said = "Attention without a mask: 3.0 times as fast as torch.compile\nand 0.50 times as fast"
+    assert bench_plot.message("full", lines).startswith(said)
+    pytest.importorskip("matplotlib")
+    (place,) = bench_plot.plot(results, tmp_path)
+    assert place.name == "full.svg" and place.read_text().startswith("<?xml")
