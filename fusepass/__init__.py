@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fusepass.report import Collector, GraphReport, SiteReport, collect
     from fusepass.verification import Verification, verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "fuse",

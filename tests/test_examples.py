@@ -89,8 +89,7 @@ def test_the_code_of_a_page_runs_and_prints_what_is_shown(
 
 
 def test_the_numbers_of_the_readme_are_those_of_the_result_files() -> None:
-    from benchmarks import readme
-
+    readme = importlib.import_module("benchmarks.readme")
     text = readme.README.read_text(encoding="utf-8")
     assert readme.written(text) == text, "run: python -m benchmarks.readme"
 
