@@ -42,6 +42,8 @@ format: $(VENV)/.installed-test ## format the code and mend what can be mended s
 types: $(VENV)/.installed-test ## check types
 	$(BIN)/mypy
 
+# The notice left out says that Material for MkDocs 9 is supported until May 2027.
+docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(VENV)/.installed-docs ## build the documentation site into site/; a warning is an error
 	$(BIN)/mkdocs build --strict $(ARGS)
 

@@ -1,4 +1,4 @@
-"""Hooks of the documentation site: pages that lie outside docs/, and links that leave it.
+"""Hooks of the documentation site: pages outside docs/, links that leave it, and recipes.
 
 Every page is written for a reader of the repository, with relative links that work there.  The site
 has the same pages: those of ``PAGES`` are added under a name in docs/, and each other file of the repository
@@ -26,6 +26,14 @@ PAGES = {
 LINK = re.compile(r"(?<!`)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 FENCED = re.compile(r"^(`{3,})[^\n]*\n.*?^\1$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {".py": "python", ".yml": "yaml", ".toml": "toml", ".csv": "text", ".md": "markdown"}
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Add the recipes to the navigation, where there are any."""
+    recipes = sorted(f"recipes/{path.name}" for path in (ROOT / "docs/recipes").glob("*.md"))
+    if recipes and config.nav is not None:
+        config.nav.insert(2, {"Recipes": recipes})
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
