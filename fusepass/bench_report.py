@@ -16,7 +16,7 @@ Key = tuple[str, str, int, int]
 
 
 def by_case(rows: Iterable[Row]) -> dict[Key, dict[str, Row]]:
-    """Rows by variant, mode, head size and length, then by contender; failed ones are left out."""
+    """Rows by variant, mode, head size and length, then by contender; failed rows are left out."""
     table: dict[Key, dict[str, Row]] = {}
     for row in rows:
         if row.milliseconds is not None:
@@ -45,7 +45,7 @@ HEAD = (
 
 
 def lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
-    """One line a case: what `auto` chose, and how many times faster it is than the others.
+    """One line a case: what `auto` chose, and how many times as fast as the others it is.
 
     Times are the GPU's, where they are known; the last column compares calls back to back.
     """
@@ -75,7 +75,7 @@ def of_packages(rows: Sequence[Row]) -> list[str]:
 def by_name(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Where ``auto`` was not measured: a head, and a line a case with every contender's time.
 
-    Kernels also have how many times faster than ``compile`` they are.
+    The cell of a kernel also says how many times as fast as ``compile`` it is.
     """
     named = list(dict.fromkeys(row.contender for row in rows))
     made: list[tuple[str, ...]] = []

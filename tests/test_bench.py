@@ -324,3 +324,18 @@ def test_a_picture_says_how_many_times_as_fast_auto_is(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     (place,) = bench_plot.plot(results, tmp_path)
     assert place.name == "full.svg" and place.read_text().startswith("<?xml")
+
+
+MEASURED = {
+    "attention-h100": "auto-nvidia-h100-80gb-hbm3",
+    "attention": "auto-nvidia-h200",
+    "cpu": "cpu-bfloat16",
+    "cpu-float32": "cpu-float32",
+}
+
+
+@pytest.mark.parametrize("page", MEASURED)
+def test_a_measured_page_is_what_the_command_writes(page: str) -> None:
+    root, results = Path(__file__).parent.parent, f"benchmarks/results/{MEASURED[page]}.csv"
+    written = bench_report.markdown(*bench.read_csv(root / results), results)
+    assert written == (root / f"docs/{page}.md").read_text(encoding="utf-8")
