@@ -15,7 +15,7 @@ export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test fuzz lint format types bench clean FORCE
+.PHONY: help setup demo test fuzz lint format types docs bench clean FORCE
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -42,11 +42,16 @@ format: $(VENV)/.installed-test ## format the code and mend what can be mended s
 types: $(VENV)/.installed-test ## check types
 	$(BIN)/mypy
 
+# The notice left out says that Material for MkDocs 9 is supported until May 2027.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.installed-docs ## build the documentation site into site/; a warning is an error
+	$(BIN)/mkdocs build --strict $(ARGS)
+
 bench: $(VENV)/.installed-test ## measure the pass's share of compile time
 	$(BIN)/python benchmarks/compile_time.py $(ARGS)
 
 clean: ## remove the virtual environment, build products and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fuzz-failures
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fuzz-failures
 	find fusepass patterns exporters tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The request changes only when its text does, so that another TORCH or PYTHON makes a new environment.

@@ -344,20 +344,26 @@ def markdown(results: Path, place: Path) -> None:
     """The tables of a CSV file as a page."""
     lines = results.read_text().splitlines()
     about = [line[2:] for line in lines if line.startswith("# ")]
+    device = dict(line.split(": ", 1) for line in about)["device"]
     page = [
-        "# FP8 attention, measured",
+        f"# FP8 attention, measured on {device}",
         "",
-        f"Made by `python benchmarks/fp8.py` from [{results.name}](../{results}): {'; '.join(about)}.",
+        f"Made by `python benchmarks/fp8.py` from [{results.name}](../{results}), measured with:",
         "",
-        "Milliseconds include the quantisation; all of one length and mask were timed in turn. `copy` moves",
-        "as many bytes as scaling by the largest magnitudes must, without rotation, at the speed of a copy",
-        "on the GPU: inputs are read twice, since a scale is known after the last element, and written once;",
-        "cuDNN on Hopper writes e4m3 only, so its result is scaled back, where flash-attn 3 writes bfloat16.",
-        "`bound` is that and the library's kernel alone: nothing around it is faster.",
+        *(f"- {line}" for line in about),
         "",
-        "Relative errors and SQNR are against float64. `cast` is the unscaled cast of tutorials; `identical`",
-        "is exact arithmetic on just the e4m3 inputs of `fp8`, its result rounded as the kernel's is. The",
-        "loss is that of a small language model trained in bfloat16.",
+        "Milliseconds include the quantisation. All contenders of one length and mask were timed in turn.",
+        "",
+        "- `copy` moves as many bytes as scaling by the largest magnitudes must, without rotation, at the",
+        "  speed of a copy on the GPU. Inputs are read twice, because a scale is known only after the last",
+        "  element, and written once. cuDNN on Hopper writes e4m3 only, so its result is scaled back;",
+        "  flash-attn 3 writes bfloat16.",
+        "- `bound` is `copy` and the library's kernel alone. No way to call the kernel can be faster.",
+        "- `cast` is the unscaled cast of tutorials.",
+        "- `identical` is exact arithmetic on the very e4m3 inputs of `fp8`, with its result rounded as the",
+        "  kernel's is.",
+        "- Relative errors and SQNR are against float64. The loss is that of a small language model trained",
+        "  in bfloat16.",
     ]
     names: list[str] = []
     title = ""

@@ -10,7 +10,7 @@ What is most worth knowing is measured first.  Written are
 - ``fusepass/selection/profiles/GPU.json``: the cost model made of that;
 - ``benchmarks/results/auto-GPU.csv``: `torch.compile`, `auto` with that profile, and calls by hand; with
   ``--contenders auto,hand,compile,eager`` unfused attention without a compiler too;
-- ``docs/kernels/``: pictures of the latter, where matplotlib is installed.
+- ``docs/kernels/``: pictures of the latter and of other GPUs' results, where matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from rich.console import Console
 from fusepass.kernels.gates import runs_here
 from fusepass.selection.machine import machine
 from fusepass.tools.bench import measuring as bench
+from fusepass.tools.bench import plot as bench_plot
 from fusepass.tools.bench import report as bench_report
 from fusepass.tools.bench.cases import VARIANTS
 
@@ -123,7 +124,8 @@ def main() -> int:
         rows = measure(work, results / f"auto-{name}.csv", arguments)
         bench_report.show(rows, console)
         try:
-            bench_report.plot(rows, ROOT / "docs" / "kernels", machine())
+            measured = [bench.read_csv(place) for place in sorted(results.glob("auto-*.csv"))]
+            bench_plot.plot(measured, ROOT / "docs" / "kernels")
         except ModuleNotFoundError:
             console.print("no pictures: matplotlib is not installed")
     return 0

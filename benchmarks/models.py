@@ -289,16 +289,17 @@ def lines(rows: list[Row]) -> list[list[str]]:
 
 ABOUT = """\
 Median milliseconds of one forward pass, or of one training step with a fused AdamW, under `torch.compile`;
-bfloat16, random weights and data. `eager`, `sdpa` and `flash 2` are transformers' `attn_implementation`;
-fusepass is given the eager model. The last columns say how many times faster it is, and what it chose."""
+bfloat16, random weights and data. `eager`, `sdpa` and `flash 2` are transformers' `attn_implementation`, and
+fusepass is given the eager model. The last columns say how many times as fast it is, and what it chose."""
 
 
 def markdown(rows: list[Row], about: dict[str, str], place: Path) -> str:
     """The page."""
-    machine = "; ".join(f"{k}: {v}" for k, v in about.items())
-    text = ["# Whole models, measured", ""]
+    text = [f"# Whole models, measured on {about['device']}", ""]
     text += [
-        f"Made by `python benchmarks/models.py` from [{place.name}](../{place}): {machine}.",
+        f"Made by `python benchmarks/models.py` from [{place.name}](../{place}), measured with:",
+        "",
+        *(f"- {k}: {v}" for k, v in about.items()),
         "",
         ABOUT,
         "",

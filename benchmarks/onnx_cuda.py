@@ -483,9 +483,9 @@ def markdown(rows: list[dict[str, Any]], on: dict[str, Any]) -> str:
         f"Made by `python -m benchmarks.onnx_cuda` on {on['device']} with onnxruntime {on['onnxruntime']}, "
         f"{named}, CUDA {on['cuda']}, Python {on['python']}:",
         f"{on['sizes']}. Sizes vary in every export.",
-        "The error is against PyTorch in float64, in units of an output's largest value; PyTorch's own is in",
-        "the row of eager attention. Times are medians, inputs and outputs on the device. *Kernel* is what",
-        "ONNX Runtime reports of the run.",
+        "The error is against PyTorch in float64, in units of an output's largest value. PyTorch's own error",
+        "is in the row of eager attention. Times are medians, with inputs and outputs on the device.",
+        "*Kernel* is what ONNX Runtime reports about the run.",
         "",
         "| variant | export | operator | kernel | error | ms | × unfused |",
         "|---|---|---|---|---:|---:|---:|",

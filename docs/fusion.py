@@ -20,17 +20,9 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from fusepass.tools.bench.plot import BLUE, GREY, ORANGE, PALE, STYLE
+
 HERE = Path(__file__).parent
-INK, PALE, GREY, ORANGE, BLUE = "#24292f", "#e4e7eb", "#8c959f", "#d9822b", "#1f6feb"
-SETTINGS: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "svg.hashsalt": "fusepass",  # the same numbers give the same file
-    "text.color": INK,
-    "axes.edgecolor": GREY,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
 
 
 def kept(demo: Path, rows: Path) -> dict[str, Any]:
@@ -68,7 +60,8 @@ def draw_sites(axes: Axes, sites: list[list[Any]]) -> None:
     axes.set_ylim(len(sites) - 0.3, -2.6)
     axes.set_aspect("equal", anchor="NW")
     axes.axis("off")
-    axes.set_title("Attention sites fused", loc="left", weight="bold", pad=34)
+    title = f"Attention sites fused in {len(sites)} models"
+    axes.set_title(title, loc="left", weight="bold", size=11, pad=34)
 
 
 def draw_memory(axes: Axes, memory: dict[str, dict[str, int]]) -> None:
@@ -76,7 +69,7 @@ def draw_memory(axes: Axes, memory: dict[str, dict[str, int]]) -> None:
     ways = (
         ("eager", GREY, "eager"),
         ("inner", ORANGE, "torch.compile"),
-        ("fused", BLUE, "torch.compile with fusepass"),
+        ("fused", BLUE, "with fusepass"),
     )
     for line, costs in enumerate(memory.values()):
         places = [costs[way] / 1e6 for way, _, _ in ways]
@@ -89,13 +82,12 @@ def draw_memory(axes: Axes, memory: dict[str, dict[str, int]]) -> None:
     axes.set_yticks(range(len(memory)), list(memory))
     axes.set_ylim(len(memory) - 0.4, -0.8)
     axes.set_xlim(left=0)
-    axes.set_xlabel("MB, the most allocated at once in one forward pass")
+    axes.set_xlabel("MB allocated at most (two layers, length 1024, float32 on a CPU)", size=9)
     axes.grid(axis="x", color=PALE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    title = "Peak memory, two layers, length 1024, float32 on a CPU"
-    axes.set_title(title, loc="left", weight="bold", pad=34)
+    axes.set_title("Peak memory of a forward pass", loc="left", weight="bold", size=11, pad=34)
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, frameon=False, handletextpad=0.1)
 
 
@@ -111,9 +103,9 @@ def main() -> None:
     if options.demo and options.rows:
         store.write_text(json.dumps(kept(options.demo, options.rows), indent=1) + "\n")
     numbers = json.loads(store.read_text())
-    with pyplot.rc_context(SETTINGS):
+    with pyplot.rc_context(STYLE):
         figure, (left, right) = pyplot.subplots(
-            1, 2, figsize=(11, 5.2), width_ratios=[1, 1.25], layout="constrained"
+            1, 2, figsize=(9.6, 5.2), width_ratios=[1.1, 1], layout="constrained"
         )
         draw_sites(left, numbers["sites"])
         draw_memory(right, numbers["memory"])

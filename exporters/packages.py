@@ -69,9 +69,13 @@ def compile_aoti(
     Needs what Inductor needs: a C++ compiler, and on CUDA Triton.
 
     Args:
-        model, args, kwargs, dynamic_shapes, options: as for :func:`export_pt2`.
+        model: a module, or an ``ExportedProgram``.
+        args: example arguments.
         path: the ``.pt2`` package to write.
+        kwargs: example keyword arguments.
+        dynamic_shapes: as for ``torch.export.export``.
         inductor_configs: options for Inductor.
+        options: ``kernel=``, ``precision=``, ``validate=`` as for the backend.
 
     Raises:
         ModelError: the model cannot be exported, or the package cannot be written.

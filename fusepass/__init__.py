@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fusepass.tools.explanation import Explanation, explain
     from fusepass.tools.verification import Verification, verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "fuse",

@@ -1,4 +1,4 @@
-"""Every example runs, and so does every Python block of the README and of the page about kernels."""
+"""Every example runs, and every Python block of the README and the guides prints what the page shows."""
 
 import importlib
 import logging
@@ -46,33 +46,57 @@ def test_an_example_runs(
     assert printed in " ".join(capsys.readouterr().out.split())
 
 
-def blocks(path: Path) -> list[tuple[int, str]]:
-    """The Python blocks of a page, each with the number of its first line."""
-    text = path.read_text(encoding="utf-8")
-    found = re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [(text[: match.start()].count("\n") + 2, match[1]) for match in found]
+WRITTEN = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+PAGES = ["README.md", *(page for page in WRITTEN if page.startswith("docs/guides/"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(?!\$)(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: str) -> list[tuple[str, str | None]]:
+    """The Python blocks of a page, each with the output that is shown below it, if any."""
+    return BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
+
+
+def comparable(output: str) -> str:
+    """Output without what differs from run to run: seconds, and blanks at the ends of lines."""
+    return re.sub(r" *$", "", re.sub(r"\d+\.\d\d s\b", "0.00 s", output), flags=re.MULTILINE).strip()
 
 
 @pytest.mark.usefixtures("instant_inductor")
-@pytest.mark.parametrize(("page", "least"), [("README.md", 3), ("docs/kernels.md", 1)])
-def test_the_code_of_a_page_runs(
-    page: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs_and_prints_what_is_shown(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = blocks(ROOT / page)
-    assert len(found) >= least
+    found = blocks(page)
+    assert found
     monkeypatch.chdir(tmp_path)
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)  # Dynamo looks a function's module up by its name
-    for line, source in found:  # in order, in one namespace: later blocks use what earlier ones define
-        exec(compile("\n" * (line - 1) + source, str(ROOT / page), "exec"), vars(module))
+    for number, (source, shown) in enumerate(found):
+        # One namespace: later blocks use what earlier ones define.
+        path = tmp_path / (f"example{number + 1}.py" if number else "example.py")
+        path.write_text(source, encoding="utf-8")
+        exec(compile(source, str(path), "exec"), vars(module))
+        printed = capsys.readouterr().out
+        assert not shown or comparable(printed) == comparable(shown), printed
 
 
-@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md"])
+def test_the_numbers_of_the_readme_are_those_of_the_result_files() -> None:
+    readme = importlib.import_module("benchmarks.readme")
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.written(text) == text, "run: python -m benchmarks.readme"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", *WRITTEN])
 def test_every_file_that_a_page_names_exists(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     named = set(
         re.findall(r"`((?:fusepass|patterns|exporters|tests|examples|benchmarks|docs)/[\w./]+\.\w+)`", text)
     )
-    named |= set(re.findall(r"\]\((?!https?:|#)([^)#]+)", text))
-    missing = sorted(name for name in named if not (ROOT / name).exists())
+    missing = {name for name in named if not (ROOT / name).exists()}
+    linked = set(re.findall(r"\]\((?!https?:|#)([^)#]+)", text))
+    missing |= {name for name in linked if not ((ROOT / page).parent / name).exists()}
     assert not missing

@@ -62,7 +62,8 @@ def export_onnx(
         target: ``"onnx"`` (``ai.onnx`` Attention), ``"ort"`` (with ``com.microsoft`` operators) or
             ``"tensorrt"``.
         opset: the version of ``ai.onnx`` (default 24).
-        input_names, output_names: names for the inputs and outputs.
+        input_names: names for the inputs.
+        output_names: names for the outputs.
         verify: run the file in onnxruntime, at two shapes where some are dynamic, and compare with PyTorch.
         external_data: weights in a file of their own; None: where the model is large.
         progress: called with a few words whenever another step begins.

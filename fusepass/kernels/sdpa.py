@@ -152,7 +152,8 @@ def attn_mask(site: Site, build: Builder, target: Target, x: Operands) -> fx.Nod
 def _as_operand(site: Site, build: Builder, target: Target, total: fx.Node, dtype: torch.dtype) -> fx.Node:
     """All that is added to a row's scores, its sink included, in the dtype that the call takes."""
     extra = site.spec.added
-    if len(extra) > 1 and build.value(total).dtype.itemsize > dtype.itemsize:
+    large = len(extra) > 1 or any(isinstance(m, Bias) and m.hides for m in extra)
+    if large and build.value(total).dtype.itemsize > dtype.itemsize:
         total = _lifted(build, total)
     total = build.cast(total, dtype)
     opaque = target.device != "cpu" and any(isinstance(m, Bias) for m in extra)
@@ -160,7 +161,7 @@ def _as_operand(site: Site, build: Builder, target: Target, total: fx.Node, dtyp
 
 
 def _lifted(build: Builder, total: fx.Node) -> fx.Node:
-    """A sum less its row maximum: beside a large number a narrower dtype would round small ones away."""
+    """A sum less its row maximum: a narrower dtype would overflow, or round small numbers away beside it."""
     top = build.op("amax", total, [-1], True)
     known = build.op("where", build.op("isfinite", top), top, build.number(0.0, top))
     return build.op("sub", total, known)

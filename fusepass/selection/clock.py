@@ -65,7 +65,7 @@ def _clocked(step: Callable[[], object]) -> float:
 
 
 def _settled(step: Callable[[], object], count: int) -> float:
-    """The least of medians, which are taken until two in a row agree: queued work may still run."""
+    """The smallest median; medians are taken until two in a row agree, because queued work may still run."""
     found = [median(_events(step, count))]
     while len(found) < _BATCHES and (len(found) == 1 or abs(found[-1] / found[-2] - 1) > _AGREES):
         found.append(median(_events(step, count)))
@@ -82,7 +82,7 @@ _WARM, _SHORT, _LONG = 30.0, 10.0, 300.0
 
 
 def _events(step: Callable[[], object], count: int) -> list[float]:
-    """Run back to back: where the host is slower than the GPU, its time counts, as it does for a user."""
+    """Run back to back: where the host is slower than the GPU, the host's time counts, as for a user."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     marks[0].record()
     for mark in marks[1:]:

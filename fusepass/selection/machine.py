@@ -12,7 +12,7 @@ from fusepass.kernels.reference import multiplies_bfloat16
 
 
 def machine(device: str = "cuda") -> dict[str, str]:
-    """The machine and the versions that the numbers are of."""
+    """The machine and the versions that the numbers were measured with."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     if device == "cuda":
         found |= {

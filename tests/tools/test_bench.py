@@ -25,6 +25,7 @@ from fusepass.selection import costs
 from fusepass.selection.machine import machine
 from fusepass.selection.work import kind_of
 from fusepass.tools.bench import measuring as bench
+from fusepass.tools.bench import plot as bench_plot
 from fusepass.tools.bench import report as bench_report
 from fusepass.tools.bench.cases import VARIANTS
 from fusepass.tools.bench.pool import Exclusive, spread
@@ -293,7 +294,9 @@ def test_a_page_of_the_results() -> None:
     auto = replace(row, contender="auto", kernel="sdpa", milliseconds=2.0, gpu_milliseconds=1.0)
     hand = replace(row, contender="hand sdpa", milliseconds=1.0, gpu_milliseconds=0.9)
     page = bench_report.markdown([row, auto, hand], {"torch": "2"}, "rows.csv")
-    assert "| 0.9 sdpa | 1 | sdpa |  | 0.90 | 0.50 |" in page and page.endswith("length: full.\n")
+    assert "| 0.9 sdpa | 1 | sdpa |  | 0.90 | 0.50 |" in page and page.endswith(
+        "times as fast):\n\n- full: forward 16 × 16 (0.90)\n"
+    )
 
 
 def test_a_page_tells_calls_by_hand_that_repair_rows_from_those_that_do_not() -> None:
@@ -312,3 +315,32 @@ def test_a_page_of_kernels_by_name() -> None:
     page = bench_report.markdown(rows, {"torch": "2"}, "rows.csv")
     assert "| variant | pass | D | S | compile | sdpa |" in page
     assert page.endswith("| full | forward | 16 | 16 | 3 | 2 (1.50×) |\n")
+
+
+def test_a_picture_says_how_many_times_as_fast_auto_is(tmp_path: Path) -> None:
+    (row,) = bench.run(bench.jobs(["full"], [16], [16], ["forward"], ["eager"], **TINY))
+    times = {"compile": 6.0, "auto": 2.0, "hand sdpa": 1.0}
+    rows = [replace(row, contender=name, milliseconds=t, gpu_milliseconds=t) for name, t in times.items()]
+    results = [(rows, {"device": "NVIDIA H100 80GB HBM3", "torch": "2"}), (rows[1:], {"device": "a CPU"})]
+    lines = list(bench_plot.lines_of(results, "full", "forward", 16))
+    assert [line.machine for line in lines] == ["H100", "a CPU"]
+    said = "Attention without a mask: 3.0 times as fast as torch.compile\nand 0.50 times as fast"
+    assert bench_plot.message("full", lines).startswith(said)
+    pytest.importorskip("matplotlib")
+    (place,) = bench_plot.plot(results, tmp_path)
+    assert place.name == "full.svg" and place.read_text().startswith("<?xml")
+
+
+MEASURED = {
+    "attention-h100": "auto-nvidia-h100-80gb-hbm3",
+    "attention": "auto-nvidia-h200",
+    "cpu": "cpu-bfloat16",
+    "cpu-float32": "cpu-float32",
+}
+
+
+@pytest.mark.parametrize("page", MEASURED)
+def test_a_measured_page_is_what_the_command_writes(page: str) -> None:
+    root, results = Path(__file__).parent.parent, f"benchmarks/results/{MEASURED[page]}.csv"
+    written = bench_report.markdown(*bench.read_csv(root / results), results)
+    assert written == (root / f"docs/{page}.md").read_text(encoding="utf-8")

@@ -37,9 +37,10 @@ class Variant:
 
     kind: what the cost model calls it (:func:`fusepass.selection.work.kind_of`).
     kernels: those that take it.
-    hand: the same computation on one library, by name; "prepared" ones are given what depends on data, such
-        as the block table of a padding, which a model makes once a step; "repaired" ones give what the
-        program does also in rows that see no key, which the data here has none of, and "hand" ones leave out.
+    hand: the same computation by calls of one library, by name.  "prepared" calls are given what depends on
+        data, such as the block table of a padding, which a model makes once a step.  "repaired" calls also
+        give what the program gives in rows that see no key; the data here has none, and "hand" calls do not
+        treat them.
     pairs: the number of query-key pairs that are visible, for TFLOP/s.
     learns: what needs a gradient beside queries, keys and values.
     forward, backward: the passes that are measured.
@@ -60,7 +61,7 @@ class Variant:
     backward: bool = True
 
     def shape(self, length: int, head_dim: int, tokens: int = 16384, width: int = 2048) -> Shape:
-        """Sizes of a length: ``tokens`` in all, ``width`` features, as models have them."""
+        """The sizes for a length: ``tokens`` in all and ``width`` features, as in models."""
         heads = max(1, width // head_dim)
         batch = max(1, tokens // length)
         queries = 1 if self.decode else length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -12,6 +13,7 @@ from fusepass.kernels.registry import registered
 from fusepass.selection import costs
 from fusepass.selection.machine import machine
 from fusepass.tools.bench import measuring as bench
+from fusepass.tools.bench import plot as bench_plot
 from fusepass.tools.bench import report as bench_report
 from fusepass.tools.bench.cases import VARIANTS
 from fusepass.tools.targets import UsageError
@@ -21,20 +23,13 @@ def command(arguments: argparse.Namespace) -> int:
     """Measures or reads, and shows, plots or makes a profile."""
     console = Console(width=None if Console().is_terminal else 150)
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rows: list[bench.Row] = []
-    about: dict[str, str] = {}
     if arguments.read:
-        for place in arguments.read:
-            if not place.is_file():
-                raise UsageError(
-                    f"cannot read {str(place)!r}: there is no such file; expected results of bench"
-                )
-            more, about = bench.read_csv(place)
-            rows += more
+        results = _read(arguments.read)
     else:
         about = machine(arguments.device) | {"dtype": arguments.dtype}
-        rows = _measure(arguments, console, about)
-        console.print(f"{len(rows)} measurements in {arguments.out}", highlight=False)
+        results = [(_measure(arguments, console, about), about)]
+        console.print(f"{len(results[0][0])} measurements in {arguments.out}", highlight=False)
+    rows, about = [row for found, _ in results for row in found], results[-1][1]
     if arguments.profile or arguments.profile_to:
         made = bench_report.profile_of(rows, about)
         place = arguments.profile_to or costs.place_of(about["device"])
@@ -47,9 +42,17 @@ def command(arguments: argparse.Namespace) -> int:
         source = " ".join(map(str, arguments.read or [arguments.out]))
         arguments.markdown.write_text(bench_report.markdown(rows, about, source))
     if arguments.plot:
-        made_plots = bench_report.plot(rows, arguments.plot, about)
+        made_plots = bench_plot.plot(results, arguments.plot)
         console.print(f"{len(made_plots)} pictures in {arguments.plot}", highlight=False)
     return 0
+
+
+def _read(places: list[Path]) -> list[tuple[list[bench.Row], dict[str, str]]]:
+    """The rows of each file, and the machine that they were measured on."""
+    for place in places:
+        if not place.is_file():
+            raise UsageError(f"cannot read {str(place)!r}: there is no such file; expected results of bench")
+    return [bench.read_csv(place) for place in places]
 
 
 def _measure(arguments: argparse.Namespace, console: Console, about: dict[str, str]) -> list[bench.Row]:

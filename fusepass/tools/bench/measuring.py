@@ -1,12 +1,12 @@
-"""`fusepass bench`: attention of many kinds and sizes, eager, compiled, fused, and by hand on one library.
+"""`fusepass bench`: times attention of many kinds and sizes: eager, compiled, fused, and called by hand.
 
 One measurement is one row: the median time of some runs on random data, and the most memory allocated on
 top of the inputs.  There are two times.  ``milliseconds`` is of calls back to back, as a program makes them:
-where launching takes longer than the GPU, launching is what it shows, and a compiled function launches
-later than a bare call.  ``gpu_milliseconds`` is of the same call recorded as a CUDA graph and replayed,
-which leaves the GPU's work alone, under equal conditions for all.  The contenders of a case are prepared in
-one process and timed in turn, round after round: a GPU's clock follows its temperature and its power, and
-what is measured minutes apart differs by more than what is compared.
+where launching takes longer than the GPU, it shows the launch, and a compiled function launches later than
+a bare call.  ``gpu_milliseconds`` is of the same call, recorded as a CUDA graph and replayed: the GPU's work
+alone, under equal conditions.  The contenders of a case are prepared in one process and timed in turn, round
+after round.  A GPU's clock follows its temperature and its power, so measurements that are minutes apart
+differ by more than the contenders do.
 
 Work is spread over processes (:mod:`fusepass.tools.bench.pool`).  `--profile` makes the cost model of
 :mod:`fusepass.selection.costs` from the rows.
@@ -95,7 +95,7 @@ def jobs(
     variants: Iterable[str], lengths: Iterable[int], head_dims: Iterable[int], modes: Iterable[str],
     contenders: Sequence[str], **settings: Any,
 ) -> list[Job]:  # fmt: skip
-    """Every combination that makes sense; "hand" stands for all hand-written calls of a variant."""
+    """Every combination that can be measured; "hand" stands for all hand-written calls of a variant."""
     found = []
     for head_dim, mode, length, name in itertools.product(head_dims, modes, lengths, variants):
         variant = VARIANTS[name]
@@ -117,7 +117,7 @@ def run(
     on_row: Callable[[Row], None] = lambda row: None,
     limit: float | None = None,
 ) -> list[Row]:
-    """Measure; ``limit`` seconds after the start no further measurement begins."""
+    """Measure all of ``work``; no measurement begins later than ``limit`` seconds after the start."""
     end = None if limit is None else time.monotonic() + limit
     rows: list[Row] = []
     lost: list[tuple[Job, Row]] = []
@@ -126,7 +126,7 @@ def run(
         broken = len(found) > 1 and any(row.problem.startswith(_LOST) for _, row in found)
         for job, row in found:
             if broken and row.milliseconds is None:
-                lost.append((job, row))  # something beside it may have taken it along
+                lost.append((job, row))  # another contender may have broken its process
             else:
                 rows.append(row)
                 on_row(row)
@@ -134,7 +134,7 @@ def run(
     _spread(together(work), workers, keep, end)
     _spread([[job] for job, _ in lost], workers, keep, end)
     for _, row in lost:
-        if all(key_of(row) != key_of(r) for r in rows):  # no time was left for it
+        if all(key_of(row) != key_of(r) for r in rows):  # there was no time to measure it again
             rows.append(row)
             on_row(row)
     return rows
@@ -179,7 +179,7 @@ _BROKEN = ("CUDA error", "AcceleratorError", "illegal memory access", "device-si
 
 
 def apart(group: list[Job], exclusive: Exclusive) -> tuple[list[tuple[Job, Row]], bool]:
-    """In a process of its own: rows, and whether the process is of no more use."""
+    """Measure in a process of its own: the rows, and whether the process must be replaced."""
     torch.set_num_threads(1)
     rows = measured(group, exclusive)
     broken = any(text in row.problem for text in _BROKEN for row in rows)
@@ -201,7 +201,7 @@ def _row(job: Job) -> Row:
 
 @dataclass
 class _Ready:
-    """A contender that was compiled and recorded; ``times`` steps are one replay."""
+    """A contender that was compiled and recorded; one replay runs ``times`` steps."""
 
     row: Row
     step: Callable[[], object] | None = None
@@ -210,7 +210,7 @@ class _Ready:
 
 
 def measured(group: Sequence[Job], exclusive: Exclusive = alone) -> list[Row]:
-    """The rows of jobs of one case; whatever goes wrong with one stands in the last column of its row."""
+    """The rows of the jobs of one case; what goes wrong with a job is in the last column of its row."""
     rows = _measured(group, exclusive)
     try:  # nothing holds the tensors and recordings of the group any more
         torch._dynamo.reset()
@@ -270,7 +270,7 @@ def _prepare(job: Job, variant: Variant, inputs: Inputs, one: _Ready) -> None:
 
 
 def _time(running: Sequence[_Ready], device: torch.device, job: Job) -> None:
-    """Fill in the times, each of which is of its own turns beside the others'."""
+    """Fill in the times, which the contenders take in turns."""
     steps = [one.step for one in running if one.step is not None]
     peaks, called = [peak(step, device) for step in steps], in_turn(steps, device, job.repeats)
     recordings = [one for one in running if one.replay is not None]
@@ -362,7 +362,7 @@ def _locked(wanted: bool) -> Iterator[None]:
 
 
 def key_of(row: Row) -> tuple[object, ...]:
-    """What a row is a measurement of."""
+    """What identifies the measurement of a row."""
     return (
         row.variant, row.mode, row.length, row.head_dim, row.batch, row.heads, row.kv_heads, row.contender
     )  # fmt: skip

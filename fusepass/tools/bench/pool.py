@@ -1,4 +1,4 @@
-"""Measurements spread over processes: compiling overlaps, and while one is timed all others stand still.
+"""Spreads measurements over processes: compiling overlaps, and while one is timed all others stand still.
 
 A process that a measurement has broken (a CUDA error stays with its process) is replaced, and the
 measurement becomes a result that says so.  Nothing is lost: results are handed over as they come.
@@ -68,7 +68,7 @@ def spread(
 
 
 class _Worker(Generic[J]):
-    """A process, what it does, and since when."""
+    """A process, what it is doing, and since when."""
 
     def __init__(self, measure: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -113,7 +113,7 @@ class Pool(Generic[J, R]):
         self.patience, self.results, self.workers = patience, list[R](), list[_Worker[J]]()
 
     def run(self, count: int) -> None:
-        """Until nothing is left."""
+        """Measure until nothing is left."""
         while self.left or any(w.job is not None for w in self.workers):
             if self.limit is not None and time.monotonic() > self.limit:
                 self.left.clear()
@@ -152,7 +152,7 @@ class Pool(Generic[J, R]):
                     worker.pipe.send(worker.job)
 
     def _hear(self, worker: _Worker[J]) -> None:
-        """One message."""
+        """Handle one message of a process."""
         try:
             kind, content = worker.pipe.recv()
         except (EOFError, OSError):
@@ -168,7 +168,7 @@ class Pool(Generic[J, R]):
                 self._bury(worker)
 
     def _time(self, count: int) -> None:
-        """Let those that wait be timed, one by one, while the others stand still."""
+        """Let the waiting processes be timed one by one, while the others stand still."""
         waiting = [w for w in self.workers if w.state == "waits"]
         others = [w for w in self.workers if w.state in ("works", "starts")]
         began = time.monotonic()
