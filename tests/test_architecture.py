@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from collections.abc import Iterator
@@ -81,3 +82,20 @@ def entered() -> Iterator[list[str]]:
     finally:
         sys.setprofile(None)
         order.extend(files)
+
+
+def test_tests_mirror_the_rooms() -> None:
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
+    assert folders - {"__pycache__", "fuzz", "golden"} <= set(ROOMS)
+
+
+def test_no_helper_of_the_tests_is_written_twice() -> None:
+    """Functions of several lines with the same body, whatever they are called."""
+    homes: dict[str, list[str]] = {}
+    for path in python_files("tests"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and len(node.body) > 1:
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                text = "\n".join(map(ast.unparse, [node.args, *body]))
+                homes.setdefault(text, []).append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert not [places for places in homes.values() if len(places) > 1]
