@@ -44,7 +44,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 #: What people import and run.  Nothing may import them, so they may load their parts when these are needed.
-FRONT_DOORS = ("fusepass", "fusepass.__main__")
+FRONT_DOORS = ("fusepass", "fusepass.__main__", "fusepass.backend", "fusepass.report")
 
 #: The only imports inside functions: libraries that may be missing, and those that take long to load.
 LATE = (

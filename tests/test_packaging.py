@@ -76,7 +76,7 @@ def test_wheel_declares_the_entry_points(wheel: zipfile.ZipFile) -> None:
     (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/entry_points.txt"))
     entries = configparser.ConfigParser()
     entries.read_string(wheel.read(name).decode())
-    assert entries["torch_dynamo_backends"]["fusepass"] == "fusepass.compilation.backend:fusepass"
+    assert entries["torch_dynamo_backends"]["fusepass"] == "fusepass.backend:fusepass"
     assert entries["console_scripts"]["fusepass"] == "fusepass.__main__:main"
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in wheel.namelist())
 
