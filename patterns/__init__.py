@@ -1,1 +1,1 @@
-"""All knowledge of how attention is spelled, one aspect a file, as rules over expressions."""
+"""All knowledge of how attention is spelled, as rules over expressions: one aspect per file."""

@@ -40,7 +40,7 @@ def assign(
         Refuse: the operands do not fit attention, with the reason.
     """
     found = [scope.axes(t) for t in (query, keys, values)]
-    # Looking into the operands may have split axes: every list is made after that.
+    # Looking into the operands may split axes, so every list is made after that.
     in_q, in_k, in_v = (scope.finest(axes) for axes in found)
     value_axes = ordered(scope, [Affine(((a, 1),)) for a in value_axes])
     roles = Roles(value_dim=value_axes)
@@ -67,7 +67,7 @@ def assign(
             "keys or values differ for every one of them (mixed heads, routing)"
         )
     roles.group = [a for a in free if a not in roles.query]
-    # The innermost axis that keys or values vary over is the head, where there are several such dimensions.
+    # Where keys or values vary over several such dimensions, the innermost one is the head.
     alone = bool(shared) and len(scores.index) >= 4
     several = len(shared) > 1 or (alone and (not roles.group or _behind_batch(scope, scores, shared[0])))
     roles.kv_heads = shared[-1:] if several else []
@@ -76,12 +76,12 @@ def assign(
 
 
 def _behind_batch(scope: Scope, scores: Term, axis: str) -> bool:
-    """Is an axis in a later dimension of the scores than the first, because there is one sequence alone?"""
+    """Is an axis in another dimension of the scores than the first?  Then there is only one sequence."""
     return axis not in scope.space.resolve(scores.index[0]).axes
 
 
 def _query_axes(scope: Scope, scores: Term, dim: int, free: list[str]) -> list[str]:
-    """The axes of the query position: beside the softmax's dimension where the scores are laid out so."""
+    """The axes of the query position: where possible, those next to the softmax's dimension."""
     others = [d for d in range(len(scores.index)) if d != dim]
     if not others:
         return []

@@ -1,13 +1,13 @@
 """Keys in several tensors: scores and weights that are concatenated over the keys.
 
 Global and local keys (Zaheer et al., Big Bird, arXiv 2007.14062; Phang et al., PEGASUS-X, arXiv
-2208.04347) or memories beside the sequence are scored apart, normalised together, and multiplied with their
-values apart::
+2208.04347), or memories and the sequence, are scored separately, normalised together, and multiplied
+separately with their values::
 
     softmax(cat(q.k1, q.k2))[:m] . v1 + softmax(cat(q.k1, q.k2))[m:] . v2
         = softmax(q . cat(k1, k2)) . cat(v1, v2)
 
-What each part of the scores is scaled, masked and biased with is drawn out of the concatenation first.
+Before that, the scales, masks and biases of each part are moved out of the concatenation.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from fusepass.rules.engine import Peel, Rule, Scope, Term, rule
 Label = int | str
 """A position in the product's result, or the name of a contracted axis."""
 
-#: More parts than anybody concatenates.
+#: The most parts that are joined; nobody concatenates more.
 MOST_PARTS = 16
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass(frozen=True)
 class _Side:
-    """An operand of a product, its dimensions labelled by where they are in the result."""
+    """An operand of a product; each of its dimensions is labelled with its place in the result."""
 
     node: Expr
     labels: tuple[Label, ...]
@@ -79,7 +79,7 @@ class _Part:
 
 
 def _summands(node: Expr) -> list[_Part]:
-    """The products with slices of weights that ``node`` adds up; none where it adds anything else."""
+    """The products with slices of weights that ``node`` sums; none where it sums anything else."""
     found: list[_Part] = []
     todo = [node]
     while todo and len(found) < MOST_PARTS:
@@ -117,7 +117,7 @@ def _length(values: _Side) -> Size | None:
 
 
 def taken_apart(product: Expr) -> list[Expr]:
-    """``cat(w1, w2) . v = w1 . v[:m] + w2 . v[m:]``: softmaxes of their own, such as a prompt's with a gate
+    """``cat(w1, w2) . v = w1 . v[:m] + w2 . v[m:]``: separate softmaxes, such as that of a prompt with a gate
     (Zhang et al., LLaMA-Adapter, arXiv 2303.16199); the product itself where its weights are one tensor."""
     for position in (0, 1):
         weights, values = _sides(product, position)
@@ -157,7 +157,7 @@ def _two() -> Expr:
 
 @rule("cat(q . k1, q . k2 + m) = q . cat(k1, k2) + cat(0, m)", _two)
 def join(term: Term, scope: Scope) -> Peel | None:
-    """Draws one layer out of a concatenation over the keys, or joins products with the same queries."""
+    """Moves one layer out of a concatenation over the keys, or joins products with the same queries."""
     node = term.expr
     if node.op != "cat" or not all(holds_product(a) for a in node.args):
         return None
@@ -189,7 +189,7 @@ def _joined_products(node: Expr, dim: int) -> Expr | None:
 
 
 def _common_layer(node: Expr, scope: Scope) -> Expr | None:
-    """``cat(c * x, c * y) = c * cat(x, y)``, and so for casts and signs."""
+    """``cat(c * x, c * y) = c * cat(x, y)``, and likewise for casts and signs."""
     first = node.args[0]
     if any(a.op != first.op or a.dtype is not first.dtype for a in node.args):
         return None
@@ -210,7 +210,7 @@ def _common_layer(node: Expr, scope: Scope) -> Expr | None:
 
 
 def _own_layer(node: Expr, dim: int) -> Expr | None:
-    """What one part alone is biased or masked with: ``cat(x + m, y) = cat(x, y) + cat(m, 0)``."""
+    """A bias or mask of one part alone: ``cat(x + m, y) = cat(x, y) + cat(m, 0)``."""
     for at, part in enumerate(node.args):
         if part.op == "add":
             for position in (0, 1):
@@ -233,17 +233,17 @@ def _own_layer(node: Expr, dim: int) -> Expr | None:
 
 
 def _alike(inner: Sequence[Expr], node: Expr) -> bool:
-    """Have the layers' operands their shapes and the result's dtype, so that they may be concatenated?"""
+    """Can the layers' operands be concatenated: do they have the layers' shapes and the result's dtype?"""
     return all(i.shape == o.shape and i.dtype is node.dtype for i, o in zip(inner, node.args, strict=True))
 
 
 def _with(node: Expr, at: int, inner: Expr) -> Expr:
-    """The concatenation with another part in one place."""
+    """The concatenation with one of its parts replaced."""
     return _cat([*node.args[:at], cast(inner, node.dtype), *node.args[at + 1 :]], node)
 
 
 def _spread(term: Expr, neutral: Expr, at: int, node: Expr, dim: int) -> Expr:
-    """A term of one part as a term of all, with a neutral element for the others."""
+    """A term of one part as a term of the whole, with a neutral element for the other parts."""
     shape = (*(1,) * (node.rank - term.rank), *term.shape)
     if term.rank < node.rank:
         term = expr("reshape", (term,), (), shape, term.dtype)
@@ -276,7 +276,7 @@ def _sides(product: Expr, position: int) -> tuple[_Side, _Side]:
 
 
 def _concatenated(sides: Sequence[_Side], along: Label) -> _Side | None:
-    """Operands one after the other along one axis, laid out alike and as large as the largest."""
+    """Operands concatenated along one axis, with the same layout, and broadcast to the largest."""
     if any(along not in s.labels or s.node.dtype is not sides[0].node.dtype for s in sides):
         return None
     summed = {n for n in sides[0].labels if isinstance(n, str)}

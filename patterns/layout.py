@@ -1,4 +1,4 @@
-"""Views: each moves the index and leaves the value alone."""
+"""Views: each one changes the index and leaves the value alone."""
 
 from __future__ import annotations
 

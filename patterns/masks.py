@@ -1,4 +1,4 @@
-"""Masks by meaning: the visibility that a formula says, its atoms, and what they are called.
+"""Masks by meaning: the visibility that a formula describes, its atoms, and their names.
 
 ``conjuncts`` splits a visibility into atoms, ``classify`` names them, and ``every_row_sees`` proves that no
 row is left without a key.
@@ -31,7 +31,7 @@ __all__ = ["Positions", "classify", "conjuncts", "every_row_sees", "intersect"]
 
 
 def may_hide(bias: Expr, contents: Contents, facts: Facts) -> bool:
-    """May an added tensor hold fills?  Not one made of learned numbers, positions and small constants."""
+    """May an added tensor hold fills?  Learned numbers, positions and small constants do not."""
     dtype = bias.dtype if bias.is_float else torch.float32
     return not is_ordinary(bias, dtype, contents, facts)
 
@@ -109,7 +109,7 @@ def _diagonal(part: Expr, at: Positions, space: AxisSpace) -> Band | None:
 
 
 def letters(part: Expr, at: Positions, space: AxisSpace) -> set[str]:
-    """Which of b, h, i, j a formula varies over."""
+    """The letters among b, h, i, j that a formula varies over."""
     found: set[str] = set()
     todo = [part]
     while todo:
@@ -159,9 +159,9 @@ def every_row_sees(parts: list[Atom], queries: Size, keys: Size, scope: Scope) -
 def every_row_sees_itself(
     parts: list[Expr], at: Positions, queries: Size, keys: Size, formulas: Formulas
 ) -> bool:
-    """Does every query see the key of its own position, under all of some visibilities at once?
+    """Does every query see the key at its own position, under all of the given visibilities at once?
 
-    Chunks, documents, prefixes and bands all hold their diagonal.  Positions are counted from the first
+    Chunks, documents, prefixes and bands all contain their diagonal.  Positions are counted from the first
     key, or so that the last query is at the last key.
     """
     facts, space = formulas.scope.facts, formulas.space
@@ -187,7 +187,7 @@ def _solved(key: Affine, value: Affine) -> dict[str, Affine] | None:
 
 
 def _put_axes(node: Expr, place: dict[str, Affine], formulas: Formulas) -> Expr:
-    """A formula with index expressions in the place of axes."""
+    """A formula with index expressions in place of axes."""
 
     def moved(index: Affine) -> Affine:
         out = Affine((), index.const)

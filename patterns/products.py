@@ -25,7 +25,7 @@ def dot(term: Term, scope: Scope) -> Product | None:
     summed = []
     for position, label in enumerate(la):
         if label not in where:
-            where[label] = scope.space.fresh("d", a.shape[position])
+            where[label] = scope.space.new_axis("d", a.shape[position])
             summed.append(where[label])
     left = Term(a, tuple(Affine() if n == 1 else where[c] for c, n in zip(la, a.shape, strict=True)))
     right = Term(b, tuple(Affine() if n == 1 else where[c] for c, n in zip(lb, b.shape, strict=True)))
@@ -54,7 +54,7 @@ def multiply_and_sum(term: Term, scope: Scope) -> Product | None:
     dims: tuple[int, ...] = inner.expr.attrs[0]
     body, index, summed = inner.expr.args[0], list(inner.index), []
     for dim in dims:
-        index[dim] = scope.space.fresh("d", body.shape[dim])
+        index[dim] = scope.space.new_axis("d", body.shape[dim])
         summed.append(index[dim])
     element = Term(body, tuple(index))
     return Product(element.argument(0), element.argument(1), tuple(summed))
@@ -70,9 +70,9 @@ def factors(node: Expr) -> tuple[Expr, ...]:
 
 
 def normalised_late(node: Expr) -> Expr | None:
-    """``(w . v) * t = (w * t) . v`` for a ``t`` of one number a row, which normalises the row's weights.
+    """``(w . v) * t = (w * t) . v`` for a ``t`` of one number per row, which normalises the row's weights.
 
-    Of ``mul`` and ``div``; only a ``t`` that was made of a row sum or a logsumexp is moved.
+    For ``mul`` and ``div``.  Only a ``t`` made from a row sum or a logsumexp is moved.
     """
     if node.op not in ("mul", "div"):
         return None
@@ -89,7 +89,7 @@ def normalised_late(node: Expr) -> Expr | None:
 
 
 def _of_rows(node: Expr) -> bool:
-    """Is it made of a row sum or a logsumexp by element-wise operations and views?"""
+    """Is it made from a row sum or a logsumexp by element-wise operations and views?"""
     for _ in range(12):
         if node.op in ("sum", "logsumexp"):
             return True

@@ -56,13 +56,13 @@ def holds_product(node: Expr) -> bool:
 
 
 def score_sides(term: Term) -> list[int]:
-    """Which arguments of a binary layer may lead to the product, the likelier first."""
+    """The arguments of a binary layer that may lead to the product, the likelier first."""
     sides = [i for i, a in enumerate(term.expr.args) if holds_product(a)]
     return sorted(sides, key=lambda i: -term.expr.args[i].rank)
 
 
 def number(node: Expr, scope: Scope) -> float | None:
-    """A constant as a float, in its dtype; also that of a buffer that holds one number."""
+    """A constant as a float, in its dtype; a buffer that holds a single number counts as one."""
 
     def uniform(leaf: Expr) -> Number | None:
         form = scope.contents.form(leaf)
@@ -72,11 +72,11 @@ def number(node: Expr, scope: Scope) -> float | None:
     return None if value is None or isinstance(value, complex) else float(value)
 
 
-@rule("cast(x) changes the precision alone", lambda: eg.cast(eg.scores()))
+@rule("cast(x) changes only the precision", lambda: eg.cast(eg.scores()))
 def cast(term: Term, scope: Scope) -> Peel | None:
     """A change of floating dtype; the softmax records the dtype it computes in.
 
-    It counts only where scores are rounded to less than the product of queries and keys holds.
+    It matters only where scores are rounded to less precision than the product of queries and keys has.
     """
     if term.expr.op != "cast" or not (term.expr.is_float and term.expr.args[0].is_float):
         return None
@@ -90,7 +90,7 @@ def cast(term: Term, scope: Scope) -> Peel | None:
     lambda: eg.binary("mul", pointwise("tanh", eg.scores()), eg.number(3.0)),
 )
 def softcap(term: Term, scope: Scope) -> Peel | None:
-    """An identity for every ``c > 0``, wherever the inner division was folded to."""
+    """An identity for every ``c > 0``, wherever the inner division was folded."""
     if term.expr.op == "mul":
         for position in (0, 1):
             cap = number(term.expr.args[1 - position], scope)
@@ -154,7 +154,7 @@ def _scale(factor: float, node: Expr) -> Scale:
     lambda: eg.binary("mul", eg.leaf("t", (eg.H, 1, 1), torch.float64), eg.scores()),
 )
 def scale_by(term: Term, scope: Scope) -> list[Peel] | None:
-    """A factor that is a tensor: a learned temperature, a multiplied mask."""
+    """A factor that is a tensor: a learned temperature, or a mask that multiplies."""
     if term.expr.op == "mul":
         return [
             Peel(term.argument(i), ScaleBy(scope.slot(term.argument(1 - i)))) for i in score_sides(term)
@@ -174,7 +174,7 @@ def scale_by(term: Term, scope: Scope) -> list[Peel] | None:
 def shift(term: Term, scope: Scope) -> list[Peel] | None:
     """A shift of whole rows cancels in the softmax: the usual subtraction of the maximum.
 
-    One that is infinite, NaN, or so large that the scores are absorbed makes another row of it.
+    A shift that is infinite, NaN, or so large that it absorbs the scores does not cancel.
     """
     if term.expr.op not in ("add", "sub") or not scope.shifts_cancel():
         return None
@@ -186,7 +186,7 @@ def shift(term: Term, scope: Scope) -> list[Peel] | None:
 
 
 def _cancels(term: Term, side: int, scope: Scope) -> bool:
-    """Does what is added to the scores, which stand on a side of a sum, cancel in the softmax?"""
+    """Does the other side of a sum, whose ``side`` holds the scores, cancel in the softmax?"""
     x, t = term.argument(side), term.argument(1 - side)
     if scope.varies_over_keys(t):
         return False
@@ -194,7 +194,7 @@ def _cancels(term: Term, side: int, scope: Scope) -> bool:
 
 
 def _is_row_maximum(t: Term, x: Term, scope: Scope) -> bool:
-    """Is ``t`` the maximum of the very row of ``x``, or of more?
+    """Is ``t`` the maximum of the same row of ``x``, or of more?
 
     A row's maximum is infinite or NaN only where the softmax of the row is NaN without the shift.
     """

@@ -74,7 +74,7 @@ def quotient(term: Term, scope: Scope) -> Core | None:
 
 
 def _form(scores: Expr, dim: int, scope: Scope) -> Literal["softmax", "bare", "relative"]:
-    """What was subtracted from the logits of exponentials that are divided by their sum."""
+    """The ``form`` of a softmax by what was subtracted from its logits before the exponential."""
     node = under_casts(scores)
     while True:
         if node.op == "where" and scalar_of(node.args[2]) == -math.inf:
@@ -98,9 +98,10 @@ def _subtracts_maximum(node: Expr, dim: int, scope: Scope) -> bool:
 
 
 def _is_maximum(shift: Expr, x: Expr, dim: int, casts: bool = True) -> bool:
-    """Is ``shift`` the maximum of ``x`` over one dimension, be it rounded by casts on the way?
+    """Is ``shift`` the maximum of ``x`` over one dimension, possibly rounded by casts on the way?
 
-    A maximum over more dimensions is another row's, beside which all of a hidden row may vanish.
+    A maximum over more dimensions may come from another row, and all exponentials of a hidden row may vanish
+    beside it.
     """
     if shift.op != "amax" or shift.attrs[0] != (dim,):
         return False
@@ -134,7 +135,7 @@ def _zero_or_one(factor: Expr, scope: Scope) -> Expr | None:
     if factor.dtype is torch.bool:
         return factor
     formulas = Formulas(scope)
-    element = Term(factor, tuple(scope.space.fresh("m", n) for n in factor.shape))
+    element = Term(factor, tuple(scope.space.new_axis("m", n) for n in factor.shape))
     if visibility_factor(formulas, formulas.lift(element)) is None:
         return None
     return expr("cast", (factor,), (torch.bool,), factor.shape, torch.bool)
@@ -153,7 +154,7 @@ def _unclamped(denominator: Expr, numerator: Expr, scores: Expr) -> Expr:
 
 
 def _is_shifted(scores: Expr, dim: int) -> bool:
-    """Is its very maximum over a dimension subtracted, so that the largest exponential over it is 1?"""
+    """Is the maximum over a dimension subtracted, so that the largest exponential over it is exactly 1?"""
     node = under_casts(scores)
     return node.op == "sub" and _is_maximum(node.args[1], node.args[0], dim, casts=False)
 
@@ -168,8 +169,8 @@ def _with_sink(term: Term, scores: Expr, denominator: Expr, numerator: Expr) -> 
             continue
         if scalar_of(extra) is not None and _is_shifted(scores, dim):
             raise Refuse(
-                f"{scalar_of(extra)} is added to the sum of exponentials that are shifted by their maximum: "
-                "that is no softmax, and needless, as the sum is at least 1",
+                f"{scalar_of(extra)} is added to a sum of exponentials shifted by their maximum: "
+                "that is not a softmax, and it is not needed, because the sum is at least 1",
                 term.expr,
             )
         found = _extra_logit(scores, extra)
@@ -220,7 +221,7 @@ def _sink_form() -> Expr:
 
 @rule("softmax(cat(x, sink)) without its last column", _sink_form)
 def extra_column(term: Term, scope: Scope) -> Core | None:
-    """A logit that takes weight and gives nothing, dropped after the softmax."""
+    """A logit that takes weight and contributes no value, dropped after the softmax."""
     node = term.expr
     if node.op != "slice" or node.attrs[2] != 1:
         return None
@@ -257,7 +258,7 @@ def _log_form() -> Expr:
 
 @rule("exp(log_softmax(x)) = softmax(x)", _log_form)
 def exp_of_log_softmax(term: Term, scope: Scope) -> Core | None:
-    """Through the logarithm."""
+    """The softmax behind an exponential of ``log_softmax``."""
     if term.expr.op != "exp":
         return None
     inner = under_casts(term.expr.args[0])
@@ -293,7 +294,7 @@ def _gated_form() -> Expr:
 
 @rule("softmax(x) * sigmoid(logsumexp(x) - u) is a softmax with a sink u", _gated_form)
 def gated_by_logsumexp(term: Term, scope: Scope) -> Core | None:
-    """A sink taken into account afterwards: ``sigmoid(L - u) = exp(L) / (exp(L) + exp(u))``."""
+    """A sink applied after the softmax: ``sigmoid(L - u) = exp(L) / (exp(L) + exp(u))``."""
     if term.expr.op != "mul":
         return None
     for position in (0, 1):
@@ -324,7 +325,7 @@ def _below(term: Term, scope: Scope) -> Term:
 
 
 def _is_norm_of(norm: Term, weights: Term, dim: int, scope: Scope) -> bool:
-    """Is it the logsumexp of the logits of these very weights, row by row?"""
+    """Is it the logsumexp, row by row, of the same logits that these weights come from?"""
     if norm.expr.op != "logsumexp" or norm.expr.attrs[0] != (dim,):
         return False
     if under_casts(norm.expr.args[0]) is not under_casts(weights.expr.args[0]):

@@ -41,9 +41,9 @@ def holds_softmax(node: Expr) -> bool:
 
 
 def holders(node: Expr) -> list[int]:
-    """Which arguments may be the weights: of several with exponentials, those as large as the node.
+    """The arguments that may be the weights: of several with exponentials, those as large as the node.
 
-    A factor may be made of exponentials too, as the differential transformer's is (arXiv 2410.05258), and is
+    A factor may be made of exponentials too, as in the differential transformer (arXiv 2410.05258), but it is
     smaller.
     """
     found = [n for n, a in enumerate(node.args) if holds_softmax(a)]
@@ -51,7 +51,7 @@ def holders(node: Expr) -> list[int]:
 
 
 @rule(
-    "cast(w) changes the precision alone",
+    "cast(w) changes only the precision",
     lambda: eg.cast(eg.softmax(eg.scores())),
 )
 def cast(term: Term, scope: Scope) -> Peel | None:
@@ -68,7 +68,7 @@ def _dropped() -> Expr:
 
 @rule("dropout(w)", _dropped)
 def dropout(term: Term, scope: Scope) -> Peel | None:
-    """Dropped weights: the same distribution from another stream of random numbers."""
+    """Dropout of the weights: the same distribution from another stream of random numbers."""
     if term.expr.op != "dropout":
         return None
     return Peel(term.argument(0), Dropout(float(term.expr.attrs[0])))
@@ -102,7 +102,7 @@ def keep(term: Term, scope: Scope) -> Peel | None:
     for attends, kept, other in ((True, 1, 2), (False, 2, 1)):
         if kept in weights:
             if number(term.expr.args[other], scope) != 0.0:
-                raise Refuse("where() after the softmax puts in weights other than zero", term.expr)
+                raise Refuse("where() after the softmax sets weights to something other than zero", term.expr)
             return Peel(term.argument(kept), Keep(scope.slot(condition), attends))
     return None
 
@@ -133,7 +133,7 @@ def parts(weights: Expr) -> list[tuple[int, Expr]]:
     """The softmaxes whose signed sum the weights are: ``(w1 - t*w2) . v = w1 . v - (t*w2) . v``.
 
     Raises:
-        Refuse: one dropout drops from a sum of softmaxes, which two kernels cannot do alike.
+        Refuse: one dropout is applied to a sum of softmaxes; two kernels cannot draw the same one.
     """
     carriers = holders(weights)
     if weights.op in ("add", "sub") and len(carriers) == 2:
@@ -144,7 +144,7 @@ def parts(weights: Expr) -> list[tuple[int, Expr]]:
     position = carriers[0] if linear else None
     if position is not None and len(inner := parts(weights.args[position])) > 1:
         if weights.op == "dropout":
-            raise Refuse("the weights that are dropped are a sum of several softmaxes", weights)
+            raise Refuse("dropout is applied to a sum of several softmaxes", weights)
         rest = [list(weights.args) for _ in inner]
         for args, (_, w) in zip(rest, inner, strict=True):
             args[position] = w

@@ -1,1 +1,1 @@
-"""The engine that peels layers off: elements of expressions, rules about them, and their formulas."""
+"""The engine that peels layers off: terms (elements of expressions), rules about them, and their formulas."""

@@ -1,9 +1,9 @@
-"""The rule engine: peel one layer at a time, say why it stopped.
+"""The rule engine: it peels one layer at a time, and says why it stopped.
 
 A *term* is a tensor expression together with the index of one of its elements, so a rule speaks about
-elements and never about layouts.  A rule looks at a term and returns None ("does not concern me"), the
-ways to peel it, or raises :class:`Refuse` ("concerns me, but is not allowed").  Rules carry no state;
-their order is the order of their list.
+elements and never about layouts.  A rule looks at a term and returns None ("not my concern") or the ways to
+peel it, or raises :class:`Refuse` ("my concern, but not allowed").  Rules carry no state; their order is the
+order of their list.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Term:
 
 
 class Refuse(Exception):
-    """A layer that a rule knows but may not peel: the reason is for the user."""
+    """A layer that a rule knows but may not peel, with a reason for the user."""
 
     def __init__(self, reason: str, at: Expr | None = None) -> None:
         super().__init__(reason)
@@ -63,11 +63,13 @@ class Peel:
 
 @dataclass(frozen=True)
 class Core:
-    """A softmax found: its scores, the position of its axis in their index, the dtype it computes in.
+    """A softmax that was reached: its scores, the position of its axis in their index, the dtype it computes
+    in.
 
     Attributes:
-        sink: one more logit of every row.
-        form: what rows of nothing but low fills give.  ``"softmax"``: the same weight for all keys;
+        sink: one more logit in every row, or None.
+        form: what a row gives in which every score is a low fill.  ``"softmax"``: the same weight for all
+            keys;
             ``"bare"``: NaN, since exponentials from which no maximum was subtracted are all zero;
             ``"relative"``: something else, since a logsumexp or an unknown shift was subtracted;
             ``"gated"``: zero, or NaN where the fill is infinite, in spite of a sink.
@@ -154,7 +156,7 @@ class Scope:
         return self.finest(frozenset(found))
 
     def finest(self, axes: frozenset[str]) -> frozenset[str]:
-        """Axes as of now: looking into a tensor may split some that were named before."""
+        """The given axes in their finest form: looking into a tensor may have split some of them."""
         return frozenset().union(*(self.space.resolve(Affine(((a, 1),))).axes for a in axes))
 
     def step(self, term: Term) -> Term | None:
@@ -168,18 +170,18 @@ class Scope:
     def shifts_cancel(self) -> bool:
         """Does a shift of whole rows, below what has been peeled so far, cancel in the softmax?
 
-        Modifiers that keep it say so; beside a sink it does not.
+        Modifiers that keep it say so (``keeps_shift``).  With a sink a shift does not cancel.
         """
         return not self.sunk and all(m.keeps_shift for m in self.above)
 
     def varies_over_keys(self, term: Term) -> bool:
         """Does the term depend on the key position?"""
-        over = self.axes(term)  # first: it may split the key axis
+        over = self.axes(term)  # first, because it may split the key axis
         return bool(self.space.resolve(self.keys).axes & over)
 
 
 def applied(rules: Sequence[Rule], term: Term, scope: Scope) -> list[Found]:
-    """What the first rule that is concerned makes of a term; empty where none is."""
+    """The result of the first rule that applies to a term; empty where none does."""
     for candidate in rules:
         found = candidate.apply(term, scope)
         if found is not None:

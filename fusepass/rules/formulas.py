@@ -37,7 +37,7 @@ _INVERSE = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "e
 _GROWING = frozenset("neg abs add sub mul pow floordiv".split())
 #: Operations that tell zero from minus zero.
 _SIGNED = frozenset("div pow rsqrt floordiv mod".split())
-#: Narrow integers that positions are counted in hold any length times a factor up to this.
+#: Narrow integers that count positions are assumed to hold any length times a factor up to this.
 _FACTOR, _LENGTH = 1 << 6, 1 << 24
 
 
@@ -84,7 +84,7 @@ class Formulas:
     def _count(self, term: Term) -> Expr | None:
         """``cumsum`` of a constant integer: ``c * (i + 1)``."""
         x, dim = term.expr.args[0], term.expr.attrs[0]
-        value = scalar_of(self.lift(Term(x, tuple(self.space.fresh("n", n) for n in x.shape))))
+        value = scalar_of(self.lift(Term(x, tuple(self.space.new_axis("n", n) for n in x.shape))))
         if value is None or not math.isfinite(value) or int(value) != value:
             return None
         return self._cast(affine((term.index[dim] + 1) * int(value)), term.expr.dtype)
@@ -128,7 +128,7 @@ class Formulas:
         return expr("load", (term.expr,), index, (), term.expr.dtype)
 
     def _formula(self, form: Form, index: tuple[Affine, ...], dtype: torch.dtype) -> Expr:
-        """An element of a tensor whose contents are known."""
+        """The formula of an element of a tensor whose contents are known."""
         if isinstance(form, Uniform):
             return const(form.value, dtype)
         if isinstance(form, Ramp):
@@ -199,7 +199,7 @@ class Formulas:
     def _in_range(
         self, op: str, args: tuple[Expr, ...], attrs: tuple[object, ...], dtype: torch.dtype
     ) -> Expr:
-        """An operation as it is; one on narrow integers among wide numbers says that it wraps."""
+        """An operation as it is.  One on narrow integers among wide numbers says that it wraps."""
         narrow = is_integer(dtype) and dtype is not torch.int64
         mixed = narrow and any(a.dtype is torch.int64 or a.op == "const" for a in args)
         if mixed and op in _GROWING and not self._stays(op, args, dtype):
@@ -208,9 +208,9 @@ class Formulas:
         return expr(op, args, attrs, (), dtype)
 
     def _stays(self, op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> bool:
-        """Is the result within the range of a dtype because the operands are?"""
+        """Does the result stay within the range of a dtype because the operands are within it?"""
         if op == "abs" and args[0].op == "affine":
-            return self._exact(affine(args[0].attrs[0] * -1), dtype)
+            return self._survives_cast(affine(args[0].attrs[0] * -1), dtype)
         return op == "floordiv" and args[1].op == "const" and args[1].attrs[0] > 0
 
     def _cast(self, x: Expr, dtype: torch.dtype) -> Expr:
@@ -218,7 +218,7 @@ class Formulas:
             return x
         if x.op == "const":
             return const(x.attrs[0], dtype)
-        if x.op == "affine" and dtype is not torch.bool and self._exact(x, dtype):
+        if x.op == "affine" and dtype is not torch.bool and self._survives_cast(x, dtype):
             return x
         if x.op == "where":
             return self._where(x.args[0], self._cast(x.args[1], dtype), self._cast(x.args[2], dtype), dtype)
@@ -226,7 +226,7 @@ class Formulas:
             return self._where(x, const(1, dtype), const(0, dtype), dtype)
         return expr("cast", (x,), (dtype,), (), dtype)
 
-    def _exact(self, x: Expr, dtype: torch.dtype) -> bool:
+    def _survives_cast(self, x: Expr, dtype: torch.dtype) -> bool:
         """Does an index value survive a cast?  Floats hold integers up to a bound exactly."""
         if dtype is torch.int64:
             return True
@@ -245,11 +245,11 @@ class Formulas:
             return True
         return is_integer(dtype) and dtype.is_signed and dtype.itemsize >= 4 and self._counts(index)
 
-    def _held(self, x: Expr, dtype: torch.dtype) -> bool:
-        """Is an index value, or a number, itself in a dtype?"""
+    def _is_exact_in(self, x: Expr, dtype: torch.dtype) -> bool:
+        """Can a dtype represent an index value, or a number, exactly?"""
         if x.op == "const":
             return bool(converted(x.attrs[0], dtype) == x.attrs[0])
-        return self._exact(x, dtype)
+        return self._survives_cast(x, dtype)
 
     def _counts(self, index: Affine) -> bool:
         """Is it a position, a sum of few lengths of unknown size?"""
@@ -265,7 +265,7 @@ class Formulas:
         if c.op == "const":
             return self._cast(a if c.attrs[0] else b, dtype)
         a, b = self._cast(a, dtype), self._cast(b, dtype)
-        a, b = self._under(c, True, a), self._under(c, False, b)
+        a, b = self._assuming(c, True, a), self._assuming(c, False, b)
         if a is b or self._same_on_edge(c, a, b):
             return b
         if c.op == "not":
@@ -281,11 +281,11 @@ class Formulas:
                 return self._logic("or", (self._not(c), a))
         return expr("where", (c, a, b), (), (), dtype)
 
-    def _under(self, c: Expr, truth: bool, branch: Expr) -> Expr:
-        """What is known in a branch put in: ``where(x == 0, f(x), y)`` has ``f(0)``."""
+    def _assuming(self, c: Expr, truth: bool, branch: Expr) -> Expr:
+        """A branch with what its condition implies substituted: ``where(x == 0, f(x), y)`` has ``f(0)``."""
         if branch.op in ("const", "affine"):
             return branch
-        return self._put(branch, dict(self._pinned(c, truth)))
+        return self._substitute(branch, dict(self._pinned(c, truth)))
 
     def _pinned(self, c: Expr, truth: bool) -> list[tuple[Expr, Expr]]:
         """Formulas whose value is known where ``c`` is ``truth``."""
@@ -306,13 +306,13 @@ class Formulas:
             found.append((x, value))
         return found
 
-    def _put(self, node: Expr, known: dict[Expr, Expr]) -> Expr:
-        """``node`` with known values put in; zeros lose their sign, so nothing is put where that matters."""
+    def _substitute(self, node: Expr, known: dict[Expr, Expr]) -> Expr:
+        """``node`` with known values substituted, except where the sign of zero matters: zeros lose it."""
         if node in known:
             return known[node]
         if not node.args or node.op == "load" or node.op in _SIGNED:
             return node
-        args = tuple(self._put(a, known) for a in node.args)
+        args = tuple(self._substitute(a, known) for a in node.args)
         return node if args == node.args else self.make(node.op, args, node.dtype, node.attrs)
 
     def _same_on_edge(self, c: Expr, a: Expr, b: Expr) -> bool:
@@ -393,7 +393,7 @@ class Formulas:
         parts = [index_of(a) for a in args]
         if any(p is None for p in parts) or any(a.op != "affine" and a.is_float for a in args):
             return None
-        if dtype.is_floating_point and not all(self._held(a, dtype) for a in args):
+        if dtype.is_floating_point and not all(self._is_exact_in(a, dtype) for a in args):
             return None
         made = _affine_sum(op, *parts)  # type: ignore[arg-type]
         return None if made is None else self._cast(affine(made), dtype)
@@ -454,7 +454,7 @@ class Formulas:
     def _compared_exactly(self, a: Expr, b: Expr) -> bool:
         """Are two index values compared as integers, or as floats that hold them?"""
         dtype = next((x.dtype for x in (a, b) if x.is_float), torch.int64)
-        return all(self._held(x, dtype) for x in (a, b))
+        return all(self._is_exact_in(x, dtype) for x in (a, b))
 
     def _compare_bits(self, op: str, a: Expr, b: Expr) -> Expr | None:
         """``x == 1`` of a bool is ``x``; whatever is equal to zero is false."""
@@ -529,7 +529,7 @@ def _affine_sum(op: str, a: Affine, b: Affine | None = None) -> Affine | None:
 
 
 def _coefficients(size: Size) -> list[int]:
-    """The integers before each length of a sum of lengths; a large one for anything else."""
+    """The integer coefficients of a sum of lengths; one large integer for anything else."""
     poly = sympy.Poly(size) if isinstance(size, sympy.Expr) and size.is_polynomial() else None
     if poly is None or poly.total_degree() > 1 or not all(c.is_Integer for c in poly.coeffs()):
         return [_FACTOR + 1]
@@ -537,7 +537,7 @@ def _coefficients(size: Size) -> list[int]:
 
 
 def _pin(x: Expr, value: Expr) -> Expr | None:
-    """The constant that ``x`` is where it equals ``value``; None where others are equal to it too."""
+    """The constant that ``x`` is where it equals ``value``; None where several constants compare equal."""
     number = scalar_of(value)
     if number is None or x.dtype.is_complex:
         return None

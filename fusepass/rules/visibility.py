@@ -1,4 +1,4 @@
-"""What of an element a formula hides: an additive mask as a visibility and a fill."""
+"""An additive mask as a visibility and a fill."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fusepass.expressions.ir import Expr, held, scalar_of
+from fusepass.expressions.ir import Expr, rounded_to, scalar_of
 from fusepass.rules.formulas import FALSE, TRUE, Formulas
 from fusepass.specification.attention import negligible
 
@@ -21,10 +21,10 @@ class Hidden:
 
 
 def additive_mask(formulas: Formulas, formula: Expr, dtype: torch.dtype) -> Hidden | None:
-    """Is this bias a mask, that is, only ever zero or a negligible fill?"""
+    """The mask that a bias is, if it is always zero or a negligible fill; else None."""
     if formula.op == "cast" and formula.is_float and formula.args[0].is_float:
         inner = additive_mask(formulas, formula.args[0], dtype)
-        return None if inner is None else Hidden(inner.attends, held(inner.fill, formula.dtype))
+        return None if inner is None else Hidden(inner.attends, rounded_to(inner.fill, formula.dtype))
     if formula.op == "const":
         value = float(formula.attrs[0])
         if value != 0 and not negligible(value, dtype):
@@ -34,7 +34,7 @@ def additive_mask(formulas: Formulas, formula: Expr, dtype: torch.dtype) -> Hidd
         a, b = (additive_mask(formulas, x, dtype) for x in formula.args)
         if a is None or b is None:
             return None
-        both = held(a.fill + b.fill, formula.dtype)
+        both = rounded_to(a.fill + b.fill, formula.dtype)
         least = both if both == -math.inf else min(a.fill, b.fill)
         return Hidden(formulas.make("and", (a.attends, b.attends), torch.bool), least)
     if formula.op == "where":

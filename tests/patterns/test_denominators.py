@@ -123,7 +123,7 @@ def times_halves(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 UNPROVED = "not provably their row sum"
 STAYS: dict[str, tuple[Program, str | None]] = {
-    "with an epsilon": (with_epsilon, "needless, as the sum is at least 1"),
+    "with an epsilon": (with_epsilon, "not needed, because the sum is at least 1"),
     "clamped, not shifted": (clamped_unshifted, UNPROVED),
     "clamped above one": (clamped_above_one, UNPROVED),
     "clamped, shifted by another maximum": (clamped_and_shifted_by_another_maximum, UNPROVED),

@@ -43,7 +43,7 @@ def applied(rule: Rule) -> tuple[Term, Scope, list[Found]]:
     """The rule on its example, one fresh axis a dimension; the last one stands for the keys."""
     root = rule.example()
     scope = Scope(AxisSpace(Facts()), views=RULES.layout)
-    index = tuple(scope.space.fresh("x", n) for n in root.shape)
+    index = tuple(scope.space.new_axis("x", n) for n in root.shape)
     scope.keys = index[-1]
     term = Term(root, index)
     found = rule.apply(term, scope)
@@ -116,7 +116,7 @@ def test_a_rule_is_an_identity(name: str, rule: Rule, seed: int) -> None:
 def test_a_rule_ignores_what_does_not_concern_it(name: str, rule: Rule) -> None:
     scope = Scope(AxisSpace(Facts()), views=RULES.layout)
     x = expr("input", (), ("x",), (2, 3), torch.float64)
-    term = Term(x, tuple(scope.space.fresh("x", n) for n in x.shape))
+    term = Term(x, tuple(scope.space.new_axis("x", n) for n in x.shape))
     assert rule.apply(term, scope) is None
 
 

@@ -40,7 +40,7 @@ def read(make: Callable[..., Tensor], *args: Any) -> tuple[Expr, Positions, Scop
     """The formula of one element of a mask ``[..., Q, K]``."""
     node, reader = meaning(make, *args)
     scope = Scope(AxisSpace(reader.facts), views=RULES.layout)
-    index = tuple(scope.space.fresh("x", n) for n in node.shape)
+    index = tuple(scope.space.new_axis("x", n) for n in node.shape)
     letters = dict(zip([next(iter(i.axes), "") for i in index], "bhij"[4 - len(index) :], strict=True))
     scope.keys = index[-1]
     formula = Formulas(scope).lift(Term(node, index))
