@@ -76,7 +76,7 @@ Atom = Band | KeyPadding | Prefix | Chunk | Document | Dense
 
 
 def intersect(bands: Sequence[Band], facts: Facts) -> Band | None:
-    """The band that is the conjunction of several; None where two bounds cannot be ordered."""
+    """The intersection of several bands; None where two bounds cannot be ordered."""
     left: Size | None = None
     right: Size | None = None
     for band in bands:
@@ -105,7 +105,7 @@ def negligible(fill: float, dtype: torch.dtype) -> bool:
 
 
 def absorbs(fill: float, dtype: torch.dtype, most: float = 1e8) -> bool:
-    """Is ``fill`` plus any number of ordinary size, up to ``most``, that same fill in ``dtype``?"""
+    """Does adding any number of ordinary size, up to ``most``, leave ``fill`` unchanged in ``dtype``?"""
     return -fill * torch.finfo(dtype).eps / 2 > most
 
 

@@ -46,8 +46,8 @@ from fusepass.specification.score_modifiers import (
 )
 from fusepass.specification.weight_modifiers import Dropout, Keep, KeyGate, Sink, WeightScale, ZeroEmptyRows
 
-#: Scores beyond this are rare; fills that absorb them count as absorbing all.
-USUAL_SCORES = 31.0  # half precision's lowest number absorbs these
+#: Larger scores are rare: a fill that absorbs scores of this size counts as absorbing all.
+USUAL_SCORES = 31.0  # half precision's lowest number absorbs them
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,15 @@ class Attention:
 
     @property
     def added(self) -> tuple[Bias | Mask, ...]:
-        """What is added to the scores or hides some."""
+        """The modifiers that add to the scores or hide some of them."""
         return tuple(m for m in self.scores if isinstance(m, (Bias, Mask)))
 
     def hides(self, mask: Mask) -> bool:
         """Do the pairs outside a mask get no weight, whatever their scores?
 
-        Only then is it a visibility.  Any other mask (its fill within reach of real scores, NaN or no low
-        number at all, or brought back by a later modifier) sets scores to a number like another.  Of equal
-        masks the last one counts: what it hides, no other brings back.
+        Only such a mask is a visibility.  Any other mask just writes a number: its fill is within reach of
+        real scores, is NaN, is not low at all, or is undone by a later modifier.  Of several equal masks the
+        last one decides: no later one undoes what it hides.
         """
         at = max(n for n, mod in enumerate(self.scores) if mod == mask)
         levels = [mask.fill, *fates(self.scores, at, mask.fill)]
@@ -121,14 +121,15 @@ class Attention:
     def unseen_rows(self) -> bool:
         """May a query see no key?
 
-        A mask that replaces scores may leave some to an earlier one, and brings back none for certain.
+        Only masks that hide on their own count.  A later mask that replaces scores is ignored: it may leave
+        some pairs to the earlier mask, and it is not certain to show any.
         """
         return not self.rows_seen and any(
             self._hides_alone(at) for at, mod in enumerate(self.scores) if isinstance(mod, Mask)
         )
 
     def _hides_alone(self, at: int) -> bool:
-        """Would the mask at a position hide for good if no mask replaced scores after it?"""
+        """Would the mask at a position hide pairs for good if no later mask replaced scores?"""
         mask = self.scores[at]
         assert isinstance(mask, Mask)
         after = [m for m in self.scores[at + 1 :] if not isinstance(m, Mask) or m.additive]
@@ -169,9 +170,9 @@ class Attention:
 
 
 def merge_scales(mods: Sequence[ScoreModifier]) -> tuple[ScoreModifier, ...]:
-    """Move every constant scale as far in as it goes, and merge those that meet.
+    """Move every constant scale as far inwards as possible, and merge those that meet.
 
-    It passes what says so (:meth:`ScoreModifier.scaled`), and stops at everything else.
+    A scale passes the modifiers that allow it (:meth:`ScoreModifier.scaled`) and stops at all others.
     """
     before: tuple[ScoreModifier, ...] = ()
     now = tuple(mods)
@@ -201,9 +202,9 @@ def _merged(mods: Sequence[ScoreModifier]) -> tuple[ScoreModifier, ...]:
 
 
 def fates(scores: Sequence[ScoreModifier], at: int, fill: float) -> Iterator[float | None]:
-    """What becomes of a score that the modifier at a position sets to ``fill``, after each one that follows.
+    """The value of a score that modifier ``at`` sets to ``fill``, after each of the modifiers that follow.
 
-    It ends with None where that is not known.
+    The sequence ends with None where the value is no longer known.
     """
     for mod in scores[at + 1 :]:
         after = mod.hidden(fill)
@@ -219,7 +220,7 @@ def rounds_softmax(softmax_dtype: torch.dtype, operands: torch.dtype) -> bool:
 
 
 def holds_less(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Does a dtype round what another one holds, or does it overflow earlier?"""
+    """Is a dtype less precise than another one, or does it overflow earlier?"""
     mine, theirs = torch.finfo(dtype), torch.finfo(other)
     return mine.eps > theirs.eps or mine.max < theirs.max
 
@@ -228,8 +229,8 @@ def empty_rows(spec: Attention) -> str:
     """What a row that sees no key gives.
 
     Returns:
-        ``"zero"``; ``"nan"``; ``"mean"``: of the values of the keys with the highest fill, which is all of
-        them where :func:`one_level` holds; ``"unknown"``: it depends on scores, biases or a sink.
+        ``"zero"``; ``"nan"``; ``"mean"``, the mean of the values of the keys with the highest fill, which are
+        all keys where :func:`one_level` holds; or ``"unknown"``: it depends on scores, biases or a sink.
     """
     if spec.sink is not None or not all(map(spec.hides, spec.masks)) or not _keeps_levels(spec):
         return "unknown"
@@ -244,10 +245,10 @@ def empty_rows(spec: Attention) -> str:
 
 
 def _keeps_levels(spec: Attention) -> bool:
-    """Is a fill the same for all keys of a row after all that follows?
+    """Does a fill that is the same for all keys of a row stay so through all later modifiers?
 
-    Other masks, and biases that may hide, have fills of their own, which are compared.  Scores of usual size,
-    and biases, that an additive mask is added to are absorbed by it.
+    Other masks, and biases that may hide, have fills of their own: these are compared.  Scores of usual size,
+    and biases, are absorbed by an additive mask.
     """
     dtype = min((spec.dtype, spec.softmax_dtype), key=lambda d: torch.finfo(d).eps)
     scale = 1.0
@@ -269,7 +270,7 @@ def _keeps_levels(spec: Attention) -> bool:
 
 
 def one_level(spec: Attention) -> bool:
-    """Have all keys of a row that sees none the same fill?"""
+    """In a row that sees no key, do all keys have the same fill?"""
     if any(isinstance(m, Bias) and m.hides for m in spec.scores) and not _all_infinite(spec):
         return False
     same = len({m.fill for m in spec.masks}) <= 1
@@ -303,13 +304,14 @@ def reference(
     operands: Sequence[Tensor] = (),
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Plain mathematics of a specification: the oracle.
+    """What a specification computes, in plain mathematics: the oracle.
 
     Args:
         spec: what to compute.
         q: ``[B, H, Q, D]``; k: ``[B, G, K, D]``; v: ``[B, G, K, Dv]``.
         operands: the tensors of the modifiers, each broadcastable to ``[B, H, Q, K]``.
-        dtype: compute everything in it (float64 for an oracle); None rounds where the original does.
+        dtype: the dtype to compute everything in (float64 for an oracle); with None, rounding happens where
+            the original rounds.
 
     Returns:
         ``[B, H, Q, Dv]`` in ``dtype``, or in the original's result dtype.

@@ -1,8 +1,9 @@
-"""Modifiers: what is done to scores and weights, each a class that says everything about itself.
+"""Modifiers: what is done to scores and weights.  Each is a class that says everything about itself.
 
-A class is frozen data.  What has no safe answer is abstract, so that a class that forgets it cannot be
-made: its text, its meaning, its derivative, and samples for the tests of its laws.  All else defaults to the
-answer that is always right: a scale does not pass it, it may show again what was hidden before it, and so on.
+A modifier is frozen data.  Methods without a safe default are abstract, so that a class that forgets one
+cannot be instantiated: its text, its meaning, its derivative, and samples for the tests of its laws.  All
+others default to the cautious answer: a scale does not pass it, it may show again what was hidden before it,
+and so on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fusepass.specification.samples import Draw
 
-#: Every class of modifiers by its name, which programs are written with (:mod:`.program`).
+#: Every modifier class by its name.  Programs are written with these names (:mod:`.program`).
 KINDS: dict[str, type[Modifier]] = {}
 #: A modifier and the tensors of its slots, which are numbered from 0.
 Sample = tuple["Modifier", tuple[Tensor, ...]]
@@ -31,7 +32,7 @@ class Modifier(ABC):
 
     A field called ``slot``, or whose name ends in ``_slot``, is the number of an operand, or None; an operand
     is broadcastable to ``[B, H, Q, K]``.  Other fields are numbers, texts, truth values, or tuples of these.
-    ``repeats``: several in a row are one of it with another operand, so that who takes one takes all.
+    ``repeats``: several in a row equal a single one with another operand, so whoever takes one takes all.
     """
 
     repeats: ClassVar[bool] = False
@@ -58,7 +59,7 @@ class Modifier(ABC):
         return (f.name for f in fields(cls) if f.name == "slot" or f.name.endswith("_slot"))  # type: ignore[arg-type]
 
     def slots(self) -> list[int]:
-        """The operands that it reads."""
+        """The numbers of the operands that it reads."""
         return [slot for name in self.slot_fields() if (slot := getattr(self, name)) is not None]
 
 
@@ -82,19 +83,19 @@ class ScoreModifier(Step):
         return None
 
     def hidden(self, fill: float) -> float | None:
-        """What a hidden score, set to the number ``fill`` far below all others, is afterwards.
+        """The value afterwards of a hidden score, which was set to ``fill``, far below all others.
 
         A sum with a number of ordinary size counts as ``fill``.  None where it is not known.
         """
         return None
 
     def keeps_level(self, fill: float, dtype: torch.dtype) -> bool:
-        """Is a row of nothing but ``fill``, in ``dtype``, a row of one number afterwards?"""
+        """Does a row in which every score is ``fill``, in ``dtype``, hold a single number afterwards?"""
         return False
 
     @property
     def keeps_shift(self) -> bool:
-        """Is a shift of a whole row before it a shift of the whole row after it, scaled or not?"""
+        """Does a shift of a whole row before it remain a shift of the whole row after it, scaled or not?"""
         return False
 
 
@@ -103,7 +104,7 @@ class WeightModifier(Step):
 
 
 def kinds(of: Callable[..., _Kind]) -> list[type[_Kind]]:
-    """The classes of a kind, itself a class, that can be made."""
+    """The concrete subclasses of a modifier class."""
     base = cast("type[_Kind]", of)
     return [k for k in KINDS.values() if issubclass(k, base) and not inspect.isabstract(k)]
 

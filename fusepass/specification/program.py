@@ -1,8 +1,8 @@
 """A specification's modifiers as text, so that an operator in a graph can carry them.
 
 The operators of :mod:`fusepass.kernels` take tensors and one string; the string is JSON and is read
-back (once) into the same frozen modifiers.  Only what a computation needs is written: a mask whose
-atoms are bands with known bounds goes as its bands, any other as the slot of its tensor.
+back (once) into the same frozen modifiers.  Only what a computation needs is written: a mask whose atoms are
+bands with known bounds is written as bands, any other as the slot of its tensor.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def decode(text: str) -> Program:
 
 
 def _decode(entry: dict[str, Any]) -> Any:
-    """The modifier of its fields; JSON has lists for tuples."""
+    """The modifier with the given fields; JSON has lists in place of tuples."""
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items() if name != "is"}
     if "atoms" in given:
         given["atoms"] = tuple(Band(*bounds) for bounds in given["atoms"])

@@ -13,7 +13,7 @@ from fusepass.specification.atoms import Atom, absorbs
 from fusepass.specification.modifiers import Sample, ScoreModifier, Tensors, add_gradient
 from fusepass.specification.samples import Draw
 
-#: A fill that no number that anybody adds brings back; in half precision the lowest numbers.
+#: A fill so low that adding any realistic number leaves it hidden; in half precision, the lowest numbers.
 LOWEST = -1e30
 
 
@@ -105,9 +105,10 @@ class SoftCap(ScoreModifier):
 
 @dataclass(frozen=True)
 class Bias(ScoreModifier):
-    """``s + factor * tensor``.  ``hides``: the tensor may hold fills, and hide all keys of a row.
+    """``s + factor * tensor``.  ``hides``: the tensor may hold fills, and so hide all keys of a row.
 
-    ``dtype``: the short name of the dtype of the sum, where it is wider than that of the scores and matters.
+    ``dtype``: the short name of the dtype of the sum, given where it is wider than that of the scores and
+    this matters.
     """
 
     slot: int
@@ -132,7 +133,7 @@ class Bias(ScoreModifier):
         return replace(self, factor=self.factor * factor)
 
     def hidden(self, fill: float) -> float | None:
-        """What is not known to be of ordinary size brings back all but the lowest fills."""
+        """A tensor that is not known to be of ordinary size may bring back all fills except the lowest."""
         unknown = self.hides and math.isfinite(fill) and not (fill <= LOWEST or -65504 <= fill <= -64800)
         return fill if math.isfinite(self.factor) and not unknown else None
 
@@ -191,7 +192,7 @@ class Mask(ScoreModifier):
 
     def scaled(self, factor: float) -> ScoreModifier | None:
         if factor <= 0:
-            return None  # a hidden score would change sides
+            return None  # a hidden score would change sign
         if self.additive:
             return self if factor == 1 else Bias(self.slot, "bhij", factor, dtype=self.dtype)
         return replace(self, fill=self.fill * factor)
@@ -223,7 +224,7 @@ class Mask(ScoreModifier):
 
 @dataclass(frozen=True)
 class Cast(ScoreModifier):
-    """``s`` in another dtype, where the original rounds it to less than the product holds, and after that."""
+    """``s`` in another dtype: recorded from the first cast that is less precise than the product."""
 
     dtype: str  #: its short name, as in texts of expressions
     narrow: bool  #: does it round?
@@ -293,7 +294,7 @@ class Finite(ScoreModifier):
         return finite(x, self.nan, self.low, self.high)
 
     def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
-        return grad * before.isfinite()  # as PyTorch has it: what is NaN stays NaN
+        return grad * before.isfinite()  # as in PyTorch: NaN stays NaN
 
     def hidden(self, fill: float) -> float | None:
         return self.low if fill == -math.inf else fill
@@ -307,7 +308,7 @@ class Finite(ScoreModifier):
 
 
 def finite(s: Tensor, nan: float, low: float, high: float) -> Tensor:
-    """``nan_to_num(s, nan, high, low)``, its numbers within the range of the dtype of ``s``."""
+    """``nan_to_num(s, nan, high, low)``, with the numbers clamped to the range of the dtype of ``s``."""
     most = torch.finfo(s.dtype).max
     s = torch.where(s == math.inf, min(high, most) if high < math.inf else high, s)
     s = torch.where(s == -math.inf, max(low, -most) if low > -math.inf else low, s)
@@ -315,7 +316,7 @@ def finite(s: Tensor, nan: float, low: float, high: float) -> Tensor:
 
 
 def _widened(s: Tensor, dtype: str) -> Tensor:
-    """Scores in the dtype of a sum, if it is wider than theirs."""
+    """Scores in the dtype of a sum, if that is wider than theirs."""
     return s.to(DTYPES[dtype]) if dtype and s.dtype.itemsize < DTYPES[dtype].itemsize else s
 
 

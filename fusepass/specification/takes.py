@@ -1,6 +1,6 @@
-"""What a kernel or an operator takes, declared: everything that is not declared is refused, with its reason.
+"""What a kernel or an operator declares to take; everything else is refused, with a reason.
 
-The declaration is checked before anything else of a kernel is asked, so that a kernel cannot forget a case.
+The declaration is checked before a kernel is asked anything else, so that a kernel cannot forget a case.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ Stage = type[ScoreModifier] | tuple[type[ScoreModifier], ...]
 
 @dataclass(frozen=True)
 class Takes:
-    """What is computed rightly.
+    """What is computed correctly.
 
     Attributes:
-        scores: the stages of the score, in their order, each of which may be missing.
+        scores: the stages of the score, in order; each may be missing.
         weights: the kinds of weight modifiers.
         sink: does the softmax have a sink?
-        learned: the kinds of modifiers whose operands get their gradients.
-        factors: a tensor that scores are multiplied by may vary over ``"rows"`` alone, over rows or
-            ``"keys"``, or over ``"pairs"`` of them.
-        fills: masks are ``"hidden"`` pairs; or additive ones are ``"added"`` as tensors, with any fill; or
-            all are computed as ``"written"``, with the very number.
-        lowest: lower fills are written as this number.
-        rows: every row must have ``"seen"`` a key; or rows that see none give what
-            :func:`.attention.empty_rows` says, where all keys have ``"one level"``, or with ``"levels"``
-            of several fills; or every row is computed as ``"written"``.
+        learned: the kinds of modifiers whose operands get gradients.
+        factors: what a tensor that multiplies the scores may vary over: ``"rows"`` alone, rows or ``"keys"``,
+            or ``"pairs"`` of them.
+        fills: how masks are computed: as ``"hidden"`` pairs; or additive ones are ``"added"`` as tensors,
+            with any fill; or all as ``"written"``, with their exact fills.
+        lowest: the lowest fill that can be written; lower ones are written as this number.
+        rows: ``"seen"``: every row must see a key.  Or rows that see none give what
+            :func:`.attention.empty_rows` says: where all keys have ``"one level"``, or with ``"levels"`` of
+            several fills.  Or every row is computed as ``"written"``.
         hiding_biases: are biases that may hide all keys of a row added as they are?
         no_keys: is the result zero where there are no keys?
     """
@@ -105,10 +105,10 @@ class Takes:
         return None
 
     def _rounding(self, spec: Attention) -> str | None:
-        """Only what computes as written rounds scores and weights to less than the operands hold."""
+        """Only what computes as written may round scores and weights more than the operands are."""
         if rounds_softmax(spec.softmax_dtype, spec.dtype) and self.rows != "written":
             kind = str(spec.softmax_dtype).removeprefix("torch.")
-            return f"its softmax is rounded to {kind}, less than its operands are"
+            return f"its softmax is rounded to {kind}, which is less precise than its operands"
         return None
 
     def _factors(self, spec: Attention) -> str | None:
@@ -134,14 +134,14 @@ class Takes:
         return None
 
     def _writes(self, spec: Attention, at: int, mask: Mask) -> bool:
-        """Can the very number be written?  One that is added only where it absorbs the scores."""
+        """Can the exact fill be written?  One that is added can only where it absorbs the scores."""
         single = absorbs(mask.fill, torch.float32, USUAL_SCORES)  # kernels add in it
         if mask.additive and self.rows != "written" and not single:
             return False
         return not mask.fill < self.lowest or self._same_fate(spec, at, mask)
 
     def _same_fate(self, spec: Attention, at: int, mask: Mask) -> bool:
-        """Does the lowest fill that can be written become the same as the fill that is to be written?"""
+        """Does the lowest fill that can be written end as the same number as the fill itself?"""
         theirs, ours = (list(fates(spec.scores, at, fill)) for fill in (mask.fill, self.lowest))
         return bool(theirs) and theirs[-1] is not None and theirs[-1] == ours[-1]
 
@@ -161,20 +161,21 @@ class Takes:
         if not spec.unseen_rows and not mended:
             return None
         if training and _zeroes_nan(spec):
-            return "a query may see no key; its weights, which are NaN, become zero, its gradients do not"
+            return "a query may see no key: its weights are NaN and become zero, but its gradients stay NaN"
         if self.rows == "seen":
             return "a query may see no key"
         if empty_rows(spec) == "unknown":
-            return "a query may see no key, and what such a row gives depends on numbers"
+            return "a query may see no key, and the result of such a row depends on the values of its scores"
         if self.rows == "one level" and not one_level(spec):
-            return "a query may see no key, under several fills"
+            return "a query may see no key, and the masks have several fills"
         return None
 
 
 def _zeroes_nan(spec: Attention) -> bool:
     """Are weights that may be NaN set to zero, while gradients of scores, biases or values are NaN?
 
-    The softmax's own gradient is NaN there. A mask that replaces scores stops it, one that is added does not.
+    The softmax's own gradient is NaN there.  A mask that replaces scores stops it; a mask that is added does
+    not.
     """
     kept = any(isinstance(w, Keep) and not w.product for w in spec.weights)
     if not kept and not any(isinstance(w, ZeroEmptyRows) and w.every for w in spec.weights):

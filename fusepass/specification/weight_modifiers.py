@@ -99,7 +99,7 @@ class WeightScale(WeightModifier):
 
 @dataclass(frozen=True)
 class KeyGate(WeightModifier):
-    """Weights times a tensor of the keys, not of the queries: ``(w * t) . v = w . (t * v)``."""
+    """Weights times a tensor that varies over the keys, not the queries: ``(w * t) . v = w . (t * v)``."""
 
     slot: int
     axes: str = ""
@@ -121,9 +121,9 @@ class KeyGate(WeightModifier):
 
 @dataclass(frozen=True)
 class ZeroEmptyRows(WeightModifier):
-    """NaN weights become zero: those of rows that see no key, or of whatever origin.
+    """NaN weights become zero: those of rows that see no key, or all of them.
 
-    ``every``: as ``nan_to_num`` has it; SDPA's own rule is about rows that see no key.
+    ``every``: all NaN weights, as ``nan_to_num`` does; SDPA's own rule covers only rows that see no key.
     """
 
     every: bool = False
@@ -144,14 +144,14 @@ class ZeroEmptyRows(WeightModifier):
 
 @dataclass(frozen=True)
 class Sink(Modifier):
-    """One more logit in every row's softmax, of no key: ``exp(s) / (sum(exp(s)) + exp(sink))``.
+    """One more logit in every row's softmax that belongs to no key: ``exp(s) / (sum(exp(s)) + exp(sink))``.
 
     The operand is a tensor ``[B | 1, H | 1, Q | 1, 1]``.  Source: Xiao et al. (arXiv 2309.17453); gpt-oss.
     """
 
     slot: int
     axes: str = ""
-    finite: bool = False  # proved, and of ordinary size
+    finite: bool = False  # proved to be finite, and of ordinary size
 
     def __str__(self) -> str:
         return f"sink[{self.axes}]"
