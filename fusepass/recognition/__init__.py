@@ -1,1 +1,1 @@
-"""From a matrix product to the attention that it ends, or to the reason why it is none."""
+"""From a matrix product to the attention that ends in it, or to the reason why it is not attention."""

@@ -1,4 +1,4 @@
-"""Laws about fills and rounding: what a mask makes of scores in floats, through all that follows it."""
+"""Laws about fills and rounding: what a mask does to scores in floats, through all later modifiers."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from fusepass.specification.attention import (
     merge_scales,
 )
 
-#: Exponentials of usual scores do not overflow in a dtype that holds this number.
+#: In a dtype that holds this number, exponentials of usual scores do not overflow.
 LARGE = 1e30
-#: Exponentials of numbers up to this size neither vanish nor overflow beside a row's other terms.
+#: Exponentials of numbers up to this size neither vanish nor overflow next to a row's other terms.
 SMALL = 64.0
 #: Exponentials of numbers below this are zero, in float64 as well.
 VANISHING = -1000.0
@@ -43,9 +43,9 @@ class Fills:
     """What fills do to the scores of one site.
 
     Args:
-        meanings: what the modifiers mean.
+        meanings: tells what the modifiers mean.
         core: the softmax.
-        dtype: the dtype of the scores, as queries and keys have it.
+        dtype: the dtype of the scores, which is that of queries and keys.
     """
 
     def __init__(self, meanings: Meanings, core: Core, dtype: torch.dtype) -> None:
@@ -53,7 +53,8 @@ class Fills:
         self.partly: list[ScoreModifier] = []
 
     def understood(self, written: Sequence[ScoreModifier]) -> tuple[ScoreModifier, ...]:
-        """The modifiers of the scores: scales merged, masks understood, fills as they arrive at the softmax.
+        """The modifiers of the scores: scales are merged, masks understood, and fills are as they reach the
+        softmax.
 
         Args:
             written: the modifiers as they were peeled, from the product outwards.
@@ -68,14 +69,14 @@ class Fills:
         return self._floored(self._finite(self._filled(scores)))
 
     def check(self, scores: Sequence[ScoreModifier], rows_seen: bool) -> None:
-        """Refuse fills that absorb a part of what they are added to.
+        """Refuse fills that absorb only a part of what they are added to.
 
         Raises:
-            Refuse: the original's result depends on how it rounds.
+            Refuse: the original's result depends on its rounding.
         """
         if self.partly and not (rows_seen and all(isinstance(m, Mask) for m in self.partly)):
             raise Refuse(
-                f"'{self.partly[0]}' absorbs scores in part, and they are scaled afterwards",
+                f"'{self.partly[0]}' absorbs scores in part, and the scores are scaled afterwards",
                 self.core.scores.expr,
             )
         if not rows_seen and (large := self._kept_beside(scores, self.dtype, self.core.dtype)) is not None:
@@ -87,7 +88,7 @@ class Fills:
     def _rounded(
         self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, Written]
     ) -> ScoreModifier:
-        """A mask whose fill overflows where the scores are rounded to a narrower dtype: minus infinity."""
+        """A mask whose fill becomes minus infinity, since it overflows when the scores are rounded."""
         if not isinstance(mod, Mask) or not isinstance(merged, (Mask, Bias)) or not math.isfinite(mod.fill):
             return mod
         written = rounded.get(merged.slot)
@@ -102,7 +103,7 @@ class Fills:
         operand = self.scope.operands[written.modifier.slot].expr
         most = torch.finfo(written.dtype).max
         if operand.is_float and operand.rank:
-            most = max(most, torch.finfo(operand.dtype).max)  # the sum is of the wider dtype
+            most = max(most, torch.finfo(operand.dtype).max)  # the sum has the wider dtype
         for step in written.steps:
             if isinstance(step, Cast):
                 most = torch.finfo(DTYPES[step.dtype]).max
@@ -113,9 +114,9 @@ class Fills:
     def _absorbs_in_part(
         self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, Written]
     ) -> bool:
-        """Are scores rounded by a mask or a constant that is added, and scaled by what rounds them again?
+        """Does adding a mask or a constant round the scores, and does a later scale round them again?
 
-        Moved before what is added, the scale would have other scores rounded.
+        If the scale moved before the addition, other numbers would be rounded.
         """
         if not isinstance(mod, (Mask, Bias)) or not isinstance(merged, (Mask, Bias)):
             return False
@@ -133,7 +134,7 @@ class Fills:
         return inexact and math.isfinite(fill) and not absorbs(fill, written.dtype, USUAL_SCORES * scale)
 
     def _kept_beside(self, scores: Sequence[ScoreModifier], *dtypes: torch.dtype) -> Bias | None:
-        """A bias of constants that an additive mask after it does not absorb: hidden scores still differ.
+        """A bias of constants that a later additive mask does not absorb, so that hidden scores still differ.
 
         Args:
             scores: the modifiers.
@@ -151,12 +152,12 @@ class Fills:
         return None
 
     def _overflown(self, mod: ScoreModifier, *dtypes: torch.dtype) -> ScoreModifier:
-        """A mask whose fill is below all that the scores may be: it is minus infinity."""
+        """A mask whose fill is below the range of the scores' dtype: it becomes minus infinity."""
         lowest = min(torch.finfo(d).min for d in dtypes)
         return self._infinite(mod) if isinstance(mod, Mask) and mod.fill < lowest else mod
 
     def _infinite(self, mod: Mask) -> Mask:
-        """A mask whose fill is minus infinity, added as it was, or in place of scores as it was."""
+        """The same mask with minus infinity as its fill; it stays additive, or replaces scores, as before."""
         if not mod.additive or mod.fill == -math.inf:
             return replace(mod, fill=-math.inf)
         term = self.scope.operands[mod.slot]
@@ -182,9 +183,9 @@ class Fills:
         return out
 
     def _floored(self, scores: list[ScoreModifier]) -> tuple[ScoreModifier, ...]:
-        """``max(where(m, s, -inf), c) = where(m, s, c)``: a floor goes into the masks before it.
+        """``max(where(m, s, -inf), c) = where(m, s, c)``: a floor becomes the fill of the masks before it.
 
-        Where the only other things before it are scales, nothing is left for it to do.
+        Where only scales come before it as well, nothing is left for the floor to do.
         """
         at = next((n for n, m in enumerate(scores) if isinstance(m, Floor)), None)
         if at is None:
@@ -200,10 +201,10 @@ class Fills:
         return (*before, *kept, *rest)
 
     def _finite(self, scores: list[ScoreModifier]) -> list[ScoreModifier]:
-        """``nan_to_num(where(m, s, -inf)) = where(m, nan_to_num(s), low)``: under the masks before it.
+        """``nan_to_num(where(m, s, -inf)) = where(m, nan_to_num(s), low)``: it moves before the masks.
 
         Raises:
-            Refuse: what becomes of infinite scores depends on more than a mask.
+            Refuse: the result for infinite scores depends on more than a mask.
         """
         for at, mod in enumerate(scores):
             if isinstance(mod, Finite):
@@ -224,7 +225,7 @@ class Fills:
         under: Sequence[Mask],
         after: Sequence[ScoreModifier],
     ) -> str | None:
-        """What else than masks makes scores infinite, or masked scores that are numbers infinite again."""
+        """What, other than a mask, makes scores infinite, or makes masked scores infinite again."""
         lowest = torch.finfo(self.meanings.computed).min
         finite = [m for m in under if m.additive and math.isfinite(m.fill)]
         if finite and any(map(_is_infinite, before)):
@@ -253,10 +254,10 @@ class Fills:
         return Mask(self.scope.slot(Term(attends, term.index)), fill, False, True, mod.atoms)
 
     def as_normalised(self, scores: tuple[ScoreModifier, ...], rows_seen: bool) -> tuple[ScoreModifier, ...]:
-        """The scores of a softmax that is written out: what a low fill does there in rows that see no key.
+        """The scores of a softmax that is written out, with the effect of low fills on rows that see no key.
 
         Raises:
-            Refuse: it depends on numbers.
+            Refuse: the effect depends on the values of the scores.
         """
         hiding = next((m for m in scores if isinstance(m, Bias) and m.hides), None)
         if self.core.form != "softmax" and not all(
@@ -268,7 +269,7 @@ class Fills:
             )
         if self.core.form == "relative" and not all(self._is_exact(m) for m in scores if isinstance(m, Bias)):
             raise Refuse(
-                "its softmax is written out, as exp(x - logsumexp(x)), which is another one for large biases",
+                "its softmax is written out, as exp(x - logsumexp(x)), which differs for large biases",
                 self.core.scores.expr,
             )
         if self.core.form == "softmax" or (rows_seen and self.core.form != "bare" and hiding is None):
@@ -283,7 +284,7 @@ class Fills:
             return scores
         if hiding is not None or self.core.form != "bare" or large:
             raise Refuse(
-                "its softmax is written out, and what a query that sees no key gives depends on numbers",
+                "its softmax is written out, and what a query that sees no key gives depends on its scores",
                 self.core.scores.expr,
             )
         if rows_seen:
@@ -294,24 +295,24 @@ class Fills:
         )
 
     def _is_small(self, mod: Bias) -> bool:
-        """Is a bias so small that no exponential of a whole row vanishes or overflows because of it?"""
+        """Is a bias so small that it makes no exponential of a row vanish or overflow?"""
         found = range_of(self.scope.operands[mod.slot].expr, self.scope.contents, self.scope.facts)
         return found is not None and max(map(abs, found)) * abs(mod.factor) <= SMALL
 
     def _is_exact(self, mod: Bias) -> bool:
-        """Is no constant in it so large that subtracting a log-sum-exp of its size loses parts of weights?"""
+        """Are all its constants so small that subtracting a log-sum-exp of their size loses no precision?"""
         most = max(SMALL, 1 / (16 * torch.finfo(self.core.scores.expr.dtype).eps))
         return self.meanings.constants(mod) <= most
 
     def finite_sink(self) -> bool:
-        """Is there a sink that every row sees, since it is a learned or constant number of ordinary size?"""
+        """Is there a sink, learned or constant, that is a finite number of ordinary size?"""
         return self.core.sink is not None and not masks.may_hide(
             self.core.sink.expr, self.scope.contents, self.scope.facts
         )
 
 
 def _stays_low(scores: Sequence[ScoreModifier], at: int) -> bool:
-    """Is what the mask at a position sets scores to no large number after all that follows?"""
+    """Do scores that the mask at a position fills stay low through all later modifiers?"""
     mask = scores[at]
     assert isinstance(mask, Mask)
     levels = [mask.fill, *fates(scores, at, mask.fill)]
@@ -319,12 +320,12 @@ def _stays_low(scores: Sequence[ScoreModifier], at: int) -> bool:
 
 
 def _is_infinite(mod: ScoreModifier) -> bool:
-    """May it make scores infinite?"""
+    """May the modifier make scores infinite?"""
     return (isinstance(mod, Bias) and mod.hides) or (isinstance(mod, Mask) and mod.fill == -math.inf)
 
 
 def _vanishes(scores: Sequence[ScoreModifier], at: int) -> bool:
-    """Is the exponential of what the mask at a position sets scores to zero, in every dtype?"""
+    """Is the exponential of scores that the mask at a position fills zero, in every dtype?"""
     mask = scores[at]
     assert isinstance(mask, Mask)
     *_, level = (mask.fill, *fates(scores, at, mask.fill))
@@ -332,7 +333,7 @@ def _vanishes(scores: Sequence[ScoreModifier], at: int) -> bool:
 
 
 def without_exact_casts(mods: Sequence[ScoreModifier], product: torch.dtype) -> list[ScoreModifier]:
-    """Casts count from the first on that holds less than the product does; from there all are kept."""
+    """Drops the casts before the first one that is less precise than the product; the rest are kept."""
     less = (n for n, m in enumerate(mods) if isinstance(m, Cast) and holds_less(DTYPES[m.dtype], product))
     first = next(less, len(mods))
     return [m for n, m in enumerate(mods) if n >= first or not isinstance(m, Cast)]
@@ -348,7 +349,7 @@ class Written:
 
 
 def roundings(mods: Sequence[ScoreModifier], product: torch.dtype) -> dict[int, Written]:
-    """For every slot of a mask or bias, how it was written, on scores that begin in the product's dtype."""
+    """How each mask or bias was written, by its slot; scores begin in the product's dtype."""
     found: dict[int, Written] = {}
     dtype = product
     for at, mod in enumerate(mods):
@@ -362,7 +363,7 @@ def roundings(mods: Sequence[ScoreModifier], product: torch.dtype) -> dict[int, 
 
 
 def without_empty(scores: tuple[ScoreModifier, ...]) -> tuple[ScoreModifier, ...]:
-    """Masks that hide nothing do nothing."""
+    """Drops masks that hide nothing."""
     return tuple(m for m in scores if not (isinstance(m, Mask) and not m.atoms))
 
 

@@ -1,4 +1,4 @@
-"""What modifiers mean once every axis has its role: named axes, masks by their atoms, rows that see a key."""
+"""What modifiers mean once every axis has its role: named axes, the atoms of masks, rows that see a key."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Meanings:
         settle(scope, roles)
 
     def understood(self, mod: ScoreModifier) -> ScoreModifier:
-        """A modifier with its axes named, and a bias that is only ever zero or a fill turned into a mask."""
+        """A modifier with its axes named; a bias that is always zero or a fill becomes a mask."""
         scope = self.scope
         if isinstance(mod, ScaleBy):
             return replace(mod, axes=self.letters(scope.operands[mod.slot]))
@@ -78,13 +78,13 @@ class Meanings:
         return Mask(self.scope.slot(scaled), hidden.fill, True, True, atoms, wide)
 
     def constants(self, mod: Bias) -> float:
-        """How large a bias is because of the constants in it, whatever its inputs are; 0 if not known."""
+        """How large a bias is because of its constants, whatever its inputs are; 0 if not known."""
         known = intervals.Ranges(self.scope.contents, self.scope.facts, scale=intervals.LEAST)
         found = known.of(self.scope.operands[mod.slot].expr)
         return 0.0 if found is None else max(map(abs, found)) * abs(mod.factor)
 
     def letters(self, term: Term) -> str:
-        """The roles that an operand varies over, as letters in order."""
+        """The letters of the roles that an operand varies over, in order."""
         settle(self.scope, self.roles)
         axes = {b for a in self.scope.axes(term) for b in self.scope.space.resolve(Affine(((a, 1),))).axes}
         table = self.roles.letters()
@@ -140,7 +140,7 @@ class Meanings:
         return formula if attends else self.formulas.make("not", (formula,), torch.bool)
 
     def mask_visible(self, mod: Mask) -> Expr:
-        """The formula of what a mask leaves visible."""
+        """The formula of the pairs that a mask leaves visible."""
         if not mod.additive:
             return self._visible(mod.slot, mod.attends)
         term = self.scope.operands[mod.slot]
@@ -166,7 +166,7 @@ class Meanings:
 
 
 def settle(scope: Scope, roles: Roles) -> None:
-    """Splits made since an axis was listed replace it by its parts."""
+    """Replace every listed axis that has been split since by its parts."""
     for name in ("batch", "kv_heads", "group", "query", "key", "head_dim", "value_dim"):
         axes = getattr(roles, name)
         setattr(roles, name, heads.ordered(scope, [Affine(((a, 1),)) for a in axes]))

@@ -1,4 +1,4 @@
-"""The tensors that may serve as queries, keys and values, and the scales that are written into them."""
+"""The tensors that may serve as queries, keys and values, and the scales that were multiplied into them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fusepass.specification.program import slots
 def chain_of(
     scope: Scope, term: Term, low: torch.dtype, scales: bool = True
 ) -> tuple[list[float], list[Term]]:
-    """Constant scales of an operand, and the tensors through its views that hold the rest of it.
+    """The constant scales of an operand, and the tensors, seen through its views, that hold the rest of it.
 
     A scale that was written into the operand's own memory (``q *= scale``) stays in it.
     """
@@ -43,7 +43,7 @@ def chain_of(
 
 
 def check_operands(scope: Scope, spec: Attention, product: Expr) -> None:
-    """A modifier made of the scores would compute them a second time."""
+    """Refuse a modifier that is computed from the scores: it would compute them a second time."""
     for slot in slots(spec):
         todo, seen = [scope.operands[slot].expr], set()
         while todo:
@@ -58,7 +58,7 @@ def check_operands(scope: Scope, spec: Attention, product: Expr) -> None:
 
 
 def _factor(node: Expr) -> tuple[int, float] | None:
-    """The position of the tensor and the constant, where a node is a tensor times a constant."""
+    """For a node that is a tensor times a constant: the position of the tensor, and the constant."""
     if node.op == "neg":
         return 0, -1.0
     if node.op == "mul":

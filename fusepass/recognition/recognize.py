@@ -55,7 +55,7 @@ RULES = Rules()
 
 @dataclass(frozen=True)
 class Miss:
-    """Something like attention that stays, and why."""
+    """Something that resembles attention and stays, with the reason."""
 
     reason: str
     at: Expr
@@ -64,7 +64,7 @@ class Miss:
 
 @dataclass
 class _Scores:
-    """What peeling the scores found."""
+    """The result of peeling the scores."""
 
     modifiers: list[ScoreModifier]
     product: Product
@@ -85,8 +85,8 @@ def recognise(
         facts: what is known of symbolic sizes.
         rules: the rule lists.
         contents: what is known of the elements of leaves.
-        readable: whether the graph still holds an expression's value at the anchor; a tensor may have been
-            written over.
+        readable: tells whether the graph still holds an expression's value at the anchor: a tensor may have
+            been overwritten.
     """
     miss: Miss | None = None
     for position, operand in enumerate(factors(anchor)):
@@ -94,7 +94,7 @@ def recognise(
             continue
         known = contents or Contents()
         scope = Scope(AxisSpace(facts), views=rules.layout, contents=known, readable=readable)
-        index = tuple(scope.space.fresh("x", n) for n in anchor.shape)
+        index = tuple(scope.space.new_axis("x", n) for n in anchor.shape)
         out = Term(anchor, index)
         product = next((p for r in rules.products if isinstance(p := r.apply(out, scope), Product)), None)
         if product is None:
@@ -111,7 +111,7 @@ def recognise(
 
 
 def as_product(node: Expr) -> Expr | None:
-    """The product with the values that a node is in other words, where it is none itself."""
+    """The product with the values that a node is equal to, where it is not written as one."""
     return normalised_late(node) or joined(node)
 
 
@@ -122,7 +122,7 @@ def recognise_sum(
     contents: Contents | None = None,
     readable: Callable[[Expr], bool] = always,
 ) -> list[tuple[int, Site]] | Miss | None:
-    """Read a product as a signed sum of attentions: of one, mostly, or of the summands of its weights.
+    """Read a product as a signed sum of attentions: usually one, otherwise one per summand of its weights.
 
     The arguments are those of :func:`recognise`.
     """
@@ -138,7 +138,7 @@ def recognise_sum(
         elif len(pieces) == 1:
             return site
         else:
-            why = "not every one is a softmax of a product" if site is None else site.reason
+            why = "not each of them is a softmax of a product" if site is None else site.reason
             return Miss(f"the weights are a sum of several softmaxes: {why}", anchor)
     return found
 
@@ -196,7 +196,7 @@ class _Reading:
         return self._finish(core, found, mods)
 
     def _extent(self, axis: Affine) -> Size:
-        """The number of values of an axis."""
+        """The length of an axis."""
         return self.scope.space.sizes[axis.terms[0][0]]
 
     # -- peeling -----------------------------------------------------------------------------
@@ -222,19 +222,20 @@ class _Reading:
         raise Refuse(f"more than {STEP_LIMIT} layers between the softmax and the values", self.out.expr)
 
     def _check_weights(self, rounded: Sequence[torch.dtype], softmax: torch.dtype) -> None:
-        """Weights that are rounded to less than softmax and values hold would be other ones.
+        """Check that the weights are as precise as the softmax and the values.
 
         Raises:
-            Refuse: they are.
+            Refuse: they are rounded further, and a kernel would not round them.
         """
         kinds = [d for d in (softmax, self.values.expr.dtype) if d.is_floating_point]
         most = max(torch.finfo(d).eps for d in kinds)
         coarse = next((d for d in rounded if torch.finfo(d).eps > most), None)
         if coarse is not None:
-            raise Refuse(f"the weights are rounded to {coarse}, less than the values are", self.out.expr)
+            reason = f"the weights are rounded to {coarse}, which is less precise than the values"
+            raise Refuse(reason, self.out.expr)
 
     def _peel_scores(self, term: Term, mods: list[ScoreModifier]) -> _Scores | Miss:
-        """Depth first through the ways to peel; the first that ends in a product of queries and keys wins."""
+        """Search the ways to peel depth first; the first that ends in a product of queries and keys wins."""
         self.steps += 1
         if self.steps > STEP_LIMIT:
             raise Refuse(
@@ -271,7 +272,7 @@ class _Reading:
         return None
 
     def _is_key_side(self, product: Product, side: int) -> bool:
-        """Does one operand run over the keys?  Of a single key: is it the one that queries do not vary?"""
+        """Does an operand vary over the keys?  With a single key: does it not vary over the queries?"""
         operands = (product.left, product.right)
         if not self.scope.keys.is_const:
             return self.scope.varies_over_keys(operands[side])
@@ -325,7 +326,7 @@ class _Reading:
         return (product.right, product.left) if left_is_key else (product.left, product.right)
 
     def _roles(self, core: Core, product: Product, query: Term, key: Term) -> Roles:
-        """What every axis is."""
+        """The role of every axis."""
         scope = self.scope
         before = heads.ordered(scope, list(self.weights.index))
         value_axes = [a for a in heads.ordered(scope, list(self.out.index)) if a not in before]

@@ -1,7 +1,7 @@
 """What resembles attention: the softmaxes that a report must account for, fused or not.
 
-Sites share much of what is behind them, so what is found behind an expression is kept for as long as the
-expression lives: together, all questions about a graph look at each of its nodes once.
+Sites share many of the expressions behind them, so the answer for an expression is cached for as long as the
+expression lives: all questions about a graph together look at each of its nodes once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ T = TypeVar("T")
 _SOFTMAXES = frozenset({"softmax", "log_softmax"})
 _ENDS = frozenset({"input", "dot"})
 
-#: For an expression, the softmaxes and exponentials below it, itself left out, up to the next products.
+#: For an expression, the softmaxes and exponentials below it, without itself, up to the next products.
 _behind: WeakKeyDictionary[Expr, tuple[Expr, ...]] = WeakKeyDictionary()
 #: Is there a product of two tensors of rank 3 or more below, up to the next products?
 _active: WeakKeyDictionary[Expr, bool] = WeakKeyDictionary()
@@ -28,13 +28,14 @@ def _upwards(
     root: Expr,
     known: MutableMapping[Expr, T],
     ends: frozenset[str],
-    made: Callable[[Expr, Sequence[Expr]], T],
+    combine: Callable[[Expr, Sequence[Expr]], T],
 ) -> T:
-    """What ``made`` makes of an expression, and first of all below it that is not known and behind no end.
+    """The answer of ``combine`` for an expression, computed first for everything below it that has none yet.
 
     Args:
-        ends: the operations whose arguments are not looked at.
-        made: gets an expression and those of its arguments that are looked at, which are known by then.
+        ends: the operations at which the search stops; their arguments are not looked at.
+        combine: gets an expression and those of its arguments that are looked at, whose answers are known by
+            then.
     """
     todo = [root]
     while todo:
@@ -46,12 +47,12 @@ def _upwards(
             continue
         todo.pop()
         if node not in known:
-            known[node] = made(node, below)
+            known[node] = combine(node, below)
     return known[root]
 
 
 def _at_or_behind(node: Expr) -> tuple[Expr, ...]:
-    """The softmaxes and exponentials at an expression, or next behind it."""
+    """The softmaxes and exponentials at an expression, or the nearest ones behind it."""
     if node.op in _SOFTMAXES:
         return (node,)
     found = _upwards(node, _behind, _ENDS | _SOFTMAXES, _joined)
@@ -66,12 +67,12 @@ def _joined(node: Expr, below: Sequence[Expr]) -> tuple[Expr, ...]:
 
 
 def softmaxes_behind(anchor: Expr) -> set[Expr]:
-    """The softmax nodes directly behind a product, whatever was made of them."""
+    """The softmax nodes directly behind a product, whatever layers lie between."""
     return {e for a in anchor.args for e in _at_or_behind(a)}
 
 
 def products_behind(anchor: Expr) -> list[Expr]:
-    """The score products behind the softmaxes that a sum of products is made of."""
+    """The score products behind the softmaxes of a sum of products."""
     found: dict[Expr, None] = {}
     behind = dict.fromkeys(s for part in anchor.args for a in part.args for s in _at_or_behind(a))
     todo = list(dict.fromkeys(s.args[0] for s in behind))
@@ -99,11 +100,11 @@ def _of_rank_three(node: Expr, below: Sequence[Expr]) -> bool:
 
 
 def were_scores(softmax: Expr, before: Mapping[Expr, Expr]) -> bool:
-    """Is a leaf behind the softmax what became of scores in a write that nobody followed?
+    """Does a leaf behind the softmax hold scores after a write that no rule follows?
 
     Args:
         softmax: the softmax.
-        before: what leaves that were written to stood for.
+        before: for leaves that were written to, what they held before.
     """
     todo, seen = list(softmax.args[:1]), set(softmax.args[:1])
     while todo and before:
