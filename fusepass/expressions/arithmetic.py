@@ -1,4 +1,4 @@
-"""Numbers as PyTorch computes with them: what a value is in a dtype, and what operations make of it.
+"""Numbers as PyTorch computes with them: the value of a number in a dtype, and the results of operations.
 
 Everything that looks at a constant (folding, masks, scales, bounds) sees the value that its dtype holds:
 three as a bool is True, 2.9 as an integer is 2, 258 as a byte is 2, and 1e9 in half precision is infinite.
@@ -19,7 +19,7 @@ from torch import Tensor
 from fusepass.host.surroundings import clean_context
 
 Number = bool | int | float | complex
-#: Values with their dtypes.
+#: Constants, each with its dtype.
 Constants = tuple[tuple[Any, torch.dtype], ...]
 
 COMPARISONS = frozenset("lt le gt ge eq ne".split())
@@ -36,17 +36,17 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def opmath(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that PyTorch computes in; a Python number that meets a tensor is taken in it."""
+    """The dtype that PyTorch computes in; Python numbers next to a tensor are converted to it."""
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
 def is_integer(dtype: torch.dtype) -> bool:
-    """Integers, without bool."""
+    """Is it an integer dtype?  Bool is not."""
     return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
 
 
 def converted(value: Number, dtype: torch.dtype) -> Number | None:
-    """``value`` as an element of ``dtype``; None where PyTorch does not say what that is.
+    """``value`` as an element of ``dtype``; None where PyTorch does not define it.
 
     Integers wrap and floats are truncated to integers.  NaN, infinities and floats out of its range have no
     meaning as an integer, and complex numbers none as anything real.
@@ -63,8 +63,8 @@ def converted(value: Number, dtype: torch.dtype) -> Number | None:
         return None
 
 
-def held(value: float, dtype: torch.dtype) -> float:
-    """A number as a floating dtype holds it."""
+def rounded_to(value: float, dtype: torch.dtype) -> float:
+    """A number rounded to a floating dtype."""
     return _rounded(value, dtype) if dtype.is_floating_point else value
 
 
@@ -101,7 +101,7 @@ def _rounded(value: bool | int | float, dtype: torch.dtype) -> float:
 
 
 def _single(value: bool | int | float) -> float:
-    """The nearest float32; of an integer without a double in between."""
+    """The nearest float32; for an integer, found without rounding to a double first."""
     if not isinstance(value, float) and (extra := int(value).bit_length() - 24) > 0:
         quotient, rest = divmod(abs(int(value)), 1 << extra)
         half = 1 << (extra - 1)
@@ -118,7 +118,7 @@ def _by_torch(value: float, dtype: torch.dtype) -> float:
 def folded(op: str, args: Constants, dtype: torch.dtype, attrs: tuple[Any, ...] = ()) -> Number | None:
     """What PyTorch computes from constants ``(value, dtype)``, as an element of ``dtype``.
 
-    None where it computes nothing (a division by the integer zero), and where it depends on the device.
+    None where there is no result (a division by the integer zero) or where it depends on the device.
     """
     kinds = {d for _, d in args} | {dtype}
     known = op in _OPERATIONS or op == "nan_to_num"
@@ -131,10 +131,10 @@ def folded(op: str, args: Constants, dtype: torch.dtype, attrs: tuple[Any, ...] 
 
 
 def _readings(op: str, args: Constants, dtype: torch.dtype) -> list[tuple[Constants, torch.dtype]]:
-    """The operands, and the dtype they are computed in, as devices differ.
+    """The operands and the dtype of the computation, once for each way in which devices differ.
 
-    A number that meets a narrow tensor is rounded to the tensor's dtype on some of them; a factor or a
-    divisor on none.
+    Some devices round a number that is combined with a narrow tensor to the tensor's dtype; none does so with
+    a factor or a divisor.
     """
     if op in LOGIC:
         return [(args, torch.bool)]
@@ -145,7 +145,7 @@ def _readings(op: str, args: Constants, dtype: torch.dtype) -> list[tuple[Consta
     wide = opmath(dtype)
     if wide is dtype or op in ("mul", "div", "floordiv"):
         return [(args, wide)]
-    return [(args, wide), (tuple((held(v, dtype), dtype) for v, _ in args), wide)]
+    return [(args, wide), (tuple((rounded_to(v, dtype), dtype) for v, _ in args), wide)]
 
 
 def _computed(
@@ -168,4 +168,4 @@ def _computed(
     return converted(number, dtype)
 
 
-__all__ = ["COMPARISONS", "LOGIC", "Number", "converted", "folded", "held", "is_integer", "opmath"]
+__all__ = ["COMPARISONS", "LOGIC", "Number", "converted", "folded", "rounded_to", "is_integer", "opmath"]

@@ -1,8 +1,8 @@
 """What is known of the elements of a graph's leaves.
 
 A buffer that holds a mask (``tril`` of ones, say) or positions is the same at every call as long as
-nobody writes into it.  Its elements are looked at when the graph is compiled and described in closed
-form; whoever relies on a description puts a guard on the buffer (:class:`Snapshot`).
+nobody writes into it.  Its elements are read when the graph is compiled and described in closed form; code
+that relies on a description puts a guard on the buffer (:class:`Snapshot`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fusepass.expressions.ir import Expr
 
-#: Larger buffers are not looked at.
+#: Buffers with more elements are not read.
 LARGEST = 1 << 26
-#: Integers of this size or more are no positions: sums of them may wrap.
+#: Integers of this size or more are not positions: sums of them may wrap.
 LARGEST_POSITION = 1 << 48
 #: Values of this size or more are fills, not scores.
 FILL = 1e8
@@ -36,7 +36,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Ramp:
-    """``start + sum_d steps[d] * index[d]``, of integers."""
+    """``start + sum_d steps[d] * index[d]``, in integers."""
 
     start: int
     steps: tuple[int, ...]
@@ -72,10 +72,10 @@ def describe(tensor: Tensor) -> Form | None:
 
 
 def may_count(tensor: Tensor, form: Form) -> bool:
-    """Could ``tensor`` hold a number that every call moves on, of tokens in a cache, say?
+    """Could ``tensor`` hold a number that every call increments, such as the number of tokens in a cache?
 
-    Equal integers of at most one dimension could, and what they are now says nothing of the next call.
-    Masks vary, have two dimensions or more, or are no integers.
+    Equal integers in at most one dimension could, and their present value says nothing about the next call.
+    Masks vary, have two dimensions or more, or are not integers.
     """
     integers = not (tensor.dtype is torch.bool or tensor.is_floating_point())
     return isinstance(form, Uniform) and integers and tensor.dim() <= 1
@@ -100,7 +100,7 @@ def _ramp(x: Tensor, dims: list[int]) -> Form | None:
 
 
 def _banded(x: Tensor, dims: list[int]) -> Form | None:
-    """The tightest band around the elements equal to the first one of the diagonal, compared everywhere."""
+    """The tightest band around the elements that equal the first diagonal one; every element is compared."""
     if len(dims) != 2:
         return None
     flat = x.reshape(x.shape[dims[0]], x.shape[dims[1]])
@@ -124,37 +124,37 @@ class Contents:
     """The leaves of one graph: which have known elements, and which are of ordinary size.
 
     Attributes:
-        tensors: leaves that keep their elements as long as their guard holds.
-        ordinary: leaves of learned or computed numbers, which are no fills.
+        tensors: the leaves that keep their elements as long as their guard holds.
+        ordinary: leaves of learned or computed numbers, which are not fills.
         values: leaves that hold an expression's value without its gradient.
-        fixed: whether the known elements never change at all, and need no guard.
-        asked: the leaves whose elements somebody has relied on since :meth:`begin`.
-        used: those that somebody relied on for what was kept.
+        fixed: whether the known elements can never change, so that they need no guard.
+        consulted: the leaves whose elements were relied on since :meth:`begin`.
+        used: the leaves that kept results rely on (:meth:`keep`).
     """
 
     tensors: Mapping[Expr, Tensor] = field(default_factory=dict)
     ordinary: set[Expr] = field(default_factory=set)
     values: dict[Expr, Expr] = field(default_factory=dict)
     fixed: bool = False
-    asked: set[Expr] = field(default_factory=set)
+    consulted: set[Expr] = field(default_factory=set)
     used: set[Expr] = field(default_factory=set)
     _forms: dict[Expr, Form | None] = field(default_factory=dict)
     _extremes: dict[Expr, tuple[float, float]] = field(default_factory=dict)
 
     def begin(self) -> None:
-        """Start afresh: what was asked for and not kept is relied on by nobody."""
-        self.asked.clear()
+        """Start again: nothing relies on leaves that were consulted without :meth:`keep`."""
+        self.consulted.clear()
 
     def keep(self) -> None:
-        """What was asked for since ``begin`` is relied on by what was made of it."""
-        self.used |= self.asked
+        """The result since ``begin`` is kept: it relies on the leaves that were consulted."""
+        self.used |= self.consulted
 
     def form(self, leaf: Expr, counters: bool = True) -> Form | None:
         """The closed form of a leaf; asking for one that exists counts as relying on it.
 
         Args:
             leaf: a leaf of the graph.
-            counters: whether one that may be moved on by every call has one (:func:`may_count`).
+            counters: whether to give the form of a leaf that every call may increment (:func:`may_count`).
         """
         if leaf not in self._forms:
             tensor = self.tensors.get(leaf)
@@ -162,7 +162,7 @@ class Contents:
         form = self._forms[leaf]
         if form is None or not (counters or self.fixed or not may_count(self.tensors[leaf], form)):
             return None
-        self.asked.add(leaf)
+        self.consulted.add(leaf)
         return form
 
     def extremes(self, leaf: Expr) -> tuple[float, float] | None:
@@ -170,7 +170,7 @@ class Contents:
         tensor = self.tensors.get(leaf)
         if tensor is None or tensor.is_complex() or tensor.numel() == 0:
             return None
-        self.asked.add(leaf)
+        self.consulted.add(leaf)
         if leaf not in self._extremes:
             low, high = torch.aminmax(_comparable(tensor.detach()))
             self._extremes[leaf] = (float(low), float(high))
@@ -178,18 +178,18 @@ class Contents:
 
 
 def _comparable(x: Tensor) -> Tensor:
-    """A tensor of a dtype that PyTorch compares and subtracts."""
+    """The tensor in a dtype that PyTorch can compare and subtract."""
     if x.is_floating_point():
         return x.float() if x.element_size() < 2 else x
     return x if x.dtype is torch.bool or x.dtype.is_signed or x.element_size() == 1 else x.long()
 
 
-#: Where comparing elements is quick, and sees writes that nobody counts.
+#: Device types on which comparing elements is quick, and sees writes that are not counted.
 _ALWAYS_COMPARED = frozenset({"cpu"})
 
 
 class _Seen(NamedTuple):
-    """A tensor that was compared: at which version, whether it was the same then, and whether it ever was."""
+    """A tensor that was compared: its version then, whether it was equal, and whether it ever was."""
 
     tensor: weakref.ref[Tensor]
     version: int | None
@@ -200,9 +200,9 @@ class _Seen(NamedTuple):
 class Snapshot:
     """The elements of a tensor as they were: does this tensor (the same one later, or another) hold them?
 
-    In-place writes are seen by PyTorch's version counter.  Writes that go around it (``x.data``, NumPy)
-    are seen on the CPU only, where the elements are compared every time.  A snapshot can be pickled; it then
-    knows the elements and no tensor.
+    PyTorch's version counter shows in-place writes.  Writes that bypass it (``x.data``, NumPy) are seen only
+    on the CPU, where the elements are compared every time.  A snapshot can be pickled: it then knows the
+    elements, but no tensor.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -211,7 +211,7 @@ class Snapshot:
         self._remember(tensor, same=True, ever=True)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Are the elements of ``tensor`` those of the snapshot, bit by bit?"""
+        """Are the elements of ``tensor`` equal to those of the snapshot, bit by bit?"""
         seen, version = self._seen(tensor), version_of(tensor)
         unwritten = seen is not None and version is not None and seen.version == version
         if seen is not None and unwritten and tensor.device.type not in _ALWAYS_COMPARED:
@@ -222,7 +222,7 @@ class Snapshot:
         return same
 
     def has_held(self, tensor: Tensor) -> bool:
-        """Is ``tensor`` known to have held these elements at some time?"""
+        """Is ``tensor`` known to have held these elements at some point?"""
         seen = self._seen(tensor)
         return seen is not None and seen.ever
 
@@ -254,7 +254,7 @@ class Snapshot:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """The same memory as integers, which compare bit by bit: NaN equals itself."""
+    """The same memory as integers, which compare bit by bit, so that NaN equals itself."""
     return x if x.dtype is torch.bool else x.view(_INTEGERS[x.element_size()])
 
 
@@ -262,7 +262,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """How often a tensor was written to, or None where nobody counts: tensors of inference mode."""
+    """How often a tensor was written to; None for tensors of inference mode, whose writes are not counted."""
     return None if tensor.is_inference() else tensor._version
 
 

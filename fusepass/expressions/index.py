@@ -36,10 +36,10 @@ def prod(sizes: Iterable[Size]) -> Size:
 
 
 class Facts:
-    """What is known of sizes.  Answers are proofs: ``False`` means "not proved", never "disproved".
+    """What is known about sizes.  Answers are proofs: ``False`` means "not proved", never "disproved".
 
-    ``shape_env`` is PyTorch's symbolic-shape environment when the graph has one.  Nothing is ever
-    proved from the sizes of the example that happened to be traced.
+    ``shape_env`` is PyTorch's symbolic-shape environment when the graph has one.  Nothing is ever proved from
+    the sizes of the example that was traced.
     """
 
     def __init__(self, shape_env: Any = None) -> None:
@@ -156,7 +156,7 @@ class AxisSpace:
     splits: dict[str, Affine] = field(default_factory=dict)
     count: int = 0
 
-    def fresh(self, prefix: str, size: Size) -> Affine:
+    def new_axis(self, prefix: str, size: Size) -> Affine:
         """A new axis, or the constant 0 where its size is 1."""
         if size == 1:
             return Affine()
@@ -166,7 +166,7 @@ class AxisSpace:
         return Affine(((name, 1),))
 
     def resolve(self, index: Affine) -> Affine:
-        """The same expression in today's finest axes."""
+        """The same expression in the finest axes so far."""
         while any(axis in self.splits for axis, _ in index.terms):
             out = Affine((), index.const)
             for axis, c in index.terms:
@@ -179,7 +179,7 @@ class AxisSpace:
         outer = self.facts.quotient(self.sizes[axis], inner)
         if outer is None:
             return False
-        high, low = self.fresh(f"{axis}_", outer), self.fresh(f"{axis}_", inner)
+        high, low = self.new_axis(f"{axis}_", outer), self.new_axis(f"{axis}_", inner)
         self.splits[axis] = high * inner + low
         return True
 
@@ -200,7 +200,7 @@ class AxisSpace:
     def divmod(self, index: Affine, n: Size) -> tuple[Affine, Affine] | None:
         """Quotient and remainder by ``n``, splitting axes as needed; None where they are not affine."""
         if n == 0:
-            return None  # there is no element
+            return None  # the tensor is empty
         for _ in range(16):
             index = self.resolve(index)
             high: dict[str, Size] = {}
@@ -259,7 +259,7 @@ class AxisSpace:
         return tuple(out)
 
     def _group(self, new: Sequence[Size], old: Sequence[Size]) -> tuple[int, int] | None:
-        """How many leading dimensions of each side have the same extent."""
+        """The numbers of leading dimensions, one for each side, whose extents are equal."""
         if not new or not old:
             return None
         # Try the shortest prefixes first; symbolic extents cannot be ordered, so all pairs are tried.
@@ -292,7 +292,7 @@ class AxisSpace:
         return [self.resolve(e) for e in reversed(out)]
 
     def digits(self, index: Affine, size: Size) -> tuple[str, ...] | None:
-        """The axes whose mixed-radix number ``index`` is, outermost first, covering just ``0 .. size-1``."""
+        """The axes whose mixed-radix number is ``index``, outermost first, if it covers ``0 .. size-1``."""
         index = self.resolve(index)
         if index.const != 0:
             return None

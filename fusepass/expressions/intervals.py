@@ -1,12 +1,13 @@
-"""Between which numbers the elements of an expression lie, as far as that can be proved.
+"""Provable bounds of the elements of an expression.
 
-The bounds are those of interval arithmetic, widened by rounding; what may exceed a dtype is infinite, and
-None means that an element may be NaN or that nothing is known.  Assumed of what a graph is given is:
+The bounds are those of interval arithmetic, widened by rounding.  What may exceed a dtype is infinite, and
+None means that an element may be NaN or that nothing is known.  These assumptions are made about a graph's
+inputs:
 
-* the operands of matrix products, and numbers that are learned, are finite and no fills;
+* the operands of matrix products, and learned numbers, are finite and are not fills;
 * lengths that are not known have an upper bound;
-* in :func:`is_ordinary`, which asks for an order of magnitude, learned numbers, products, integers that are
-  given, and lengths are of usual size, so that a learned slope times a distance is an ordinary number.
+* in :func:`is_ordinary`, which asks for an order of magnitude, learned numbers, products, integer inputs and
+  lengths are of usual size, so that a learned slope times a distance is an ordinary number.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from fusepass.expressions.contents import FILL, Contents
 from fusepass.expressions.index import Affine, AxisSpace, Facts
-from fusepass.expressions.ir import VIEWS, Expr, held, is_integer, opmath
+from fusepass.expressions.ir import VIEWS, Expr, is_integer, opmath, rounded_to
 
 Interval = tuple[float, float]
 
@@ -29,25 +30,25 @@ __all__ = ["LEAST", "Interval", "Ranges", "absorbs_from_above", "is_ordinary", "
 
 _BITS = frozenset("lt le gt ge eq ne and or xor not isnan isinf".split())
 _TRUTH: Interval = (0.0, 1.0)
-#: Operations that do not round, and those that never leave their bounds by rounding.
+#: Operations that do not round, and those whose rounding never leaves their bounds.
 _EXACT = frozenset("where max min amax cat neg abs relu".split())
 _BOUNDED = frozenset("tanh sigmoid softmax".split())
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large things may be that are not known: learned numbers and products, integers, lengths."""
+    """How large unknown things may be: learned numbers and products, integers, lengths."""
 
     learned: float
-    integer: float | None  # None: all that the dtype holds
+    integer: float | None  # None: as large as the dtype allows
     length: int
 
 
-#: Nothing that can be run is larger.
+#: The largest that anything can be in practice.
 WIDEST = Scale(FILL, None, 1 << 40)
-#: What is usual: slopes times distances, and small fills times given bits, stay below a fill.
+#: Usual sizes: slopes times distances, and small fills times input bits, stay below a fill.
 USUAL = Scale(64.0, 64.0, 1 << 20)
-#: Small ones: what is large beside them is large because of a constant.
+#: Small sizes: an expression that is large under them is large because of a constant.
 LEAST = Scale(1.0, 1.0, 2)
 
 
@@ -56,10 +57,10 @@ class Ranges:
     """Bounds of the expressions of one graph.
 
     Attributes:
-        contents: what is known of leaves.
-        facts: what is known of sizes.
-        space: the axes of index expressions, where formulas are asked about.
-        scale: how large what is not known may be.
+        contents: what is known about leaves.
+        facts: what is known about sizes.
+        space: the axes of index expressions, given when the questions are about formulas.
+        scale: how large unknown things may be.
     """
 
     contents: Contents
@@ -124,7 +125,7 @@ class Ranges:
     def _input(self, node: Expr) -> Interval | None:
         if (value := self.contents.values.get(node)) is not None:
             return self.of(value)
-        known = self.contents.extremes(node) if node.is_float or node in self.contents.asked else None
+        known = self.contents.extremes(node) if node.is_float or node in self.contents.consulted else None
         if known is not None:
             return None if math.isnan(known[0]) or math.isnan(known[1]) else known
         if not node.is_float:
@@ -153,7 +154,7 @@ class Ranges:
         return -self.scale.learned, self.scale.learned
 
     def _integer(self, node: Expr, args: list[Interval | None]) -> Interval:
-        """Integers wrap where they leave their dtype, so that they always lie within it."""
+        """Integers wrap at the limits of their dtype, so they always lie within it."""
         low, high = _limits(node.dtype)
         if any(a is None for a in args) or (node.op in ("floordiv", "mod") and _holds_zero(args[1])):
             return low, high
@@ -164,7 +165,7 @@ class Ranges:
         else:
             found = self._real(node, [a for a in args if a is not None])
             if found is not None and _is_finite(found):
-                found = (math.floor(found[0]), math.ceil(found[1]))  # integers of negative powers
+                found = (math.floor(found[0]), math.ceil(found[1]))  # integers to negative powers
         if found is None or not _is_finite(found) or found[0] < low or found[1] > high:
             return low, high
         return found
@@ -219,7 +220,7 @@ class Ranges:
         return low * _grown(low, most, node) - slack, high * _grown(high, most, node) + slack
 
     def _counts(self, node: Expr, x: Interval) -> bool:
-        """Is it a sum of given integers, where these are of usual size?  Such sums count positions."""
+        """Is it a sum of integer inputs, where these are of usual size?  Such sums count positions."""
         usual = self.scale.integer
         return is_integer(node.dtype) and usual is not None and -usual <= x[0] and x[1] <= usual
 
@@ -256,7 +257,7 @@ def range_of(node: Expr, contents: Contents, facts: Facts) -> Interval | None:
 def is_ordinary(node: Expr, dtype: torch.dtype, contents: Contents, facts: Facts) -> bool:
     """Is every element provably a finite number that is no fill in ``dtype``, for inputs of usual size?
 
-    The lowest number of half precision absorbs scores there, as ``FILL`` does in others.
+    In half precision the lowest number absorbs scores, as ``FILL`` does in other dtypes.
     """
     found = Ranges(contents, facts, scale=USUAL).of(node)
     most = min(FILL, torch.finfo(dtype).max / 2)
@@ -264,13 +265,13 @@ def is_ordinary(node: Expr, dtype: torch.dtype, contents: Contents, facts: Facts
 
 
 def absorbs_from_above(node: Expr, contents: Contents, facts: Facts) -> bool:
-    """Are some elements, for whatever inputs, so high that scores that they are added to are absorbed?"""
+    """Are some elements so high, whatever the inputs, that they absorb the scores they are added to?"""
     found = Ranges(contents, facts, scale=LEAST).of(node)
     return found is not None and found[1] >= FILL
 
 
 def _holds_fill(operand: Expr) -> bool:
-    """Is a number that is infinite, NaN or a fill part of what an operand is made of, products apart?"""
+    """Is an operand made from an infinite number, NaN or a fill, leaving matrix products aside?"""
     todo, seen = [operand], {operand}
     while todo:
         node = todo.pop()
@@ -286,7 +287,7 @@ def _holds_fill(operand: Expr) -> bool:
 
 
 def _below(node: Expr) -> tuple[Expr, ...]:
-    """The arguments whose elements the elements of a node are made of."""
+    """The arguments from which the elements of a node are made."""
     if node.op in _BITS or node.op == "dot" or node.dtype is torch.bool:
         return ()
     if node.op == "where":
@@ -302,18 +303,18 @@ def _limits(dtype: torch.dtype) -> Interval:
 
 
 def _as(x: Interval | None, arg: Expr, dtype: torch.dtype) -> Interval:
-    """An operand in the dtype that it is computed with; numbers keep their own precision."""
+    """The bounds of an operand in the dtype of the computation; numbers keep their own precision."""
     assert x is not None
     return x if arg.op == "const" or arg.dtype is dtype else _cast(x, dtype)
 
 
 def _cast(x: Interval, dtype: torch.dtype) -> Interval:
-    """Bounds in another dtype: a cast rounds rightly, and keeps the order of numbers."""
-    return _rounded((held(x[0], dtype), held(x[1], dtype)), dtype, slack=0.0)
+    """Bounds in another dtype: a cast rounds correctly, and keeps the order of numbers."""
+    return _rounded((rounded_to(x[0], dtype), rounded_to(x[1], dtype)), dtype, slack=0.0)
 
 
 def _rounded(x: Interval, dtype: torch.dtype, slack: float = 8.0) -> Interval:
-    """Bounds after rounding: a little wider, infinite where the dtype ends, zero where it begins."""
+    """Bounds after rounding: a little wider, infinite beyond the dtype's range, zero where it underflows."""
     info = torch.finfo(dtype)
     slack *= info.eps
     low, high = x
@@ -330,8 +331,8 @@ def _rounded(x: Interval, dtype: torch.dtype, slack: float = 8.0) -> Interval:
 
 
 def _cleaned(node: Expr, x: Interval | None) -> Interval:
-    """``nan_to_num``: numbers stay what they are, the rest becomes what the attributes say."""
-    nan, low, high = (held(v, node.dtype) for v in node.attrs)
+    """``nan_to_num``: finite numbers stay the same, the rest become what the attributes say."""
+    nan, low, high = (rounded_to(v, node.dtype) for v in node.attrs)
     least, most = _limits(node.dtype) if x is None else x
     if math.isnan(nan):
         return -math.inf, math.inf
@@ -345,7 +346,7 @@ def _cleaned(node: Expr, x: Interval | None) -> Interval:
 
 
 def _grown(bound: float, count: float, node: Expr) -> float:
-    """By how much rounding may raise a sum of ``count`` numbers."""
+    """The factor by which rounding may increase a sum of ``count`` numbers."""
     return 1.0 + (count * torch.finfo(opmath(node.dtype)).eps if node.is_float and bound else 0.0)
 
 
@@ -361,7 +362,7 @@ def _holds_zero(x: Interval | None) -> bool:
 
 
 def _part(a: float, b: float) -> float:
-    """A product of bounds, where zero times what is unbounded is zero."""
+    """A product of bounds, in which zero times infinity is zero."""
     return 0.0 if a == 0 or b == 0 else a * b
 
 
@@ -429,7 +430,7 @@ def _monotone(function: Callable[[float], float]) -> Callable[[Interval], Interv
 
 
 def _bounded(function: Callable[..., float]) -> Callable[..., float]:
-    """A function that is infinite where Python's overflows."""
+    """The function, infinite where Python's overflows."""
 
     def bounded(*x: float) -> float:
         try:
@@ -473,7 +474,7 @@ def _pow(a: Interval, b: Interval) -> Interval | None:
 
 
 def _power(x: Interval, exponent: float) -> Interval | None:
-    """A power by an integer that is not negative."""
+    """A power with a non-negative integer exponent."""
     if exponent == 0:
         return 1.0, 1.0
     if exponent % 2:
@@ -485,7 +486,7 @@ def _power(x: Interval, exponent: float) -> Interval | None:
 
 
 def _dropped(x: Interval, p: float) -> Interval | None:
-    """Zero, or what is left of the weight of all."""
+    """Dropout: zero, or the number scaled up."""
     if not _is_finite(x):
         return None
     if p >= 1:
@@ -498,7 +499,7 @@ def _logistic(x: float) -> float:
 
 
 def _clipped(rule: Callable[[Interval], Interval], low: float, high: float) -> Callable[[Interval], Interval]:
-    """A function whose values never leave ``low`` to ``high``, rounding allowed for."""
+    """A function whose values stay within ``low`` and ``high``, rounding included."""
 
     def clipped(x: Interval) -> Interval:
         found = rule(x)

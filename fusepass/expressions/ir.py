@@ -21,20 +21,20 @@ from typing import Any
 import sympy
 import torch
 
-from fusepass.expressions.arithmetic import Number, converted, held, is_integer, opmath
+from fusepass.expressions.arithmetic import Number, converted, is_integer, opmath, rounded_to
 from fusepass.expressions.arithmetic import folded as folded_number
 from fusepass.expressions.index import Affine, Size, simplify_size
 
 __all__ = [
     "DTYPES", "DTYPE_NAMES", "LEAVES", "OPS", "OTHERS", "POINTWISE", "SCALAR", "VIEWS", "Expr", "Number",
-    "Shape", "affine", "broadcast", "cast", "const", "converted", "expr", "folded", "held",
+    "Shape", "affine", "broadcast", "cast", "const", "converted", "expr", "folded", "rounded_to",
     "is_constant", "is_integer", "leaf", "number_of", "opmath", "parse", "pointwise", "scalar_of", "to_text",
     "type_text", "under_casts", "walk",
 ]  # fmt: skip
 
 Shape = tuple[Size, ...]
 
-#: Leaves: a tensor that is not looked into, a scalar constant, ``start + step * n``.
+#: Leaves: an opaque tensor, a scalar constant, ``start + step * n``.
 LEAVES = frozenset({"input", "const", "iota"})
 #: Element-wise operations with NumPy broadcasting.
 POINTWISE = frozenset(
@@ -47,7 +47,7 @@ VIEWS = frozenset({"permute", "reshape", "expand", "slice", "select", "flip", "r
 OTHERS = frozenset(
     {"dot", "sum", "amax", "logsumexp", "softmax", "log_softmax", "dropout", "index", "cat", "cumsum"}
 )
-#: Scalar level only: an affine index, and one element of a tensor.
+#: Only in scalar formulas: an affine index, and one element of a tensor.
 SCALAR = frozenset({"affine", "load"})
 OPS = LEAVES | POINTWISE | VIEWS | OTHERS | SCALAR
 
@@ -77,7 +77,7 @@ class Expr:
 
     @property
     def is_float(self) -> bool:
-        """Floating point?"""
+        """Is its dtype floating point?"""
         return self.dtype.is_floating_point
 
     def __repr__(self) -> str:
@@ -106,7 +106,7 @@ def expr(
     Raises:
         ValueError: ``op`` is not in ``OPS``.
     """
-    # The texts of numbers tell True, 1, 1.0 and -0.0 apart, and let nan equal itself.
+    # The text of a number distinguishes True, 1, 1.0 and -0.0, and lets nan equal itself.
     key = (op, tuple(map(id, args)), tuple(_attr_key(a) for a in attrs), shape, dtype)
     found = _table.get(key)
     if found is not None:
@@ -120,9 +120,9 @@ def expr(
 
 
 def const(value: Number, dtype: torch.dtype = torch.float32) -> Expr:
-    """A scalar constant: the number that ``dtype`` holds.
+    """A scalar constant: ``value`` as ``dtype`` holds it.
 
-    A value that has no meaning in the dtype (NaN as an integer) is a cast that nobody looks into.
+    A value without a meaning in the dtype (NaN as an integer) becomes a cast that is never folded.
     """
     held = converted(value, dtype)
     if held is not None:
@@ -132,7 +132,7 @@ def const(value: Number, dtype: torch.dtype = torch.float32) -> Expr:
 
 
 def leaf(name: str, shape: Shape, dtype: torch.dtype) -> Expr:
-    """A tensor that is not looked into."""
+    """An opaque tensor, such as an input of the graph."""
     return expr("input", (), (name,), shape, dtype)
 
 
@@ -146,8 +146,8 @@ def affine(index: Affine) -> Expr:
 def pointwise(op: str, *args: Expr, dtype: torch.dtype | None = None) -> Expr:
     """An element-wise node whose shape is broadcast from its arguments'.
 
-    It is computed in ``dtype``, but for comparisons.  Arithmetic takes constants in the precision of the
-    computation, a choice in the dtype of its result.
+    It is computed in ``dtype``, except comparisons.  Arithmetic takes constants in the precision of the
+    computation; ``where`` takes them in the dtype of its result.
     """
     if dtype is None:
         boolean = op in ("lt", "le", "gt", "ge", "eq", "ne", "not", "and", "or", "xor", "isnan", "isinf")
@@ -160,7 +160,7 @@ def pointwise(op: str, *args: Expr, dtype: torch.dtype | None = None) -> Expr:
 
 
 def folded(op: str, args: tuple[Expr, ...], dtype: torch.dtype, attrs: tuple[Any, ...] = ()) -> Expr | None:
-    """The constant that an operation makes of constants, as PyTorch computes it; else None."""
+    """The constant that an operation on constants gives, as PyTorch computes it; else None."""
     if any(a.op != "const" for a in args):
         return None
     value = folded_number(op, tuple((a.attrs[0], a.dtype) for a in args), dtype, attrs)
@@ -168,7 +168,7 @@ def folded(op: str, args: tuple[Expr, ...], dtype: torch.dtype, attrs: tuple[Any
 
 
 def broadcast(*shapes: Shape) -> Shape:
-    """The broadcast shape; where two sizes are not the same expression, one of them is 1."""
+    """The broadcast shape; where two sizes are different expressions, one of them is 1."""
     out: list[Size] = []
     for position in range(max(map(len, shapes), default=0)):
         sizes = [s[len(s) - 1 - position] for s in shapes if position < len(s)]
@@ -191,12 +191,12 @@ def walk(root: Expr) -> Iterator[Expr]:
 
 
 def is_constant(root: Expr) -> bool:
-    """Does an expression read no tensor?"""
+    """Does an expression read no tensors?"""
     return all(node.op != "input" for node in walk(root))
 
 
 def under_casts(node: Expr) -> Expr:
-    """What a change of floating dtype was applied to."""
+    """The expression below all changes of floating dtype."""
     while node.op == "cast" and node.is_float and node.args[0].is_float:
         node = node.args[0]
     return node
@@ -212,11 +212,12 @@ def cast(x: Expr, dtype: torch.dtype) -> Expr:
 
 
 def number_of(node: Expr, known: Callable[[Expr], Number | None] | None = None) -> Number | None:
-    """The number that every element of a node is, in its dtype, seen through views and casts; else None.
+    """The number that all elements of a node are equal to, in its dtype, seen through views and casts; else
+    None.
 
     Args:
         node: the expression.
-        known: the number that a leaf holds throughout, where it does.
+        known: for a leaf, the number that all its elements are equal to, or None.
     """
     dtypes = []
     while node.op in VIEWS or node.op == "cast":

@@ -27,7 +27,7 @@ S0, S1 = (sympy.Symbol(name, integer=True, positive=True) for name in ("s0", "s1
 def walk_down(root: Expr, space: AxisSpace) -> tuple[Term, Term]:
     """The element of ``root`` at fresh axes, and the element below its views that it names."""
     scope = Scope(space, views=RULES.layout)
-    top = term = Term(root, tuple(space.fresh("x", n) for n in root.shape))
+    top = term = Term(root, tuple(space.new_axis("x", n) for n in root.shape))
     while (below := scope.step(term)) is not None:
         term = below
     return top, term
@@ -170,7 +170,7 @@ def test_affine_text() -> None:
 @given(st.integers(2, 6), st.integers(2, 6), coefficients, coefficients, coefficients)
 def test_bounds_are_exact(m: int, n: int, a: int, b: int, c: int) -> None:
     space = AxisSpace(Facts())
-    x, y = space.fresh("x", m), space.fresh("y", n)
+    x, y = space.new_axis("x", m), space.new_axis("y", n)
     index = x * a + y * b + c
     values = [a * i + b * j + c for i in range(m) for j in range(n)]
     assert space.bounds(index) == (min(values), max(values))
@@ -178,7 +178,7 @@ def test_bounds_are_exact(m: int, n: int, a: int, b: int, c: int) -> None:
 
 def test_an_axis_of_size_one_is_the_constant_zero() -> None:
     space = AxisSpace(Facts())
-    assert space.fresh("x", 1) == Affine() and not space.sizes
+    assert space.new_axis("x", 1) == Affine() and not space.sizes
 
 
 # ---------------------------------------------------------------------------------------- splits and digits
@@ -187,7 +187,7 @@ def test_an_axis_of_size_one_is_the_constant_zero() -> None:
 @given(st.integers(1, 6), st.integers(1, 6))
 def test_a_split_is_a_bijection(outer: int, inner: int) -> None:
     space = AxisSpace(Facts())
-    axis = space.fresh("x", outer * inner)
+    axis = space.new_axis("x", outer * inner)
     if axis.is_const or not space.split("x0", inner):
         return
     at = Grid(space, Evaluator({})).index(axis)
@@ -196,13 +196,13 @@ def test_a_split_is_a_bijection(outer: int, inner: int) -> None:
 
 def test_a_split_that_does_not_divide_is_refused() -> None:
     space = AxisSpace(Facts())
-    space.fresh("x", 10)
+    space.new_axis("x", 10)
     assert not space.split("x0", 4) and not space.splits
 
 
 def test_splits_of_splits_resolve_to_the_finest_axes() -> None:
     space = AxisSpace(Facts())
-    x = space.fresh("x", 24)
+    x = space.new_axis("x", 24)
     assert space.split("x0", 6)
     low = (
         space.splits["x0"].terms[-1][0]
@@ -218,7 +218,7 @@ def test_splits_of_splits_resolve_to_the_finest_axes() -> None:
 @given(st.integers(2, 4), st.integers(2, 4), st.integers(1, 24))
 def test_divmod_is_exact_where_it_answers(m: int, n: int, by: int) -> None:
     space = AxisSpace(Facts())
-    x, y = space.fresh("x", m), space.fresh("y", n)
+    x, y = space.new_axis("x", m), space.new_axis("y", n)
     flat = x * n + y
     parts = space.divmod(flat, by)
     if parts is None:
@@ -230,7 +230,7 @@ def test_divmod_is_exact_where_it_answers(m: int, n: int, by: int) -> None:
 
 def test_digits_name_each_element_once() -> None:
     space = AxisSpace(Facts())
-    x, y = space.fresh("x", 3), space.fresh("y", 4)
+    x, y = space.new_axis("x", 3), space.new_axis("y", 4)
     assert space.digits(x * 4 + y, 12) == ("x0", "y1")
     assert space.digits(y * 3 + x, 12) == ("y1", "x0")
     assert space.digits(Affine(), 1) == ()
@@ -248,7 +248,7 @@ def test_digits_name_each_element_once() -> None:
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.permutations(range(4)), st.integers(0, 1))
 def test_digits_only_of_permutations(sizes: list[int], order: list[int], shift: int) -> None:
     space = AxisSpace(Facts())
-    axes = [space.fresh("x", n) for n in sizes]
+    axes = [space.new_axis("x", n) for n in sizes]
     flat, stride = Affine((), shift), 1
     for d in [o for o in order if o < len(sizes)]:
         flat, stride = flat + axes[d] * stride, stride * sizes[d]
@@ -323,7 +323,7 @@ def test_sizes() -> None:
 @pytest.mark.parametrize("hint", [2, 7])
 def test_symbolic_divmod_of_two_axes(hint: int) -> None:
     space = AxisSpace(Facts())
-    b, h = space.fresh("b", S0), space.fresh("h", 4)
+    b, h = space.new_axis("b", S0), space.new_axis("h", 4)
     parts = space.divmod(b * 4 + h, 4)
     assert parts is not None and parts == (b, h)
     grid = Grid(space, Evaluator({}, {S0: hint}))

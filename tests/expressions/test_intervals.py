@@ -216,10 +216,9 @@ def test_what_may_be_nan_has_no_bounds(name: str) -> None:
 
 def test_known_tables_are_relied_upon_where_they_matter_only() -> None:
     known = contents()
-    assert (
-        is_ordinary(op("lt", KNOWN, X, dtype=torch.bool), torch.float32, known, Facts()) and not known.asked
-    )
-    assert is_ordinary(KNOWN, torch.float32, known, Facts()) and known.asked == {KNOWN}
+    below = op("lt", KNOWN, X, dtype=torch.bool)
+    assert is_ordinary(below, torch.float32, known, Facts()) and not known.consulted
+    assert is_ordinary(KNOWN, torch.float32, known, Facts()) and known.consulted == {KNOWN}
 
 
 def test_bounds_of_deep_expressions_are_found() -> None:
@@ -313,5 +312,5 @@ def test_integers_within_known_bounds_are_looked_at_once_they_are_relied_upon() 
     table = leaf("i", (2,), torch.int64)
     known = Contents({table: torch.tensor([3, 5])})
     assert Ranges(known, Facts()).of(table) == (-(2.0**63), float(2**63 - 1))
-    known.asked.add(table)
+    known.consulted.add(table)
     assert Ranges(known, Facts()).of(table) == (3.0, 5.0)

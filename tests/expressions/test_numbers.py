@@ -326,7 +326,7 @@ def check(program: Callable[[], Tensor]) -> None:
     """The expression and the formula of a program give what eager gives."""
     node, reader = meaning(program)
     scope = Scope(AxisSpace(reader.facts), views=RULES.layout)
-    term = Term(node, tuple(scope.space.fresh("x", n) for n in node.shape))
+    term = Term(node, tuple(scope.space.new_axis("x", n) for n in node.shape))
     formula = Formulas(scope).lift(term)
     want = program()
     torch.testing.assert_close(Exact({})(node).to(want.dtype), want, rtol=0, atol=0)
@@ -342,7 +342,7 @@ def check(program: Callable[[], Tensor]) -> None:
 
 def scoped(**sizes: int) -> tuple[Formulas, dict[str, Any]]:
     scope = Scope(AxisSpace(Facts()))
-    return Formulas(scope), {name: scope.space.fresh(name, n) for name, n in sizes.items()}
+    return Formulas(scope), {name: scope.space.new_axis(name, n) for name, n in sizes.items()}
 
 
 def test_a_product_with_bits_is_a_choice_of_finite_numbers_only() -> None:
@@ -565,7 +565,7 @@ def test_forms_of_awkward_buffers() -> None:
     assert describe(torch.arange(250, 256).to(torch.uint16)) == Ramp(250, (1,))
     node = leaf("b", (2, 2), torch.float32)
     contents = Contents({node: torch.tensor([[1.0, -2.0], [3.0, 0.5]])})
-    assert contents.extremes(node) == (-2.0, 3.0) and node in contents.asked
+    assert contents.extremes(node) == (-2.0, 3.0) and node in contents.consulted
 
 
 def test_narrow_positions_are_bands_where_they_fit() -> None:
