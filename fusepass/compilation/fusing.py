@@ -58,7 +58,7 @@ def fuse_with(program: ExportedProgram, options: Options) -> ExportedProgram:
     }
     with torch.no_grad(), clean_context():
         report = rewrite_graph(graph_module, options, constants=constants)
-    options.requested.see(options.kernel, report.sites, whole=True)
+    options.requested.see(options.kernel, report.sites, is_last=True)
     publish(report)
     out._graph_module = graph_module
     out._graph_signature = _renamed_outputs(program, graph_module)
@@ -88,7 +88,7 @@ def _fuse_module(gm: fx.GraphModule, example_inputs: tuple[Any, ...], options: O
             raise TypeError("fuse() of a graph without shapes needs example inputs: fuse(graph, *inputs)")
         _propagate(out, example_inputs)
     report = rewrite_graph(out, options, example_inputs)
-    options.requested.see(options.kernel, report.sites, whole=True)
+    options.requested.see(options.kernel, report.sites, is_last=True)
     publish(report)
     return out
 

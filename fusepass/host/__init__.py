@@ -1,1 +1,1 @@
-"""The user's program, in which the pass is a guest: its options, its modes and hooks, and faults."""
+"""The user's program, in which the pass is a guest: options, modes and hooks, and faults of the pass."""

@@ -1,8 +1,8 @@
-"""The user's options, in: a plain dictionary; out: a checked, frozen `Options`.
+"""The user's options: a plain dictionary goes in, a checked, frozen `Options` comes out.
 
-There is one set of names for all functions. Those that compile, or say what compiling would do, take them
-all; those that only run the pass take `PassOptions`, and refuse the others. Every error names the value, what
-was expected, the accepted ones and the nearest of them, or where the option belongs.
+All functions share one set of names. Functions that compile, or say what compiling would do, take all of
+them; functions that only run the pass take `PassOptions`, and refuse the others. Every error names the value,
+what was expected, the accepted values and the nearest of them, or where the option belongs.
 """
 
 import inspect
@@ -30,10 +30,11 @@ class PassOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Options:
-    """What `torch.compile(..., backend="fusepass", options={...})` accepts, and an `Options` in its place.
+    """What `torch.compile(..., backend="fusepass", options={...})` accepts; `Options` itself may be given
+    too.
 
     Raises:
-        TypeError: a value of another type than is expected.
+        TypeError: a value has the wrong type.
         ValueError: an unknown value, or `mode` for an inner backend that has none.
     """
 
@@ -41,15 +42,15 @@ class Options:
     """A backend name or a callable: what compiles the rewritten graph."""
     kernel: str = "auto"
     """One of `KERNELS`, or a registered one. "auto" ranks them by a cost model, "autotune" measures them for
-    a site's own shapes; another name: that kernel where it can, else the site stays."""
+    a site's own shapes; another name: that kernel where it can compute a site; other sites stay."""
     precision: str = "native"
-    """One of `PRECISIONS`. In FP8 where a site can be (Hopper, inference), in its own dtype elsewhere."""
+    """One of `PRECISIONS`. "fp8" applies where a site allows it (Hopper, inference)."""
     validate: bool = False
-    """Run every site's original and its replacement against float64 when the graph is compiled."""
+    """Compare every site's original and its replacement with float64 when the graph is compiled."""
     mode: str | None = None
     """TorchInductor's mode, as in `torch.compile(mode=...)`, which PyTorch forbids beside `options=`."""
     requested: Requested = field(default_factory=Requested, init=False, repr=False, compare=False)
-    """No option: what became of the kernel that was asked for."""
+    """Not an option: records what became of the requested kernel."""
 
     def __post_init__(self) -> None:
         _check_choice("kernel", self.kernel, KERNELS if self.kernel in KERNELS else accepted_kernels())
@@ -66,7 +67,7 @@ class Options:
 
     @classmethod
     def from_user(cls, **options: Any) -> "Options":
-        """`Options` from what a user wrote; a name that is no option is an error."""
+        """`Options` from what a user wrote; an unknown name is an error."""
         for name in options:
             if name not in cls.names():
                 raise ValueError(f"unknown fusepass option {name!r}; {_advice(name, cls.names())}")
@@ -74,11 +75,11 @@ class Options:
 
     @classmethod
     def of(cls, given: "Mapping[str, Any] | Options | None", **defaults: Any) -> "Options":
-        """`Options` as they are, or of a dictionary, for which there may be other `defaults`."""
+        """`Options` as they are, or made from a dictionary, possibly with other `defaults`."""
         return given if isinstance(given, Options) else cls.from_user(**{**defaults, **(given or {})})
 
     def given(self) -> dict[str, Any]:
-        """A dictionary of those that are not as they are by default."""
+        """The options that differ from their defaults, as a dictionary."""
         plain = {option.name: option.default for option in fields(self) if option.init}
         return {name: value for name in plain if (value := getattr(self, name)) != plain[name]}
 
@@ -87,13 +88,13 @@ def pass_options(function: str, given: Mapping[str, Any]) -> Options:
     """The options of a function that runs the pass and compiles nothing.
 
     Raises:
-        TypeError, ValueError: as of `Options`; an option that the function would ignore.
+        TypeError, ValueError: as for `Options`, and for an option that the function would ignore.
     """
     refuse_others(function, given, tuple(PassOptions.__annotations__))
     return Options(**given)
 
 
-#: Where an option belongs that a function would ignore.
+#: Where an option belongs if a function would ignore it.
 _BELONGS = {
     "inner": "a graph is compiled by torch.compile(..., backend='fusepass', options={'inner': ...})",
     "mode": "a graph is compiled by torch.compile(..., backend='fusepass', options={'mode': ...})",
@@ -113,7 +114,7 @@ def refuse_others(function: str, given: Mapping[str, Any], taken: tuple[str, ...
     """Refuse options that `function` would ignore.
 
     Raises:
-        ValueError: with the options that it takes, and where the given one belongs.
+        ValueError: names the options that the function takes, and where the given one belongs.
     """
     for name, value in given.items():
         if name in taken:
@@ -124,12 +125,12 @@ def refuse_others(function: str, given: Mapping[str, Any], taken: tuple[str, ...
             raise ValueError(f"{function}(): unknown fusepass option {name!r}; {_advice(name, taken)}")
         takes = ", ".join(repr(name) for name in taken) or "none"
         raise ValueError(
-            f"{function}({name}={value!r}) would be ignored: of the options it takes {takes}; {where}"
+            f"{function}({name}={value!r}) would be ignored: this function takes {takes}; {where}"
         )
 
 
 def _advice(name: str, taken: Iterable[str]) -> str:
-    """Where a name belongs that is no option of the pass, or the options that there are."""
+    """For a name that is not an option of the pass: where it belongs, or which options there are."""
     import torch
 
     if name in inspect.signature(torch.compile).parameters and name != "options":
@@ -161,7 +162,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _check_inner(inner: object) -> None:
-    """Names are looked up only when they are not the usual ones: the look-up imports every backend."""
+    """Only unusual names are looked up, because the look-up imports every backend."""
     if inner == "fusepass" or getattr(inner, "__module__", None) == "fusepass.compilation.backend":
         raise ValueError(
             "fusepass option inner='fusepass': it cannot be its own inner backend; try 'inductor'"
@@ -179,7 +180,7 @@ def _check_inner(inner: object) -> None:
 
 
 def inner_backends() -> list[str]:
-    """Every backend name that torch knows here, debugging ones included, without fusepass itself."""
+    """Every backend name that torch knows, debugging backends included, except fusepass itself."""
     import torch._dynamo
 
     return [name for name in torch._dynamo.list_backends(exclude_tags=()) if name != "fusepass"]

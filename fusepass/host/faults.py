@@ -1,6 +1,6 @@
-"""Faults of the pass itself: raised where FUSEPASS_STRICT=1 is set, for tests; noted everywhere else.
+"""Faults of the pass itself: raised if FUSEPASS_STRICT=1 is set (in tests), only noted otherwise.
 
-A fault costs what it happened in and nothing around it: the call that could not be written out, the node that
+A fault costs only the thing that it happened in: the call that could not be written out, or the node that
 could not be read.
 """
 
@@ -20,7 +20,7 @@ def strict() -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """An exception in one line, without what Dynamo wraps around it."""
+    """An exception in one line, without the text that Dynamo adds."""
     error = getattr(error, "inner_exception", error)
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
@@ -36,8 +36,8 @@ class Faults:
     def __init__(self) -> None:
         self.notes: list[str] = []
 
-    def met(self, operation: str, error: Exception) -> None:
-        """Note that a handler failed, which is warned of once a process and operation.
+    def note(self, operation: str, error: Exception) -> None:
+        """Note that a handler failed, and warn about it once per process and operation.
 
         Raises:
             Exception: the fault itself, with the operation's name, where faults are raised.

@@ -1,8 +1,8 @@
 """What `kernel=` takes: the names of fusepass's own kernels, and those of other packages.
 
-A package names a module, or a function of one, under the entry point group `fusepass.kernels`; the
-environment variable `FUSEPASS_KERNELS` holds names of modules with commas between them. Both are loaded when
-a kernel is first asked for, in every process.
+A package names a module, or a function in one, under the entry point group `fusepass.kernels`; the
+environment variable `FUSEPASS_KERNELS` holds names of modules, separated by commas.  Each process loads both
+when it first asks for a kernel.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ KERNELS = (
 
 GROUP, VARIABLE = "fusepass.kernels", "FUSEPASS_KERNELS"
 
-#: What other packages have registered, by name, in the order of their registration.  It lies here so that
-#: options can be checked where no kernel is loaded.
+#: The kernels that other packages have registered, by name, in order of registration.  The table is here so
+#: that options can be checked without loading any kernel.
 REGISTERED: dict[str, Any] = {}
 _looked: set[str] = set()
 
@@ -46,7 +46,7 @@ def accepted_kernels() -> tuple[str, ...]:
 
 
 def look_for_packages() -> None:
-    """Load what the entry points and the environment name, once a process; what fails is warned of."""
+    """Load what the entry points and the environment name, once per process; warn about what fails."""
     named = os.environ.get(VARIABLE, "")
     if GROUP not in _looked:
         _looked.add(GROUP)
@@ -66,7 +66,7 @@ def _load(what: str, load: Callable[[], object]) -> None:
     except Exception as error:
         if strict():
             raise
-        log.warning("fusepass: %s: its kernels are not there: %s", what, first_line(error), exc_info=True)
+        log.warning("fusepass: %s: its kernels are not available: %s", what, first_line(error), exc_info=True)
 
 
 __all__ = ["GROUP", "KERNELS", "REGISTERED", "VARIABLE", "accepted_kernels", "look_for_packages"]

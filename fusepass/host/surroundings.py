@@ -1,10 +1,10 @@
-"""What surrounds a call of the pass, kept out of it: the user's hooks, modes and settings.
+"""The surroundings of a call of the pass: the user's hooks, modes and settings, which are kept out of it.
 
-Everything of the pass that runs on tensors runs in :func:`clean_context`: no hook or mode of the user sees
-its tensors, and no setting of the user changes what it computes.  What a graph's own operations will run
-under (are gradients recorded? autocast, the default dtype, deterministic algorithms) is part of the graph's
-meaning: it is noted on the way in, and :func:`graph_context` puts it back where a new operation is tried on
-fake tensors.
+Everything in the pass that computes on tensors runs in :func:`clean_context`: no hook or mode of the user
+sees its tensors, and no setting of the user changes its results.  The settings that a graph's own operations
+will run under (gradient recording, autocast, the default dtype, deterministic algorithms) are part of the
+graph's meaning: they are noted on the way in, and :func:`graph_context` restores them where a new operation
+is tried on fake tensors.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _autograd: Any = torch._C._autograd
 
 @dataclass(frozen=True)
 class Settings:
-    """What PyTorch's operations are computed under.
+    """The settings under which PyTorch computes its operations.
 
     Attributes:
         grad: are gradients recorded?
-        autocast: the device types under autocast, each with the dtype.
+        autocast: the device types under autocast, each with its dtype.
         dtype: the default dtype.
-        deterministic: are deterministic algorithms demanded?
-        warn_only: is a violation of that only warned of?
+        deterministic: are deterministic algorithms required?
+        warn_only: does a violation of that only cause a warning?
     """
 
     grad: bool = False
@@ -43,7 +43,7 @@ class Settings:
 
     @classmethod
     def present(cls) -> Settings:
-        """Those that hold in this thread now."""
+        """The settings in force in this thread now."""
         autocast = ((d, torch.get_autocast_dtype(d)) for d in _device_types() if torch.is_autocast_enabled(d))
         return cls(
             torch.is_grad_enabled(),
@@ -54,7 +54,7 @@ class Settings:
         )
 
     def change(self, before: Settings) -> None:
-        """Let these hold in place of ``before``; what is the same is not touched."""
+        """Put these settings in force in place of ``before``; those that do not differ are not touched."""
         if self.grad is not before.grad:
             torch._C._set_grad_enabled(self.grad)
         for device in dict(before.autocast).keys() - dict(self.autocast).keys():
@@ -75,15 +75,15 @@ _outside: ContextVar[Settings | None] = ContextVar("fusepass_outside", default=N
 
 @contextlib.contextmanager
 def clean_context(draws: bool = True) -> Iterator[None]:
-    """Plain PyTorch within, whatever surrounds the call; everything is as it was afterwards.
+    """Inside, PyTorch is plain, whatever surrounds the call; afterwards everything is as it was.
 
     Args:
-        draws: whether random numbers may be drawn within, so that the generators are put back.  Not for what
-            runs at every call of compiled code: a GPU's generator cannot be asked while a CUDA graph is
-            recorded.
+        draws: whether random numbers may be drawn inside, so that the generators must be restored.  Not for
+            code that runs at every call of compiled code: a GPU's generator cannot be read while a CUDA graph
+            is recorded.
 
-    Out of the way are saved-tensor hooks, dispatch and function modes (a default device is one), the levels
-    of ``torch.func``, inference mode, and what :class:`Settings` lists.  The default dtype and deterministic
+    It suspends saved-tensor hooks, dispatch and function modes (a default device is one), the levels of
+    ``torch.func``, inference mode, and what :class:`Settings` lists.  The default dtype and deterministic
     algorithms are settings of the whole process: they are touched only where they differ from PyTorch's own.
     """
     if is_clean():
@@ -99,7 +99,7 @@ def clean_context(draws: bool = True) -> Iterator[None]:
             _no_hooks(),
             torch.inference_mode(False),
             _same_random_numbers(draws),
-            _under(_CLEAN),
+            _in_force(_CLEAN),
         ):
             yield
     finally:
@@ -108,7 +108,7 @@ def clean_context(draws: bool = True) -> Iterator[None]:
 
 
 def is_clean() -> bool:
-    """Is this a clean context, in which no mode was entered and no setting changed since?"""
+    """Is this a clean context in which no mode has been entered and no setting changed since?"""
     return (
         _outside.get() is not None
         and torch._C._len_torch_dispatch_stack() == 0
@@ -119,23 +119,23 @@ def is_clean() -> bool:
 
 
 def graph_context() -> contextlib.AbstractContextManager[None]:
-    """What the operations of the graph at hand run under; outside of a clean context, what holds anyway."""
-    return _under(settings())
+    """Inside, the settings of the current graph are in force; outside a clean context nothing changes."""
+    return _in_force(settings())
 
 
 def settings() -> Settings:
-    """The settings that the graph at hand runs under."""
+    """The settings that the current graph runs under."""
     outside = _outside.get()
     return Settings.present() if outside is None else outside
 
 
 @contextlib.contextmanager
-def _under(wanted: Settings) -> Iterator[None]:
+def _in_force(wanted: Settings) -> Iterator[None]:
     before = Settings.present()
     caches = torch.is_autocast_cache_enabled()
     wanted.change(before)
     if before.autocast or wanted.autocast:
-        torch.set_autocast_cache_enabled(False)  # it would keep the pass's tensors
+        torch.set_autocast_cache_enabled(False)  # the cache would keep the pass's tensors
     try:
         yield
     finally:
@@ -144,7 +144,7 @@ def _under(wanted: Settings) -> Iterator[None]:
 
 
 def _device_types() -> tuple[str, ...]:
-    """The devices that may be under autocast."""
+    """The device types that may be under autocast."""
     accelerator = torch.accelerator.current_accelerator()
     return tuple(sorted({"cpu", "cuda"} | ({accelerator.type} if accelerator else set())))
 
@@ -185,7 +185,7 @@ def _same_random_numbers(draws: bool) -> Iterator[None]:
 
 
 def will_be_stored() -> bool:
-    """Does PyTorch store what is compiled now, to be called without the pass?"""
+    """Will PyTorch store what it compiles now, to be called later without the pass?"""
     dynamo, functorch = torch._dynamo.config, torch._functorch.config
     return bool(
         getattr(dynamo, "caching_precompile", False) or getattr(functorch, "bundled_autograd_cache", False)

@@ -225,7 +225,7 @@ def test_a_kernel_that_serves_nothing_is_warned_of(
 ) -> None:
     COMPILE[way](lambda q, k, v: program(q, k, v), {"kernel": kernel})
     (said,) = [record.getMessage() for record in caplog.records if record.name == "fusepass"]
-    assert said.startswith(f"fusepass: kernel={kernel!r} was asked for and serves no attention site: ")
+    assert said.startswith(f"fusepass: kernel={kernel!r} was requested but serves no attention site: ")
     assert reason in said
 
 

@@ -241,7 +241,7 @@ class OnnxReader:
         try:
             return read(call)
         except Exception as fault:
-            self.faults.met(call.node.op_type, fault)
+            self.faults.note(call.node.op_type, fault)
             return None
 
     def _meaning(self, call: Call) -> Meaning:

@@ -115,7 +115,7 @@ class Reader:
             try:
                 self._read(node, position)
             except Exception as error:
-                self.faults.met(operation(node)[0] or str(node.target), error)
+                self.faults.note(operation(node)[0] or str(node.target), error)
                 self._forget(self.memory.written(node), position)
                 self.meaning.pop(node, None)
                 self._bind(node, self._opaque(node))
