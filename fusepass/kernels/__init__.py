@@ -1,12 +1,12 @@
 """Kernels: each says which specifications it refuses, and why, and writes itself into a graph.
 
-The list is in order of preference where nothing has been measured; :mod:`fusepass.selection` ranks them where
-something has.  ``reference``, plain mathematics, closes the list: unasked it serves
-training, and short sequences on a CPU.
+The list is in order of preference, for use where nothing has been measured; :mod:`fusepass.selection` ranks
+kernels where something has.  ``reference``, plain mathematics, comes last: unless it is requested it serves
+only training, and short sequences on a CPU.
 
 Kernels of other packages (:func:`fusepass.register_kernel`) are not in the list: :func:`named` finds both.
-What their authors need is here: a :class:`Gate` and :class:`Takes` to say what they take, the modifiers of a
-specification, and the helpers that lay out the tensors of a :class:`Site` with a :class:`Builder`.
+Their authors find what they need here: :class:`Gate` and :class:`Takes` to declare what a kernel takes, the
+modifiers of a specification, and helpers that lay out the tensors of a :class:`Site` with a :class:`Builder`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ BY_NAME: dict[str, Kernel] = {k.name: k for k in KERNELS}
 
 
 def named(name: str) -> Kernel | None:
-    """The kernel of a name, of fusepass or registered; None for the names of ways to choose one."""
+    """The kernel of a name, built in or registered; None for names such as "auto", which choose a kernel."""
     if name in BY_NAME or name in ("auto", "autotune"):
         return BY_NAME.get(name)
     found = registry.registered().get(name)
@@ -61,7 +61,7 @@ def named(name: str) -> Kernel | None:
 
 
 def rounds(name: str) -> bool:
-    """Does the kernel of a name round more than the dtype does?"""
+    """Does the kernel of this name round more than its dtype does?"""
     kernel = FP8 if name == FP8.name else named(name)
     return kernel is not None and kernel.rounds
 

@@ -1,4 +1,4 @@
-"""What every kernel shares: the target, the answer "no, because", and the tensors of a site."""
+"""What all kernels share: the target, refusals with a reason, and the tensors of a site."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ from fusepass.specification.program import slots
 from fusepass.specification.takes import Takes
 from fusepass.writing.emit import Builder
 
-#: Weight modifiers that are done to the values or to the result: by :func:`operands`, :func:`after_weights`
-#: and, for rows that see no key, :func:`finish_rows`.
+#: Weight modifiers that are applied to the values or to the result: by :func:`operands`,
+#: :func:`after_weights` and, for rows that see no key, :func:`finish_rows`.
 AROUND: tuple[type[WeightModifier], ...] = (Keep, WeightScale, KeyGate, ZeroEmptyRows)
-#: What :func:`scaled`, :func:`operands` and :func:`after_weights` compute in operations of their own.
+#: The modifiers that :func:`scaled`, :func:`operands` and :func:`after_weights` compute in separate
+#: operations.
 IN_GRAPH = (ScaleBy, WeightScale, KeyGate)
 
 
@@ -52,17 +53,17 @@ class Target:
     device: str
     training: bool
     aten: bool
-    requested: bool = False  # the user asked for this kernel by name
+    requested: bool = False  # the user requested this kernel by name
     precision: str = "native"
-    compiled: bool = False  # a compiler follows, which writes plain mathematics out
+    compiled: bool = False  # a compiler follows, which expands plain mathematics
 
 
 class Refused(Exception):
-    """Found out while writing nodes: this kernel cannot serve the site."""
+    """Raised while nodes are written: this kernel cannot serve the site."""
 
 
 def nothing_more(spec: Attention, target: Target) -> str | None:
-    """What a kernel refuses that takes all it declares."""
+    """The default of ``Kernel.more``: the kernel takes everything that it declares."""
     return None
 
 
@@ -72,11 +73,11 @@ class Kernel:
 
     Attributes:
         name: what users call it.
-        takes: the specifications that it computes; all others are refused.
+        takes: the specifications that it computes; it refuses all others.
         emit: writes the nodes and returns the result ``[B, H, Q, Dv]``, or raises :class:`Refused`.
-        more: the reason for which it refuses one that it takes: the machine, sizes, dtypes.
-        of_torch: is it made of operators whose derivatives PyTorch itself knows?
-        rounds: does it round more than the dtype does, so that its error says nothing of its rightness?
+        more: further reasons to refuse a specification that it takes: the machine, sizes, dtypes.
+        of_torch: does it consist of operators whose derivatives PyTorch itself knows?
+        rounds: does it round more than the dtype does, so that its error does not show whether it is correct?
     """
 
     name: str
@@ -87,27 +88,27 @@ class Kernel:
     rounds: bool = False
 
     def refuse(self, spec: Attention, target: Target) -> str | None:
-        """None, or why it does not compute ``spec``, from the specification alone."""
+        """Why it does not compute ``spec``, judged by the specification alone; None if it does."""
         return self.takes.refuse(spec, target.training) or self.more(spec, target)
 
     def write(self, site: Site, build: Builder, target: Target) -> fx.Node:
         """Write the nodes of a site that is not refused.
 
         Raises:
-            Refused: its operands show a reason.
+            Refused: its operands give a reason to.
         """
         for mod in site.spec.modifiers if target.training else ():
             if not isinstance(mod, self.takes.learned):
                 for slot in mod.slots():
                     if needs_gradient(build, site.operands[slot].expr):
                         name = "a bias" if isinstance(mod, Bias) else f"'{mod}'"
-                        raise Refused(f"it has no gradient of {name} that needs a gradient")
+                        raise Refused(f"it computes no gradient for {name}, which needs one")
         out = self.emit(site, build, target)
         return out if self.takes.rows == "written" else with_infinite_rows(site, build, target, out)
 
 
 def needs_gradient(build: Builder, node: Expr) -> bool:
-    """Is a tensor, or what it would be made of, one that needs a gradient?"""
+    """Does a tensor, or anything that it would be made from, need a gradient?"""
     held = build.home(node)
     if held is not None:
         return bool(getattr(build.value(held), "requires_grad", False))
@@ -124,10 +125,10 @@ class Operands:
 
 
 def refuse_far_elements(build: Builder, nodes: Sequence[fx.Node]) -> None:
-    """For kernels that count elements in 32 bits.  Unknown sizes are guarded.
+    """Check tensors for kernels that count elements in 32 bits.  Unknown sizes get a guard.
 
     Raises:
-        Refused: an element of one of the tensors lies further from the first.
+        Refused: an element of one of the tensors is too far from the first one.
     """
     for node in nodes:
         value = build.value(node)
@@ -139,7 +140,7 @@ def refuse_far_elements(build: Builder, nodes: Sequence[fx.Node]) -> None:
 def operands(site: Site, build: Builder, gated: bool = True) -> Operands:
     """Lay out queries, keys and values; grouped heads are not copied.
 
-    ``gated``: factors of the weights that vary over the keys are multiplied into the values,
+    ``gated``: multiply factors of the weights that vary over the keys into the values,
     ``(w * g) . v = w . (g * v)``.
     """
     r = site.roles
@@ -166,16 +167,17 @@ def operands(site: Site, build: Builder, gated: bool = True) -> Operands:
 
 def _gated_values(site: Site, build: Builder, v: fx.Node, mod: KeyGate) -> fx.Node:
     if "h" in mod.axes and site.roles.group:
-        raise Refused("the weights are multiplied by a gate of keys and heads, which groups of heads share")
+        raise Refused("a gate of the weights varies over keys and heads, but groups of heads share values")
     gate = build.op("transpose", score_operand(site, build, mod.slot), 2, 3)
     return build.cast(build.op("mul", v, gate), build.value(v).dtype)
 
 
 def without_hidden_keys(site: Site, build: Builder, target: Target, x: Operands) -> Operands:
-    """Keys that are hidden from every query set to zero, for kernels that add their masks.
+    """The keys, with those that are hidden from every query set to zero, for kernels that add their masks.
 
-    A mask that replaces scores hides NaN as well, which memory that nobody has written may hold.  On a GPU
-    only where a mask of the keys alone says so; over one query it would cost another reading of the keys.
+    A mask that replaces scores also hides NaN, which uninitialised memory may hold; a mask that is added does
+    not.  On a GPU this is done only for a mask over the keys alone: with a single query it would cost another
+    read of the keys.
     """
     spec = site.spec
     masks = [m for m in spec.masks if not m.additive and not all(isinstance(a, Band) for a in m.atoms)]
@@ -189,10 +191,10 @@ def without_hidden_keys(site: Site, build: Builder, target: Target, x: Operands)
 
 
 def may_empty_rows(spec: Attention, target: Target) -> bool:
-    """Has the site rows to mend: a row may see no key, and adding the fills as they are does not do?
+    """Are there rows to mend: may a row see no key, and is adding the fills as they are not enough?
 
-    A bias that may hide whole rows is added as it is in inference, in the order of computation; the
-    backward of every kernel takes such rows wrongly (``exp(s - logsumexp)`` loses the row's length).
+    In inference, a bias that may hide whole rows is added as it is, in the order of computation.  The
+    backward of every kernel gets such rows wrong (``exp(s - logsumexp)`` loses the row's length).
     """
     if target.training and any(isinstance(m, Bias) and m.hides for m in spec.scores):
         return True
@@ -211,7 +213,7 @@ def score_operand(site: Site, build: Builder, slot: int) -> Any:
     groups = (r.batch, r.heads, r.query, r.key)
     laid = build.layout(build.reach(term, site.scope), groups, full=False)
     if term.expr.rank == 0 and build.value(laid).dtype is torch.float64:
-        return build.cast(laid, opmath(site.spec.dtype))  # a number widens nothing
+        return build.cast(laid, opmath(site.spec.dtype))  # a number does not widen the dtype
     return laid
 
 
@@ -219,10 +221,10 @@ def row_operand(site: Site, build: Builder, slot: int) -> Any:
     """A tensor that does not vary over the keys, ``[B | 1, H | 1, Q | 1, 1]``, or a number.
 
     Raises:
-        Refused: it does vary.
+        Refused: the tensor varies over the keys.
     """
     if site.scope.varies_over_keys(site.operands[slot]):
-        raise Refused("a tensor of queries varies over the keys")
+        raise Refused("a tensor that should vary over the queries alone varies over the keys")
     tensor = score_operand(site, build, slot)
     if (
         isinstance(tensor, fx.Node)
@@ -234,7 +236,7 @@ def row_operand(site: Site, build: Builder, slot: int) -> Any:
 
 
 def scaled(site: Site, build: Builder, x: Operands) -> tuple[float, Operands]:
-    """The constant scale; what the kernel's scale cannot say is multiplied into the queries."""
+    """The constant scale; factors that the kernel's scale cannot express are multiplied into the queries."""
     factor, q = 1.0, x.q
     for mod in site.spec.scores:
         if isinstance(mod, Scale):
@@ -249,7 +251,7 @@ def scaled(site: Site, build: Builder, x: Operands) -> tuple[float, Operands]:
 
 
 def all_operands(site: Site, build: Builder, bands: bool = False) -> list[fx.Node]:
-    """The tensors of every slot that a program reads, in its order."""
+    """The tensors of all slots that a program reads, in its order."""
     return [tensor_operand(site, build, slot) for slot in slots(site.spec, bands)]
 
 
@@ -264,7 +266,7 @@ def tensor_operand(site: Site, build: Builder, slot: int) -> fx.Node:
 
 
 def after_weights(site: Site, build: Builder, out: fx.Node) -> fx.Node:
-    """Factors of the weights that do not vary over the keys, moved to the result."""
+    """The result times the factors of the weights that do not vary over the keys."""
     for mod in site.spec.weights:
         if isinstance(mod, WeightScale):
             factor = mod.factor if mod.slot is None else row_operand(site, build, mod.slot)
@@ -279,7 +281,7 @@ def after_weights(site: Site, build: Builder, out: fx.Node) -> fx.Node:
 
 
 def _kept(site: Site, build: Builder, out: fx.Node) -> fx.Node:
-    """Zero in the rows whose weights were all set to zero after the softmax, NaN or not."""
+    """The result, zero in the rows whose weights were all set to zero after the softmax, NaN or not."""
     for mod in site.spec.weights:
         if isinstance(mod, Keep) and not mod.product and "j" not in mod.axes:
             kept, zero = row_operand(site, build, mod.slot), build.number(0.0, out)
@@ -288,13 +290,13 @@ def _kept(site: Site, build: Builder, out: fx.Node) -> fx.Node:
 
 
 def _without_nan_rows(build: Builder, out: fx.Node) -> fx.Node:
-    """Zero in the rows whose weights were NaN, whatever the reason: they are NaN throughout."""
+    """The result, zero in the rows whose weights were NaN for any reason: such rows are NaN throughout."""
     nan = build.op("all", build.op("isnan", out), -1, True)
     return build.op("where", nan, build.number(0.0, out), out)
 
 
 def visible(site: Site, build: Builder, mask: Mask) -> fx.Node:
-    """A mask as a boolean tensor, True where attends."""
+    """A mask as a boolean tensor: True where a query attends."""
     tensor = score_operand(site, build, mask.slot)
     if mask.additive:
         return build.op("eq_scalar", tensor, 0)
@@ -311,11 +313,11 @@ def conjunction(site: Site, build: Builder, masks: Sequence[Mask]) -> fx.Node:
 
 @dataclass(frozen=True)
 class Rows:
-    """Which queries see a key, and what the masks alone make of the scores.
+    """Which queries see a key, and the scores that the masks alone would give.
 
     level: ``[B | 1, H | 1, Q | 1, K | 1]``, the masks (and biases that may hide) applied to a score of
-        zero; in rows that see no key, less its row maximum.
-    top: ``[..., 1]``, that maximum: a fill in rows that see no key.
+    zero, minus the row maximum in rows that see no key.
+    top: ``[..., 1]``, that maximum, which is a fill in rows that see no key.
     seen: ``[..., 1]``, boolean.
     """
 
@@ -325,9 +327,9 @@ class Rows:
 
 
 def rows_of(site: Site, build: Builder, dtype: torch.dtype) -> Rows:
-    """Understand rows that see no key: their scores are absorbed by the fills, so that the weights are
-    uniform over the keys with the highest fill.  With the queries of such rows set to zero and the
-    highest level moved to zero, every kernel computes just that, in any precision.
+    """The rows of a site.  In a row that sees no key the fills absorb the scores, so its weights are uniform
+    over the keys with the highest fill.  Every kernel computes exactly that, in any precision, if the queries
+    of such rows are set to zero and their highest level is moved to zero.
     """
     level = _levels(site, build)
     top = build.op("amax", level, [-1], True)
@@ -343,19 +345,20 @@ def rows_of(site: Site, build: Builder, dtype: torch.dtype) -> Rows:
 
 
 def _reached(site: Site, build: Builder, top: fx.Node) -> fx.Node:
-    """Are the highest levels of rows higher than the fills of masks, and no numbers that absorb scores?"""
+    """Are the highest levels of rows above the fills of masks, and too small to absorb scores?"""
     known = torch.finfo(build.value(top).dtype)
     bound = min(max(FILL, 2 * USUAL_SCORES / known.eps), 0.99 * known.max)
     highest = max((m.fill for m in site.spec.masks if site.spec.hides(m)), default=-math.inf)
     low, high = (build.number(n, top) for n in (max(-bound, 0.99 * highest), bound))
     usual = build.op("logical_and", build.op("lt", low, top), build.op("lt", top, high))
-    return build.op("logical_or", usual, build.op("isnan", top))  # kernels give NaN for NaN
+    return build.op("logical_or", usual, build.op("isnan", top))  # kernels return NaN for NaN
 
 
 def with_infinite_rows(site: Site, build: Builder, target: Target, out: fx.Node) -> fx.Node:
-    """NaN where biases that are added as they are hide all keys of a row by minus infinity.
+    """The result, NaN in rows whose keys are all hidden by biases of minus infinity that were added as they
+    are.
 
-    Kernels give zero there, as SDPA defines it; rows that see no key for other reasons are mended already.
+    Kernels return zero there, as SDPA defines it; rows that see no key for other reasons are already mended.
     """
     spec = site.spec
     added = any(isinstance(m, Bias) and m.hides for m in spec.scores) and not may_empty_rows(spec, target)
@@ -366,7 +369,7 @@ def with_infinite_rows(site: Site, build: Builder, target: Target, out: fx.Node)
         return out
     after = spec.scores[max(n for n, m in enumerate(spec.scores) if isinstance(m, Bias) and m.hides) :]
     if any(isinstance(m, (SoftCap, Floor, Finite)) for m in after):
-        return out  # minus infinity becomes a number
+        return out  # minus infinity becomes a finite number
     top = build.op("amax", _levels(site, build), [-1], True)
     if sink is not None:
         top = build.op(
@@ -378,10 +381,11 @@ def with_infinite_rows(site: Site, build: Builder, target: Target, out: fx.Node)
 
 
 def _levels(site: Site, build: Builder) -> fx.Node:
-    """What the masks, and the biases that may hide, make of scores of zero, in the order of computation.
+    """The scores that the masks, and the biases that may hide, give for scores of zero, in the order of
+    computation.
 
     Raises:
-        Refused: something else follows them of which that is not known.
+        Refused: a modifier follows them whose effect is not known.
     """
     level: fx.Node | None = None
     for mod in site.spec.scores:
@@ -398,7 +402,7 @@ def _levels(site: Site, build: Builder) -> fx.Node:
 
 
 def hiders(spec: Attention) -> list[Mask | Bias]:
-    """What may hide keys, in the order of computation: masks, and biases that may hold fills."""
+    """The modifiers that may hide keys, in order: masks, and biases that may hold fills."""
     return [m for m in spec.scores if isinstance(m, Mask) or (isinstance(m, Bias) and m.hides)]
 
 
@@ -406,7 +410,7 @@ def _hide(site: Site, build: Builder, level: fx.Node | None, mod: Mask | Bias) -
     tensor = score_operand(site, build, mod.slot)
     if isinstance(mod, Bias):
         if not isinstance(tensor, fx.Node) or not isinstance(build.value(tensor), torch.Tensor):
-            raise Refused("a bias that is one number for all keys")
+            raise Refused("a bias is a single number for all keys")
         tensor = tensor if mod.factor == 1 else build.op("mul_scalar", tensor, mod.factor)
         return tensor if level is None else build.op("add", level, tensor)
     if mod.additive:
@@ -429,7 +433,7 @@ def muted(build: Builder, rows: Rows, node: fx.Node) -> fx.Node:
 def finish_rows(
     site: Site, build: Builder, out: fx.Node, x: Operands, scale: float, rows: Rows, target: Target
 ) -> fx.Node:
-    """What is left to do for rows that see no key: NaN for ``-inf`` fills, zero for masks after the softmax.
+    """Finish the rows that see no key: NaN for ``-inf`` fills, zero for masks after the softmax.
 
     Raises:
         Refused: their gradients are not known.
@@ -449,15 +453,15 @@ def finish_rows(
         out = build.op(
             "where", rows.seen, out, build.cast(_with_gradients(site, build, x, scale, out), value.dtype)
         )
-    if policy != "mean" or len(fills) > 1 or opaque:  # finite fills may add up to -inf
+    if policy != "mean" or len(fills) > 1 or opaque:  # finite fills may sum to -inf
         finite = build.op("isfinite", rows.top)
         zero = policy == "zero" or any(isinstance(w, ZeroEmptyRows) for w in spec.weights)
         number = 0.0 if zero else math.nan
         other = build.number(number, out)
         if target.training and not zero:
             one = build.number(1.0, out)
-            nan = build.op("where", finite, one, other)  # a number where the row's gradient is zero
-            # What depends on all that the row's weights depend on: all of it gets gradients that are NaN.
+            nan = build.op("where", finite, one, other)  # a finite number where the row's gradient is zero
+            # This depends on everything that the row's weights depend on, so all of that gets NaN gradients.
             row = mean_of_values(site, build, x, scale, bool(additive))
             other = build.op("mul", build.cast(row, value.dtype), nan)
         out = build.op("where", finite, out, other)
@@ -465,9 +469,10 @@ def finish_rows(
 
 
 def mean_of_values(site: Site, build: Builder, x: Operands, scale: float, gradients: bool) -> fx.Node:
-    """The mean of all values, ``[B, H, 1 | Q, Dv]``: rows whose scores are all absorbed by one fill.
+    """The mean of all values, ``[B, H, 1 | Q, Dv]``: the result of rows whose scores one fill absorbs.
 
-    ``gradients``: those of scores too, which a mask that is added lets through, unlike one that replaces.
+    ``gradients``: include those of the scores, which a mask that is added lets through and one that replaces
+    scores does not.
 
     Raises:
         Refused: its gradients are not known.
@@ -483,7 +488,7 @@ def _with_gradients(site: Site, build: Builder, x: Operands, scale: float, mean:
 
     The scores ``s`` are absorbed by the fill but still have gradients: to first order the row is
     ``mean(v) + sum_j s_j (v_j - mean(v)) / K``, and ``sum_j s_j (v_j - mean(v)) = q . (k^T (v - mean(v)))``,
-    which takes no tensor over queries and keys.  The term itself is subtracted again without gradient.
+    which needs no tensor over queries and keys.  The term itself is subtracted again without gradient.
     """
     for mod in site.spec.scores:
         learned = isinstance(mod, Bias) and build.value(tensor_operand(site, build, mod.slot)).requires_grad
@@ -499,7 +504,7 @@ def _with_gradients(site: Site, build: Builder, x: Operands, scale: float, mean:
 
 
 def repeat_heads(site: Site, build: Builder, node: fx.Node) -> fx.Node:
-    """``[B, G, n, m]`` as ``[B, H, n, m]``: one copy a query head."""
+    """``[B, G, n, m]`` as ``[B, H, n, m]``: one copy for each query head."""
     r, shape = site.roles, [size_of(n) for n in build.value(node).shape]
     batch, heads, group = build.sizes(r.batch), build.sizes(r.kv_heads), build.sizes(r.group)
     thin = build.op("reshape", node, build.shape([batch, heads, 1, *shape[2:]]))

@@ -1,10 +1,10 @@
 """FlexAttention's block tables from a visibility's formula, without any tensor over queries and keys.
 
-A formula is evaluated once a *block* of 128 queries by 128 keys, on intervals: every value becomes the
-lowest and the highest it takes in the block, every truth value "all" and "any".  Bands come out in closed
-form; paddings and document labels are reduced block by block; what cannot be bounded is taken for
-partial, which is slower and never wrong.  Operators of their own make the tables, or copy what a compiler
-has fused: they must be in memory when the kernel starts.
+A formula is evaluated once per *block* of 128 queries by 128 keys, on intervals: each number becomes the
+lowest and highest value that it takes in the block, each truth value becomes "all" and "any".  Bands have
+closed forms; paddings and document labels are reduced block by block; a block that cannot be bounded counts
+as partial, which is slower but never wrong.  Separate operators make the tables, or copy those that a
+compiler has fused, because the tables must be in memory when the kernel starts.
 
 Source for the tables: ``torch.nn.attention.flex_attention.BlockMask``.
 """
@@ -31,7 +31,7 @@ truth value: does it hold everywhere, anywhere."""
 
 
 class Blocks:
-    """Evaluates formulas on the blocks of one size of attention."""
+    """Evaluates formulas on the blocks of attention of one size."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Blocks:
     ) -> None:
         self.sizes, self.tensors, self.device, self.block = sizes, tensors, device, block
         self.traced = traced
-        # Numbers stay on the CPU: they mix with any device, and reading them does not wait for one.
+        # Numbers stay on the CPU: they combine with tensors on any device, and reading them waits for none.
         self.unknown = torch.tensor(-math.inf), torch.tensor(math.inf)
         self._at: dict[str, Interval] = {}
 
@@ -68,9 +68,9 @@ class Blocks:
         return low.view(shape), high.view(shape)
 
     def value(self, formula: Formula) -> Interval:
-        """The interval of a formula in each block; parts that load nothing are computed once a process.
+        """The interval of a formula in each block; parts that load nothing are computed once per process.
 
-        Where a compiler traces this, it fuses them with the rest.
+        A compiler that traces this fuses those parts with the rest.
         """
         if self.tensors and not self.traced and formula[0] != "const" and not _loads(formula):
             sizes = tuple(self.sizes[letter] for letter in "bhij")
@@ -116,7 +116,7 @@ class Blocks:
         return torch.full((), number, dtype=kind, device=self.device)
 
     def load(self, tensor: Tensor, indices: Any) -> Interval:
-        """Reduce a tensor over blocks; its dimensions are constants or whole letters, or it is unknown."""
+        """Reduce a tensor over blocks; it is unknown unless its dimensions are constants or letters."""
         order: list[str] = []
         for dim, (constant, terms) in reversed(list(enumerate(indices))):
             if not terms:
@@ -213,7 +213,7 @@ class Blocks:
         return _bounds(*(functools.reduce(pick, corners) for pick in (torch.minimum, torch.maximum)))
 
     def _divided(self, operation: str, x: Interval, divisor: Formula) -> Interval:
-        """Quotient or rest of a division by a positive number."""
+        """Quotient or remainder of a division by a positive number."""
         if divisor[0] != "const" or type(divisor[1]) is not int or divisor[1] <= 0:
             return self.unknown
         number = divisor[1]
@@ -247,21 +247,21 @@ class Blocks:
         if x[0].dtype is torch.bool:
             return _numbers(x)
         if x[0].is_floating_point() and not dtype.is_floating_point:
-            return self.unknown  # of infinity there is no integer
+            return self.unknown  # infinity has no integer
         if not dtype.is_floating_point:
             return _wrapped(x, dtype)
         return x[0].to(dtype), x[1].to(dtype)
 
 
 def _wrapped(x: Interval, dtype: torch.dtype) -> Interval:
-    """Integers as narrower ones: anything, where some do not fit."""
+    """Integers cast to narrower ones: unbounded where some do not fit."""
     limits = torch.iinfo(dtype)
     fits = (x[0] >= limits.min) & (x[1] <= limits.max)
     return torch.where(fits, x[0], limits.min), torch.where(fits, x[1], limits.max)
 
 
 def _truth(x: Interval) -> Interval:
-    """Numbers as truth values: other than zero."""
+    """Numbers as truth values: true unless zero."""
     if x[0].dtype is torch.bool:
         return x
     return (x[0] > 0) | (x[1] < 0), (x[0] != 0) | (x[1] != 0)
@@ -272,7 +272,7 @@ def _numbers(x: Interval) -> Interval:
 
 
 def _bounds(low: Tensor, high: Tensor) -> Interval:
-    """Bounds that are no numbers (infinity less infinity, or times zero) bound nothing."""
+    """Bounds that are NaN (infinity minus infinity, or times zero) become infinite."""
     if not low.is_floating_point() and not high.is_floating_point():
         return low, high
     odd = torch.isnan(low) | torch.isnan(high)
@@ -280,7 +280,7 @@ def _bounds(low: Tensor, high: Tensor) -> Interval:
 
 
 def _unless_nan(found: Interval, *given: Interval) -> Interval:
-    """Bounds of what gives NaN for NaN, which infinite bounds on both sides stand for."""
+    """Bounds of a function that returns NaN for NaN; infinite bounds on both sides stand for NaN."""
     for low, high in given:
         if low.is_floating_point():
             nothing = (torch.isneginf(low) & torch.isposinf(high)) | torch.isnan(found[0])
@@ -289,7 +289,7 @@ def _unless_nan(found: Interval, *given: Interval) -> Interval:
 
 
 def _known(x: Interval) -> Tensor | bool:
-    """Where "all" may be said: infinite bounds stand for NaN and for what was not bounded."""
+    """Where "all" may be claimed: infinite bounds stand for NaN and for unbounded values."""
     if not x[0].is_floating_point():
         return True
     return torch.isfinite(x[0]) & torch.isfinite(x[1])
@@ -313,11 +313,11 @@ def _pinned(tensor: Tensor) -> Tensor:
 
 
 _captured: list[Tensor] = []
-"""Read by recorded CUDA graphs, which copy from where they lie at every replay."""
+"""Recorded CUDA graphs read these: every replay copies from the same address."""
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """A kept tensor on a device; a number stays, since it mixes with any."""
+    """A cached tensor on a device; a number stays on the CPU, since it combines with any."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured.append(tensor)
     return tensor.to(device, non_blocking=True) if tensor.dim() else tensor
@@ -333,11 +333,11 @@ def block_visibility(
     device: torch.device,
     traced: bool = False,
 ) -> Interval:
-    """For each block whether all, and whether any, of its queries and keys see each other.
+    """For each block: do all, and do any, of its queries see its keys?
 
     Returns:
-        Two boolean tensors ``[B, H, query blocks, key blocks]``.  A block that reaches beyond the last
-        query or key is never "all".
+        Two boolean tensors ``[B, H, query blocks, key blocks]``.  A block that extends beyond the last query
+        or key is never "all".
     """
     blocks = Blocks(sizes, tensors, device, traced=traced)
     shape = [blocks.count(letter) for letter in "bhij"]
@@ -354,7 +354,7 @@ def block_visibility(
 
 @functools.lru_cache(maxsize=256)
 def _whole(queries: int, keys: int, pinned: bool) -> Tensor:
-    """Which blocks do not reach beyond the last query or key, ``[1, 1, query blocks, key blocks]``."""
+    """The blocks that lie within the last query and key, ``[1, 1, query blocks, key blocks]``."""
     found = _inside(Blocks({"b": 1, "h": 1, "i": queries, "j": keys}, [], torch.device("cpu")))
     return _pinned(found) if pinned else found
 
@@ -367,7 +367,7 @@ def _inside(blocks: Blocks) -> Tensor:
 def tables(every: Tensor, some: Tensor, both: bool = True) -> list[Tensor]:
     """``kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices``.
 
-    ``both``: and the same four by queries.
+    ``both``: followed by the same four, by queries.
     """
     kinds = torch.stack((some & ~every, every))
     found: list[Tensor] = []
@@ -398,14 +398,14 @@ def plain_tables(
     tensors: list[Tensor], visible: str, batch: int, heads: int, queries: int, keys: int,
     device: torch.device, both: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """As ``fusepass::block_tables``, in operations that a compiler traces and fuses."""
+    """The same as ``fusepass::block_tables``, in operations that a compiler traces and fuses."""
     sizes = {"b": batch, "h": heads, "i": queries, "j": keys}
     return tables(*block_visibility(read(visible), sizes, tensors, device, traced=True), both)
 
 
 @functools.lru_cache(maxsize=256)
 def _fixed(visible: str, batch: int, heads: int, queries: int, keys: int, both: bool, pinned: bool) -> Tensor:
-    """The tables of a formula that reads no tensor, one after the other, on the CPU."""
+    """The tables of a formula that reads no tensor, concatenated, on the CPU."""
     sizes = {"b": batch, "h": heads, "i": queries, "j": keys}
     found = tables(*block_visibility(read(visible), sizes, [], torch.device("cpu")), both)
     joined = torch.cat([t.flatten() for t in found])
@@ -413,18 +413,18 @@ def _fixed(visible: str, batch: int, heads: int, queries: int, keys: int, both: 
 
 
 _resident: dict[tuple[Any, torch.device], Tensor] = {}
-"""What :func:`_fixed` gives, on a GPU."""
+"""The results of :func:`_fixed`, on a GPU."""
 _RESIDENT_BYTES = 1 << 20
-"""Larger tables are copied from the CPU at every call, which such long sequences do not notice."""
+"""Larger tables are copied from the CPU at every call; for such long sequences this does not matter."""
 
 
 def keep_resident(
     visible: str, batch: int, heads: int, queries: int, keys: int, both: bool, device: torch.device
 ) -> None:
-    """Put the tables of a formula that reads no tensor on a GPU, where calls take them from.
+    """Put the tables of a formula that reads no tensor on a GPU, where calls find them.
 
-    For whoever compiles a graph, and not for the operator itself: what is first made while a CUDA graph is
-    recorded lies in that graph's memory, and holds nothing before it is replayed.
+    This is called when a graph is compiled, not by the operator itself: a tensor that is first made while a
+    CUDA graph is recorded lies in that graph's memory, and holds nothing until the graph is replayed.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return
@@ -439,7 +439,7 @@ def keep_resident(
 
 
 def _numbered(device: torch.device) -> torch.device:
-    """A GPU with its number."""
+    """A GPU device with its index."""
     if device.type != "cuda" or device.index is not None:
         return device
     return torch.device("cuda", torch.cuda.current_device())
@@ -449,7 +449,7 @@ def table_shapes(
     tensors: list[Tensor], visible: str, batch: int, heads: int, queries: int, keys: int,
     device: torch.device, both: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Empty tables, of the shapes that they have."""
+    """Empty tables of the right shapes."""
     rows, columns = ((n + BLOCK - 1) // BLOCK for n in (queries, keys))
     found: list[Tensor] = []
     for a, b in ((rows, columns), (columns, rows))[: 1 + both]:

@@ -1,7 +1,7 @@
 """cuDNN's fused attention, called by name: PyTorch's operator for it, forward and backward.
 
-``torch.nn.functional.scaled_dot_product_attention`` takes cuDNN first on some GPUs and not on others; this
-kernel is for comparing, and for a graph that must not depend on that order.
+``torch.nn.functional.scaled_dot_product_attention`` prefers cuDNN on some GPUs only.  This kernel is for
+comparisons, and for graphs that must not depend on that preference.
 Source: ``aten::_scaled_dot_product_cudnn_attention`` (``native_functions.yaml`` of PyTorch).
 """
 
@@ -60,7 +60,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
 
 
 def _full(site: Site, build: Builder, mask: fx.Node) -> fx.Node:
-    """A mask as a floating tensor expanded to ``[B, H, Q, K]``: cuDNN takes no other."""
+    """A mask as a floating tensor expanded to ``[B, H, Q, K]``: cuDNN takes no other form."""
     spec, dtype = site.spec, site.spec.dtype
     if build.value(mask).dtype is torch.bool:
         zero, hidden = (build.number(n, mask, dtype) for n in (0.0, float("-inf")))

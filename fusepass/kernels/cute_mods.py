@@ -1,9 +1,9 @@
 """Formulas as ``score_mod`` and ``mask_mod`` of flash-attn 4, whose kernels are compiled with them inside.
 
-flash-attn 4 traces a modifier while it compiles: what Python computes then is fixed, and what tensors of
-CuTe compute becomes code.  So a formula is evaluated once by walking it, on CuTe's values for ``b``,
-``h``, ``i`` and ``j``, as :func:`fusepass.kernels.formula.evaluate` does on PyTorch's.  Numbers stay
-Python's until they meet such a value; floats are float32, whatever they were loaded as.
+flash-attn 4 traces a modifier while it compiles: what Python computes at that time is fixed, and what CuTe's
+tensors compute becomes code.  So a formula is evaluated once by walking it, on CuTe's values for ``b``,
+``h``, ``i`` and ``j``, as :func:`fusepass.kernels.formula.evaluate` does on PyTorch's.  Numbers remain
+Python's until they are combined with such a value; floats are float32, whatever they were loaded as.
 
 Sources: the documentation of CUTLASS's Python DSL (``TensorSSA``) and the interface of flash-attn 4.
 """
@@ -23,7 +23,7 @@ from fusepass.kernels.formula import Formula, may_hide
 Value = Any
 """A number of Python, or a value of CuTe (``TensorSSA``)."""
 
-#: Every finite number below is hidden anyway, and its powers of two do not overflow.
+#: The lowest number used: any lower one hides just as well, and this one does not overflow in powers of two.
 LOWEST = -1e37
 
 _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
@@ -33,7 +33,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "le": operator.le, "lt": operator.lt, "ge": operator.ge, "gt": operator.gt,
     "eq": operator.eq, "ne": operator.ne,
 }  # fmt: skip
-#: The operations of formulas that can be written.
+#: The operations of formulas that can be expressed here.
 WRITABLE = frozenset(
     {*_ARITHMETIC, *_COMPARISONS, "const", "index", "load", "cast", "neg", "abs", "exp", "sqrt", "tanh",
      "div", "floordiv", "mod", "max", "min", "and", "or", "not", "where"}
@@ -43,7 +43,7 @@ _CASTS = _FLOATS | {"i32", "i64", "b8"}
 
 
 def unwritable(formula: Formula) -> str | None:
-    """The first operation of a formula that has no counterpart here; None if all have."""
+    """The first operation of a formula that has no counterpart here; None if all have one."""
     kind = formula[0]
     if kind not in WRITABLE:
         return str(kind)
@@ -52,13 +52,13 @@ def unwritable(formula: Formula) -> str | None:
     if kind in ("const", "index", "load"):
         return None
     if kind in ("floordiv", "mod") and not _is_count(*formula[1:]):
-        return f"{kind} of what may be negative"
+        return f"{kind} of a number that may be negative"
     parts = (formula[1],) if kind == "cast" else formula[1:]
     return next((found for part in parts if (found := unwritable(part)) is not None), None)
 
 
 def _is_count(x: Formula, y: Formula) -> bool:
-    """Is ``x`` an index that is nowhere negative, and ``y`` a positive number?  Else rounding differs."""
+    """Is ``x`` an index that is never negative, and ``y`` a positive number?  Otherwise rounding differs."""
     whole = y[0] == "const" and type(y[1]) is int and y[1] > 0
     return bool(whole and x[0] == "index" and x[1] >= 0 and all(term[0] >= 0 for term in x[2]))
 
@@ -109,7 +109,7 @@ class Walk:
         return total if constant == 0 else total + constant
 
     def _load(self, tensor: Any, indices: Any) -> Value:
-        """One element a lane: CuTe has no gather, so lanes are read one after the other."""
+        """One element per lane: CuTe has no gather, so lanes are read one after the other."""
         where = [self._index(constant, terms) for constant, terms in indices] or [0]
         lanes = next((self.cute.size(w.shape) for w in where if not isinstance(w, int)), 1)
         given = [w if isinstance(w, int) else self._scalars(w) for w in where]
@@ -140,7 +140,7 @@ class Walk:
     def _alike(self, *given: Value) -> tuple[Value, ...]:
         """Operands of one type: float32 if one is a float, else the widest integer.
 
-        Numbers become full values beside a value, since not every operation of CuTe takes both.
+        Next to a CuTe value, numbers become CuTe values too, since not every operation takes both.
         """
         values = [g for g in given if not isinstance(g, (bool, int, float))]
         if not values:
@@ -160,7 +160,7 @@ class Walk:
         return given if given.dtype is dtype else given.to(dtype)
 
     def truth(self, given: Value) -> Value:
-        """Other than zero."""
+        """A value as a truth value: true unless zero."""
         if self._is_truth(given):
             return given
         return given != 0 if isinstance(given, (int, float)) else operator.ne(*self._alike(given, 0))
@@ -261,7 +261,7 @@ class Walk:
         return s, slopes
 
     def _added(self, formula: Formula, factor: float, like: Value) -> Value:
-        """A bias as float32; the lowest finite numbers hide as much from further up."""
+        """A bias as float32; the lowest finite numbers are raised, and hide just as much."""
         wide = self._as(self._real(self.value(formula)), self.cutlass.Float32, like)
         wide = wide if factor == 1 else wide * factor
         if not may_hide(formula, LOWEST):
@@ -279,12 +279,12 @@ def _letters(b: Value, h: Value, i: Value, j: Value) -> dict[str, Value]:
 
 @functools.cache
 def _version() -> str:
-    """Compiled kernels are kept on disk: they are those of this file."""
+    """A version for the kernels on disk, which depend on the text of this file."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def _named(function: Callable[..., Any], *content: object) -> Callable[..., Any]:
-    """What flash-attn 4 keeps compiled kernels by."""
+    """Give a function the name and hash by which flash-attn 4 caches compiled kernels."""
     text = repr((function.__name__, _version(), content))
     function.__cute_hash__ = hashlib.sha256(text.encode()).hexdigest()  # type: ignore[attr-defined]
     return function
@@ -292,7 +292,7 @@ def _named(function: Callable[..., Any], *content: object) -> Callable[..., Any]
 
 @functools.lru_cache(maxsize=256)
 def score_mods(steps: tuple[Any, ...]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """``score_mod`` and ``score_mod_bwd`` of the steps of a score; flash-attn 4 names the arguments."""
+    """``score_mod`` and ``score_mod_bwd`` for the steps of a score; flash-attn 4 sets the argument names."""
 
     def score_mod(s, b, h, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
         return Walk(_letters(b, h, q_idx, kv_idx), aux_tensors or ()).score(steps, s)[0]
@@ -307,7 +307,7 @@ def score_mods(steps: tuple[Any, ...]) -> tuple[Callable[..., Any], Callable[...
 
 @functools.lru_cache(maxsize=256)
 def mask_mod(visible: Formula, first: int) -> Callable[..., Any]:
-    """The ``mask_mod`` of a visibility, whose tensors begin at number ``first``."""
+    """The ``mask_mod`` of a visibility, whose tensors begin at index ``first``."""
 
     def seen(b, h, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
         walk = Walk(_letters(b, h, q_idx, kv_idx), (aux_tensors or ())[first:])

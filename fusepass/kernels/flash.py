@@ -1,9 +1,9 @@
-"""flash-attn 2, 3 and 4: causal and windowed attention with softcap, grouped heads, and what each has alone.
+"""flash-attn 2, 3 and 4: causal and windowed attention with softcap and grouped heads, and each one's extras.
 
 flash 2 has dropout and ALiBi, flash 4 a sink, and formulas (:mod:`fusepass.kernels.flash4_mods`).  Their
 masks are bands aligned at the bottom right: query ``i`` sees the keys ``i + K - Q - left .. i + K - Q +
-right`` (README of flash-attention, changes of version 2.1), so a band of the graph, which counts from the top
-left, moves by ``K - Q``.
+right`` (README of flash-attention, changes in version 2.1).  Bands of the graph count from the top left, so
+they move by ``K - Q``.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Call:
     dropout: float = 0.0
 
 
-#: What the libraries compute themselves.  The biases of flash 2 are ALiBi.
+#: The modifiers that the libraries compute themselves.  The biases of flash 2 are ALiBi.
 NATIVE = {
     "flash2": Takes(
         ((Scale, ScaleBy), SoftCap, (Bias, Mask)), (Dropout, *AROUND), learned=IN_GRAPH, hiding_biases=True
@@ -74,7 +74,7 @@ def describe(spec: Attention, name: str) -> Call | str:
         return reason
     caps = [m.cap for m in spec.scores if isinstance(m, SoftCap)]
     if any(cap < 0 for cap in caps):
-        return "its softcap is positive"
+        return "its softcap must be positive"
     window = bottom_right(spec)
     if isinstance(window, str):
         return window
@@ -82,12 +82,12 @@ def describe(spec: Attention, name: str) -> Call | str:
     if biases and (len(biases) > 1 or window[1] != 0):
         return f"it has no '{biases[0]}'"
     if spec.sink is not None and not set(spec.sink.axes) <= {"h"}:
-        return "its sink is one number a head"
+        return "its sink must be one number per head"
     return Call(*window, softcap=sum(caps), dropout=spec.dropout)
 
 
 def bottom_right(spec: Attention) -> tuple[int | None, int | None] | str:
-    """The visibility as a window aligned at the last query and the last key, or why it is none."""
+    """The visibility as a window aligned at the last query and the last key, or why it is not one."""
     bands: list[Band] = []
     for mask in spec.masks:
         if not all(isinstance(a, Band) for a in mask.atoms) or not mask.atoms:
@@ -104,9 +104,9 @@ def bottom_right(spec: Attention) -> tuple[int | None, int | None] | str:
     right = [simplify_size(b.right - offset) for b in bands if b.right is not None]
     ends = [_whole(min(side, key=str) if len(set(side)) == 1 else _least(side)) for side in (left, right)]
     if "unknown" in ends:
-        return "the distance of its band from the last key is not known when it is compiled"
+        return "the distance of the band from the last key is not known when it is compiled"
     if any(isinstance(e, int) and e < 0 for e in ends):
-        return "its windows hold the diagonal that ends at the last key"
+        return "its windows must contain the diagonal that ends at the last key"
     return ends[0], ends[1]  # type: ignore[return-value]
 
 
@@ -169,7 +169,7 @@ def _sink(site: Site, build: Builder) -> fx.Node | None:
     made = row_operand(site, build, site.spec.sink.slot)
     if not isinstance(made, fx.Node) or not isinstance(build.value(made), torch.Tensor):
         return build.op("full", [heads], made, dtype=torch.float32, device=like.device)
-    if build.value(made).dim() == 4:  # it varies over the heads alone, in whatever it was expanded to
+    if build.value(made).dim() == 4:  # it varies over the heads alone, however it was expanded
         for dim in (3, 2, 0):
             made = build.op("select", made, dim, 0)
     flat = build.op("reshape", build.cast(made, torch.float32), [-1])
@@ -177,15 +177,16 @@ def _sink(site: Site, build: Builder) -> fx.Node | None:
 
 
 def _slopes(site: Site, build: Builder, bias: Bias) -> fx.Node:
-    """The slopes of ALiBi, float32 ``[H]``: the bias is ``slope[h] * n * j`` and a number a row.
+    """The slopes of ALiBi, float32 ``[H]``: the bias is ``slope[h] * n * j`` plus one number per row.
 
-    Under a causal mask flash 2 adds ``slope * (j - i)`` and a number a row, which the softmax does not see.
+    Under a causal mask flash 2 adds ``slope * (j - i)`` plus one number per row, which cancels in the
+    softmax.
 
     Raises:
-        Refused: the bias is of another form.
+        Refused: the bias has another form.
     """
     writer = fm.Writer(site)
-    refusal = Refused(f"it has no '{bias}' but ALiBi")
+    refusal = Refused(f"its only bias is ALiBi, and this is '{bias}'")
     try:
         found = fm.read(fm.text(writer.term(site.operands[bias.slot])))
     except fm.Unwritable:
@@ -205,7 +206,7 @@ def _slopes(site: Site, build: Builder, bias: Bias) -> fx.Node:
 
 
 def _linear(formula: fm.Formula) -> tuple[fm.Formula, int] | None:
-    """The load of a slope a head and the factor of ``j``, of ``load(h) * (n * j + ...)``."""
+    """From ``load(h) * (n * j + ...)``: the load of a slope per head, and the factor of ``j``."""
     while formula[0] == "cast":
         formula = formula[1]
     if formula[0] != "mul":
@@ -226,7 +227,7 @@ def _linear(formula: fm.Formula) -> tuple[fm.Formula, int] | None:
 
 
 def shard_where_used() -> None:
-    """Register sharding rules where DTensor is in use; it is not imported for that."""
+    """Register sharding rules if DTensor is in use; DTensor is not imported for that."""
     if "torch.distributed.tensor" in sys.modules:
         _shard_once()
 

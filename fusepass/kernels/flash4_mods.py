@@ -1,19 +1,19 @@
-"""flash-attn 4 with formulas: biases that are computed, and masks by block tables, without FlexAttention.
+"""flash-attn 4 with formulas, without FlexAttention: computed biases, and masks with block tables.
 
-``torch.ops.fusepass.flash4_mods`` takes what :mod:`fusepass.kernels.flex_blocks` has made of a site: steps of
-the score, a visibility, and the tables of its blocks.  flash-attn 4 compiles them into its kernels
-(:mod:`fusepass.kernels.cute_mods`).  Bands stay windows of the kernel's own, and need no tables.
+``torch.ops.fusepass.flash4_mods`` takes a site in the form that :mod:`fusepass.kernels.flex_blocks` prepares:
+steps of the score, a visibility, and the tables of its blocks.  flash-attn 4 compiles them into its kernels
+(:mod:`fusepass.kernels.cute_mods`).  Bands remain the kernel's own windows, and need no tables.
 
     flash4_mods(q, k, v, scores, masks, tables, code, left?, right?) -> (out, lse)
 
 ``q`` is ``[B, Q, H, D]``, ``k`` and ``v`` are ``[B, K, G, D]`` and ``[B, K, G, Dv]``; ``scores`` and
-``masks`` are what the formulas load; ``tables`` are those of ``fusepass::block_tables``, four for a forward,
-eight where a backward follows, none where nothing is hidden but by the window.  ``out`` is ``[B, Q, H, Dv]``,
-``lse`` float32 ``[B, H, Q]``, minus infinity in rows that see no key.
+``masks`` are what the formulas load; ``tables`` are those of ``fusepass::block_tables``: four for a forward,
+eight if a backward follows, none if nothing except the window hides.  ``out`` is ``[B, Q, H, Dv]``, ``lse``
+float32 ``[B, H, Q]``, minus infinity in rows that see no key.
 
-``flash4_filled`` is the same where such rows come first and give the mean of all values: a second call of the
-library, of queries that are zero, is told how many they are by a tensor (``seqused_q``) and writes no other
-rows.  Selecting afterwards would read and write the whole result once more.
+``flash4_filled`` is the same, for sites in which such rows come first and give the mean of all values.  A
+second call of the library, with zero queries, computes them: a tensor (``seqused_q``) says how many there
+are, and it writes no other rows.  Selecting afterwards would read and write the whole result once more.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _FORWARD = (
 
 @functools.lru_cache(maxsize=256)
 def _mods(code: str, scores: int) -> tuple[float, dict[str, Any], dict[str, Any]]:
-    """The scale of a call, and the modifiers of its forward and of its backward."""
+    """The scale of a call, and the modifiers of its forward and its backward."""
     scale, steps, visible = fm.read(code)
     if scale <= 0:
         scale, steps = 1.0, (("scale", scale), *steps)
@@ -163,7 +163,7 @@ def _gradient(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
 
 
 def _gradient_filled(ctx, grad, grad_lse):  # type: ignore[no-untyped-def]
-    """The library's backward passes over rows whose log-sum-exp is minus infinity: means of the values."""
+    """The gradients, with those of rows that see no key: the library's backward skips such rows."""
     dq, dk, dv, *nothing = _gradient(ctx, grad, grad_lse)  # type: ignore[no-untyped-call]
     if grad is None:
         return dq, dk, dv, *nothing
@@ -197,20 +197,20 @@ torch.library.register_autograd(
 # ---------------------------------------------------------------------------------------- sites
 
 
-#: What may be computed by formulas, as far as a specification says itself.
+#: What formulas can compute, judged by the specification alone.
 TAKES = Takes(
     ((Scale, ScaleBy, SoftCap, Bias, Mask),), AROUND, learned=IN_GRAPH, factors="pairs", rows="one level",
     hiding_biases=True,
 )  # fmt: skip
-#: The same, and what the library computes itself, which has sinks.
+#: The same, plus what the library computes itself: it has sinks.
 OR_NATIVE = replace(TAKES, sink=True, learned=(*IN_GRAPH, Sink))
 
 
 def fills_first_rows(spec: Attention, training: bool) -> bool:
-    """May rows see no key, give the mean of all values, and come before all others, in all heads alike?
+    """May there be rows that see no key, give the mean of all values, and come first, in all heads alike?
 
-    Without a lower bound a later query sees what an earlier one does.  Scores that a mask is added to have
-    gradients in such rows too (:func:`base.mean_of_values`).
+    If visibility has no lower bound, a later query sees all that an earlier one sees.  A mask that is added
+    leaves gradients of the scores in such rows (:func:`base.mean_of_values`).
     """
 
     def grows(mask: Mask) -> bool:
@@ -223,10 +223,10 @@ def fills_first_rows(spec: Attention, training: bool) -> bool:
 def emit(
     site: Site, build: Builder, target: Target, band: Callable[[Attention], tuple[Any, Any] | str]
 ) -> fx.Node:
-    """Write the tables, where there are any, the call, and the repair of rows that see no key.
+    """Write the tables, if any, the call, and the repair of rows that see no key.
 
     Args:
-        band: the window of a specification, aligned at the last query and key, or why it is none.
+        band: the window of a specification, aligned at the last query and key, or why it is not one.
     """
     made = flex_blocks.plan(site, build)
     if made is None:
@@ -265,7 +265,7 @@ def _check(
     build: Builder, target: Target, x: Operands, made: flex_blocks.Plan, visible: Any,
     scores: list[fx.Node], masks: list[fx.Node],
 ) -> None:  # fmt: skip
-    """Refuse what its kernels, or this file's formulas, do not take."""
+    """Refuse what its kernels, or the formulas in this file, do not take."""
     values = [build.value(n) for n in (x.q, x.k, x.v)]
     if any(v.dtype not in (torch.float16, torch.bfloat16) for v in values):
         raise Refused("queries, keys and values have different dtypes")
@@ -274,7 +274,7 @@ def _check(
     for part in parts:
         written = fm.read(fm.text(part))
         if fm.is_dense(written):
-            raise Refused("it reads no tensor over queries and keys")
+            raise Refused("it does not read a tensor over queries and keys")
         if (unknown := cute_mods.unwritable(written)) is not None:
             raise Refused(f"its formulas have no {unknown}")
     if visible is not None:
@@ -287,7 +287,7 @@ def _check(
         if value.requires_grad and node in scores:
             raise Refused("its score modifiers read a tensor that needs a gradient")
         if value.dtype not in _LOADED or value.device != values[0].device:
-            raise Refused("its formulas read truth values, integers and floats on the same GPU")
+            raise Refused("its formulas read only truth values, integers and floats on the same GPU")
 
 
 __all__ = ["OR_NATIVE", "TAKES", "emit", "fills_first_rows"]

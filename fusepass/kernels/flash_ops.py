@@ -1,15 +1,15 @@
 """flash-attn 2, 3 and 4 as operators of ``torch.ops.fusepass``, with fake kernels and gradients.
 
-One signature for the three libraries, so that compilers, ``torch.export`` and DTensor meet opaque
-operators and no library's own autograd function::
+The three libraries share one signature, so that compilers, ``torch.export`` and DTensor see opaque operators
+and none of the libraries' own autograd functions::
 
     flashN(q, k, v, extra?, scale, left?, right?, softcap, dropout) -> (out, lse, rng)
 
 ``q`` is ``[B, Q, H, D]``, ``k`` and ``v`` are ``[B, K, G, D]`` and ``[B, K, G, Dv]``, float16 or bfloat16,
 in any strides with a contiguous last dimension; ``out`` is ``[B, Q, H, Dv]``, ``lse`` float32
 ``[B, H, Q]``, ``rng`` what the backward pass needs to draw the dropout again.  Query ``i`` sees the keys
-``i + K - Q - left <= j <= i + K - Q + right``; None is unbounded.  ``extra`` is a float32 ``[H]``: the
-sink of flash 4, the ALiBi slopes of flash 2.
+``i + K - Q - left <= j <= i + K - Q + right``; None is unbounded.  ``extra`` is a float32 ``[H]``: the sink
+for flash 4, the ALiBi slopes for flash 2.
 
 Sources: Dao (arXiv 2307.08691), Shah et al. (arXiv 2407.08608), and the interfaces of the libraries.
 """
@@ -35,7 +35,7 @@ Results = tuple[Tensor, ...]
 
 
 class Library(Protocol):
-    """The two functions of a library, in this module's terms."""
+    """The forward and backward functions of a library, in this module's terms."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, extra: Tensor | None, scale: float, window: Window,
@@ -91,7 +91,7 @@ class Flash2:
 
 
 class Flash3:
-    """``flash_attn_interface``: Hopper only; the operators that it registers, whose schema releases share."""
+    """``flash_attn_interface``: Hopper only.  The schema of its operators is the same in all releases."""
 
     def __init__(self) -> None:
         import flash_attn_interface  # noqa: F401  (it registers them)
@@ -122,7 +122,7 @@ class Flash3:
         self, q: Tensor, k: Tensor, v: Tensor, descales: tuple[Tensor, Tensor, Tensor], scale: float,
         causal: bool,
     ) -> Tensor:  # fmt: skip
-        """Attention of e4m3 tensors, each of a batch and key/value head a number ``[B, G]`` too large."""
+        """Attention of e4m3 tensors; each has a scale ``[B, G]`` per batch and key/value head."""
         of_q, of_k, of_v = descales
         window: Window = (None, 0 if causal else None)
         out: Tensor = self.interface.fwd(
@@ -141,12 +141,12 @@ def _flash3_settings(scale: float, window: Window) -> dict[str, Any]:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """The elements of a head side by side."""
+    """The tensor with contiguous elements in each head."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class Flash4:
-    """``flash_attn.cute``: kernels compiled at first use, kept on disk by the library."""
+    """``flash_attn.cute``: kernels are compiled at first use, and the library caches them on disk."""
 
     def __init__(self) -> None:
         from flash_attn.cute import interface
@@ -201,7 +201,7 @@ def _forward(name: str) -> Callable[..., Results]:
 def _forward_fake(name: str) -> Callable[..., Results]:
     def shapes(q, k, v, extra, scale, left, right, softcap, dropout):  # type: ignore[no-untyped-def]
         batch, queries, heads, _ = q.shape
-        # flash 2 makes its result like the queries, the others make it contiguous.
+        # flash 2 lays its result out like the queries; the others make it contiguous.
         out = torch.empty_like(q) if name == "flash2" else q.new_empty((batch, queries, heads, v.shape[3]))
         lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
         return out, lse, q.new_empty(2 if name == "flash2" else 0, dtype=torch.int64)
@@ -268,9 +268,10 @@ for _name in NAMES:
 
 
 def shard_heads() -> None:
-    """Tell DTensor that these operators split by batch and by heads, without communication.
+    """Tell DTensor that these operators shard by batch and by heads, without communication.
 
-    A grouped tensor splits by heads where the mesh divides the key/value heads; DTensor decides.
+    With grouped heads, sharding by heads is possible if the mesh divides the key/value heads; DTensor
+    decides.
     """
     from torch.distributed.tensor import Partial, Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding

@@ -1,9 +1,10 @@
-"""FlexAttention, for what SDPA cannot say: softcaps, unusual fills, orders of modifiers, sparse visibility.
+"""FlexAttention, for what SDPA cannot express: softcaps, unusual fills, orders of modifiers, sparse
+visibility.
 
-On a GPU, masks that hide for good become block tables (:mod:`fusepass.kernels.flex_blocks`).  What is
-written here serves the rest.
+On a GPU, masks that hide for good become block tables (:mod:`fusepass.kernels.flex_blocks`).  This module
+handles the rest.
 
-The whole score formula becomes the ``score_mod``; tensors it reads are passed as its buffers.
+The whole score formula becomes the ``score_mod``; the tensors that it reads are passed as its buffers.
 Source: Dong et al., "Flex Attention" (arXiv 2412.05496), ``torch.nn.attention.flex_attention``.
 """
 
@@ -71,16 +72,16 @@ def refuse(spec: Attention, target: Target) -> str | None:
         return "FlexAttention has no gradients on cpu"
     sizes = (spec.batch, spec.heads, spec.kv_heads, spec.queries, spec.keys)
     if any(isinstance(n, sympy.Expr) and free_symbol_is_type(n, SymT.UNBACKED_INT) for n in sizes):
-        return "FlexAttention takes no size that depends on data"
+        return "FlexAttention takes no sizes that depend on data"
     if spec.sink is not None and not takes_tables(target.device):
-        return f"a sink takes the log-sum-exp, which FlexAttention does not return on {target.device}"
+        return f"a sink needs the log-sum-exp, which FlexAttention does not return on {target.device}"
     if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"FlexAttention does not compute in {str(spec.dtype).removeprefix('torch.')}"
     return None
 
 
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
-    """Write a call to FlexAttention; the result is mended for rows that see no key."""
+    """Write a call of FlexAttention, and mend the result in rows that see no key."""
     out = _with_tables(site, build, target, {})
     if out is None:
         out = _with_scores(site, build, target)
@@ -100,9 +101,9 @@ def _with_tables(site: Site, build: Builder, target: Target, options: dict[str, 
 
 
 def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
-    """Everything in the score formula, hidden scores by their fills."""
+    """Write everything into the score formula; hidden scores get their fills."""
     if site.spec.sink is not None:
-        raise Refused("a sink with scores that have no formula")
+        raise Refused("a sink, with scores that have no formula")
     x, spec, rows = operands(site, build), site.spec, None
     original, scale = x, 1.0
     if may_empty_rows(spec, target):
@@ -114,7 +115,7 @@ def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
     else:
         tensors = all_operands(site, build, bands=True)
     if target.device == "cpu":
-        # PyTorch's template for CPUs is wrong where queries and keys are both computed in its own graph.
+        # PyTorch's CPU template gives wrong results if queries and keys are both computed in the same graph.
         x = Operands(*(_stored(build, n) for n in (x.q, x.k, x.v)))
     q, v = build.value(x.q), build.value(x.v)
     with build.trial():
@@ -133,12 +134,12 @@ def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
 
 
 def _stored(build: Builder, node: fx.Node) -> fx.Node:
-    """A tensor that lies in memory; what the graph is given does."""
+    """A tensor that is in memory, as inputs of the graph are."""
     return node if node.op == "placeholder" else build.call(stored_op, node)
 
 
 def _with_levels(site: Site, build: Builder, rows: Rows) -> tuple[Attention, list[fx.Node]]:
-    """The specification with its masks replaced by one bias, silent in rows that see no key."""
+    """The specification with its masks replaced by one bias, which has no effect in rows that see no key."""
     kept: list[ScoreModifier] = []
     hiding = hiders(site.spec)
     tensors: list[fx.Node] = []
@@ -157,7 +158,7 @@ def _with_levels(site: Site, build: Builder, rows: Rows) -> tuple[Attention, lis
 
 
 def refuse_flash(spec: Attention, target: Target) -> str | None:
-    """Why FlexAttention's kernels of flash-attn 4 cannot compute ``spec``."""
+    """Why FlexAttention with flash-attn 4's kernels cannot compute ``spec``."""
     reason = gate_refuses("flex_flash", spec, target.device, target.training) or refuse(spec, target)
     if reason is None and target.training and settings().deterministic:
         return "its backward pass is not deterministic on this GPU"
@@ -168,7 +169,7 @@ def refuse_flash(spec: Attention, target: Target) -> str | None:
 
 
 def emit_flash(site: Site, build: Builder, target: Target) -> fx.Node:
-    """As :func:`emit`, with ``BACKEND="FLASH"``; only the form with block tables."""
+    """The same as :func:`emit`, with ``BACKEND="FLASH"`` and block tables only."""
     out = _with_tables(site, build, target, {"BACKEND": "FLASH"})
     if out is None:
         raise Refused("its modifiers have no formula")

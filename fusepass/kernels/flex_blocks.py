@@ -1,8 +1,9 @@
 """FlexAttention with block tables: hidden blocks are skipped, and no tensor over queries and keys is made.
 
-Masks become one ``mask_mod`` and the tables of :mod:`fusepass.kernels.blocks`, biases that have a formula
-become part of the ``score_mod``.  Rows that see no key are found by their log-sum-exp and mended; a sink
-is taken into account by it too: ``exp(s) / (sum(exp(s)) + exp(u)) = softmax(s) * sigmoid(logsumexp(s) - u)``.
+Masks become one ``mask_mod`` and the tables of :mod:`fusepass.kernels.blocks`; biases that have a formula
+become part of the ``score_mod``.  The log-sum-exp shows which rows see no key, so that they can be mended,
+and it also serves to apply a sink: ``exp(s) / (sum(exp(s)) + exp(u)) = softmax(s) * sigmoid(logsumexp(s) -
+u)``.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from fusepass.specification.attention import (
 from fusepass.writing.emit import Builder
 
 TILED_HEAD_DIM = 128
-"""Beyond this head size the tiles of flash-attn 4 are no blocks of 128 keys."""
+"""Above this head size, flash-attn 4's tiles are not blocks of 128 keys."""
 SMALL_HEAD_DIM = SMALL_TILE = 64
 
 
@@ -80,12 +81,12 @@ class Plan:
         return whole
 
     def code(self) -> str:
-        """The text that the call carries."""
+        """The text that the call takes."""
         return fm.text([self.scale, self.scores, self.conjunction])
 
 
 def plan(site: Site, build: Builder) -> Plan | None:
-    """The formulas of a site, or None where its modifiers are not of that kind.
+    """The formulas of a site, or None if its modifiers cannot be written as formulas.
 
     Masks hide for good: nothing after the first of them may bring a hidden score back.
     """
@@ -93,7 +94,7 @@ def plan(site: Site, build: Builder) -> Plan | None:
     masked = False
     biased = any(isinstance(m, Bias) for m in spec.scores)
     if biased and any(m.fill != -math.inf for m in spec.masks):
-        return None  # a bias may hide whole rows, in which finite fills are compared with it
+        return None  # a bias may hide whole rows, where it is compared with finite fills
     for position, mod in enumerate(spec.scores):
         if masked and not isinstance(mod, (Mask, Bias)):
             return None
@@ -121,9 +122,9 @@ def plan(site: Site, build: Builder) -> Plan | None:
 
 
 def _value(writer: fm.Writer, slot: int, build: Builder) -> Any:
-    """A bias or factor: its formula where that needs no tensor over queries and keys, else its tensor.
+    """A bias or factor: its formula if that needs no tensor over queries and keys, else its tensor.
 
-    A tensor that learns is read as it is: the gradient of a formula would be summed up score by score.
+    A learned tensor is read as it is: the gradient of a formula would be summed score by score.
     """
     term = writer.site.operands[slot]
     known = len(writer.tensors)
@@ -139,7 +140,7 @@ def _value(writer: fm.Writer, slot: int, build: Builder) -> Any:
 
 
 def thin_biases(site: Site) -> frozenset[int]:
-    """The slots of biases that vary over queries and keys by a formula, and not by a tensor."""
+    """The slots of biases that vary over queries and keys by a formula, not by a tensor."""
     found = set()
     for mod in site.spec.scores:
         if isinstance(mod, Bias):
@@ -173,7 +174,7 @@ def _understood(writer: fm.Writer, mask: Mask, term: Term) -> Any:
 
 
 def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[str, Any]) -> fx.Node:
-    """Write the tables (once a graph), the call, and the repair of rows that see no key."""
+    """Write the tables (once per graph), the call, and the repair of rows that see no key."""
     x = operands(site, build)
     scores, masks = (
         [build.as_tensor(t) for t in writer.tensors] for writer in (made.of_scores, made.of_masks)
@@ -187,8 +188,9 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
     if flash and target.training and scores_by_position(site, made):
         raise Refused(GROUPED)
     if flash and not target.training and (scores or masks):
-        # TorchInductor 2.11 frees what a CuTe kernel captures before it runs, unless a backward keeps it.
-        raise Refused("without gradients it reads no tensors")
+        # TorchInductor 2.11 frees what a CuTe kernel captures before the kernel runs, unless a backward keeps
+        # it.
+        raise Refused("without gradients its score modifiers can read no tensors")
     tables = tables_of(site, build, made, masks, target.training, stored=True)
     q, v = build.value(x.q), build.value(x.v)
     with build.trial():
@@ -198,7 +200,7 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
         )
     sink = site.spec.sink
     reads = sink is not None or site.spec.unseen_rows
-    if reads:  # without gradients the kernel writes no log-sum-exp, unless told that somebody reads it
+    if reads:  # without gradients the kernel writes no log-sum-exp unless it is told to
         options = options | {"OUTPUT_LOGSUMEXP": True}
     if not flash:
         dense = any(s[0] in ("add", "times") and fm.is_dense(s[1]) for s in made.scores)
@@ -215,11 +217,11 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
 
 
 def tile(spec: Attention, dense: bool) -> dict[str, int]:
-    """FlexAttention's options for the tiles of its forward kernel; none where its own are the better ones.
+    """FlexAttention's options for the tiles of its forward kernel; none if its defaults are better.
 
-    Scores that read a tensor over queries and keys hold a tile of it beside their own: on Hopper smaller
-    ones are faster at small heads (``bias`` in docs/attention.md).  Fewer queries go to its decoding kernel,
-    which has other tiles.
+    Scores that read a tensor over queries and keys hold a tile of it next to their own; on Hopper smaller
+    tiles are then faster for small heads (``bias`` in docs/attention.md).  Fewer queries use the decoding
+    kernel, which has other tiles.
     """
     half, many = spec.dtype in (torch.float16, torch.bfloat16), isinstance(spec.queries, int)
     small = isinstance(spec.head_dim, int) and spec.head_dim <= SMALL_HEAD_DIM
@@ -229,7 +231,7 @@ def tile(spec: Attention, dense: bool) -> dict[str, int]:
 
 
 def _with_sink(build: Builder, out: fx.Node, lse: fx.Node, sink: Any) -> fx.Node:
-    """What the keys keep of every row's weight; nothing where the row sees none.
+    """The result times the share of each row's weight that the keys keep; zero where the row sees no key.
 
     Args:
         out: ``[B, H, Q, Dv]``; so is the result.
@@ -242,16 +244,16 @@ def _with_sink(build: Builder, out: fx.Node, lse: fx.Node, sink: Any) -> fx.Node
 
 
 GROUPED = "with grouped heads its backward pass has no scores that depend on the position"
-"""flash-attn 4 4.0.0b36 on Hopper takes the heads of a backward pass for packed ones, and reads elsewhere."""
+"""In a backward pass on Hopper, flash-attn 4 4.0.0b36 takes the heads for packed ones and reads elsewhere."""
 
 
 def scores_by_position(site: Site, made: Plan) -> bool:
-    """Do steps of the score of grouped heads read indices?"""
+    """With grouped heads, do steps of the score read indices?"""
     return bool(site.roles.group) and any(s[0] in ("add", "times") and fm.letters(s[1]) for s in made.scores)
 
 
 def _stored(build: Builder, node: fx.Node) -> fx.Node:
-    """A tensor as FlexAttention can read it, made once for all sites."""
+    """A tensor in the form that FlexAttention can read, made once for all sites."""
     if node.op == "placeholder":
         return node
     made: fx.Node = build.once(("stored", node), lambda: build.call(torch.ops.fusepass.stored.default, node))
@@ -261,14 +263,15 @@ def _stored(build: Builder, node: fx.Node) -> fx.Node:
 def tables_of(
     site: Site, build: Builder, made: Plan, masks: list[fx.Node], both: bool, stored: bool
 ) -> list[fx.Node]:
-    """The block tables; sites with one visibility share them.
+    """The block tables; sites with the same visibility share them.
 
-    Those that read no tensor are made beforehand.  Others of known sizes are plain operations, which the
+    Tables that read no tensor are made in advance.  Others of known sizes are plain operations, which the
     inner compiler fuses.
 
     Args:
-        both: those that a backward reads too.
-        stored: in memory whatever the inner compiler would rather fuse, for what is no operator to it.
+        both: include the tables that a backward reads.
+        stored: keep them in memory, whatever the inner compiler would fuse, for a call that it does not see
+            as an operator.
     """
     if not made.visible:
         return []
@@ -298,14 +301,14 @@ def tables_of(
 
 
 def mendable(site: Site) -> bool:
-    """Is the answer of rows that see no key known from the log-sum-exp alone?"""
+    """Does the log-sum-exp alone determine the result of rows that see no key?"""
     return not site.spec.unseen_rows or one_level(site.spec)
 
 
 def mended(
     site: Site, build: Builder, target: Target, x: Operands, out: fx.Node, lse: fx.Node, major: str = "heads"
 ) -> fx.Node:
-    """Rows that see no key have a log-sum-exp of minus infinity.
+    """Mend the rows that see no key: those whose log-sum-exp is minus infinity.
 
     Args:
         out: ``[B, H, Q, Dv]``, or ``[B, Q, H, Dv]`` with ``major="rows"``; so is the result.

@@ -1,6 +1,6 @@
-"""Calls of FlexAttention as one function each: of a program of modifiers, and of formulas with block tables.
+"""Two functions that call FlexAttention: with a program of modifiers, and with formulas and block tables.
 
-They stand in graphs, and are traced when the graph is compiled.
+They are nodes of graphs, and are traced when the graph is compiled.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ EXTREME = -1e30
 def flex_attention(
     q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], program: str, options: str
 ) -> Tensor:
-    """FlexAttention of a program; see :func:`fusepass.kernels.reference.attention` for the arguments.
+    """FlexAttention with a program; see :func:`fusepass.kernels.reference.attention` for the arguments.
 
-    ``options`` are FlexAttention's, as :func:`block_attention` has them.
+    ``options`` are FlexAttention's, as for :func:`block_attention`.
 
     Returns:
         ``[B, H, Q, Dv]`` in the dtype of ``q``.
@@ -51,9 +51,9 @@ def flex_attention(
 
 
 def kernel_options(q: Tensor) -> dict[str, Any]:
-    """The kernel options that the public function would set for a caller who reads the result alone.
+    """The kernel options that the public function would set for a caller who reads only the result.
 
-    The CPU kernel writes no log-sum-exp, the others only where a gradient may be asked for.
+    The CPU kernel writes no log-sum-exp; the others do only if a gradient may be needed.
     """
     return {
         "BACKEND": "AUTO",
@@ -100,7 +100,7 @@ def _apply(mod: Any, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, 
 def _masked(
     mod: Mask, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, ...], exact: bool
 ) -> Tensor:
-    """Hidden scores.  ``exact``: a bias may hide whole rows, in which fills are compared with each other."""
+    """Scores after a mask.  ``exact``: keep the exact fill, as rows that a bias may hide compare fills."""
     fill = max(mod.fill, EXTREME)
     if exact:
         fill = mod.fill if mod.fill == -math.inf else max(mod.fill, LOWEST)
@@ -130,12 +130,12 @@ def block_attention(
     code: str,
     options: str,
 ) -> tuple[Tensor, Tensor]:
-    """FlexAttention of formulas.
+    """FlexAttention with formulas.
 
     Args:
         q: ``[B, H, Q, D]``; k: ``[B, G, K, D]``; v: ``[B, G, K, Dv]``.
         score_tensors, mask_tensors: what the formulas load.
-        tables: the tensors of ``fusepass::block_tables``, or none where everything is visible; those by
+        tables: the tensors of ``fusepass::block_tables``, or none if everything is visible; the tables by
             queries, which only a backward reads, may be missing.
         code: ``[scale, [[kind, ...], ...], formula or null]``, the steps of the scores and the visibility.
         options: ``[[name, value], ...]``, kernel options of FlexAttention.
@@ -191,8 +191,8 @@ def _scored(mod: Any, s: Tensor, at: dict[str, Tensor], captured: tuple[Tensor, 
 
 
 def representable(added: Tensor) -> Tensor:
-    """The lowest finite values halved: they hide as much, and do not overflow in powers of two."""
+    """Halve the lowest finite values: they hide just as much, and do not overflow in powers of two."""
     if added.dtype is torch.float16 or not added.is_floating_point():
         return added
     too_low = torch.logical_and(added < LOWEST, added > -math.inf)
-    return torch.where(too_low, LOWEST, added)  # of comparisons alone: CuTe has no maximum in torch 2.11
+    return torch.where(too_low, LOWEST, added)  # comparisons, because CuTe has no maximum in torch 2.11

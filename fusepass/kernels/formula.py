@@ -1,7 +1,7 @@
 """Scalar formulas of masks and biases as text, evaluated element by element or block by block.
 
 A formula gives one number (or truth value) for batch ``b``, query head ``h``, query ``i`` and key ``j``.
-It is written from what :mod:`fusepass.patterns.masks` has understood, as nested lists:
+It is written as nested lists, from the expressions of :mod:`fusepass.rules.formulas`:
 
     ["const", x]                      a number
     ["index", c, [[n, letter, stride, size], ...]]
@@ -46,7 +46,7 @@ POINTWISE: dict[str, Callable[..., Any]] = {
 
 
 class Unwritable(Exception):
-    """A formula that has no text: a size that is not known, or an operation without a name here."""
+    """A formula that has no text: it contains an unknown size, or an operation without a name here."""
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Writer:
 
 
 def _joined(terms: list[list[Any]]) -> list[list[Any]]:
-    """Neighbouring digits of one letter as one: ``4 * (h // 4) + h % 4`` is ``h``."""
+    """Neighbouring digits of a letter joined: ``4 * (h // 4) + h % 4`` is ``h``."""
     made = list(terms)
     for high, low in itertools.permutations(terms, 2):
         if high not in made or low not in made or high[1] != low[1] or not low[3]:
@@ -170,7 +170,7 @@ def is_dense(formula: Formula) -> bool:
 
 
 def may_hide(formula: Formula, lowest: float) -> bool:
-    """May a bias hide scores: by a low constant, or a tensor that is not multiplied by a distance?"""
+    """May a bias hide scores: does it hold a low constant, or a tensor that no distance multiplies?"""
     kind = formula[0]
     if kind in ("index", "const"):
         return bool(kind == "const" and formula[1] < lowest)
@@ -189,7 +189,7 @@ def _without_casts(formula: Formula) -> Formula:
 def evaluate(formula: Formula, at: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> Tensor:
     """A formula's value; ``at`` holds integer tensors ``b``, ``h``, ``i``, ``j`` of one broadcast shape.
 
-    Kernels compute this for every score: indices are compared by as few operations as can be.
+    Kernels compute this for every score, so comparisons of indices use as few operations as possible.
     """
     operation = formula[0]
     found: Tensor
@@ -220,11 +220,11 @@ def evaluate(formula: Formula, at: Mapping[str, Tensor], tensors: Sequence[Tenso
 
 _OPPOSITE = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt", "eq": "ne", "ne": "eq"}
 _STRICTER = {("gt", 1): "ge", ("lt", -1): "le", ("le", 1): "lt", ("ge", -1): "gt"}
-"""Of whole numbers ``x + 1 > 0`` is ``x >= 0``."""
+"""For integers, ``x + 1 > 0`` is ``x >= 0``."""
 
 
 def _compared(formula: Formula) -> tuple[str, tuple[int, Any]] | None:
-    """A comparison of an index expression with a whole number, or its opposite, as one with zero."""
+    """A comparison of an index expression with an integer, or the reverse, as a comparison with zero."""
     if formula[0] == "not":
         inner = _compared(formula[1])
         if inner is None:
@@ -254,7 +254,7 @@ def _index(constant: int, terms: Any, at: Mapping[str, Tensor]) -> Tensor:
 
 
 def _sums(terms: Any, at: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    """What the index terms with positive factors add up to, and, without their sign, those with negative."""
+    """Two sums: of the index terms with positive factors, and of those with negative factors, negated."""
     found: dict[bool, Tensor] = {}
     for factor, letter, stride, size in terms:
         digit: Tensor = at[letter] if stride == 1 else at[letter] // stride

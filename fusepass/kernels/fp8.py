@@ -1,9 +1,10 @@
 """FP8 attention on Hopper: queries, keys and values as e4m3, scaled per batch and key/value head.
 
-Forward only.  Scales are computed on the GPU in plain operations, which the inner compiler fuses with the
-casts.  cuDNN takes one scale for all heads, so the scales of queries and keys are balanced to one product:
-``s_q s_k = c`` for every head, with ``q / s_q`` and ``k / s_k`` of one range; values are scaled head by
-head, and so is the result, which an average of values cannot exceed.  flash-attn 3 takes scales per head.
+Forward only.  Plain operations compute the scales on the GPU; the inner compiler fuses them with the casts.
+cuDNN takes one scale for all heads, so the scales of queries and keys are balanced to a common product: ``s_q
+s_k = c`` for every head, with ``q / s_q`` and ``k / s_k`` in the same range.  Values are scaled head by head,
+and so is the result: it is an average of values, so it cannot exceed them.  flash-attn 3 takes scales per
+head.
 
 An orthogonal rotation of queries and keys leaves their product as it is and spreads outliers over the head
 dimension (Shah et al., "FlashAttention-3", arXiv 2407.08608, section 3.3).
@@ -29,11 +30,11 @@ _SMALL = 1e-12
 def fp8_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, rotate: bool, library: str
 ) -> Tensor:
-    """Attention of e4m3 roundings.
+    """Attention with queries, keys and values rounded to e4m3.
 
     Args:
         q: ``[B, H, Q, D]``; k, v: ``[B, G, K, D]``, float16 or bfloat16.
-        causal: aligned top-left (cuDNN), and for flash-attn 3 of equal lengths.
+        causal: aligned top-left; flash-attn 3 needs equal lengths.
         rotate: rotate queries and keys before they are rounded.
         library: ``"cudnn"`` or ``"flash3"``.
 
@@ -43,14 +44,14 @@ def fp8_attention(
     if rotate:
         turn = hadamard(q.shape[-1], q)
         q, k = rotated(q, turn), rotated(k, turn)
-    # As they lie in memory: what TorchInductor writes in another order than its dimensions' is slower.
+    # In the order of memory: TorchInductor is slower at writing a tensor in another order.
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     compute = _of_flash3 if library == "flash3" else _of_cudnn
     return compute(q, k, v, scale, causal).transpose(1, 2)
 
 
 def rotated(x: Tensor, turn: Tensor) -> Tensor:
-    """``x @ turn`` in the memory order of ``x``: as ``[B, S, H, D]`` where that spares a copy."""
+    """``x @ turn`` in the memory order of ``x``: as ``[B, S, H, D]`` if that avoids a copy."""
     if x.is_contiguous():
         return x @ turn
     return (x.transpose(1, 2) @ turn).transpose(1, 2)
@@ -72,7 +73,7 @@ def _of_flash3(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> T
 
 
 def balanced(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``[B, S, H, D]`` as e4m3, and the one number ``[1, 1, 1, 1]`` that products are multiplied by."""
+    """``[B, S, H, D]`` as e4m3, and the single number ``[1, 1, 1, 1]`` that multiplies the products."""
     heads = k.shape[2]
     of_q, of_k = largest(q, heads), largest(k, heads)
     descale = (of_q * of_k).amax().clamp(min=_SMALL) / fp8_ops.E4M3_MAX**2
@@ -88,7 +89,7 @@ def largest(x: Tensor, heads: int) -> Tensor:
 
 
 def rounded(x: Tensor, factor: Tensor) -> Tensor:
-    """``[B, S, H, D]`` times a number a head, as e4m3: rounded to nearest, never beyond the largest."""
+    """``[B, S, H, D]`` times a number per head, as e4m3: rounded to nearest, clamped to the largest."""
     wide = x.float() * per_head(factor, x.shape[2])
     return wide.clamp(-fp8_ops.E4M3_MAX, fp8_ops.E4M3_MAX).to(torch.float8_e4m3fn)
 
@@ -112,7 +113,7 @@ def hadamard(size: int, like: Tensor) -> Tensor:
 
 
 def library() -> str:
-    """flash-attn 3, which writes bfloat16, where it is installed; else cuDNN."""
+    """The library to use: flash-attn 3, which writes bfloat16, if it is installed; else cuDNN."""
     return "flash3" if installed(FLASH3) and import_refuses(FLASH3) is None else "cudnn"
 
 

@@ -1,8 +1,8 @@
-"""FP8 attention of libraries as ``torch.ops.fusepass.fp8_cudnn`` and ``fp8_flash3``; forward only.
+"""FP8 attention of two libraries, as ``torch.ops.fusepass.fp8_cudnn`` and ``fp8_flash3``; forward only.
 
 cuDNN's is built with ``nvidia-cudnn-frontend`` (``pygraph.sdpa_fp8``): e4m3 in, e4m3 out; a graph is built
-once for each shape, layout and scale, and kept.  On Hopper cuDNN writes e4m3 only, so the result is scaled
-by what the caller knows of the values.  Source: cuDNN frontend documentation, "Attention FP8 forward".
+once for each shape, layout and scale, and cached.  On Hopper cuDNN writes only e4m3, so the result is scaled
+by what the caller knows about the values.  Source: cuDNN frontend documentation, "Attention FP8 forward".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from fusepass.kernels.flash_ops import Flash3, library
 
 E4M3_MAX = 448.0
-#: Weights are at most 1: scaled by this they use the exponents of e4m3, and cannot overflow.
+#: Weights are at most 1: scaled by this number they use the exponents of e4m3, and cannot overflow.
 WEIGHT_SCALE = 256.0
 
 _lock = threading.Lock()
@@ -102,7 +102,7 @@ def constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _result(q: Tensor, v: Tensor) -> Tensor:
-    """An empty ``[B, H, Q, Dv]`` that lies in memory as ``[B, Q, H, Dv]``."""
+    """An empty ``[B, H, Q, Dv]`` with the memory layout of ``[B, Q, H, Dv]``."""
     batch, heads, queries, _ = q.shape
     return q.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
 
@@ -140,7 +140,7 @@ torch.library.register_fake(
 
 
 def shard_heads() -> None:
-    """Tell DTensor that these operators split by batch and by heads, without communication."""
+    """Tell DTensor that these operators shard by batch and by heads, without communication."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding
 

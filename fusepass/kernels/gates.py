@@ -1,7 +1,7 @@
-"""What the kernels' libraries accept, as data: GPUs, dtypes, head sizes, packages.
+"""What the libraries behind the kernels accept, as data: GPUs, dtypes, head sizes, packages.
 
-Every row is what the library's own interface checks (versions in ``Gate.source``); a kernel's ``refuse``
-asks its row first, and ``python -m fusepass doctor`` prints the table.
+Every row states what the library's own interface checks (versions in ``Gate.source``); a kernel's ``refuse``
+looks at its row first, and ``python -m fusepass doctor`` prints the table.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _GENERATIONS = {
 
 @dataclass(frozen=True)
 class Package:
-    """A library, and how to find out whether it is installed without importing it."""
+    """A library, and how to tell whether it is installed without importing it."""
 
     name: str
     module: str
@@ -37,11 +37,11 @@ class Package:
     install: str
 
     def installed(self) -> bool:
-        """Is the file there?  (``flash_attn`` is one import name of two distributions.)"""
+        """Does its file exist?  (Two distributions share the import name ``flash_attn``.)"""
         return _holds(self.module, self.file)
 
     def path(self) -> str:
-        """What is imported."""
+        """The module that is imported."""
         inner = self.file.removesuffix(".py").removesuffix("__init__").replace("/", ".")
         return f"{self.module}.{inner}" if inner else self.module
 
@@ -63,12 +63,12 @@ FRONTEND = Package("nvidia-cudnn-frontend", "cudnn", "__init__.py", "pip install
 class Gate:
     """One row of the table.
 
-    majors: major compute capabilities; None is any device, a GPU or not.
-    step, least: head sizes are multiples of the one and at least the other.
+    majors: major compute capabilities; None means any device, GPU or not.
+    step, least: head sizes are multiples of ``step`` and at least ``least``.
     head_dims, backward_dims: the largest head size, forward and backward.
-    wide: major compute capabilities on which larger heads are taken, and how large.
-    same_width: keys and values must have one head size.
-    auto: of a registered kernel: may ``auto`` choose it?  Those of fusepass it ranks.
+    wide: major compute capabilities that take larger heads, and how large.
+    same_width: keys and values must have the same head size.
+    auto: for a registered kernel: may ``auto`` choose it?  Built-in kernels are always ranked.
     """
 
     kernel: str
@@ -105,7 +105,7 @@ GATES: dict[str, Gate] = {
 
 
 def gate_refuses(kernel: str, spec: Attention, device: str, training: bool) -> str | None:
-    """Why the hardware, an absent package, or a dtype or head size keeps a kernel from a site."""
+    """Why a kernel cannot serve a site: the hardware, a missing package, a dtype or a head size."""
     gate = GATES[kernel]
     if reason := machine_refuses(gate, device):
         return reason
@@ -130,7 +130,7 @@ def machine_refuses(gate: Gate, device: str) -> str | None:
 
 
 def _packages(gate: Gate) -> list[Package]:
-    """The libraries of a kernel, any of which will do."""
+    """The libraries of a kernel; any one of them will do."""
     return [p for p in (gate.package, FLASH3 if gate.kernel == "fp8" else None) if p is not None]
 
 
@@ -140,7 +140,7 @@ def runs_here(kernel: str, device: str) -> bool:
 
 
 def capability_refuses(gate: Gate, have: Capability | None) -> str | None:
-    """Why a GPU of a compute capability will not do."""
+    """Why a GPU with this compute capability will not do."""
     if gate.majors is None:
         return None
     if have is None:
@@ -159,7 +159,7 @@ def _head_sizes(gate: Gate, head_dim: Size, value_dim: Size, training: bool) -> 
     if not isinstance(head_dim, int) or not isinstance(value_dim, int):
         return "it needs head sizes that are known when it is compiled"
     if gate.same_width and head_dim != value_dim:
-        return f"it needs keys and values of one head size, and these are {head_dim} and {value_dim}"
+        return f"it needs keys and values of the same head size, and these are {head_dim} and {value_dim}"
     most = gate.backward_dims if training and gate.backward_dims is not None else gate.head_dims
     have = capability()
     most = most if have is None else dict(gate.wide).get(have[0], most)
@@ -185,15 +185,17 @@ def _capability(device: int) -> Capability:
 
 @cache
 def installed(package: Package) -> bool:
-    """Is a package installed?  Asked once a process; nothing is imported."""
+    """Is a package installed?  Looked up once per process; nothing is imported."""
     return package.installed()
 
 
 def library_refuses(kernel: str) -> str | None:
-    """Why the library of a kernel is there and cannot be imported: a part is missing, or of another release.
+    """Why the library of a kernel is installed but cannot be imported: a part is missing, or from another
+    release.
 
-    None if one of its libraries can, and where none is there: a graph may be compiled for another machine.
-    It is asked when a call of the library is written, which otherwise would fail in the midst of a model.
+    None if one of its libraries can be imported, or if none is installed: a graph may be compiled for another
+    machine.  This is checked when a call of the library is written; otherwise the call would fail in the
+    middle of a model.
     """
     there = [p for p in _packages(GATES[kernel]) if p.installed()] if kernel in GATES else []
     reasons = [import_refuses(p) for p in there]
@@ -202,14 +204,15 @@ def library_refuses(kernel: str) -> str | None:
 
 @cache
 def import_refuses(package: Package) -> str | None:
-    """Why a package that is there cannot be imported; None if it can, and where it is not there."""
+    """Why an installed package cannot be imported; None if it can be, or if it is not installed."""
     if not package.installed():
         return None
     try:
         import_module(package.path())
     except Exception as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        return f"{package.name} is installed, but cannot be imported ({why}): reinstall it with what it needs"
+        fault = f"{package.name} is installed but cannot be imported ({why})"
+        return f"{fault}: reinstall it with its dependencies"
     return None
 
 

@@ -1,6 +1,6 @@
 """``torch.ops.fusepass.attention``: the reference semantics as one opaque operator, with gradients.
 
-It shows recognition apart from kernels: any device, any dtype, forward and backward, plain mathematics.
+It shows recognition without any kernel: any device, any dtype, forward and backward, plain mathematics.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def compute_gradients(
 def _operator(name: str) -> tuple[Any, Any]:
     """The semantics of :func:`.attention.reference` as ``fusepass::name``, and its gradients as another.
 
-    Arguments of the operator, after which those of its backward follow the gradient of the result:
+    The arguments of the operator; its backward takes the gradient of the result first, then the same ones:
         q: ``[B, H, Q, D]``; k: ``[B, G, K, D]``; v: ``[B, G, K, Dv]``.
         tensors: operands of the program, broadcastable to ``[B, H, Q, K]``.
         program: modifiers as written by :func:`fusepass.specification.program.encode`.
@@ -81,31 +81,32 @@ def _operator(name: str) -> tuple[Any, Any]:
 
 
 attention, attention_backward = _operator("attention")
-#: The same, which compilers keep as it is: written out, TorchInductor would leave out what it rounds.
+#: The same, kept as it is by compilers: if TorchInductor expanded it, it would omit the roundings.
 rounded, rounded_backward = _operator("attention_rounded")
 
 
 def let_inductor_inline() -> None:
-    """Have TorchInductor write both operators out, and fuse their steps as it fuses the model's own."""
+    """Make TorchInductor expand both operators, and fuse their steps like those of the model itself."""
     from torch._inductor import decomposition
 
     table = decomposition.decompositions
     if attention._opoverload not in table:
         table[attention._opoverload] = compute
         table[attention_backward._opoverload] = compute_gradients
-        decomposition.fast_random_decomps.cache_clear()  # a copy of the table, made at first use
+        decomposition.fast_random_decomps.cache_clear()  # it copies the table at first use
 
 
-#: Queries and keys up to which plain mathematics is no slower than SDPA on a CPU (docs/cpu.md): in bfloat16,
-#: where the processor multiplies it, in inference and in training; in float32, in training with a mask.
+#: Up to these numbers of queries and keys, plain mathematics is no slower than SDPA on a CPU (docs/cpu.md):
+#: in bfloat16, if the processor multiplies it natively, in inference and training; in float32, in training
+#: with a mask.
 SHORT, SHORT_IN_TRAINING, SHORT_WITH_MASK = 128, 256, 32
 
 
 def refuse(spec: Attention, target: Target) -> str | None:
-    """It computes every specification; where nobody asked for it, it serves training, and short sequences.
+    """It computes every specification; unless it was requested, it serves only training and short sequences.
 
-    Plain mathematics is not faster than the graph as it was, but in training it keeps no weights.  And it
-    rounds as the program says, where the compiler that follows keeps wider numbers.
+    Plain mathematics is no faster than the original graph, but in training it keeps no weights.  It also
+    rounds as the program says, where the compiler that follows would keep wider numbers.
     """
     if target.requested or target.training or beats_sdpa(spec, target):
         return None
@@ -115,16 +116,16 @@ def refuse(spec: Attention, target: Target) -> str | None:
 
 
 def rounds(spec: Attention) -> bool:
-    """Does the original round scores or weights to less than its operands hold?"""
+    """Does the original round scores or weights to less precision than its operands have?"""
     casts = any(isinstance(m, Cast) for m in spec.scores)
     return casts or rounds_softmax(spec.softmax_dtype, spec.dtype)
 
 
 def beats_sdpa(spec: Attention, target: Target) -> bool:
-    """Is plain mathematics, compiled, measured no slower than SDPA?  A length that may grow counts as long.
+    """Was compiled plain mathematics measured no slower than SDPA?  A length that may grow counts as long.
 
-    So it is for short sequences on a CPU: in bfloat16 matrix products are faster than in float32 where the
-    processor has them, SDPA's kernel is not, and its backward is slower still.
+    That is the case for short sequences on a CPU: processors with bfloat16 products multiply faster in
+    bfloat16 than in float32, but SDPA's kernel does not gain from that, and its backward is slower still.
     """
     if target.device != "cpu" or not target.compiled:
         return False
@@ -138,13 +139,13 @@ def beats_sdpa(spec: Attention, target: Target) -> bool:
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Has this CPU instructions for products of bfloat16 (AVX512-BF16 or AMX)?"""
+    """Does this CPU have instructions for bfloat16 products (AVX512-BF16 or AMX)?"""
     asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
     return any(ask is not None and ask() for ask in asked)
 
 
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
-    """Write the operator; dropout's mask is drawn outside it, as one more operand."""
+    """Write the operator; the mask of a dropout is drawn outside it, as one more operand."""
     x = operands(site, build, gated=False)
     spec = site.spec
     tensors = all_operands(site, build)
@@ -156,7 +157,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
 
 
 def _drawn(site: Site, build: Builder, spec: Attention) -> tuple[Attention, fx.Node]:
-    """Replace dropout by a multiplication with a drawn tensor."""
+    """Replace dropout by a multiplication with a random tensor."""
     sizes = [build.size(s) for s in (spec.batch, spec.heads, spec.queries, spec.keys)]
     device = build.value(build.anchor).device
     ones = build.op("full", sizes, 1.0, dtype=spec.softmax_dtype, device=device)

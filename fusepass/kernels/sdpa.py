@@ -2,7 +2,7 @@
 
 ``softmax(q k^T * scale + attn_mask) v`` with dropout and grouped heads; ``is_causal`` is aligned
 top-left (PyTorch documentation of ``scaled_dot_product_attention``).  Its flash kernels take no
-``attn_mask``, so a mask that is proved causal, or to hide nothing, is never passed as a tensor, and a
+``attn_mask``, so a mask that is proved to be causal, or to hide nothing, is never passed as a tensor, and a
 window on a GPU goes to the operator behind it (:mod:`fusepass.kernels.torch_flash`).
 """
 
@@ -58,7 +58,8 @@ from fusepass.specification.takes import Takes
 from fusepass.writing.emit import Builder
 from fusepass.writing.stored import stored_op
 
-#: What is written, whatever stands at ``torch.nn.functional.scaled_dot_product_attention``.
+#: The function that is called, even if the user has replaced
+#: ``torch.nn.functional.scaled_dot_product_attention``.
 CALL = torch.ops.aten.scaled_dot_product_attention.default
 TAKES = Takes(
     ((Scale, ScaleBy), (Bias, Mask)), (Dropout, *AROUND), sink=True, learned=(Modifier,), fills="added",
@@ -106,7 +107,7 @@ def _levels_and_biases(site: Site, build: Builder, rows: Rows, dtype: torch.dtyp
 def _with_sink(
     site: Site, build: Builder, target: Target, x: Operands, mask: fx.Node | None
 ) -> tuple[Operands, fx.Node]:
-    """A sink as one more key and value of zeros: its score is zero plus the sink, its value nothing."""
+    """A sink as one more key and value of zeros: its score is zero plus the sink, and its value is zero."""
     spec, like = site.spec, build.value(x.q)
     assert spec.sink is not None
     k, v = (build.op("pad", t, [0, 0, 0, 1]) for t in (x.k, x.v))
@@ -128,9 +129,9 @@ def _with_sink(
 
 
 def attn_mask(site: Site, build: Builder, target: Target, x: Operands) -> fx.Node | None:
-    """Everything added to the scores, as one tensor; None where nothing is.
+    """Everything that is added to the scores, as one tensor; None if nothing is.
 
-    Beside a sink, which is to join it, it has the dtype of the sum.
+    If a sink is to be joined to it, it has the dtype of the sum.
     """
     spec, dtype = site.spec, build.value(x.q).dtype
     extra = spec.added
@@ -150,7 +151,7 @@ def attn_mask(site: Site, build: Builder, target: Target, x: Operands) -> fx.Nod
 
 
 def _as_operand(site: Site, build: Builder, target: Target, total: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """All that is added to a row's scores, its sink included, in the dtype that the call takes."""
+    """Everything that is added to the scores, including a sink, in the dtype that the call takes."""
     extra = site.spec.added
     large = len(extra) > 1 or any(isinstance(m, Bias) and m.hides for m in extra)
     if large and build.value(total).dtype.itemsize > dtype.itemsize:
@@ -161,16 +162,16 @@ def _as_operand(site: Site, build: Builder, target: Target, total: fx.Node, dtyp
 
 
 def _lifted(build: Builder, total: fx.Node) -> fx.Node:
-    """A sum less its row maximum: a narrower dtype would overflow, or round small numbers away beside it."""
+    """A sum minus its row maximum: in a narrower dtype it would overflow, or round small numbers away."""
     top = build.op("amax", total, [-1], True)
     known = build.op("where", build.op("isfinite", top), top, build.number(0.0, top))
     return build.op("sub", total, known)
 
 
 def _filled(site: Site, build: Builder, mod: Mask, before: fx.Node | None, dtype: torch.dtype) -> fx.Node:
-    """What has been added so far, replaced by the fill where the mask hides: ``-inf`` where rows see a key.
+    """The sum so far, replaced by the fill where the mask hides: by ``-inf`` in rows that see a key.
 
-    In other rows ``-inf`` would give NaN gradients; they are mended, or the fill was finite.
+    In other rows ``-inf`` would give NaN gradients: these rows are mended, or keep their finite fill.
     """
     lowest = torch.finfo(dtype).min
     fill = mod.fill if mod.fill == -math.inf and site.spec.rows_seen else max(mod.fill, lowest)
@@ -182,23 +183,23 @@ def _filled(site: Site, build: Builder, mod: Mask, before: fx.Node | None, dtype
 def _representable(build: Builder, added: fx.Node) -> fx.Node:
     """``added`` with its lowest finite values halved, since kernels work in powers of two.
 
-    ``finfo.min * log2(e)`` overflows: a row that a caller's own float mask hides throughout would be NaN.
-    Half of it hides as much, and keeps such a row uniform.
+    ``finfo.min * log2(e)`` overflows: a row that the user's float mask hides completely would be NaN.  Half
+    of it hides just as much, and keeps such a row uniform.
     """
     value = build.value(added)
     if value.dtype is torch.float16:
-        return added  # computed in float32, where it is far from overflowing
+        return added  # computed in float32, where nothing overflows
     half = build.number(torch.finfo(value.dtype).min / 2, added)
     infinite = build.op("eq_scalar", added, -math.inf)
     return build.op("where", infinite, added, build.op("maximum", added, half))
 
 
 def _absorbs(spec: Attention, target: Target, dtype: torch.dtype) -> bool:
-    """Does adding the masks as they are give the original's answer for rows that see no key?
+    """Does adding the masks as they are give the original's result for rows that see no key?
 
-    ``score + finfo.min`` rounds to ``finfo.min`` in float32 and bfloat16, so that such a row is uniform; a
-    higher fill does not absorb all scores, which is right only where the original adds it too.  That holds
-    for one mask, for the CPU kernel (CUDA's compute in powers of two, where ``finfo.min`` overflows) and
+    ``score + finfo.min`` rounds to ``finfo.min`` in float32 and bfloat16, so that such a row is uniform.  A
+    higher fill does not absorb all scores, which is correct only if the original adds it too.  All this holds
+    for a single mask, on the CPU (CUDA's kernels compute in powers of two, where ``finfo.min`` overflows) and
     without gradients (the backward's ``exp(s - logsumexp)`` loses the row's length).
     """
     one = len(spec.masks) == 1 == len(hiders(spec)) and empty_rows(spec) == "mean"
@@ -211,7 +212,7 @@ def _added(site: Site, build: Builder, mod: ScoreModifier) -> fx.Node:
     assert isinstance(mod, (Bias, Mask))
     tensor = score_operand(site, build, mod.slot)
     if not isinstance(tensor, fx.Node) or not isinstance(build.value(tensor), torch.Tensor):
-        raise Refused("a bias that is one number for all keys")
+        raise Refused("a bias is a single number for all keys")
     if isinstance(mod, Bias) and mod.factor != 1:
         return build.op("mul_scalar", tensor, mod.factor)
     return tensor
@@ -220,17 +221,17 @@ def _added(site: Site, build: Builder, mod: ScoreModifier) -> fx.Node:
 def _call(
     site: Site, build: Builder, target: Target, x: Operands, mask: fx.Node | None, causal: bool, scale: float
 ) -> fx.Node:
-    """The call itself, in the first form for which the device has a fused kernel."""
+    """Write the call, in the first form for which the device has a fused kernel."""
     p = site.spec.dropout
     if mask is not None and not target.training and build.value(mask).requires_grad:
         mask = build.op(
             "detach", mask
-        )  # PyTorch asks whether it requires gradients, not whether any are kept
+        )  # PyTorch checks whether it requires gradients, not whether any are kept
     x = Operands(*(_as_written(build, n) for n in (x.q, x.k, x.v)))
     if mask is not None and target.device != "cpu" and build.value(mask).shape[-1] == 1:
         shape = [build.size(size_of(n)) for n in build.value(mask).shape[:-1]]
         wide = build.op("expand", mask, [*shape, build.size(size_of(build.value(x.k).shape[2]))])
-        mask = build.op("contiguous", wide)  # kernels of a GPU read the keys' numbers side by side
+        mask = build.op("contiguous", wide)  # GPU kernels need a stride of 1 over the keys
     forms = _forms(site, build, x)
     chosen = next((f for f in forms if not _is_math(build, f[0], mask, p, causal, scale, f[1])), None)
     if chosen is None:
@@ -251,18 +252,19 @@ def _call(
 
 
 def _as_written(build: Builder, node: fx.Node) -> fx.Node:
-    """A copy of a tensor that the graph writes to through a transposed view.
+    """A copy of the tensor if the graph writes to it through a transposed view.
 
-    AOTAutograd of torch 2.13 hands SDPA, written by hand too, such a tensor as it was before the write.
+    In torch 2.13, AOTAutograd passes SDPA such a tensor as it was before the write, even in hand-written
+    code.
     """
     turned = not build.reader.turned.isdisjoint(build.reader.memory.of(node))
     return build.call(stored_op, node) if turned else node
 
 
 def _forms(site: Site, build: Builder, x: Operands) -> Iterator[tuple[Operands, bool, int | None]]:
-    """Ways to pose the call, the cheapest first: operands, grouped heads, the width to cut the result to.
+    """Ways to write the call, cheapest first: operands, grouped heads, the width to cut the result to.
 
-    Each writes its nodes when it is asked for, so that a form that is not needed leaves none.
+    Each form writes its nodes only when the iterator reaches it, so unneeded forms leave no nodes.
     """
     grouped, head_dim, width = bool(site.roles.group), site.spec.head_dim, site.spec.value_dim
     made: list[tuple[Operands, int | None]] = [(x, None)]
@@ -279,7 +281,7 @@ def _forms(site: Site, build: Builder, x: Operands) -> Iterator[tuple[Operands, 
 
 
 def _dense(build: Builder, x: Operands) -> Operands | None:
-    """Operands copied where the elements of a head are not side by side, as fused kernels want them."""
+    """Operands, copied if the elements of a head are not contiguous, as fused kernels require."""
     nodes = (x.q, x.k, x.v)
     strided = [not statically_known_true(build.value(n).stride(-1) == 1) for n in nodes]
     if not any(strided):
@@ -290,18 +292,18 @@ def _dense(build: Builder, x: Operands) -> Operands | None:
 def _is_math(
     build: Builder, x: Operands, mask: fx.Node | None, p: float, causal: bool, scale: float, gqa: bool
 ) -> bool:
-    """Would PyTorch compute this call with its unfused fallback?  It is asked, on fake tensors."""
+    """Would PyTorch compute this call with its unfused fallback?  It is run on fake tensors to find out."""
     q, k, v = (build.value(n) for n in (x.q, x.k, x.v))
     added = None if mask is None else build.value(mask)
     if q.device.type == "cuda" and not torch.cuda.is_available():
-        return not fused_on_cuda(q, v, added is not None, gqa)  # compiling for another machine
+        return not fused_on_cuda(q, v, added is not None, gqa)  # the graph is compiled for another machine
     with build.trial(), _Dispatched() as seen:
         CALL(q, k, v, attn_mask=added, dropout_p=p, is_causal=causal, scale=scale, enable_gqa=gqa)
     return not any(name.startswith("_scaled_dot_product") and "math" not in name for name in seen.names)
 
 
 def fused_on_cuda(q: torch.Tensor, v: torch.Tensor, masked: bool, gqa: bool) -> bool:
-    """PyTorch's conditions for a fused kernel on an NVIDIA GPU (``sdp_utils.cpp``), where there is none."""
+    """PyTorch's conditions (``sdp_utils.cpp``) for a fused kernel on NVIDIA GPUs, for use without a GPU."""
     half = q.dtype in (torch.float16, torch.bfloat16)
     small = max(size_of(q.shape[3]), size_of(v.shape[3])) <= 256 and q.shape[3] % 8 == 0
     flash = half and small and not masked and q.shape[3] == v.shape[3]
@@ -310,7 +312,7 @@ def fused_on_cuda(q: torch.Tensor, v: torch.Tensor, masked: bool, gqa: bool) -> 
 
 
 class _Dispatched(TorchDispatchMode):
-    """Notes the names of the operators that are called."""
+    """Records the names of the operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -332,7 +334,7 @@ def _why_math(site: Site, build: Builder, target: Target, mask: fx.Node | None, 
 
 
 def _same_width(build: Builder, x: Operands, head_dim: int, value_dim: int) -> Operands:
-    """Pad the narrower of keys and values with zeros: they add nothing to a product."""
+    """Pad the narrower of keys and values with zeros, which add nothing to a product."""
     missing = [0, abs(head_dim - value_dim)]
     if head_dim > value_dim:
         return Operands(x.q, x.k, build.op("pad", x.v, missing))
@@ -340,7 +342,7 @@ def _same_width(build: Builder, x: Operands, head_dim: int, value_dim: int) -> O
 
 
 def _repeated(site: Site, build: Builder, x: Operands) -> Operands:
-    """Key/value heads copied once a query head, for kernels that do not group."""
+    """Key/value heads copied for each query head, for kernels without grouped heads."""
     return Operands(x.q, repeat_heads(site, build, x.k), repeat_heads(site, build, x.v))
 
 

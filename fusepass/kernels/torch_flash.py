@@ -1,8 +1,8 @@
-"""PyTorch's own flash kernel with a window: what ``scaled_dot_product_attention`` can only take as a mask.
+"""PyTorch's own flash kernel with a window, which ``scaled_dot_product_attention`` can only take as a mask.
 
 ``aten::_flash_attention_forward`` (flash-attn 2, built into PyTorch) has window bounds, aligned at the last
-query and key, and PyTorch's derivative formula for it passes them on; ``[B, S, H, D]``, grouped heads as
-they are.
+query and key, and PyTorch's derivative formula for it passes them on.  It takes ``[B, S, H, D]``, with
+grouped heads as they are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAJORS = (8, 9, 10, 12)
 
 
 def window(spec: Attention, target: Target, dtype: torch.dtype) -> tuple[int | None, int | None] | None:
-    """The window of a site that this operator computes; None where it does not, or where there is none."""
+    """The window of a site, if this operator computes it; None if it does not, or if there is no window."""
     have, sizes = gates.capability(), (spec.head_dim, spec.value_dim)
     if target.device != "cuda" or target.aten or have is None or have[0] not in _MAJORS:
         return None

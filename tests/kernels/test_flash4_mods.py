@@ -409,7 +409,7 @@ def test_formulas_have_the_values_that_pytorch_gives(name: str, cute: None) -> N
 
 def test_divisions_of_what_may_be_negative_are_not_written() -> None:
     found = cute_mods.unwritable(fm.read(fm.text(["eq", ["floordiv", GAP, ["const", 3]], ["const", 1]])))
-    assert found == "floordiv of what may be negative"
+    assert found == "floordiv of a number that may be negative"
     assert cute_mods.unwritable(("cast", fm.read(fm.text(Q)), "f64")) == "a cast to f64"
 
 

@@ -76,7 +76,7 @@ REFUSED: dict[str, tuple[Attention, Target, str]] = {
     "scale over keys": (spec(ScaleBy(0, "bj")), CUDA, "varies over the keys"),
     "scale after a softcap": (spec(SoftCap(5.0), Scale(2.0)), CUDA, "'scale 2' comes after 'softcap 5'"),
     "unseen rows": (spec(CAUSAL, rows_seen=False), CUDA, "a query may see no key"),
-    "off the end": (spec(CAUSAL, queries=32), CUDA, "hold the diagonal that ends at the last key"),
+    "off the end": (spec(CAUSAL, queries=32), CUDA, "contain the diagonal that ends at the last key"),
 }
 
 
@@ -96,7 +96,7 @@ def test_what_one_library_has_alone(everything: None) -> None:
     assert FLASH2.refuse(dropped, CUDA) is None and FLASH4.refuse(sunk, CUDA) is None
     assert FLASH3.refuse(dropped, CUDA) == FLASH4.refuse(dropped, CUDA) == "it has no dropout"
     assert FLASH2.refuse(sunk, CUDA) == FLASH3.refuse(sunk, CUDA) == "it has no sink"
-    assert "one number a head" in str(FLASH4.refuse(replace(sunk, sink=Sink(1, "bh")), CUDA))
+    assert "one number per head" in str(FLASH4.refuse(replace(sunk, sink=Sink(1, "bh")), CUDA))
     wide = spec(head_dim=128, value_dim=64)
     assert FLASH4.refuse(wide, CUDA) is None and "one head size" in str(FLASH2.refuse(wide, CUDA))
 
@@ -187,7 +187,7 @@ def test_a_library_that_lacks_a_part_is_not_called(
     assert half.installed() and half.path() == "half_there"
     assert gates.FLASH4.path() == "flash_attn.cute.interface" and gates.FRONTEND.path() == "cudnn"
     monkeypatch.setitem(gates.GATES, "flash4", replace(gates.GATES["flash4"], package=half))
-    words = "half-there is installed, but cannot be imported (ModuleNotFoundError: No module named"
+    words = "half-there is installed but cannot be imported (ModuleNotFoundError: No module named"
     site = rewritten(lambda q, k, v: (q @ k.mT * 0.125).softmax(-1) @ v, "flash4", *[(2, 4, 64, 64)] * 3)[1]
     assert not site.fused and words in str(site.reason)
     assert gates.library_refuses("sdpa") is None and gates.library_refuses("flash3") is None
@@ -282,7 +282,7 @@ def test_a_bias_that_is_no_alibi(everything: None) -> None:
         return (s.masked_fill(hidden, -INF).softmax(-1) @ v).flatten(2)
 
     site = rewritten(program, "flash2", *[(2, 4, 64, 64)] * 3, (4, 64, 64))[1]
-    assert not site.fused and "but ALiBi" in str(site.reason)
+    assert not site.fused and "only bias is ALiBi" in str(site.reason)
 
 
 def test_cudnn_is_called_by_name(everything: None) -> None:
