@@ -1,7 +1,7 @@
 """What the pass may rely on beyond Dynamo's guards: the elements of buffers, as long as they do not change.
 
-A buffer that changed once is no constant.  That is learned of the tensor, and of the place in the model that
-it had: later compilations rely on neither.
+A buffer that has changed once is not a constant.  This is remembered of the tensor and of its place in the
+model: later compilations rely on neither.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Place = tuple[int, str]
 def static_inputs(
     gm: fx.GraphModule, example_inputs: Sequence[Any], among: Container[Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The placeholders of ``gm`` that stand for tensors held by a module and not learned: its buffers.
+    """The placeholders of ``gm`` that stand for buffers: tensors that a module holds and does not learn.
 
-    Dynamo marks what a module holds, so that CUDA graphs need not copy it; that mark is read here, unless
-    ``among`` says which tensors count.
+    Dynamo marks the tensors that a module holds, so that CUDA graphs need not copy them.  That mark is read
+    here, unless ``among`` says which tensors count.
     """
     found = {}
     placeholders = gm.graph.find_nodes(op="placeholder")
@@ -33,7 +33,7 @@ def static_inputs(
         if type(value) is not Tensor or value.requires_grad or value.layout is not torch.strided:
             continue
         if value.is_inference() and value.device.type != "cpu":
-            continue  # no version to guard
+            continue  # there is no version to guard
         held = getattr(value, "_dynamo_static_input_type", None) is not None
         if (held if among is None else value in among) and not _changes(value, place_of(node)):
             found[node.name] = value
@@ -42,25 +42,25 @@ def static_inputs(
 
 # -- what was learned ------------------------------------------------------------------------
 
-#: Tensors that were seen to change.
+#: Tensors that have been seen to change.
 _tensors: WeakIdKeyDictionary = WeakIdKeyDictionary()
-#: Places whose tensors were seen to change.
+#: Places whose tensors have been seen to change.
 _places: set[Place] = set()
 
 
 def note_changing(tensors: Iterable[Tensor]) -> None:
-    """From now on the elements of these tensors are not relied on."""
+    """From now on, do not rely on the elements of these tensors."""
     for tensor in tensors:
         _tensors[tensor] = True
 
 
 def note_place(place: Place) -> None:
-    """From now on no tensor that is found there is relied on."""
+    """From now on, do not rely on any tensor found at this place."""
     _places.add(place)
 
 
 def forget_places() -> None:
-    """``torch._dynamo.reset`` numbers functions anew."""
+    """Forget all places, because ``torch._dynamo.reset`` numbers functions from the beginning."""
     _places.clear()
 
 
@@ -73,7 +73,7 @@ def place_of(node: fx.Node) -> Place | None:
     frame = getattr(CompileContext.current_compile_id(), "frame_id", None)
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", None)
-    name = name() if callable(name) else name  # a method before it was a property
+    name = name() if callable(name) else name  # older versions of torch have a method, newer ones a property
     return None if frame is None or not isinstance(name, str) else (frame, name)
 
 
@@ -96,7 +96,7 @@ class Original:
             module.recompile()
 
     def module(self) -> fx.GraphModule:
-        """The original as a module of its own, whose nodes know their source lines and no more."""
+        """The original as a separate module, whose nodes keep nothing but their source lines."""
         root: fx.GraphModule | None = None
         for name, module, graph in self._saved:
             bare = copy.deepcopy(graph)

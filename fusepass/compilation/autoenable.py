@@ -1,10 +1,10 @@
 """The pass in every plain `torch.compile(...)` of the process, switched on and off; nothing is edited.
 
-`torch.compile` makes one `_TorchCompileInductorWrapper` a call whose backend is Inductor, and none otherwise.
-While the pass is enabled that name stands for a subclass that runs the pass first. So `mode=`, `options=`
-and every other argument keep their meaning, explicit other backends never notice, and `torch.compile`
-itself, with all references to it that were imported earlier, is left alone. What counts is when
-`torch.compile(...)` is called, not when the first call of the model compiles it.
+Each call of `torch.compile` whose backend is Inductor creates one `_TorchCompileInductorWrapper`; other calls
+create none. While the pass is enabled, that name stands for a subclass that runs the pass first. So `mode=`,
+`options=` and every other argument keep their meaning, other backends are not affected, and `torch.compile`
+itself is left alone, with all references to it that were imported earlier. What counts is the time at which
+`torch.compile(...)` is called, not the model's first call, which compiles it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ _original: type[Any] = getattr(torch, _HOOK)
 
 
 def _with_pass(options: Options) -> type[Any]:
-    """A class for the hook: Inductor as it is, with the pass before it."""
+    """The class that replaces the wrapper: Inductor as it is, with the pass before it."""
 
     class InductorWithFusepass(_original):  # type: ignore[misc]
         fusepass_options = options
@@ -33,7 +33,7 @@ def _with_pass(options: Options) -> type[Any]:
         def __call__(self, model_: torch.fx.GraphModule, inputs_: Sequence[Any], **kwargs: Any) -> Any:
             let_inductor_inline()
             compiler = partial(compile_by_inductor, self, **kwargs)
-            # What this class returns is Inductor's to PyTorch, which stores parts of it by itself.
+            # PyTorch takes the result of this class for Inductor's, and stores parts of it on its own.
             stored_by_torch = bool(getattr(torch._functorch.config, "bundled_autograd_cache", False))
             return compile_fused(
                 model_, inputs_, self.fusepass_options, compiler, stores_itself=not stored_by_torch
@@ -44,7 +44,7 @@ def _with_pass(options: Options) -> type[Any]:
             super().reset()
 
         def __eq__(self, other: object) -> bool:
-            # Dynamo reuses compiled code between equal backends.
+            # Dynamo reuses compiled code where backends are equal.
             parts = ("fusepass_options", "config", "dynamic", "name")
             return all(getattr(other, part, None) == getattr(self, part, None) for part in parts)
 
@@ -54,7 +54,7 @@ def _with_pass(options: Options) -> type[Any]:
 
 
 def enable(**options: Unpack[PassOptions]) -> None:
-    """Every `torch.compile(...)` from now on whose backend is Inductor gets the pass.
+    """From now on, every `torch.compile(...)` whose backend is Inductor gets the pass.
 
     Takes `kernel`, `precision` and `validate`; a second call replaces them. The inner backend and its mode
     are those of each `torch.compile` call.
@@ -66,7 +66,7 @@ def enable(**options: Unpack[PassOptions]) -> None:
 
 
 def disable() -> None:
-    """Later calls of `torch.compile(...)` are torch's own again; models compiled before keep the pass."""
+    """Later calls of `torch.compile(...)` are plain again; models that were compiled before keep the pass."""
     setattr(torch, _HOOK, _original)
 
 

@@ -32,19 +32,19 @@ def fusepass(
 ) -> Callable[..., Any]:
     """`torch.compile(model, backend="fusepass", options={...})`: fuses attention, then compiles as usual.
 
-    `mode` ("reduce-overhead", "max-autotune", ...) is that of `torch.compile(mode=...)`, where there are no
-    options: the option of that name. Inductor gets it, which must be the inner backend.
+    `mode` ("reduce-overhead", "max-autotune", ...) is the argument of `torch.compile(mode=...)`; it means the
+    same as the option of that name, which is used with `options=`. It needs Inductor as the inner backend.
     """
     checked = _same_request(options, Options.of(options, **({} if mode is None else {"mode": mode})))
     return compile_fused(gm, example_inputs, checked, inner_compiler(checked))
 
 
-#: The options of the latest calls of `torch.compile`, which hands the same mapping over for each graph.
+#: The options of the latest calls of `torch.compile`, which passes the same mapping for each graph.
 _requests: deque[tuple[object, Options]] = deque(maxlen=64)
 
 
 def _same_request(given: object, options: Options) -> Options:
-    """The options of an earlier graph of the same call of `torch.compile`, if they are these."""
+    """The options of an earlier graph of the same `torch.compile` call, if there was one."""
     for known, earlier in _requests:
         if given is not None and known is given and earlier == options:
             return earlier
@@ -64,10 +64,10 @@ def compile_fused(
     among: Container[torch.Tensor] | None = None,
     stores_itself: bool = True,
 ) -> Callable[..., Any]:
-    """The pass, then `compiler`; the original graph where `compiler` fails on the fused one.
+    """Run the pass, then `compiler`; if that fails on the fused graph, compile the original.
 
-    The elements of buffers are relied on under guards, of which the result consists where there are any; so
-    is that arguments share no memory.
+    The fused graph may rely on the elements of buffers, and on arguments that share no memory. The result
+    then includes guards that check both.
 
     Args:
         gm: the graph, which is rewritten.
@@ -75,8 +75,8 @@ def compile_fused(
         options: the user's.
         compiler: the inner compiler.
         among: the tensors whose elements may be relied on; by default all buffers.
-        stores_itself: whether the result may have to store itself. Where it may not and PyTorch is about to
-            store it, no guard would go along, and nothing is relied on.
+        stores_itself: whether the result may store itself. If it may not and PyTorch is about to store it, no
+            guard would be stored with it, so nothing is relied on.
     """
     from fusepass.compilation import guards
 
@@ -107,14 +107,14 @@ def _compiled(
     original: Original,
     report: GraphReport,
 ) -> Callable[..., Any]:
-    """The graph compiled, or the original where `compiler` fails on the fused one."""
+    """The compiled graph; if `compiler` fails on the fused graph, the original, compiled."""
     try:
         compiled: Callable[..., Any] = compiler(gm, example_inputs)
     except Exception as error:
         if strict() or _is_control_flow(error) or not any(site.fused for site in report.sites):
             raise
         fault = (
-            f"the inner compiler failed on the fused graph, which is compiled as it was: {first_line(error)}"
+            f"the inner compiler failed on the fused graph, so the original is compiled: {first_line(error)}"
         )
         log.warning("fusepass: %s", fault)
         report.notes.append(fault)
@@ -132,12 +132,12 @@ class Recompile:
     """The inner compiler; None: the one that the options name."""
 
     def __call__(self, among: Container[torch.Tensor]) -> Callable[..., Any]:
-        """A backend that relies on the elements of the tensors ``among`` alone."""
+        """A backend that relies on the elements of no tensors except ``among``."""
         compiler = self.compiler or inner_compiler(self.options)
         return partial(compile_fused, options=self.options, compiler=compiler, among=among)
 
     def __reduce__(self) -> Any:
-        """Pickled without an inner compiler that cannot be."""
+        """Pickle; an inner compiler that cannot be pickled is left out."""
         try:
             pickle.dumps(self.compiler)
             compiler = self.compiler
@@ -147,7 +147,7 @@ class Recompile:
 
 
 def _is_control_flow(error: Exception) -> bool:
-    """Is it Dynamo's own word (restart the analysis, skip the frame) and not a failure to compile?"""
+    """Is it a signal of Dynamo (restart the analysis, skip the frame) rather than a failure to compile?"""
     from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
     return isinstance(error, TorchDynamoException) and not isinstance(error, BackendCompilerFailed)
@@ -163,11 +163,11 @@ def run_pass(
 ) -> GraphReport:
     """Rewrites `gm` in place and publishes the report; a fault of the pass leaves the graph as it was.
 
-    `static` are buffers whose elements may be relied on, if those in the report's `assumed` are guarded;
-    `preparation` are seconds already spent on this graph, which the report adds to its own; `guarded` says
-    that those in `apart` are guarded too.
+    `static` are buffers whose elements may be relied on, provided that the caller guards those in the
+    report's `assumed`; `preparation` is the number of seconds already spent on this graph, which the report
+    includes; `guarded` says that the arguments in `apart` are guarded too.
 
-    With FUSEPASS_STRICT=1 in the environment such a fault is raised: for tests.
+    With FUSEPASS_STRICT=1 in the environment, which is for tests, such a fault is raised.
     """
     try:
         report: GraphReport = rewrite_graph(

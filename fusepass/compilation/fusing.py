@@ -27,8 +27,8 @@ def fuse(graph: Any, *example_inputs: Any, **options: Unpack[PassOptions]) -> An
     Args:
         graph: a ``GraphModule`` (from ``torch.fx.symbolic_trace``, say) or an ``ExportedProgram``,
             before or after ``run_decompositions()``.
-        example_inputs: tensors for a ``GraphModule`` whose nodes carry no shapes.  The result is then
-            for inputs of these shapes and dtypes, and says so when it is given others.
+        example_inputs: tensors for a ``GraphModule`` whose nodes carry no shapes.  The result then accepts
+            inputs of these shapes and dtypes only, and raises an error that says so for others.
         options: ``kernel=``, ``precision=``, ``validate=`` as for the backend; nothing is compiled, so
             ``inner=`` and ``mode=`` are refused.
 
@@ -66,7 +66,7 @@ def fuse_with(program: ExportedProgram, options: Options) -> ExportedProgram:
 
 
 def _renamed_outputs(program: ExportedProgram, graph_module: fx.GraphModule) -> Any:
-    """The signature, with the names that the outputs have now."""
+    """The signature, with the present names of the outputs."""
     signature = copy.deepcopy(program.graph_signature)
     results = graph_module.graph.output_node().args[0]
     assert isinstance(results, (tuple, list))
@@ -94,7 +94,7 @@ def _fuse_module(gm: fx.GraphModule, example_inputs: tuple[Any, ...], options: O
 
 
 def _propagate(gm: fx.GraphModule, example_inputs: tuple[Any, ...]) -> None:
-    """Record fake values on every node, and a check that later inputs have these shapes."""
+    """Record fake values on every node, and insert a check that later inputs have these shapes."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in example_inputs]
 
@@ -120,7 +120,7 @@ def _insert_check(gm: fx.GraphModule, example_inputs: tuple[Any, ...]) -> None:
 
 @fx.has_side_effect
 def expect_inputs(given: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
-    """Raise where inputs have other shapes or dtypes than the graph was fused for."""
+    """Raise if inputs have other shapes or dtypes than those that the graph was fused for."""
     for number, (value, wanted) in enumerate(zip(given, expected, strict=True)):
         if wanted is None or not isinstance(value, torch.Tensor):
             continue

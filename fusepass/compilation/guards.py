@@ -1,14 +1,14 @@
-"""Compiled graphs that check what they rely on at every call, here and wherever PyTorch stores them.
+"""Compiled graphs that check what they rely on at every call, in this process and after PyTorch stores them.
 
-A :class:`Guarded` is one callable that holds the check, the fused graph and the original.  While all that the
-fused graph relies on holds, it runs; else the original runs.  Where buffers changed it is compiled, with
-nothing assumed of those, unless nothing may be compiled.  Where arguments overlap it runs as it is: what
-AOTAutograd makes of one overlap is not right for the next.
+A :class:`Guarded` is one callable that holds the check, the fused graph and the original.  The fused graph
+runs as long as everything it relies on holds; otherwise the original runs.  If buffers have changed, the
+original is compiled, with nothing assumed about them, unless compiling is forbidden.  If arguments overlap,
+the original runs uncompiled: what AOTAutograd generates for one overlap is wrong for another.
 
-PyTorch stores what a backend returns in two ways, and the callable goes along in both: ``aot_compile`` asks
-it for its bytes (``SerializableCallable``), and ``caching_precompile`` keeps an artifact for every graph
-(:class:`GuardedArtifact`), which Dynamo loads in the next process instead of tracing.  The other caches are
-asked after the pass has run, by the fused graph, and so with the guards of this process.
+PyTorch stores what a backend returns in two ways, and both include the guards: ``aot_compile`` asks the
+callable for its bytes (``SerializableCallable``), and ``caching_precompile`` keeps an artifact for every
+graph (:class:`GuardedArtifact`), which Dynamo loads in the next process instead of tracing.  The other caches
+are looked up after the pass has run, by the fused graph, so the guards of this process apply.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ try:
         SerializableCallable,
     )
     from torch._dynamo.precompile_context import BackendCacheArtifact, PrecompileContext
-except ImportError:  # a PyTorch that stores nothing of a backend's own: guards stay in this process
+except ImportError:  # this PyTorch cannot store what a backend returns: guards stay in this process
     GraphModuleSerializableCallable = None  # type: ignore[assignment, misc]
     SerializableCallable = object  # type: ignore[assignment, misc]
     BackendCacheArtifact = dict  # type: ignore[assignment, misc]
@@ -48,7 +48,7 @@ log = logging.getLogger("fusepass")
 
 Compiled = Callable[..., Any]
 Recompile = Callable[[Any], Compiled]
-"""The backend that compiles the original: of the tensors whose elements it may rely on."""
+"""Makes the backend that compiles the original, given the tensors whose elements it may rely on."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Guards:
 
     Attributes:
         snapshots: the elements that arguments must have.
-        apart: the group of every argument that may not share memory with one of another group.
+        apart: a group for each argument that must not share memory with an argument of another group.
     """
 
     snapshots: tuple[tuple[int, Snapshot], ...]
@@ -65,7 +65,7 @@ class Guards:
 
     @classmethod
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any], report: GraphReport) -> Guards:
-        """The guards for what ``report`` names: ``assumed`` and ``apart``."""
+        """The guards for the arguments that ``report`` names in ``assumed`` and ``apart``."""
         names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
         at = [names.index(name) for name in report.assumed]
         groups = ((names.index(n), group) for group, listed in enumerate(report.apart) for n in listed)
@@ -74,12 +74,12 @@ class Guards:
         return cls(snapshots, tuple(groups))
 
     def changed(self, args: Sequence[Any]) -> list[int]:
-        """The arguments that hold other elements."""
+        """The arguments whose elements have changed."""
         with clean_context(draws=False):
             return [at for at, snapshot in self.snapshots if not snapshot.holds(args[at])]
 
     def overlap(self, args: Sequence[Any]) -> bool:
-        """Do tensors of different groups share a storage?  Tensors without memory of their own do not."""
+        """Do tensors of different groups share a storage?  Tensors that own no memory do not."""
         groups: dict[int, int] = {}
         for at, group in self.apart:
             value = args[at]
@@ -95,14 +95,15 @@ class Guards:
 
 
 class Guarded(SerializableCallable):
-    """A fused graph as long as what it relies on holds, the original graph otherwise.
+    """Runs a fused graph as long as what it relies on holds, and the original graph otherwise.
 
     Args:
         guards: what must hold.
         fused: the compiled fused graph.
-        original: makes the graph before the pass.  It is asked for when the graph is needed, because Dynamo
-            leaves alone what is generated while it compiles.
-        recompile: makes the backend that compiles the original when it is needed; None: it runs as it is.
+        original: makes the graph as it was before the pass.  It is called only when the graph is needed,
+            because Dynamo does not trace code that is generated while it compiles.
+        recompile: makes the backend that compiles the original when that is needed; None: the original runs
+            uncompiled.
         places: where the guarded buffers were found, by position.
     """
 
@@ -141,16 +142,16 @@ class Guarded(SerializableCallable):
                     note_place(self._places[at])
 
     def _otherwise(self, args: Sequence[Any], changed: list[int]) -> Compiled:
-        """What runs the original graph, where nothing overlaps."""
+        """The callable that runs the original graph, if no arguments overlap."""
         if self._recompile is None or _has_regions(self._original):
-            self._warn("the original graph runs, which is not compiled")
+            self._warn("the original graph runs, uncompiled")
             return self._original
         if _may_not_compile():
-            self._warn("the original graph runs, compiled only if it was before")
+            self._warn("the original graph runs, compiled only if it already is")
             cached: Compiled = torch._dynamo.run(self._original)
             return cached
         if self._compiled is None:
-            self._warn("compiling without it")
+            self._warn("compiling again without relying on it")
             kept = WeakIdKeyDictionary(
                 {args[at]: True for at, _ in self._guards.snapshots if at not in changed}
             )
@@ -161,12 +162,12 @@ class Guarded(SerializableCallable):
     def _warn(self, consequence: str) -> None:
         if not self._warned:
             self._warned = True
-            log.warning("fusepass: a buffer changed that a fused graph relied on; %s", consequence)
+            log.warning("fusepass: a buffer that a fused graph relied on has changed; %s", consequence)
 
     # -- stored ------------------------------------------------------------------------------
 
     def stored(self, recompile: Recompile | None) -> bytes:
-        """All of it as bytes, for ``from_stored``; ``recompile`` must be something that can be pickled.
+        """The whole as bytes, for ``from_stored``; ``recompile`` must be picklable.
 
         Raises:
             TypeError: the inner compiler returned something that cannot be stored.
@@ -182,7 +183,7 @@ class Guarded(SerializableCallable):
 
     @classmethod
     def serialize_compile_artifacts(cls, fn: Guarded) -> bytes:
-        """For ``aot_compile``: what is compiled ahead of time compiles nothing later."""
+        """For ``aot_compile``: a graph that is compiled ahead of time compiles nothing later."""
         return fn.stored(None)
 
     @classmethod
@@ -191,9 +192,9 @@ class Guarded(SerializableCallable):
         return cls.from_stored(data)
 
     def keep_as(self, gm: fx.GraphModule) -> None:
-        """Have PyTorch store this, and not its parts, for the graph that Dynamo knows as ``gm``.
+        """Make PyTorch store this object, not its parts, for the graph that Dynamo knows as ``gm``.
 
-        Where it cannot be stored, nothing is: Dynamo then leaves the function out of its cache.
+        If it cannot be stored, nothing is: Dynamo then leaves the function out of its cache.
         """
         key = getattr(gm, "_backend_id", None)
         if key is None:
@@ -214,27 +215,27 @@ class GuardedArtifact(BackendCacheArtifact[Any]):
 
 
 def places(gm: fx.GraphModule, guards: Guards) -> dict[int, Place]:
-    """Where the guarded buffers of ``gm`` were found, by position; those of which it is known."""
+    """Where the guarded buffers of ``gm`` were found, by position, as far as it is known."""
     nodes = gm.graph.find_nodes(op="placeholder")
     found = ((at, place_of(nodes[at])) for at, _ in guards.snapshots)
     return {at: place for at, place in found if place is not None}
 
 
 def can_be_stored(module: fx.GraphModule) -> bool:
-    """Can the original graph go along with the fused one?"""
+    """Can the original graph be stored with the fused one?"""
     if GraphModuleSerializableCallable is None:
         return False
     try:
         _stored(GraphModuleSerializableCallable(module))
     except Exception as error:
-        log.info("fusepass: a graph cannot be stored, and nothing is assumed in it: %s", error)
+        log.info("fusepass: a graph cannot be stored, so nothing is assumed in it: %s", error)
         return False
     return True
 
 
 @contextlib.contextmanager
 def stored_by_us(gm: fx.GraphModule) -> Iterator[None]:
-    """Inside, PyTorch stores nothing under the graph's name, and the backward is compiled at once."""
+    """Inside, PyTorch stores nothing under the graph's name, and compiles the backward immediately."""
     key = getattr(gm, "_backend_id", None)
     config = torch._functorch.config
     at_once = hasattr(config, "force_non_lazy_backward_lowering")
@@ -247,7 +248,7 @@ def stored_by_us(gm: fx.GraphModule) -> Iterator[None]:
 
 
 def _stored(fn: Compiled) -> tuple[Callable[[bytes], Any], bytes]:
-    """How to load a compiled function, and from what."""
+    """A function that loads a compiled function, and what it loads from."""
     if not isinstance(fn, SerializableCallable):
         if getattr(fn, "serialize", None) is None:
             raise TypeError(
@@ -285,12 +286,12 @@ def _picklable(value: Any) -> Any:
 
 
 def _has_regions(module: fx.GraphModule) -> bool:
-    """Does the graph call higher-order operators, whose bodies are graph modules of their own?"""
+    """Does the graph call higher-order operators, whose bodies are separate graph modules?"""
     return any(isinstance(m, fx.GraphModule) for m in module.children())
 
 
 def _may_not_compile() -> bool:
-    """Is nothing to be compiled from now on (``torch.compiler.set_stance("fail_on_recompile")``)?"""
+    """Is compiling forbidden from now on (``torch.compiler.set_stance("fail_on_recompile")``)?"""
     stance = getattr(torch._dynamo.eval_frame, "_stance", None)
     return getattr(stance, "stance", "default") == "fail_on_recompile"
 

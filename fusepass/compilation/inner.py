@@ -17,9 +17,9 @@ from fusepass.kernels.reference import let_inductor_inline
 
 log = logging.getLogger("fusepass")
 
-#: The setting of Inductor that runs a pass over its last graph.
+#: Inductor's setting for a custom pass over its final graph.
 _PASS = "post_grad_custom_post_pass"
-#: Inductor as `torch.compile` calls it; `enable` puts another class in its place, which runs the pass.
+#: Inductor as `torch.compile` calls it; `enable` replaces it with a class that runs the pass.
 _INDUCTOR = torch._TorchCompileInductorWrapper
 
 
@@ -40,8 +40,8 @@ def compile_by_inductor(
 ) -> Callable[..., Any]:
     """Inductor as `torch.compile` calls it, with a named range for every fused site.
 
-    It leaves out casts to narrower dtypes, unless it is told. Where attention stays whose scores are rounded
-    by such casts, it is told: a fill that overflows there is infinite.
+    By default Inductor omits casts to narrower dtypes. It is told to keep them if a site stays whose scores
+    are rounded by such casts: a fill that overflows there is infinite.
     """
     made = marked(inductor, gm)
     graphs = (module for module in gm.modules() if isinstance(module, torch.fx.GraphModule))
@@ -53,7 +53,7 @@ def compile_by_inductor(
 
 
 def marked(inductor: Any, gm: fx.GraphModule) -> Any:
-    """Inductor as `torch.compile` calls it, which writes a range for every labelled site of `gm`."""
+    """Inductor as `torch.compile` calls it, with a range in its code for every labelled site of `gm`."""
     labels = labels_of(gm)
     marks = _marks() if labels else None
     if marks is None:
@@ -69,7 +69,7 @@ def marked(inductor: Any, gm: fx.GraphModule) -> Any:
 
 @functools.cache
 def _marks() -> Any:
-    """The module of marks, which Inductor knows then; None where it was written for another Inductor."""
+    """The module of marks, registered with Inductor; None if it does not fit this version of Inductor."""
     try:
         from fusepass.compilation import marks
 
@@ -77,7 +77,7 @@ def _marks() -> Any:
     except (AttributeError, ImportError, TypeError) as error:
         if strict():
             raise
-        log.info("fusepass: no ranges in the code of this Inductor: %s", error)
+        log.info("fusepass: no named ranges with this version of Inductor: %s", error)
         return None
     return marks
 

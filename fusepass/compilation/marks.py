@@ -1,10 +1,10 @@
 """Marks in the programs that TorchInductor generates: lines before and after the kernels of a fused site.
 
-Two operators stand in Inductor's last graph where a site begins and ends. They are lowered to nothing: what
-was lowered between them are the site's own operations, and the calls among these write the lines. So fusions,
-layouts, memory and order are those of the program without marks.
+In Inductor's final graph, two operators stand where a site begins and ends. They are lowered to nothing: the
+operations that are lowered between them are the site's own, and the calls among these write the lines. So
+fusions, layouts, memory and order are the same as without marks.
 
-Imported where Inductor is about to be called.
+This module is imported only when Inductor is about to be called.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _device(node: fx.Node) -> str:
 
 @functools.cache
 def _library() -> Any:
-    """Two operators that do nothing but stand in a graph."""
+    """Two operators that do nothing; they only stand in a graph."""
     library = torch.library.Library("fusepass", "FRAGMENT")
     for name in ("range_enter", "range_leave"):
         library.define(f"{name}(str label, str template_on) -> ()")
@@ -65,7 +65,7 @@ def _leave() -> Any:
 
 
 class Marking(CustomGraphPass):
-    """The custom pass that writes marks into Inductor's last graph, after the passes of the user."""
+    """The custom pass that writes marks into Inductor's final graph, after the user's own passes."""
 
     def __init__(self, labels: tuple[str, ...], before: tuple[Callable[[fx.Graph], None], ...]) -> None:
         self.labels, self.before = labels, before
@@ -76,15 +76,15 @@ class Marking(CustomGraphPass):
         write_marks(graph)
 
     def uuid(self) -> Any:
-        """What the code depends on; None (it is not cached) where a pass of the user says so."""
+        """The cache key of the code; None (no caching) if one of the user's passes says so."""
         theirs = [getattr(one, "uuid", lambda: None)() for one in self.before]
         return None if None in theirs else (get_hash_for_files((__file__,)), self.labels, *theirs)
 
 
 class Mark(ir.ExternKernel):
-    """Lines of their own, where a template writes the call: an operation without operands or results.
+    """Lines before or after a call that a template writes: an operation without operands or results.
 
-    The scheduler is asked for an order that forbids nothing: a mark comes before a template, or after one.
+    The scheduler gets an order that rules out no fusion: a mark comes before a template, or after one.
     """
 
     def __init__(self, device: str, lines: tuple[str, ...]) -> None:
@@ -99,30 +99,30 @@ class Mark(ir.ExternKernel):
         _codegen(lambda _: None, self.lines, (), wrapper)
 
     def should_allocate(self) -> bool:
-        """There is no result."""
+        """False: there is no result."""
         return False
 
     def has_side_effects(self) -> bool:
-        """It is kept, though nothing reads it."""
+        """True: it must be kept although nothing reads it."""
         return True
 
     def get_unbacked_symbol_defs(self) -> Any:
-        """No sizes are made."""
+        """None: it creates no sizes."""
         return OrderedSet()
 
 
 def _must_follow(operation: Any, buffer: str) -> None:
-    """Have the scheduler put an operation behind what writes a buffer, which lives no longer for it."""
+    """Make the scheduler put an operation after a buffer's writer, without extending the buffer's life."""
     V.graph.additional_buffer_deps[operation.operation_name].add(buffer)
 
 
 class Opened(NamedTuple):
-    """A site whose last node was not lowered yet."""
+    """A site whose last node has not been lowered yet."""
 
     operations: int
-    """How many there were before it."""
+    """How many operations there were before it."""
     mark: Mark | None
-    """Where its record is opened, if a template comes first."""
+    """The mark that opens its record, if a template comes first."""
 
 
 #: By graph and label.
@@ -130,18 +130,18 @@ _opened: dict[tuple[int, str], Opened] = {}
 
 
 def enter(label: str, template_on: str) -> None:
-    """Note that the next operations are of a site, which begins with a template on a device, or with none."""
+    """Note that a site begins here; ``template_on`` is the device of a template that comes first, if any."""
     mark = Mark(template_on, _opening(label)) if template_on else None
     _opened[id(V.graph), label] = Opened(len(V.graph.operations), mark)
 
 
 def leave(label: str, template_on: str) -> None:
-    """Open a record before the first call that a site was lowered to, and close it after the last."""
+    """Open a record before the first call of a lowered site, and close it after the last."""
     operations, mark = _opened.pop((id(V.graph), label), (len(V.graph.operations), None))
     calls = [op for op in V.graph.operations[operations:] if _is_call(op)]
     if not calls:
         return
-    # Where Inductor cuts the program in parts, the record was closed with the part that opened it.
+    # If Inductor splits the program into parts, the record was already closed with the part that opened it.
     closing = f"try: {variable(label)}.__exit__(None, None, None)", "except NameError: pass"
     if mark is not None:
         _must_follow(calls[0], mark.buffer)
@@ -159,13 +159,13 @@ def _opening(label: str) -> tuple[str, str]:
 
 
 def _is_call(operation: Any) -> bool:
-    """Is an operation a call of a kernel, and neither a part of a result nor a buffer that others fill?"""
+    """Is an operation the call of a kernel, and not a part of a result or a buffer that others fill?"""
     silent = (ir.MultiOutput, ir.NopKernel, Mark)
     return isinstance(operation, (ir.ExternKernel, ir.TemplateBuffer)) and not isinstance(operation, silent)
 
 
 def _around(call: Any, before: tuple[str, ...], after: tuple[str, ...]) -> None:
-    """Write lines with a call."""
+    """Make a call write lines before and after itself."""
     if isinstance(call, ir.ExternKernel):
         call.codegen = partial(_codegen, call.codegen, before, after)  # type: ignore[method-assign]
 
@@ -173,7 +173,7 @@ def _around(call: Any, before: tuple[str, ...], after: tuple[str, ...]) -> None:
 def _codegen(
     codegen: Callable[[Any], None], before: tuple[str, ...], after: tuple[str, ...], wrapper: Any
 ) -> None:
-    """The code of a call, between lines; without them where the program is in C++."""
+    """The code of a call between its lines; a program in C++ gets no lines."""
     for line in () if V.graph.cpp_wrapper else before:
         wrapper.writeline(line)
     codegen(wrapper)
@@ -182,7 +182,7 @@ def _codegen(
 
 
 def variable(label: str) -> str:
-    """`fusepass 3: causal, sdpa, ...` is in `_fusepass_3`, its backward pass in `_fusepass_3_backward`."""
+    """`_fusepass_3` for `fusepass 3: causal, sdpa, ...`, and `_fusepass_3_backward` for its backward pass."""
     number = label.split(":", 1)[0].rpartition(" ")[2]
     return f"_fusepass_{number}" + "_backward" * label.endswith(", backward")
 

@@ -1,10 +1,10 @@
 """Fused sites by name: in graphs, in the code that TorchInductor generates, and in `torch.profiler` traces.
 
-The nodes of a fused site are named after it, and its label is the last function that they say to come from
-(`meta["source_fn_stack"]`), which AOTAutograd keeps and copies to the nodes of the backward pass. When the
-final graph is made, a mark goes before the first and after the last of a site's nodes. Under Inductor the
-marks become lines of the generated program, which open and close a record of the profiler
-(:mod:`.marks`). Under "aot_eager" and "eager" they are calls that open and close the same record.
+The nodes of a fused site are named after it. Its label is the innermost entry of their
+`meta["source_fn_stack"]`, which AOTAutograd keeps and copies to the nodes of the backward pass. In the final
+graph, a mark goes before the first and after the last node of a site. Under Inductor the marks become lines
+of the generated program that open and close a record of the profiler (:mod:`.marks`). Under "aot_eager" and
+"eager" they are calls that do the same.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import fx
 
 from fusepass.host.surroundings import will_be_stored
 
-#: The mark, in its `meta`, of a graph in which a site stays whose scores or weights are rounded on purpose.
+#: The key in the `meta` of a graph in which a site stays whose scores or weights are rounded on purpose.
 ROUNDS = "fusepass_rounds"
 
 
 def annotate(nodes: Iterable[fx.Node], number: int, label: str, compiled: bool) -> None:
-    """Name the nodes of a fused site, and give them its label where a compiler follows.
+    """Name the nodes of a fused site, and give them its label if a compiler follows.
 
-    Exported graphs are written to files, in a form that has no place for labels.
+    Exported graphs get no labels: the file format has no place for them.
     """
     for node in nodes:
         if node.op != "get_attr":
@@ -36,7 +36,7 @@ def annotate(nodes: Iterable[fx.Node], number: int, label: str, compiled: bool) 
 
 
 def label_of(node: fx.Node) -> str | None:
-    """The label of the site that a node computes, in whatever graph it is; None for other nodes."""
+    """The label of the site that a node belongs to, in any graph; None for other nodes."""
     for key, suffix in (("source_fn_stack", ""), ("fwd_source_fn_stack", ", backward")):
         for entry in reversed(node.meta.get(key) or ()):
             if isinstance(entry, tuple) and str(entry[0]).startswith("fusepass "):
@@ -53,7 +53,7 @@ def labels_of(gm: fx.GraphModule) -> tuple[str, ...]:
 def extents(graph: fx.Graph) -> list[tuple[str, fx.Node, fx.Node]]:
     """Every label with the first and the last node that computes something for it.
 
-    What depends on no input (positions, masks made of them) may be computed anywhere, and is left out.
+    Nodes that depend on no input (positions, masks made of them) may be computed anywhere: they are left out.
     """
     found: dict[str, list[fx.Node]] = {}
     varying: set[fx.Node] = set()
@@ -73,7 +73,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _with_parts(node: fx.Node) -> fx.Node:
-    """The last of the results that are taken out of a node right after it."""
+    """The last of the nodes that directly follow a node and take its results apart."""
     while node.next.target is operator.getitem and label_of(node.next) is not None:
         node = node.next
     return node
@@ -83,7 +83,7 @@ def _with_parts(node: fx.Node) -> fx.Node:
 
 
 def eager_ranges(inner: str, compiler: Callable[..., Any]) -> Callable[..., Any]:
-    """The backend "eager" or "aot_eager" with the ranges of the graph it is given; others as they are."""
+    """The backend "eager" or "aot_eager" with ranges for the graph's sites; other backends unchanged."""
     if inner == "eager":
         return lambda gm, inputs, **more: compiler(with_records(gm), inputs, **more)
     takes = inspect.signature(compiler).parameters
@@ -93,7 +93,7 @@ def eager_ranges(inner: str, compiler: Callable[..., Any]) -> Callable[..., Any]
     def compile_with_ranges(gm: fx.GraphModule, inputs: Sequence[Any], **more: Any) -> Any:
         from torch._dynamo.backends.debugging import boxed_nop
 
-        if not labels_of(gm) or will_be_stored():  # PyTorch stores what its own backend makes
+        if not labels_of(gm) or will_be_stored():  # PyTorch stores the result of its own backend
             return compiler(gm, inputs, **more)
 
         def nop(graph: fx.GraphModule, example: Sequence[Any], **rest: Any) -> Any:
@@ -105,7 +105,7 @@ def eager_ranges(inner: str, compiler: Callable[..., Any]) -> Callable[..., Any]
 
 
 def with_records(gm: fx.GraphModule) -> fx.GraphModule:
-    """`gm`, which opens and closes records around the nodes of its sites."""
+    """`gm`, with calls that open and close records around the nodes of its sites."""
     found = extents(gm.graph)
     for label, first, last in found:
         with gm.graph.inserting_before(first):
@@ -119,7 +119,7 @@ def with_records(gm: fx.GraphModule) -> fx.GraphModule:
 
 @fx.has_side_effect
 def open_record(label: str) -> Any:
-    """A range of the profiler that begins now; next to nothing where no profiler runs."""
+    """Begin a range of the profiler; this costs next to nothing if no profiler runs."""
     record = torch._C._profiler._RecordFunctionFast(label)
     record.__enter__()
     return record
@@ -127,7 +127,7 @@ def open_record(label: str) -> Any:
 
 @fx.has_side_effect
 def close_record(record: Any) -> None:
-    """The end of a range."""
+    """End a range."""
     record.__exit__(None, None, None)
 
 
