@@ -57,9 +57,7 @@ def test_inference_under_inductor(kernel: str, name: str) -> None:
     need(kernel)
     if kernel == "flex_flash":
         got = call(compiled(CASES[name].program, kernel, "inductor"), CASES[name].inputs())
-        assert not got.site.fused and "score modifiers can read no tensors" in str(
-            got.site.reason
-        )
+        assert not got.site.fused and "score modifiers can read no tensors" in str(got.site.reason)
         return
     check(CASES[name], kernel, "inductor", grads=False)
 
