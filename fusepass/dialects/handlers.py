@@ -1,9 +1,9 @@
-"""The registry of operations, and what every handler is made of.
+"""The registry of operations, and the helpers that all handlers use.
 
 A handler gets the operands as values (an ``Expr`` for a tensor, Python numbers, sympy sizes) and the result's
-shape and dtype, and returns the meaning of the node, or None where it is not looked into.  Its signature says
-which forms of the call it describes: how many arguments, of which names and types (``Value`` is any).  What
-it raises is a fault.
+shape and dtype, and returns the meaning of the node, or None if the node stays opaque.  Its signature says
+which forms of the call it describes: how many arguments, of which names and types (``Value`` is any).  Any
+exception from it is a fault.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ H = TypeVar("H", bound=Handler)
 
 @dataclass(frozen=True)
 class Result:
-    """What is known of a node before its meaning: result type, size facts, a name no other node has."""
+    """What is known about a node before its meaning: result type, facts about sizes, a unique name."""
 
     shape: Shape
     dtype: torch.dtype
@@ -43,7 +43,7 @@ HANDLERS: dict[str, Handler] = {}
 def handles(*names: str) -> Callable[[H], H]:
     """Register a handler under every name of its operation.
 
-    The table is filled when a graph is first read; a handler that somebody put there earlier stays.
+    The table is filled when a graph is first read; a handler that was put there earlier stays.
     """
 
     def register(handler: H) -> H:
@@ -57,17 +57,17 @@ def handles(*names: str) -> Callable[[H], H]:
 def call_handler(
     handler: Handler, result: Any, args: Sequence[Value], kwargs: Mapping[str, Value] | None = None
 ) -> Value:
-    """What a handler makes of a call.
+    """The answer of a handler to a call.
 
     Args:
         handler: a handler of a table.
-        result: its first argument, what is known of the result.
+        result: its first argument: what is known about the result.
         args: the call's arguments, as values.
-        kwargs: those by name.
+        kwargs: the arguments given by name.
 
     Returns:
-        The handler's answer, or None where it does not describe such a call: the arguments do not bind to its
-        signature, or one is not of the type that is annotated there.
+        The handler's answer, or None if it does not describe such a call: the arguments do not bind to its
+        signature, or one does not have the annotated type.
 
     Raises:
         Exception: whatever the handler raises, which is a fault of the handler.
@@ -88,7 +88,7 @@ def call_handler(
 
 @functools.cache
 def _form(handler: Handler) -> tuple[inspect.Signature, dict[str, tuple[bool, tuple[type, ...]]]]:
-    """A handler's signature; for its typed parameters, whether they take several values, and which types."""
+    """A handler's signature; for each typed parameter, whether it takes several values, and its types."""
     signature, hints = inspect.signature(handler), get_type_hints(handler)
     accepted: dict[str, tuple[bool, tuple[type, ...]]] = {}
     for name, parameter in list(signature.parameters.items())[1:]:
@@ -99,7 +99,7 @@ def _form(handler: Handler) -> tuple[inspect.Signature, dict[str, tuple[bool, tu
 
 
 def _types(hint: Any) -> tuple[type, ...] | None:
-    """The types of a hint; None where it takes anything.  Integers are floats too."""
+    """The types of a hint; None if it takes anything.  An integer counts as a float too."""
     if get_origin(hint) in (Union, types.UnionType):
         parts = [_types(part) for part in get_args(hint)]
         return None if any(p is None for p in parts) else tuple(t for p in parts if p is not None for t in p)
@@ -112,8 +112,8 @@ def _types(hint: Any) -> tuple[type, ...] | None:
 def as_expr(value: Value, like: torch.dtype = torch.float64) -> Expr | None:
     """A tensor operand or a number as an expression.
 
-    A Python float is taken in the precision in which the tensor that it meets, of dtype ``like``, is computed
-    with; without one, in its own.
+    A Python float gets the precision in which the tensor next to it, of dtype ``like``, is computed; without
+    such a tensor, it keeps its own.
     """
     if isinstance(value, Expr):
         return value
@@ -129,14 +129,14 @@ def as_expr(value: Value, like: torch.dtype = torch.float64) -> Expr | None:
 
 
 def view(op: str, x: Expr, shape: Shape, *attrs: Any) -> Expr:
-    """A view node; the operand itself where nothing changes."""
+    """A view node, or the operand itself if nothing changes."""
     if op in ("reshape", "expand") and shape == x.shape:
         return x
     return expr(op, (x,), attrs, shape, x.dtype)
 
 
 def reshape(x: Expr, shape: Shape) -> Expr:
-    """``x`` re-read as ``shape`` (of the same extent)."""
+    """``x`` with another shape and the same number of elements."""
     while x.op == "reshape":
         x = x.args[0]
     return view("reshape", x, shape)
@@ -153,13 +153,13 @@ def permute(x: Expr, dims: tuple[int, ...]) -> Expr:
     return view("permute", x, tuple(x.shape[d] for d in dims), dims)
 
 
-def whole(values: Sequence[Value]) -> TypeGuard[Sequence[int]]:
-    """Are all of them known integers?"""
+def are_integers(values: Sequence[Value]) -> TypeGuard[Sequence[int]]:
+    """Are all values known integers?"""
     return all(isinstance(v, int) for v in values)
 
 
 def are_sizes(values: Sequence[Value]) -> TypeGuard[Sequence[Size]]:
-    """Are all of them integers, known or symbolic?"""
+    """Are all values integers, known or symbolic?"""
     return all(isinstance(v, (int, sympy.Expr)) for v in values)
 
 
@@ -169,14 +169,14 @@ def dim_of(dim: int, rank: int) -> int:
 
 
 def ints(values: tuple[Value, ...]) -> tuple[Value, ...]:
-    """``f(1, 2)`` and ``f((1, 2))`` alike."""
+    """The integers of a call, whether written ``f(1, 2)`` or ``f((1, 2))``."""
     if len(values) == 1 and isinstance(values[0], (tuple, list)):
         return tuple(values[0])
     return values
 
 
 def arg_exprs(r: Result, *values: Value) -> tuple[Expr, ...] | None:
-    """Every operand as an expression, or None where one is not."""
+    """All operands as expressions, or None if one is not."""
     tensors = [v.dtype for v in values if isinstance(v, Expr)]
     like = next((d for d in (r.dtype, *tensors) if d.is_floating_point), r.dtype)
     out = tuple(as_expr(v, like) for v in values)
@@ -184,7 +184,7 @@ def arg_exprs(r: Result, *values: Value) -> tuple[Expr, ...] | None:
 
 
 def in_common(args: tuple[Expr, ...]) -> tuple[Expr, ...]:
-    """Operands of a comparison in the integers they are compared in: ``x < 300`` of bytes is ``x < 44``."""
+    """Operands of a comparison in the integers it is computed in: for bytes, ``x < 300`` is ``x < 44``."""
     common = common_dtype(args)
     if not is_integer(common):
         return args
@@ -193,7 +193,7 @@ def in_common(args: tuple[Expr, ...]) -> tuple[Expr, ...]:
 
 
 def common_dtype(args: tuple[Expr, ...]) -> torch.dtype:
-    """The dtype that operands are brought to: what has no dimensions gives way to tensors of its kind."""
+    """The promoted dtype; operands without dimensions do not promote tensors of their kind."""
     strong = [a.dtype for a in args if a.rank]
     weak = [a.dtype for a in args if not a.rank]
     found = [functools.reduce(torch.promote_types, dtypes) for dtypes in (strong, weak) if dtypes]

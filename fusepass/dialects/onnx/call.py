@@ -1,4 +1,4 @@
-"""What the handlers of ONNX operators are given: the call, its attributes, broadcasting by proof."""
+"""What the handlers of ONNX operators get: the call, its attributes, and broadcasting by proof."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Call:
     home: dict[Expr, ir.Value] = field(default_factory=dict)
 
     def names(self, size: Size) -> bool:
-        """Is a size made of dimensions that occur before this node?"""
+        """Does a size consist of dimensions that occur before this node?"""
         return isinstance(size, int) or all(s in self.symbols for s in size.free_symbols)
 
     def attr(self, name: str, default: Any = None) -> Any:
@@ -72,7 +72,7 @@ class Call:
         return position >= len(self.node.inputs) or self.node.inputs[position] is None
 
     def result(self, shape: Shape, dtype: torch.dtype) -> Result:
-        """What the handlers of PyTorch's table want to know of a result."""
+        """The same information in the form that handlers of PyTorch's table take."""
         return Result(shape, dtype, self.facts, self.node.outputs[0].name or "")
 
     def output_dtype(self) -> torch.dtype | None:
@@ -111,12 +111,13 @@ def broadcast(c: Call, *shapes: Shape) -> Shape | None:
 
 
 def _joined(c: Call, a: Size, b: Size) -> Size | None:
-    """The size that two broadcast dimensions have together."""
+    """The size of two dimensions that are broadcast together."""
     if a == 1 or c.facts.equal(a, b):
         return b
     if b == 1:
         return a
-    # A table of n entries cut to min(s, n) meets a dimension s: the model runs only where s <= n, or n = 1.
+    # A table of n entries, cut to min(s, n), is broadcast with a dimension s: the model runs only if s <= n
+    # or n = 1.
     for narrow, wide in ((a, b), (b, a)):
         if (
             isinstance(narrow, sympy.Min)
@@ -128,10 +129,11 @@ def _joined(c: Call, a: Size, b: Size) -> Size | None:
 
 
 def fitted(c: Call, x: Expr, shape: Shape) -> Expr:
-    """An operand of a broadcast to ``shape``, where a dimension of ``min(n, s)`` meets ``s``.
+    """An operand of a broadcast to ``shape``, in which a dimension of size ``min(n, s)`` is broadcast with
+    ``s``.
 
-    With ``n`` of one it has one element (where ``s`` is zero nothing has any, and nothing is said of them);
-    else the model runs only where ``s`` is at most ``n``, and the dimension is ``s``.
+    If ``n`` is one, the dimension has one element (or none if ``s`` is zero; then there is nothing to say).
+    Otherwise the model runs only if ``s`` is at most ``n``, and the dimension is ``s``.
     """
     met = [
         (dim, wide)

@@ -1,7 +1,7 @@
 """Constant tensors of an ONNX model as expressions: uniform, affine in the index, or a band.
 
-Exporters fold what does not depend on an input, so a causal mask often arrives as a table of numbers.  A
-table is given a closed form only where every element agrees with it; any other stays a leaf.
+Exporters fold whatever does not depend on an input, so a causal mask often arrives as a table of numbers.  A
+table gets a closed form only if every element agrees with it; all others stay leaves.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fusepass.expressions.ir import Expr, cast, const, expr, pointwise
 
 Array = npt.NDArray[Any]
 
-#: Larger tables are weights: they are not compared with anything.
+#: Tables with more elements are weights: they are not examined.
 _LARGEST = 1 << 26
 
 
 def closed_form(array: Array, dtype: torch.dtype) -> Expr | None:
-    """The expression that has just these elements, or None.
+    """The expression with exactly these elements, or None.
 
     Args:
         array: the constant, of any shape.
@@ -72,7 +72,7 @@ def _step(array: Array, dim: int) -> int:
 
 
 def _band(array: Array, dtype: torch.dtype) -> Expr | None:
-    """One value inside ``low <= j - i <= high``, another outside; the same for all leading dimensions."""
+    """One value where ``low <= j - i <= high`` and another elsewhere, the same for all leading dimensions."""
     plane = array[(0,) * (array.ndim - 2)]
     values = np.unique(plane[[0, -1]])
     if len(values) > 2 or not bool((array == plane).all()):

@@ -1,8 +1,8 @@
 """Reads an ONNX graph into expressions.
 
-A graph of ONNX values is pure, so that every value has one meaning.  Constants get a closed form where they
-have one; integers that describe shapes are followed element by element; an operator that the table does not
-describe gives a leaf of the shape that the model records for it.
+A graph of ONNX values is pure, so every value has one meaning.  Constants get a closed form if they have one;
+integers that describe shapes are tracked element by element; an operator that the table does not describe
+becomes a leaf with the shape that the model records for it.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from fusepass.host.faults import Faults
 
 T = TypeVar("T")
 
-#: Integer tensors with more elements are no shapes.
+#: Integer tensors with more elements are not shapes.
 _MOST = 64
-#: Larger constants are weights.
+#: Constants with more elements are weights.
 _TABLE = 1 << 22
 
 
 class _Tables(Mapping[Expr, torch.Tensor]):
-    """Constants as tensors, made when they are asked for."""
+    """Constants as tensors, made on demand."""
 
     def __init__(self) -> None:
         self._values: dict[Expr, ir.Value] = {}
 
     def add(self, meaning: Expr, value: ir.Value) -> None:
-        """A leaf and the constant that it stands for."""
+        """Add a leaf and the constant that it stands for."""
         self._values[meaning] = value
 
     def update(self, other: _Tables) -> None:
-        """The constants of a graph around."""
+        """Add the constants of an enclosing graph."""
         self._values.update(other._values)
 
     def __getitem__(self, meaning: Expr) -> torch.Tensor:
@@ -68,9 +68,9 @@ class OnnxReader:
     Args:
         graph: the graph, in topological order.
         opsets: the version of every operator set.
-        shapes: what shape inference found out, by the name of the value.
-        parent: the reader of the graph around this one.
-        holder: the node of that graph which holds this one.
+        shapes: the results of shape inference, by the name of the value.
+        parent: the reader of the enclosing graph.
+        holder: the node of the enclosing graph that contains this one.
 
     Attributes:
         meaning: the expression of every value that has one.
@@ -109,7 +109,7 @@ class OnnxReader:
             self._read(node)
 
     def _inherit(self, parent: OnnxReader, holder: ir.Node | None) -> None:
-        """What the graph around knows, and those of its values that are computed before this one runs."""
+        """Take over what the enclosing graph knows, as far as it is computed before this graph runs."""
         last = parent.order.get(holder, -1) if holder is not None else -1
 
         def early(value: ir.Value) -> bool:
@@ -126,7 +126,7 @@ class OnnxReader:
     # -- public ------------------------------------------------------------------------------
 
     def expr_of(self, value: ir.Value | None) -> Expr | None:
-        """The meaning of a value; constants are looked at when they are asked for."""
+        """The meaning of a value; constants are examined on demand."""
         if value is None:
             return None
         if value not in self.meaning:
@@ -134,7 +134,7 @@ class OnnxReader:
         return self.meaning[value]
 
     def facts_of(self, node: Expr) -> DimFacts:
-        """Facts for the elements of an expression: its own dimensions are not empty, nor its arguments'."""
+        """Facts for the elements of an expression: its dimensions, and its arguments', are not empty."""
         return DimFacts([n for e in (node, *node.args) for n in e.shape])
 
     def smallest(self, value: ir.Value) -> float:
@@ -157,7 +157,7 @@ class OnnxReader:
                 self.sources.setdefault(size, (value, dim))
 
     def recorded(self, value: ir.Value) -> Shape | None:
-        """The shape that the model or its shape inference gives a value; unknown sizes get names."""
+        """The shape of a value, from the model or from shape inference; unknown sizes get names."""
         dims: Any = value.shape if value.shape is not None else self.shapes.get(value.name or "")
         if dims is None:
             return None
@@ -181,7 +181,7 @@ class OnnxReader:
         return leaf(value.name, shape, dtype)
 
     def _constant(self, value: ir.Value) -> Expr | None:
-        """An initializer; one that is a graph input as well may be given another value."""
+        """The meaning of an initializer; one that is also a graph input may get another value."""
         tensor = ir.convenience.get_const_tensor(value)
         dtype = None if tensor is None else DTYPES.get(tensor.dtype)
         if tensor is None or dtype is None or value.is_graph_input():
@@ -196,7 +196,7 @@ class OnnxReader:
         return closed_form(wide, dtype) or self._table(value, wide, dtype)
 
     def _table(self, value: ir.Value, table: Any, dtype: torch.dtype) -> Expr:
-        """A constant without a closed form; where it does not vary over a dimension it is expanded there."""
+        """A constant without a closed form; it is expanded along dimensions that it does not vary over."""
         shape = tuple(int(n) for n in table.shape)
         whole = leaf(value.name or f"constant{id(value)}", shape, dtype)
         self._tables.add(whole, value)
@@ -237,7 +237,7 @@ class OnnxReader:
             self._bind(value, part if part is not None else self._opaque(value))
 
     def _guarded(self, call: Call, read: Callable[[Call], T]) -> T | None:
-        """What ``read`` says of a node; a fault in it costs that node alone."""
+        """The answer of ``read`` for a node; a fault costs only that node."""
         try:
             return read(call)
         except Exception as fault:
@@ -280,7 +280,7 @@ class OnnxReader:
 
 
 def _integral(call: Call) -> bool:
-    """Is the result made of integers (or of a comparison of integers)?"""
+    """Does the result hold integers (or a comparison of integers)?"""
     if call.node.op_type == "Cast":
         wanted = DTYPES.get(ir.DataType(call.attr("to")))
         return wanted in (torch.int64, torch.int32, torch.bool)
@@ -288,7 +288,7 @@ def _integral(call: Call) -> bool:
 
 
 def _numbers(known: Known) -> Expr | None:
-    """Known numbers as an expression, where it says them all."""
+    """Known numbers as an expression, if it can represent all of them."""
     if not isinstance(known, tuple):
         return as_expr(known)
     single = as_expr(known[0]) if len(known) == 1 else None

@@ -1,8 +1,8 @@
 """The operation table of ONNX: one handler per operator, opsets 11 to 26.
 
-A handler gets the meanings of a node's inputs and gives the meaning of its (first) output, or None where it
-is not looked into.  Shapes are worked out here, from the named dimensions of the graph's inputs; two sizes
-that cannot be proved equal are never taken for equal.  Nothing here knows attention.
+A handler gets the meanings of a node's inputs and returns the meaning of its (first) output, or None if it
+stays opaque.  Shapes are derived here, from the named dimensions of the graph's inputs; two sizes that cannot
+be proved equal never count as equal.  Nothing here knows about attention.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _FOLDED = frozenset("neg abs sqrt log exp tanh add sub mul div pow max min".spli
 
 
 def _folded(op: str, made: Expr) -> Expr | None:
-    """Arithmetic on numbers, done."""
+    """Arithmetic on numbers, folded."""
     values = [scalar_of(a) for a in made.args]
     if op not in _FOLDED or not made.is_float or any(v is None for v in values):
         return None
@@ -85,7 +85,7 @@ def _mul(c: Call, *args: Expr) -> Expr | None:
 def _div(c: Call, a: Expr, b: Expr) -> Expr | None:
     if a.is_float:
         return _pointwise(c, "div", a, b, dtype=a.dtype)
-    shape = broadcast(c, a.shape, b.shape)  # integers are truncated: only the shape is known
+    shape = broadcast(c, a.shape, b.shape)  # integer division truncates: only the shape is known
     return None if shape is None else leaf(c.node.outputs[0].name or "", shape, a.dtype)
 
 
@@ -95,7 +95,7 @@ def _mod(c: Call, a: Expr, b: Expr) -> Expr | None:
 
 
 def _unwidened(x: Expr) -> Expr:
-    """Below a cast to a wider floating type, which keeps NaN and infinities what they are."""
+    """The operand of a cast to a wider floating type, which preserves NaN and infinities."""
     while (
         x.op == "cast" and x.args[0].is_float and x.is_float and x.dtype.itemsize > x.args[0].dtype.itemsize
     ):
@@ -114,7 +114,7 @@ def _isinf(c: Call, x: Expr) -> Expr | None:
     both = c.attr("detect_negative", 1) and c.attr("detect_positive", 1)
     weights = x.args[0] if x.op == "nan_to_num" and math.isfinite(x.attrs[0]) else x
     if weights.op == "softmax":
-        return view("expand", const(False, torch.bool), x.shape)  # weights are at most one, or NaN
+        return view("expand", const(False, torch.bool), x.shape)  # weights are at most one or NaN
     return _pointwise(c, "isinf", x, dtype=torch.bool) if both else None
 
 
@@ -177,7 +177,7 @@ def _cast_like(c: Call, x: Expr, like: Expr) -> Expr:
 
 
 def _as(x: Expr, dtype: torch.dtype) -> Expr:
-    """A cast; of a number, the number."""
+    """A cast; a number stays a number."""
     value = scalar_of(x)
     return cast(x, dtype) if value is None else view("expand", const(value, dtype), x.shape)
 
@@ -199,7 +199,7 @@ def _dropout(c: Call, x: Expr, ratio: Expr | None = None, training: Expr | None 
 
 
 def _unread(c: Call, x: Expr, *_: Expr | None) -> Expr:
-    """An element-wise (or row-wise) operation that is not looked into: only its shape is known."""
+    """An element-wise or row-wise operation that stays opaque: only its shape is known."""
     name = c.node.outputs[0].name or ""
     return leaf(name, x.shape, c.output_dtype() or x.dtype)
 
@@ -378,7 +378,7 @@ def _softmax(op: str) -> Handler:
     def handler(c: Call, x: Expr) -> Expr | None:
         axis = dim_of(c.attr("axis", -1 if c.version >= 13 else 1), x.rank)
         if c.version < 13 and axis != x.rank - 1:
-            return None  # before opset 13 it runs over all dimensions from the axis on
+            return None  # before opset 13 it covers all dimensions from the axis on
         return expr(op, (x,), (axis,), x.shape, x.dtype)
 
     return handler

@@ -1,8 +1,9 @@
-"""Integer tensors of an ONNX graph whose elements are known: shapes, indices, and what is computed of them.
+"""Integer tensors of an ONNX graph with known elements: shapes, indices, and results computed from them.
 
-``Shape``, ``Gather``, ``Concat`` and integer arithmetic are followed element by element, so that the shape a
-``Reshape`` or ``Expand`` is given becomes sizes.  Dimensions of the same name are the same size; arithmetic
-in a dimension's name (``past + seq``) is read as PyTorch's exporter and ONNX Runtime's inference write it.
+``Shape``, ``Gather``, ``Concat`` and integer arithmetic are tracked element by element, so that the shape
+operand of a ``Reshape`` or ``Expand`` becomes sizes.  Dimensions of the same name are the same size;
+arithmetic in a dimension's name (``past + seq``) is read as PyTorch's exporter and ONNX Runtime's inference
+write it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def symbol(name: str) -> sympy.Symbol:
 
 @functools.cache
 def parse_dim(text: str) -> Size:
-    """The size that a dimension's name says: ``batch``, ``2*s0``, ``past + seq``, ``floor(s0/2)``."""
+    """The size that a dimension's name denotes: ``batch``, ``2*s0``, ``past + seq``, ``floor(s0/2)``."""
     try:
         found = _parsed(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError):
@@ -88,10 +89,10 @@ def difference(a: Size, b: Any) -> Size:
 
 
 class DimFacts(Facts):
-    """What is proved of named dimensions: they are not negative, and ``inhabited`` ones are not zero.
+    """What can be proved about named dimensions: they are not negative, and ``inhabited`` ones are not zero.
 
-    ``inhabited`` holds sizes of a tensor's own dimensions: where one is zero the tensor has no element, and
-    whatever is said of its elements holds.
+    ``inhabited`` holds sizes of a tensor's own dimensions: if one is zero the tensor has no elements, and any
+    statement about its elements holds.
     """
 
     def __init__(self, inhabited: Sequence[Size] = ()) -> None:
@@ -122,12 +123,12 @@ class DimFacts(Facts):
 
 
 def _parts(size: Any, kind: Any) -> list[Size]:
-    """The arguments of a ``Max`` or ``Min``; a size that is none is its only part."""
+    """The arguments of a ``Max`` or ``Min``; for any other size, the size itself."""
     return [simplify_size(x) for x in size.args] if isinstance(size, kind) else [size]
 
 
 def _least(gap: Any) -> float:
-    """A lower bound of a sum of products of sizes; minus infinity where there is none to see."""
+    """A lower bound of a sum of products of sizes; minus infinity if none can be seen."""
     total = 0.0
     for term in sympy.Add.make_args(gap):
         if term.is_number:
@@ -141,7 +142,7 @@ def _least(gap: Any) -> float:
 
 
 def elements(value: Known) -> tuple[Size, ...]:
-    """The numbers, whatever the rank."""
+    """The numbers as a list, whatever the rank."""
     return value if isinstance(value, tuple) else (value,)
 
 

@@ -121,7 +121,7 @@ def _cut(c: Call, x: Expr, start: Size, end: Size, axis: Size, step: Size) -> Ex
     recorded = c.recorded[0]
     open_ended = isinstance(length, sympy.Expr) and length.has(sympy.Min)
     if open_ended and recorded and len(recorded) == x.rank and c.names(recorded[dim]):
-        length = recorded[dim]  # the exporter knew how the bound and the size compare
+        length = recorded[dim]  # the exporter knew the order of the bound and the size
     if step > 1:
         if not isinstance(length, int):
             return None
@@ -140,7 +140,7 @@ def _bound(c: Call, at: Size, size: Size) -> Size | None:
         if at >= _FAR - 1 or c.facts.at_most(size, at):
             return size
     if not c.facts.at_most(0, at):
-        return 0 if c.facts.equal(at, -size) else None  # counted from the end, it is the beginning
+        return 0 if c.facts.equal(at, -size) else None  # counted from the end, this is the beginning
     return at if c.facts.at_most(at, size) else simplify_size(sympy.Min(at, size))
 
 
@@ -197,5 +197,5 @@ def _gather_nd(c: Call, x: Expr, at: Expr) -> Expr | None:
 
 @handles("GatherElements")
 def _gather_elements(c: Call, x: Expr, at: Expr) -> Expr:
-    """Only its shape is known: that of the indices."""
+    """Only its shape is known, which is that of the indices."""
     return leaf(c.node.outputs[0].name or "", at.shape, x.dtype)

@@ -1,8 +1,8 @@
-"""Functions of several steps that a graph holds as one node, written out next to it.
+"""Functions of several steps that are one node in a graph: the steps are written next to it.
 
-Dynamo records ``torch.nn.functional.multi_head_attention_forward`` as a single call.  Its steps are
-written in front of it so that the pass can read them; where nothing in them is fused, they are taken
-out again and the call stays.  A call that cannot be written out stays as well, with the reason.
+Dynamo records ``torch.nn.functional.multi_head_attention_forward`` as a single call.  Its steps are written
+in front of it so that the pass can read them.  If nothing in them is fused, they are removed again and the
+call stays.  A call that cannot be written out stays too, with the reason.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ class Expansion:
     results: tuple[fx.Node | None, ...]
 
     def engage(self) -> None:
-        """Let the steps' results stand for the call's."""
+        """Use the steps' results in place of the call's."""
         for user, result in self._pairs():
             user.replace_all_uses_with(result, propagate_meta=False)
 
     def revert(self) -> None:
-        """Let the call's results stand again, and take the steps out."""
+        """Use the call's results again, and remove the steps."""
         for user, result in self._pairs():
             result.replace_all_uses_with(user, propagate_meta=False)
         for node in reversed(self.steps):
             self.call.graph.erase_node(node)
 
     def accept(self) -> None:
-        """Take the call out, with what read results that nothing needs."""
+        """Remove the call, and the nodes that read results which nothing needs."""
         _erase_with_users(self.call)
 
     def used_outside(self) -> bool:
-        """Does anything but the steps and the call's readers use a step?"""
+        """Does anything except the steps and the call's readers use a step?"""
         inside, results = set(self.steps), {r for _, r in self._pairs()}
         return any(u not in inside for n in self.steps if n not in results for u in n.users)
 
     def _pairs(self) -> list[tuple[fx.Node, fx.Node]]:
-        """The call's results as they were read, with the steps that compute them."""
+        """The nodes that read the call's results, each with the step that computes it."""
         read = [(u, self.results[int(u.args[1])]) for u in self.call.users]  # type: ignore[arg-type]
         return [(u, r) for u, r in read if r is not None]
 
@@ -68,7 +68,7 @@ def _erase_with_users(node: fx.Node) -> None:
 
 
 def expand_all(graph: fx.Graph) -> tuple[list[Expansion], list[tuple[fx.Node, str]]]:
-    """Write out every composite call; the second list holds those that stay, with the reason."""
+    """Write out every composite call; the second list has the calls that stay, with their reasons."""
     found: list[Expansion] = []
     stay: list[tuple[fx.Node, str]] = []
     calls = [n for n in graph.nodes if n.op == "call_function" and n.target in COMPOSITES]
@@ -96,7 +96,7 @@ def _expand(call: fx.Node, steps: Callable[..., Any], live: set[fx.Node]) -> Exp
     if not all(u.target is operator.getitem and isinstance(u.args[1], int) for u in call.users):
         return "its results are passed on as a tuple"
     if name := stand_in(call.target, steps.__code__.co_names):  # type: ignore[arg-type]
-        return f"somebody has put another function in the place of '{name}', which it calls"
+        return f"it calls '{name}', which somebody has replaced by another function"
     before = set(call.graph.nodes)
     try:
         results = _written(call, steps, before, any(u in live and int(u.args[1]) != 0 for u in call.users))  # type: ignore[arg-type]
@@ -117,9 +117,9 @@ def _expand(call: fx.Node, steps: Callable[..., Any], live: set[fx.Node]) -> Exp
 def _written(
     call: fx.Node, steps: Callable[..., Any], before: set[fx.Node], others_read: bool
 ) -> tuple[Any, ...] | str:
-    """The results of the steps, written in front of the call with their fake values, or why they are not.
+    """The results of the steps, which are written in front of the call with fake values; or why they are not.
 
-    The arguments are those of the function itself, however the call gives them.
+    The arguments are those of the function itself, however the call passes them.
     """
     mode = next((m for n in call.all_input_nodes if (m := getattr(value_of(n), "fake_mode", None))), None)
     if mode is None:
@@ -143,7 +143,7 @@ def _erase_new(graph: fx.Graph, before: set[fx.Node]) -> None:
 
 
 def _argument(value: Any, tracer: Any) -> Any:
-    """A tensor as a proxy, a number that the graph knows as itself."""
+    """A tensor as a proxy; a number that the graph knows as the number."""
     if not isinstance(value, fx.Node):
         return value
     known = value_of(value)
@@ -178,7 +178,7 @@ def multi_head_attention(
     """The steps of ``multi_head_attention_forward`` (documentation of ``torch.nn.MultiheadAttention``).
 
     query: ``[Q, B, E]`` or ``[Q, E]``; key and value: ``[K, B, ...]`` or ``[K, ...]``.  A call whose
-    ``embed_dim_to_check`` is not ``E`` fails by itself.
+    ``embed_dim_to_check`` is not ``E`` raises an error by itself.
     """
     if not training:
         dropout_p = 0.0
@@ -187,7 +187,7 @@ def multi_head_attention(
     if isinstance(dropout_p, fx.Proxy):
         return "its dropout probability is not known"
     if static_k is not None or static_v is not None:
-        return "its keys or values are given projected"
+        return "its keys or values are passed already projected"
     embed_dim, heads = size_of(value_of(query.node).shape[-1]), num_heads
     if not isinstance(embed_dim, int) or not isinstance(heads, int):
         return "its width or the number of its heads is not known when it is compiled"
@@ -212,7 +212,7 @@ def multi_head_attention(
     mask = _joint_mask(attn_mask, key_padding_mask, batch, heads, dtype)
     own = (bias_k is not None and bias_v is not None) + bool(add_zero_attn)
     if own and mask is not None:
-        mask = F.pad(mask, (0, own))  # every query sees the keys of the module's own
+        mask = F.pad(mask, (0, own))  # every query sees the module's own keys
     if need_weights:
         scores = torch.matmul(q * math.sqrt(1.0 / width), k.transpose(-2, -1))
         scores = scores if mask is None else scores + mask

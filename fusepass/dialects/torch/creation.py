@@ -29,7 +29,7 @@ def _full_handler(value: float) -> Handler:
 
 
 def filled(r: Result, value: float | int | bool) -> Expr:
-    """A constant of the result's shape."""
+    """A constant with the result's shape."""
     return view("expand", const(value, r.dtype), r.shape)
 
 
@@ -136,7 +136,7 @@ def _fill_diagonal(r: Result, x: Expr, fill_value: Value, wrap: bool = False) ->
 
 
 def diagonal_filled(x: Expr, value: Expr, offset: Value = 0, dim1: int = 0, dim2: int = 1) -> Expr | None:
-    """What ``x`` is once ``x.diagonal(offset, dim1, dim2)`` holds ``value``, if that is a constant."""
+    """``x`` after ``value``, if that is a constant, is written to ``x.diagonal(offset, dim1, dim2)``."""
     known, k = scalar_of(value), as_expr(offset)
     if known is None or k is None:
         return None

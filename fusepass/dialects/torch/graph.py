@@ -1,9 +1,9 @@
 """Reads a captured ``torch.fx`` graph into expressions: Dynamo's, ``symbolic_trace``'s, ``torch.export``'s.
 
-The reader goes through the nodes in program order and gives each its meaning at that point.  A write makes
-a new version of a storage (:mod:`.memory` says of which): the tensor that is written to
-gets a new meaning, the others on that storage lose theirs, and a node whose memory was written to after it
-was read can no longer be used to stand for its old value.
+The reader goes through the nodes in program order and gives each its meaning at that point.  A write makes a
+new version of a storage (:mod:`.memory` says which one): the tensor that is written to gets a new meaning,
+the others on that storage lose theirs, and a node whose memory was overwritten can no longer stand for its
+old value.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fusepass.expressions.ir import POINTWISE, VIEWS, Expr, Shape, cast, const, 
 from fusepass.host.faults import Faults
 from fusepass.host.surroundings import settings
 
-#: Operations that are not looked into, and give finite numbers of ordinary size for such operands.
+#: Opaque operations that return finite numbers of ordinary size for such operands.
 _FINITE = frozenset(
     "conv1d conv2d conv3d layer_norm group_norm batch_norm instance_norm rms_norm native_layer_norm gelu "
     "silu normalize interpolate".split()
@@ -48,15 +48,15 @@ _FINITE = frozenset(
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a graph's placeholders, by their names.
+    """What is known about a graph's placeholders, by their names.
 
     Attributes:
         constants: values that never change.
         static: tensors whose elements may be relied on under a guard.
-        given: meanings in the terms of the graph that calls this one.
-        contents: what is known of the leaves in those.
-        own_gradient: whether the graph is the forward of a function with a gradient of its own, in which
-            nothing else computes gradients.
+        given: meanings in terms of the graph that calls this one.
+        contents: what is known about the leaves in those meanings.
+        own_gradient: whether the graph is the forward of a function that defines its own gradient, so that
+            nothing in the graph computes gradients.
         gradients: whether gradients may be recorded in the graph.
     """
 
@@ -73,12 +73,12 @@ class Reader:
 
     Attributes:
         meaning: the present expression (or tuple of expressions) of every node that has one.
-        defined: the expression it had when it was made, whatever was written into it later.
-        holders: for an expression, the nodes that hold its value, each from a position on.
-        before: for a leaf that stands for a tensor after a write nobody followed, what it was.
-        facts: what is known of symbolic sizes.
-        contents: what is known of the elements of leaves.
-        faults: nodes that could not be read, each of which is a leaf.
+        defined: the expression it had when it was computed, whatever was written into it later.
+        holders: for an expression, the nodes that hold its value, each with the position from which it does.
+        before: for a leaf that stands for a tensor after a write of unknown effect, its earlier meaning.
+        facts: what is known about symbolic sizes.
+        contents: what is known about the elements of leaves.
+        faults: nodes that could not be read; each became a leaf.
         turned: the storages that are written to through views whose last dimension is strided.
     """
 
@@ -90,7 +90,7 @@ class Reader:
     ) -> None:
         self.graph = graph
         self.known = known or Known()
-        self._prefix = f"{id(graph):x}." if self.known.given else ""  # names of leaves are those of one graph
+        self._prefix = f"{id(graph):x}." if self.known.given else ""  # leaf names are unique to a graph
         self._tensors: dict[Expr, torch.Tensor] = {}
         self.contents = self.known.contents or Contents(self._tensors)
         self.owner = owner
@@ -105,7 +105,7 @@ class Reader:
         self.before: dict[Expr, Expr] = {}
         self._held: dict[tuple[Expr, joins.Window], Expr] = {}
         self._no_grad = False
-        self.without_gradients: set[fx.Node] = set()  # nodes of ``no_grad`` regions of the graph
+        self.without_gradients: set[fx.Node] = set()  # nodes in ``no_grad`` regions of the graph
         self._reshaped = self._last_reshaping()
         self.facts = Facts(self._shape_env())
         self.faults = Faults()
@@ -140,7 +140,7 @@ class Reader:
         return next((n for n, since in self.holders.get(meaning, ()) if self.usable(n, since, until)), None)
 
     def readable(self, meaning: Expr, until: fx.Node) -> bool:
-        """Can an expression's value be had just before ``until``, through views and element by element?"""
+        """Can an expression's value be made just before ``until``, by views and element-wise operations?"""
         todo, seen = [meaning], {meaning}
         while todo:
             node = todo.pop()
@@ -161,8 +161,8 @@ class Reader:
         """Does anything write into the memory of ``node``?"""
         return any(s in self._writes for s in self.memory.of(node))
 
-    def given_later(self, writer: fx.Node) -> list[fx.Node]:
-        """The nodes after ``writer`` that are given a tensor on what it writes to."""
+    def later_readers(self, writer: fx.Node) -> list[fx.Node]:
+        """The nodes after ``writer`` that get a tensor on memory that it writes to."""
         found = {u: None for n in self._on(self.memory.written(writer)) for u in n.users}
         return [u for u in found if self.order.get(u, -1) > self.order[writer]]
 
@@ -188,7 +188,7 @@ class Reader:
         return found
 
     def has_its_shape(self, node: fx.Node, position: int) -> bool:
-        """Is the recorded shape the one at ``position``?  What reshapes in place changes the record too."""
+        """Is the recorded shape the one at ``position``?  In-place reshapes change the record too."""
         return position >= self._reshaped.get(id(value_of(node)), 0)
 
     # -- reading -----------------------------------------------------------------------------
@@ -213,7 +213,7 @@ class Reader:
             self._write_in_place(node, name, written, position)
             return
         if not self.has_its_shape(node, position):
-            return  # the record is of a later shape
+            return  # the record has a later shape
         self._bind(node, self._meaning(node, name))
 
     def _bind(self, node: fx.Node, meaning: Value) -> None:
@@ -241,18 +241,20 @@ class Reader:
             return tuple(size_of(s) for s in value)
         if isinstance(value, torch.SymFloat):
             expression = value.node.expr
-            return float(expression) if expression.is_number else self._named(node.name, (), torch.float64)
+            return (
+                float(expression) if expression.is_number else self._unique_leaf(node.name, (), torch.float64)
+            )
         return None
 
-    def _named(self, name: str, shape: Shape, dtype: torch.dtype) -> Expr:
-        """A leaf whose name no other graph's leaf has, where expressions of several graphs meet."""
+    def _unique_leaf(self, name: str, shape: Shape, dtype: torch.dtype) -> Expr:
+        """A leaf with a name that is unique over all graphs whose expressions are combined."""
         return leaf(self._prefix + name, shape, dtype)
 
     def _leaf(self, node: fx.Node, value: torch.Tensor) -> Expr:
         meant = self.known.given.get(node.name) if node.op == "placeholder" else None
         if meant is not None and meant.shape == shape_of(value) and meant.dtype is value.dtype:
             return meant
-        made = self._named(node.name, shape_of(value), value.dtype)
+        made = self._unique_leaf(node.name, shape_of(value), value.dtype)
         if self._is_static(node):
             self._tensors[made] = self.known.static[node.name]
         elif isinstance(value, torch.nn.Parameter) or operation(node)[0] in _FINITE:
@@ -260,7 +262,7 @@ class Reader:
         return made
 
     def _is_static(self, node: fx.Node) -> bool:
-        """May the elements of its tensor be relied on?  Not those that the graph writes to, if only later."""
+        """May the elements of its tensor be relied on?  Not if the graph writes to them, even later."""
         if node.op != "placeholder" or node.name not in self.known.static:
             return False
         return not (self.memory.rebinds or self.memory.of(node) & self.memory.all_written)
@@ -273,7 +275,7 @@ class Reader:
         ):
             return self._opaque(node)
         if self.memory.rebinds:
-            return self._opaque(node)  # nor are recorded shapes what they were
+            return self._opaque(node)  # recorded shapes are wrong too
         out = self._try(node, name, value)
         if self._stops_gradients(node, value) and isinstance(out, Expr) and not is_constant(out):
             opaque = self._opaque(node)
@@ -287,7 +289,7 @@ class Reader:
         return out
 
     def _stops_gradients(self, node: fx.Node, value: Any) -> bool:
-        """Was the node computed without gradients (``detach``, a ``no_grad`` region) from what has some?"""
+        """Was the node computed without gradients (``detach``, ``no_grad``) from a node that has them?"""
         if (
             self.known.own_gradient
             or not self.known.gradients
@@ -381,7 +383,7 @@ class Reader:
         return getitem(self._result(node, value), base, key)
 
     def _many(self, node: fx.Node, name: str, value: Any) -> Value:
-        """Operations with several results."""
+        """The meanings of an operation with several results."""
         args, kwargs = self._values(node)
         x = args[0] if args else None
         if not value or not isinstance(x, Expr):
@@ -428,7 +430,7 @@ class Reader:
         self._rewrite(target, node, out, position)
 
     def _wholes(self, target: fx.Node, out: Expr) -> list[tuple[fx.Node, Expr]]:
-        """The tensors that ``target`` is a part of, and what they mean once the part holds ``out``."""
+        """The tensors that ``target`` is a part of, with their meanings once the part holds ``out``."""
         part, holder, found = self.meaning[target], target, []
         if operation(target)[0] == "diagonal":
             return self._diagonal_filled(target, out)
@@ -445,7 +447,7 @@ class Reader:
         return found
 
     def _diagonal_filled(self, target: fx.Node, out: Expr) -> list[tuple[fx.Node, Expr]]:
-        """The tensor that ``target`` is a diagonal of, once that holds ``out``."""
+        """The tensor that ``target`` is a diagonal of, with its meaning once the diagonal holds ``out``."""
         args, kwargs = self._values(target)
         if not args or not isinstance(args[0], Expr) or not kwargs.keys() <= {"offset", "dim1", "dim2"}:
             return []
@@ -461,7 +463,7 @@ class Reader:
         return source if source.shape == shape_of(value) else view("expand", source, shape_of(value))
 
     def _rewrite(self, target: fx.Node, node: fx.Node, out: Value, position: int) -> None:
-        """``target``'s memory now holds ``out``; everything else that shares it is forgotten."""
+        """``target``'s memory now holds ``out``: forget the meanings of all others that share it."""
         value = value_of(target)
         if (
             isinstance(value, torch.Tensor)
@@ -487,7 +489,7 @@ class Reader:
             self._bind(node, out)
 
     def _is_same(self, node: fx.Node, target: fx.Node) -> bool:
-        """Is it another name of ``target``, for its elements and for gradients?"""
+        """Is it another name for ``target``, in its elements and its gradients?"""
         return node is target or (
             node in self.meaning
             and self.memory.same_elements(node, target)
@@ -495,12 +497,12 @@ class Reader:
         )
 
     def _learns_alike(self, a: fx.Node, b: fx.Node) -> bool:
-        """Do gradients flow to both or to neither?  Autograd does not see a write through ``.data``."""
+        """Do gradients flow to both or neither?  Autograd does not see a write through ``.data``."""
         x, y = (bool(getattr(value_of(n), "requires_grad", False)) for n in (a, b))
         return x == y or not self.known.gradients or self.known.own_gradient
 
     def _on(self, storages: Storages) -> list[fx.Node]:
-        """The nodes so far that share one of some storages, in program order."""
+        """The nodes so far that share one of the given storages, in program order."""
         found = {n: None for s in storages for n in self._members.get(s, ())}
         return sorted(found, key=self.order.__getitem__)
 
@@ -512,21 +514,21 @@ class Reader:
             if not self.has_its_shape(member, position):
                 self.meaning.pop(member, None)
             elif isinstance(value, torch.Tensor):
-                unknown = self._named(f"{member.name}@{position}", shape_of(value), value.dtype)
+                unknown = self._unique_leaf(f"{member.name}@{position}", shape_of(value), value.dtype)
                 if isinstance(before := self.meaning.get(member), Expr):
                     self.before[unknown] = before
                 self.meaning[member] = unknown
                 self._hold(unknown, member, position)
 
     def _set_item(self, node: fx.Node, position: int) -> None:
-        """``x[key] = value``, where a boolean mask, slices or integers select."""
+        """``x[key] = value``, for a key of boolean masks, slices or integers."""
         target = node.args[0]
         if not isinstance(target, fx.Node):
             return
         args, _ = self._values(node)
         x, key, new = args[0], args[1], args[2]
         if isinstance(node.args[1], list):
-            key = (key,)  # a list of indices is one index, of one dimension
+            key = (key,)  # a list of indices is a single index, for one dimension
         out = None
         if isinstance(x, Expr):
             selected = self._selection(x, key)
@@ -540,7 +542,7 @@ class Reader:
         self._rewrite(target, node, out, position)
 
     def _selection(self, x: Expr, key: Value) -> Expr | None:
-        """A boolean tensor that is true where ``x[key]`` writes."""
+        """A boolean tensor that is true at the elements of ``x[key]``."""
         keys = list(key) if isinstance(key, tuple) else [key]
         masks = [k for k in keys if isinstance(k, Expr)]
         if len(masks) == 1 and masks[0].dtype is torch.bool:

@@ -1,4 +1,4 @@
-"""Tensors put side by side, and tensors written into a part of another: ``cat``, ``pad``, ``x[a:b] = y``."""
+"""Tensors that are concatenated, or written into a part of another one: ``cat``, ``pad``, ``x[a:b] = y``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fusepass.expressions.ir import Expr, Shape, cast, const, expr, pointwise, s
 
 
 def joined(parts: Sequence[Expr], dim: int, r: Result) -> Expr | None:
-    """``cat(parts, dim)`` of the result's shape; parts that are provably empty are left out."""
+    """``cat(parts, dim)`` with the result's shape; parts that are provably empty are left out."""
     kept = [cast(p, r.dtype) for p in parts if not r.facts.equal(p.shape[dim], 0)]
     if len(kept) < 2:
         return kept[0] if kept else None
@@ -31,7 +31,7 @@ def _cat(r: Result, tensors: tuple[Value, ...], dim: int = 0, **kw: Value) -> Ex
     if not all(isinstance(t, Expr) for t in tensors):
         return None
     rank = len(r.shape)
-    parts = [t for t in tensors if rank == 1 or t.shape != (0,)]  # of any rank, and of no elements
+    parts = [t for t in tensors if rank == 1 or t.shape != (0,)]  # any rank, no elements
     if any(t.rank != rank for t in parts):
         return None
     return joined(parts, dim_of(kw.get("axis", dim), rank), r)
@@ -72,9 +72,9 @@ handles("column_stack")(_stack_of_rank(lambda s: s if len(s) > 1 else (*(s or (1
 
 
 def padded(x: Expr, dim: int, before: Size, after: Size, fill: float, facts: Facts) -> Expr | None:
-    """``before`` and ``after`` more elements at the ends of one dimension; negative numbers take some away.
+    """``before`` and ``after`` more elements at the ends of one dimension; negative numbers remove elements.
 
-    None where the sign of a number is not known.
+    None if the sign of a number is not known.
     """
     for width, at_end in ((before, False), (after, True)):
         if facts.at_most(0, width):
@@ -104,7 +104,7 @@ def _pad(
     value: Value = None,
     fill: Value = None,
 ) -> Expr | None:
-    """Widths come in pairs, the last dimension first."""
+    """``F.pad``: widths come in pairs, the last dimension first."""
     value = 0 if value is None else value
     widths = [w for w in pad if isinstance(w, (int, sympy.Expr))]
     if mode != "constant" or not isinstance(value, (int, float)) or len(widths) != len(pad):
@@ -130,14 +130,14 @@ Ranges = tuple[tuple[Size, Size] | None, ...]
 
 @dataclass(frozen=True)
 class Window:
-    """A box of elements: the range of every dimension (None is all of it), and which are single indices."""
+    """A box of elements: a range per dimension (None is all of it), and which ranges are single indices."""
 
     ranges: Ranges
     single: frozenset[int] = frozenset()
 
 
 def window_of_key(x: Expr, key: Value) -> Window | None:
-    """What ``x[key]`` selects, where the key is made of slices and integers."""
+    """The box that ``x[key]`` selects, if the key consists of slices and integers."""
     keys = list(key) if isinstance(key, tuple) else [key]
     if any(isinstance(k, Expr) or k is None for k in keys):
         return None
@@ -166,7 +166,7 @@ def _range(key: Value, size: Size) -> tuple[Size, Size] | None:
 
 
 def window_of_view(part: Expr, whole: Expr) -> Window | None:
-    """The box of ``whole`` that a chain of slices and selections is."""
+    """The box of ``whole`` that a chain of slices and selections covers."""
     chain = []
     while part is not whole:
         if not (part.op == "select" or (part.op == "slice" and part.attrs[2] == 1)):
@@ -186,7 +186,7 @@ def window_of_view(part: Expr, whole: Expr) -> Window | None:
 
 
 def selected(x: Expr, window: Window) -> Expr:
-    """True within the box, broadcastable to ``x``."""
+    """A boolean expression that is true inside the box, broadcastable to ``x``."""
     out = const(True, torch.bool)
     for dim, reach in enumerate(window.ranges):
         if reach is not None:
@@ -195,7 +195,7 @@ def selected(x: Expr, window: Window) -> Expr:
 
 
 def holds(e: Expr, ranges: Ranges, value: Expr, facts: Facts) -> bool:
-    """Is ``value`` provably that box of ``e``?"""
+    """Is ``value`` provably equal to that box of ``e``?"""
     if all(r is None for r in ranges):
         return e is value
     found = window_of_view(value, e)
@@ -230,7 +230,7 @@ def _same_ranges(a: Ranges, b: Ranges, facts: Facts) -> bool:
     )
 
 
-#: ``x op e = x`` for every number ``x``; the second operand is the one that is left out.
+#: For these operations, the neutral element ``e``: ``x op e = x`` for every number ``x``.
 _NEUTRAL = {"add": 0, "sub": 0, "mul": 1, "div": 1}
 
 
@@ -243,7 +243,7 @@ class _Write:
     facts: Facts
 
     def run(self, value: Expr) -> Expr | None:
-        """The new meaning of ``x``; None where the shapes do not say where the elements go."""
+        """The new meaning of ``x``; None if the shapes do not show where the elements go."""
         value = cast(value, self.x.dtype)
         if not self.window.single and holds(self.x, self.window.ranges, value, self.facts):
             return self.x  # ``x[a:b] += y`` changes the part, and then puts it back
@@ -259,10 +259,11 @@ class _Write:
         return pointwise("where", selected(self.x, self.window), spread, self.x, dtype=self.x.dtype)
 
     def _changed(self, value: Expr, place: Callable[[Expr], Expr]) -> Expr | None:
-        """Where the value is made of the part, ``f(x[window])``: an ``f`` that keeps the rest of ``x``.
+        """If the value is computed from the part, ``f(x[window])``: an ``f`` that leaves the rest of ``x``
+        the same.
 
-        ``x[w] + t`` written to ``x[w]`` is ``x + pad(t)``.  ``place`` lays an expression of the value's
-        shape out as the part.
+        ``x[w] + t`` written to ``x[w]`` is ``x + pad(t)``.  ``place`` gives an expression with the value's
+        shape the layout of the part.
         """
         if self._is_part(place(value)):
             return self.x
@@ -286,7 +287,7 @@ class _Write:
         return None
 
     def _exact(self, dtype: torch.dtype) -> bool:
-        """Do the elements of ``x`` survive a cast?"""
+        """Does a cast leave the elements of ``x`` unchanged?"""
         mine = self.x.dtype
         return dtype is mine or (mine.is_floating_point and torch.promote_types(mine, dtype) is dtype)
 
@@ -299,7 +300,7 @@ class _Write:
         return _same_ranges(found.ranges, self.window.ranges, self.facts)
 
     def _spread(self, value: Expr, fill: float) -> Expr | None:
-        """The value in its place and ``fill`` elsewhere, broadcastable to ``x``."""
+        """The value inside the box and ``fill`` elsewhere, broadcastable to ``x``."""
         known = scalar_of(value)
         if known is not None:
             inside, outside = const(known, value.dtype), const(fill, value.dtype)
@@ -330,7 +331,7 @@ class _Write:
 
 
 def _viewed(e: Expr, like: Expr) -> Expr:
-    """The view ``like`` of another tensor."""
+    """The same view as ``like``, of another tensor."""
     return reshape(e, like.shape) if like.op == "reshape" else permute(e, like.attrs[0])
 
 
@@ -339,7 +340,7 @@ def _in_place(e: Expr) -> Expr:
 
 
 def written(x: Expr, window: Window, value: Expr, facts: Facts) -> Expr | None:
-    """What ``x`` is after ``x[window] = value``."""
+    """``x`` after ``x[window] = value``."""
     return _Write(x, window, facts).run(value)
 
 

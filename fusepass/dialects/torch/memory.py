@@ -1,11 +1,11 @@
 """Who shares memory in a ``torch.fx`` graph, and which nodes write to it.
 
-Sharing is *seen*, not derived: the fake tensors that a graph's nodes carry share storages as the real tensors
-do, so a view, ``.data``, ``detach``, the result of an in-place operation and two arguments of which one is a
-slice of the other have one storage.  Which operands a node writes to is what the schemas of PyTorch's
-operators say; a function without one is run on the recorded values and watched.
+Sharing is *observed*, not derived: the fake tensors that a graph's nodes carry share storages like the real
+tensors.  So a view, ``.data``, ``detach``, the result of an in-place operation, and an argument that is a
+slice of another one share a storage.  The schemas of PyTorch's operators say which operands a node writes to;
+a function without a schema is run on the recorded values and watched.
 
-A *storage* here is a hashable key.  One storage is one memory, whatever the offsets.
+A *storage* here is a hashable key.  A storage counts as one piece of memory, whatever the offsets.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ Storage = Any
 Storages = frozenset[Storage]
 
 _NONE: Storages = frozenset()
-#: The one memory of a graph in which tensors change their storages (``x.set_(y)``): none can be told apart.
+#: The only storage of a graph in which tensors change storages (``x.set_(y)``): none can be told apart.
 _ANY = "any"
-#: Operations that put a tensor on another storage.
+#: Operations that move a tensor to another storage.
 _REBINDING = frozenset({"set", "swap_tensors", "_set_data"})
-#: Functions of several results or steps that keep statistics, in operands that no schema names.
+#: Functions of several results or steps that update statistics, in operands that no schema names.
 _STATISTICS = frozenset({"batch_norm", "instance_norm"})
 #: Higher-order operators without a body that write to nothing.
 _FUNCTIONAL = frozenset(
     "auto_functionalized auto_functionalized_v2 triton_kernel_wrapper_functional out_dtype "
     "flex_attention_backward run_and_save_rng_state run_with_rng_state".split()
 )
-#: Nodes without a result that anybody reads, which must stay: checks, modes, profiling.
+#: Nodes that must stay although nothing reads their result: checks, modes, profiling.
 _EFFECTS = frozenset(
     "_assert _assert_async _assert_scalar sym_constrain_range sym_constrain_range_for_size manual_seed "
     "_set_grad_enabled _enter_autocast _exit_autocast _record_function_enter _record_function_enter_new "
@@ -52,16 +52,16 @@ class Memory:
 
     Args:
         graph: the graph; its nodes carry fake values.
-        owner: the module that holds what ``get_attr`` and ``call_module`` nodes name.
+        owner: the module with the attributes that ``get_attr`` and ``call_module`` nodes name.
     """
 
     def __init__(self, graph: fx.Graph, owner: torch.nn.Module | None = None) -> None:
         self._graph, self._owner = graph, owner
         self._of: dict[fx.Node, Storages] = {}
-        self._kept: list[Any] = []  # a storage that is gone could be another's address
+        self._alive: list[Any] = []  # the address of a freed storage could be reused
         self._written: dict[fx.Node, Storages] = {}
         calls = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
-        #: Are tensors put on other storages, so that no record of them is right?
+        #: Do tensors move to other storages, so that recorded values cannot be trusted?
         self.rebinds = any(operation(n)[1] and operation(n)[0] in _REBINDING for n in calls)
         outside = graph.find_nodes(op="placeholder") + graph.find_nodes(op="get_attr")
         self.external: Storages = _NONE.union(*(self.of(n) for n in outside))
@@ -70,7 +70,7 @@ class Memory:
         """The storages that hold a node's tensors."""
         found = self._of.get(node)
         if found is None:
-            found = self._of[node] = self._seen(node)
+            found = self._of[node] = self._find_storages(node)
         return found
 
     def written(self, node: fx.Node) -> Storages:
@@ -82,25 +82,25 @@ class Memory:
 
     @functools.cached_property
     def all_written(self) -> Storages:
-        """The storages that some node writes to."""
+        """The storages that any node writes to."""
         return _NONE.union(*(self.written(n) for n in self._graph.nodes))
 
     @functools.cached_property
     def written_turned(self) -> Storages:
-        """The storages that some node writes to through a view of permuted dimensions."""
+        """The storages that any node writes to through a view with permuted dimensions."""
         nodes = (target for node in self._graph.nodes for target in self._targets(node))
         return _NONE.union(*(self.of(n) for n in nodes if _is_permuted(value_of(n))))
 
     def read(self, node: fx.Node) -> Storages:
-        """The storages that a node is given tensors on."""
+        """The storages of a node's tensor operands."""
         return _NONE.union(*(self.of(n) for n in node.all_input_nodes))
 
     def stand_in(self, new: fx.Node, old: fx.Node) -> None:
-        """``new`` takes the place of ``old``: what is recorded as a view of one is a view of the other."""
+        """Record that ``new`` replaces ``old``: views of one count as views of the other."""
         self._of[new] = self.of(new) | self.of(old)
 
     def same_elements(self, a: fx.Node, b: fx.Node) -> bool:
-        """Are two nodes provably the very same elements of one storage, in the same order?"""
+        """Are two nodes provably the same elements of one storage, in the same order?"""
         x, y = value_of(a), value_of(b)
         if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or len(self.of(a)) != 1:
             return False
@@ -109,7 +109,7 @@ class Memory:
         a_sizes, b_sizes = ((*t.shape, *t.stride(), t.storage_offset()) for t in (x, y))
         return all(_known_equal(m, n) for m, n in zip(a_sizes, b_sizes, strict=True))
 
-    def _seen(self, node: fx.Node) -> Storages:
+    def _find_storages(self, node: fx.Node) -> Storages:
         if self.rebinds:
             return frozenset({_ANY})
         value = value_of(node)
@@ -123,7 +123,7 @@ class Memory:
         elif isinstance(node.target, torch._ops.OpOverload):
             found.update(*(self.of(n) for n in _aliased(node)))
         elif operation(node)[0].endswith("dropout"):
-            found.update(*(self.of(n) for n in _nodes_in(first_operand(node))))  # itself, when not training
+            found.update(*(self.of(n) for n in _nodes_in(first_operand(node))))  # in eval mode, its operand
         return frozenset(found)
 
     def _keys(self, value: Any) -> Iterator[Storage]:
@@ -133,9 +133,9 @@ class Memory:
         elif isinstance(value, dict):
             yield from self._keys(list(value.values()))
         elif isinstance(value, Tensor):
-            for plain in _plain(value):
+            for plain in _unwrapped(value):
                 kept, key = _storage(plain)
-                self._kept.append(kept)
+                self._alive.append(kept)
                 yield key
 
     def _targets(self, node: fx.Node) -> Iterable[fx.Node]:
@@ -155,7 +155,7 @@ def _known_equal(a: Any, b: Any) -> bool:
 
 
 def _is_permuted(value: Any) -> bool:
-    """Are the strides of a tensor not known to fall from one dimension to the next?"""
+    """Is it unknown or false that a tensor's strides decrease from one dimension to the next?"""
     if not isinstance(value, Tensor):
         return True
     both = zip(value.shape, value.stride(), strict=True)
@@ -163,28 +163,28 @@ def _is_permuted(value: Any) -> bool:
     return not all(statically_known_true(a >= b) for a, b in itertools.pairwise(strides))
 
 
-def _plain(value: Tensor) -> Iterator[Tensor]:
+def _unwrapped(value: Tensor) -> Iterator[Tensor]:
     """The tensors below the wrappers of ``torch.func`` and below tensor subclasses."""
     functorch: Any = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(value):
         value = functorch.get_unwrapped(value)
     if torch._is_functional_tensor(value):
-        yield from _plain(torch._from_functional_tensor(value))
+        yield from _unwrapped(torch._from_functional_tensor(value))
     elif is_traceable_wrapper_subclass(value):
         names, _ = value.__tensor_flatten__()
         for part in (getattr(value, name) for name in names):
-            if isinstance(part, Tensor):  # others describe how the parts are put together (a DTensor's mesh)
-                yield from _plain(part)
+            if isinstance(part, Tensor):  # others describe how parts are combined (a DTensor's mesh)
+                yield from _unwrapped(part)
     else:
         yield value
 
 
 def _storage(value: Tensor) -> tuple[Any, Storage]:
-    """A storage (or what must be kept in its place) and its key."""
+    """A storage (or the object to keep alive in its place) and its key."""
     try:
         storage = value.untyped_storage()
     except (NotImplementedError, RuntimeError):
-        return value, ("tensor", id(value))  # sparse, and other layouts without one
+        return value, ("tensor", id(value))  # sparse and other layouts have no storage
     return storage, storage._cdata
 
 
@@ -195,7 +195,7 @@ def _attribute(owner: Any, path: str) -> Any:
 
 
 def _aliased(node: fx.Node) -> Iterator[fx.Node]:
-    """The operands that an operator's schema lets its results be views of."""
+    """The operands whose views an operator may return, according to its schema."""
     schema = node.target._schema  # type: ignore[union-attr]
     of_results = {s for r in schema.returns if r.alias_info is not None for s in r.alias_info.before_set}
     for argument, given in _bound(schema, node):
@@ -204,7 +204,7 @@ def _aliased(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _bound(schema: Any, node: fx.Node) -> Iterator[tuple[Any, Any]]:
-    """The arguments of a schema that a node gives, with what it gives."""
+    """The arguments of a schema that a node passes, with their values."""
     for position, argument in enumerate(schema.arguments):
         if argument.name in node.kwargs:
             yield argument, node.kwargs[argument.name]
@@ -219,7 +219,7 @@ def _nodes_in(value: Any) -> list[fx.Node]:
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
-    """The operands that hold tensors, or whose value is not known."""
+    """The operands that are tensors, or whose value is not known."""
     return [n for n in node.all_input_nodes if not isinstance(value_of(n), (int, float, bool, torch.SymInt))]
 
 
@@ -234,8 +234,8 @@ def writes(node: fx.Node) -> bool:
 def written_operands(node: fx.Node) -> list[fx.Node]:
     """The operands that a call of a function or method writes to.
 
-    PyTorch's functions write to what their schema marks, to the first operand of a name that ends in an
-    underscore, to ``out=``, and in place where they are told to.  A function from elsewhere is watched.
+    PyTorch's functions write to the operands that their schema marks, to the first operand if their name ends
+    in an underscore, to ``out=``, and in place if an option says so.  Functions from elsewhere are watched.
     """
     if node.op not in ("call_function", "call_method"):
         return []
@@ -258,7 +258,7 @@ def written_operands(node: fx.Node) -> list[fx.Node]:
 
 
 def _marked(node: fx.Node, schemas: Iterable[Any]) -> list[fx.Node]:
-    """What the schemas mark as written, those together that may be meant."""
+    """The operands that any of the matching schemas marks as written."""
     found: dict[fx.Node, None] = {}
     for schema in schemas:
         if schema.is_mutable:
@@ -275,7 +275,7 @@ def _schemas_in_place(name: str) -> tuple[Any, ...]:
 
 
 def _by_convention(node: fx.Node, name: str) -> list[fx.Node]:
-    """What a function writes to whose name does not say so."""
+    """The operands that a function writes to without a name that says so."""
     function: Any = node.target
     module = str(getattr(function, "__module__", None) or "torch")
     if module.split(".")[0] not in ("torch", "math", "_operator", "operator", "builtins"):
@@ -288,7 +288,7 @@ def _by_convention(node: fx.Node, name: str) -> list[fx.Node]:
 
 
 def _option(node: fx.Node, name: str) -> bool:
-    """Is an option of a function given, by keyword or by position, and not false?"""
+    """Is an option of a function passed, by keyword or position, and not false?"""
     if name in node.kwargs:
         return node.kwargs[name] not in (None, False)
     at = _parameters(node.target).get(name)
@@ -305,7 +305,7 @@ def _parameters(function: Any) -> dict[str, int]:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes the storages that operators write to."""
+    """Records the storages that operators write to."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -323,7 +323,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _observed(node: fx.Node) -> list[fx.Node]:
-    """What a function writes to when it runs on the recorded values; everything where it cannot be run."""
+    """The operands that a function writes to when it runs on the recorded values; all if it cannot be run."""
     operands = _tensors(node)
     if not operands:
         return []
@@ -341,12 +341,12 @@ def _observed(node: fx.Node) -> list[fx.Node]:
 
 
 def _apart(value: Any) -> Any:
-    """The same memory under another name, whose metadata may be changed."""
+    """The same memory as another tensor, whose metadata may be changed."""
     return value.detach() if isinstance(value, Tensor) else value
 
 
 def _module_targets(node: fx.Node, owner: torch.nn.Module | None) -> list[fx.Node]:
-    """What a module writes to: its own buffers are nobody's operands; unknown modules write to everything."""
+    """The operands that a module writes to: a known one only to its buffers, an unknown one to all."""
     module = _attribute(owner, str(node.target))
     if not isinstance(module, torch.nn.Module) or not type(module).__module__.startswith("torch.nn."):
         return _tensors(node)
@@ -354,7 +354,7 @@ def _module_targets(node: fx.Node, owner: torch.nn.Module | None) -> list[fx.Nod
 
 
 def _higher_order_targets(node: fx.Node, owner: torch.nn.Module | None) -> list[fx.Node]:
-    """What a higher-order operator writes to: everything, where a body writes to anything it is given."""
+    """The operands that a higher-order operator writes to: all, if a body writes to any of its inputs."""
     bodies = [_attribute(owner, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"]
     graphs = [b for b in bodies if isinstance(b, fx.GraphModule)]
     if graphs:
@@ -372,7 +372,7 @@ def _writes_outside(body: fx.GraphModule) -> bool:
 
 
 def has_effect(node: fx.Node) -> bool:
-    """Must a node stay although nobody reads it and it writes to no tensor?"""
+    """Must a node stay although nothing reads it and it writes to no tensor?"""
     if node.op not in ("call_function", "call_method") or is_type_check(node):
         return False
     if node.target in fx.node._side_effectful_functions and node.target is not operator.setitem:
@@ -384,13 +384,13 @@ def has_effect(node: fx.Node) -> bool:
 
 
 def _returns_nothing(node: fx.Node) -> bool:
-    """An operator without results is called for its effect."""
+    """Does an operator have no results, so that it is called for its effect?"""
     schema = node.target._schema  # type: ignore[union-attr]
     return not schema.returns and not schema.is_mutable
 
 
 def is_type_check(node: fx.Node) -> bool:
-    """An assertion on the type of a value, which says nothing once nobody computes the value."""
+    """Is it an assertion on the type of a value, which is pointless once the value is not computed?"""
     return operation(node)[0] == "_assert_tensor_metadata"
 
 
@@ -398,10 +398,10 @@ def is_type_check(node: fx.Node) -> bool:
 
 
 def live_nodes(graph: fx.Graph, memory: Memory, without: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """The nodes that the output, an effect, or a write that somebody can see depends on.
+    """The nodes that the output, an effect, or a visible write depends on.
 
-    A write is seen outside (arguments, attributes), or by a later node that is given a tensor on the storage.
-    ``without``: nodes that others have replaced, writes included.
+    A write is visible outside (arguments, attributes), or to a later node that gets a tensor on the storage.
+    ``without``: nodes that have been replaced, including their writes.
     """
     live: set[fx.Node] = set()
     seen = set(memory.external)

@@ -1,6 +1,6 @@
-"""How a ``torch.fx`` node is written: what it calls, with which arguments, on values of which sizes.
+"""The form of a ``torch.fx`` node: what it calls, with which arguments, on values of which sizes.
 
-Functions, methods, operators, ATen overloads and what Dynamo makes of them have one name each here.
+Functions, methods, operators, ATen overloads and Dynamo's forms of them share one name here.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from fusepass.dialects.handlers import Value
 from fusepass.dialects.torch.ops import HANDLERS
 from fusepass.expressions.index import simplify_size
 
-#: Those that, written with a trailing underscore, change the shape of the tensor they are called on.
+#: Operations whose form with a trailing underscore changes the shape of the tensor it is called on.
 _SHAPES = frozenset("transpose swapaxes swapdims t squeeze unsqueeze resize resize_as as_strided set".split())
 _INPLACE_OPERATORS = {
     "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ifloordiv": "floordiv", "ipow": "pow",
     "iand": "and", "ior": "or", "ixor": "xor", "imod": "mod",
 }  # fmt: skip
 _BINARY = "add sub mul truediv floordiv mod pow and or xor matmul eq ne lt le gt ge rsub getitem".split()
-#: Operators written as methods (`x.__eq__(y)`, as Dynamo of torch 2.11 does); `__bool__` is no `bool()`.
+#: Operators written as methods (`x.__eq__(y)`, as in Dynamo of torch 2.11); `__bool__` is not `bool()`.
 _OPERATORS = {
     **{f"__{name}__": name for name in (*_BINARY, "neg", "abs", "invert", *_INPLACE_OPERATORS)},
     **{f"__r{name}__": name for name in ("add", "mul", "and", "or", "xor")},
 }
-#: Where the functions live that are known by their names; in other places (``torch.masked``,
-#: ``torch.sparse``) the same names mean something else.
+#: Modules whose functions are known by their names; elsewhere (``torch.masked``, ``torch.sparse``) the same
+#: names mean something else.
 _MODULES = frozenset(
     "torch torch.functional torch.nn.functional torch._tensor torch._C torch._C._nn torch._C._linalg "
     "torch._C._special torch._ops.aten torch._ops.prims _operator operator math builtins".split()
 )
-#: Methods whose arguments come in another order than those of the function of that name.
+#: Methods whose arguments are in another order than those of the function of the same name.
 _METHODS = {"where": "where_method"}
 _ATTRIBUTES = {"T": "t", "mT": "mT", "mH": "mH", "H": "t"}
 
 
-#: What functions are that Python code cannot make: their names and modules are their own.
+#: Types of functions that Python code cannot create: their names and modules are genuine.
 _BUILT_IN = (
     types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, type,
     torch._ops.OpOverload, torch._ops.OpOverloadPacket,
@@ -48,9 +48,9 @@ _BUILT_IN = (
 
 
 def is_pytorchs(function: Any) -> bool:
-    """Is a function of PyTorch or Python what its name and module say?
+    """Is a function really the one of PyTorch or Python that its name and module say?
 
-    Somebody's own that stands in for it may have borrowed both (``functools.wraps``).
+    A user's function that replaces it may have copied both (``functools.wraps``).
     """
     if isinstance(function, types.FunctionType):
         return str(function.__globals__.get("__name__")).split(".")[0] in ("torch", "operator")
@@ -58,11 +58,11 @@ def is_pytorchs(function: Any) -> bool:
 
 
 def stand_in(function: types.FunctionType, others: Iterable[str] = ()) -> str | None:
-    """The name of a function that one of PyTorch calls, and that somebody has put another in the place of.
+    """The name of a function that one of PyTorch's functions calls and that somebody has replaced, or None.
 
     Args:
-        function: a function of PyTorch in Python; those of its module that it calls count with it.
-        others: more names that are read from ``torch`` and ``torch.nn.functional``.
+        function: a Python function of PyTorch; the functions of its module that it calls are searched too.
+        others: further names that are read from ``torch`` and ``torch.nn.functional``.
     """
     todo, seen = [function], {function}
     places: list[Mapping[str, Any]] = [vars(torch), vars(torch.nn.functional)]
@@ -90,14 +90,14 @@ def value_of(node: fx.Node) -> Any:
 
 
 def fake_mode_of(value: Any) -> Any:
-    """The fake-tensor mode of a recorded value, or None; a DTensor has that of its shard."""
+    """The fake-tensor mode of a recorded value, or None; for a DTensor, that of its shard."""
     if isinstance(value, torch.Tensor):
         value = getattr(value, "_local_tensor", value)
     return getattr(value, "fake_mode", None)
 
 
 def shape_of(value: Any) -> tuple[Any, ...]:
-    """A tensor's shape in integers and sympy expressions."""
+    """A tensor's shape, as integers and sympy expressions."""
     return tuple(size_of(s) for s in value.shape)
 
 
@@ -144,7 +144,7 @@ def _schemas(name: str) -> tuple[tuple[str, ...], ...]:
 
 
 def positional(name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) -> tuple[Value, ...]:
-    """Arguments given by keyword, put in the place that the operation's schema gives them."""
+    """The arguments with keywords moved to the positions that the operation's schema gives them."""
     for names in _schemas(name) if kwargs else ():
         if len(names) > len(args) and names[len(args)] in kwargs:
             for parameter in names[len(args) :]:
@@ -156,7 +156,7 @@ def positional(name: str, args: tuple[Value, ...], kwargs: dict[str, Value]) -> 
 
 
 def first_operand(node: fx.Node) -> Any:
-    """The first argument, by position or by its usual names."""
+    """The first argument, by position or by one of its usual names."""
     if node.args:
         return node.args[0]
     return node.kwargs.get("input", node.kwargs.get("self"))

@@ -1,7 +1,7 @@
 """The operation table of PyTorch: one handler per operation, whatever its spelling.
 
-``torch.softmax``, ``x.softmax`` and ``aten.softmax.int`` share the name ``softmax`` and one handler.  All are
-in the modules that this one imports, by what they do.  Nothing in them knows attention.
+``torch.softmax``, ``x.softmax`` and ``aten.softmax.int`` share the name ``softmax`` and one handler.  The
+handlers are in the modules that this one imports, by topic.  Nothing in them knows about attention.
 """
 
 from __future__ import annotations

@@ -28,14 +28,14 @@ def _pointwise_handler(op: str) -> Handler:
         if op in COMPARISONS:
             args = in_common(args)
         elif op in ("floordiv", "mod", "max", "min", "pow"):
-            args = _held(args, r.dtype)
+            args = _as_integers(args, r.dtype)
         return pointwise(op, *args, dtype=r.dtype)
 
     return handler
 
 
-def _held(args: tuple[Expr, ...], dtype: torch.dtype) -> tuple[Expr, ...]:
-    """Numbers among integers as the integers hold them, where that is not what they are."""
+def _as_integers(args: tuple[Expr, ...], dtype: torch.dtype) -> tuple[Expr, ...]:
+    """The arguments of an integer operation, with numbers converted to its dtype if that changes them."""
     if not is_integer(dtype):
         return args
     return tuple(
@@ -86,7 +86,7 @@ def _div(r: Result, a: Value, b: Value, rounding_mode: str | None = None) -> Exp
     if args is None or rounding_mode not in (None, "floor"):
         return None
     if rounding_mode:
-        return pointwise("floordiv", *_held(args, r.dtype), dtype=r.dtype)
+        return pointwise("floordiv", *_as_integers(args, r.dtype), dtype=r.dtype)
     return pointwise("div", *args, dtype=r.dtype)
 
 
@@ -150,7 +150,7 @@ def _clamp_max(r: Result, x: Expr, max: Value) -> Expr | None:
 def _nan_to_num(
     r: Result, x: Expr, nan: float | None = None, posinf: Value = None, neginf: Value = None
 ) -> Expr | None:
-    """The attributes: what NaN, minus infinity and infinity become."""
+    """``nan_to_num``; its attributes are the replacements of NaN, minus infinity and infinity."""
     if not x.is_float:
         return x
     known = torch.finfo(x.dtype)

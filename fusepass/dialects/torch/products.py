@@ -1,4 +1,4 @@
-"""Matrix products, however they are called, as contractions of two operands."""
+"""Matrix products of all names, as contractions of two operands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fusepass.expressions.ir import Expr, cast, const, expr, opmath, pointwise
 
 
 def dot(a: Expr, b: Expr, la: str, lb: str, lo: str, r: Result, dtype: torch.dtype | None = None) -> Expr:
-    """``einsum("la,lb->lo", a, b)``; operands are cast where the result is narrower (autocast)."""
+    """``einsum("la,lb->lo", a, b)``; operands are cast if the result is narrower (autocast)."""
     dtype = dtype or r.dtype
     return expr("dot", (cast(a, dtype), cast(b, dtype)), (la, lb, lo), r.shape, dtype)
 
@@ -34,7 +34,7 @@ def _matmul(r: Result, a: Expr, b: Expr, *_: Value) -> Expr | None:
 
 @handles("inner")
 def _inner(r: Result, a: Expr, b: Expr) -> Expr | None:
-    """The last dimensions are contracted, whatever the ranks."""
+    """Contract the last dimensions, whatever the ranks."""
     return None if a.rank == 0 or b.rank == 0 else _contracted(r, a, b, (a.rank - 1,), (b.rank - 1,))
 
 
@@ -51,7 +51,7 @@ def _tensordot(r: Result, a: Expr, b: Expr, dims: Value = 2) -> Expr | None:
 
 
 def _contracted(r: Result, a: Expr, b: Expr, first: tuple[int, ...], second: tuple[int, ...]) -> Expr | None:
-    """Pairs of dimensions are summed over; the others of ``a`` come first, then those of ``b``."""
+    """Contract pairs of dimensions; the others of ``a`` come first, then those of ``b``."""
     if a.rank + b.rank > len(_LETTERS) or a.dtype.is_complex:
         return None
     if any(a.shape[i] != b.shape[j] for i, j in zip(first, second, strict=True)):
@@ -109,7 +109,7 @@ def _einsum(r: Result, equation: Value, *operands: Value, **_: Value) -> Expr | 
         return _summed(r, tensors[0], given[0], lo)
     la, lb = given
     if any(c not in lo and (c in la) != (c in lb) for c in la + lb):
-        return None  # summed in one operand alone
+        return None  # summed in only one operand
     return dot(tensors[0], tensors[1], la, lb, lo, r)
 
 

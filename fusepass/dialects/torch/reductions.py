@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import torch
 
-from fusepass.dialects.handlers import HANDLERS, Handler, Result, Value, dim_of, handles, reshape, whole
+from fusepass.dialects.handlers import (
+    HANDLERS,
+    Handler,
+    Result,
+    Value,
+    are_integers,
+    dim_of,
+    handles,
+    reshape,
+)
 from fusepass.dialects.torch.views import slice_dim
 from fusepass.expressions.index import simplify_size
 from fusepass.expressions.ir import Expr, cast, expr, pointwise
 
 
 def _dims(dim: Value, rank: int) -> tuple[int, ...] | None:
-    """The dimensions that are reduced, in order; None where they are not known."""
+    """The dimensions that are reduced, in order; None if they are not known."""
     if dim is None:
         return tuple(range(rank))
     given = dim if isinstance(dim, (tuple, list)) else (dim,)
-    return tuple(sorted(dim_of(d, rank) for d in given)) if whole(given) else None
+    return tuple(sorted(dim_of(d, rank) for d in given)) if are_integers(given) else None
 
 
 def _reduce(op: str) -> Handler:
@@ -46,7 +55,7 @@ def _diff(
 ) -> Expr | None:
     d = dim_of(dim, x.rank)
     parts = [p for p in (prepend, x, append) if isinstance(p, Expr)]
-    if n != 1 or x.dtype is torch.bool:  # of bits it is their exclusive or
+    if n != 1 or x.dtype is torch.bool:  # for booleans it is the exclusive or
         return None
     length = simplify_size(r.shape[d] + 1)
     whole = (
@@ -61,7 +70,7 @@ def _diff(
 
 def _extreme(op: str) -> Handler:
     def handler(r: Result, x: Expr, other: Expr) -> Expr:
-        return pointwise(op, x, other, dtype=r.dtype)  # max(dim) returns two results: see the reader
+        return pointwise(op, x, other, dtype=r.dtype)  # max(dim) returns two results: the reader handles it
 
     return handler
 

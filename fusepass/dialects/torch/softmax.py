@@ -1,4 +1,4 @@
-"""Softmax, dropout, and attention as PyTorch's own call defines it."""
+"""Softmax, dropout, and PyTorch's own attention call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusepass.dialects.torch.views import repeat_interleave
 from fusepass.expressions.index import Size
 from fusepass.expressions.ir import Expr, cast, const, expr, opmath, pointwise
 
-#: The attributes of ``nan_to_num`` where infinities stay.
+#: The attributes of ``nan_to_num`` that leave infinities alone.
 NAN_TO_ZERO = (0.0, -math.inf, math.inf)
 
 
@@ -81,7 +81,7 @@ def sdpa(
 ) -> Expr | None:
     """``scaled_dot_product_attention`` written out, as PyTorch's documentation defines it.
 
-    Its kernels compute halves in single precision: a mask is not rounded with the scores.
+    Its kernels compute half precision in float32: a mask is not rounded with the scores.
     """
     factor = scale if scale is not None else _default_scale(q.shape[-1])
     if not isinstance(factor, (int, float)) or not isinstance(dropout_p, (int, float)) or q.rank < 3:
@@ -116,7 +116,7 @@ def sdpa(
 
 
 def _grouped(r: Result, x: Expr, heads: Size) -> Expr | None:
-    """Key/value heads repeated so that there is one a query head; None where their number is not known."""
+    """Key/value heads repeated, one for each query head; None if their number is not known."""
     count = r.facts.quotient(heads, x.shape[-3])
     if count is None:
         return None

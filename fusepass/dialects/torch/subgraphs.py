@@ -1,4 +1,4 @@
-"""The graphs inside a graph: the bodies of higher-order operators, and what their placeholders mean."""
+"""The graphs inside a graph: the bodies of higher-order operators, and the meanings of their placeholders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fusepass.dialects.torch.graph import Reader
 from fusepass.dialects.torch.nodes import value_of
 from fusepass.expressions.ir import Expr
 
-#: The operator that a ``torch.autograd.Function`` is captured as: its forward, its backward, the operands.
+#: The operator that stands for a ``torch.autograd.Function``: its forward, its backward, the operands.
 _OWN_GRADIENT = "autograd_function_apply"
 
 
@@ -29,16 +29,16 @@ class Call:
 
     @property
     def own_gradient(self) -> bool:
-        """Is the body the forward of a function that brings a gradient of its own?"""
+        """Is the body the forward of a function that defines its own gradient?"""
         return _name(self.node) == _OWN_GRADIENT and _bodies(self.outer, self.node)[0] is self.body
 
     def given(self, reader: Reader) -> dict[str, Expr]:
-        """What the body's placeholders mean in the outer graph, which ``reader`` reads.
+        """The meanings of the body's placeholders in the outer graph, which ``reader`` reads.
 
-        Nothing, unless the operator is known to pass its operands one by one: it has one body
+        The result is empty unless the operator is known to pass its operands one by one: it has a single body
         (``checkpoint``, ``wrap``, ``invoke_subgraph``), or this is the forward of a function with its own
-        gradient.  Operators with branches or loops pass theirs otherwise.  Operands that somebody writes to
-        mean nothing either.
+        gradient.  Operators with branches or loops pass theirs in other ways.  Operands that are written to
+        have no meaning either.
         """
         if len(_bodies(self.outer, self.node)) > 1 and not self.own_gradient:
             return {}
@@ -55,7 +55,7 @@ class Call:
 
 
 def graphs_of(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, Call | None]]:
-    """The graph and the bodies of its higher-order operators, each with the one call of it, if it is one."""
+    """The graph and the bodies of its higher-order operators, each with its call if there is exactly one."""
     seen: set[int] = set()
     calls: dict[int, list[Call]] = {}
     for module in gm.modules():
@@ -70,10 +70,11 @@ def graphs_of(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, Call | None]
 
 
 def recompute_nothing(gm: fx.GraphModule, fused: Collection[fx.GraphModule]) -> None:
-    """Call the bodies of checkpoints plainly that something was fused in, where no gradient flows through.
+    """Replace checkpoints by plain calls of their bodies if something was fused in them and no gradient
+    flows.
 
-    Such a checkpoint does nothing, and yet PyTorch 2.13 refuses one with an operator that may draw random
-    numbers, as SDPA is, although nothing will be recomputed.
+    Such a checkpoint has no effect, but PyTorch 2.13 rejects it if it contains an operator that may draw
+    random numbers, such as SDPA, although nothing will be recomputed.
     """
     for module in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
         for node in module.graph.find_nodes(op="call_function", target=tag_activation_checkpoint):
@@ -85,13 +86,13 @@ def recompute_nothing(gm: fx.GraphModule, fused: Collection[fx.GraphModule]) -> 
 
 
 def _learns(value: Any) -> bool:
-    """Does a gradient flow to a result, or is that not known?"""
+    """Does a gradient flow to a result, or may it?"""
     tensors = [t for t in pytree.tree_leaves(value) if not isinstance(t, (int, float, torch.SymInt))]
     return any(t is None or t.requires_grad for t in tensors)
 
 
 def _bodies(module: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
-    """The graph modules that a higher-order operator is given."""
+    """The graph modules among a higher-order operator's arguments."""
     named = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
     found = [getattr(module, str(name), None) for name in named]
     return [m for m in found if isinstance(m, fx.GraphModule)]

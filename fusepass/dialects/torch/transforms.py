@@ -1,4 +1,4 @@
-"""What a graph does about gradients: where they are recorded, and the transforms of ``torch.func``.
+"""How a graph treats gradients: where they are recorded, and the transforms of ``torch.func``.
 
 Dynamo writes ``torch.func.grad``, ``jvp`` and ``vmap`` as calls that open and close a level, around the nodes
 that run in it.
@@ -25,7 +25,7 @@ _BACKWARD = "_autograd_grad"
 
 FORWARD_MODE = "it is differentiated in forward mode (torch.func.jvp), which no fused kernel can be"
 BATCHED = "torch.vmap runs it, or its gradient, over a dimension that fused kernels would not see"
-FOREIGN = "torch.func.grad differentiates PyTorch's own operators alone"
+FOREIGN = "torch.func.grad differentiates only PyTorch's own operators"
 TWICE = "it is differentiated twice (torch.func.grad of grad), which no fused kernel can be"
 AGAIN = (
     "what torch.func.grad makes of it may be differentiated again, because a tensor requires gradients "
@@ -37,7 +37,7 @@ AGAIN = (
 def records_gradients(gm: fx.GraphModule) -> bool:
     """May gradients be recorded anywhere in ``gm`` or in a graph that it calls?
 
-    ``torch.no_grad`` around a compiled function may hold ``torch.enable_grad`` or ``torch.func.grad`` within.
+    A function that runs under ``torch.no_grad`` may contain ``torch.enable_grad`` or ``torch.func.grad``.
     """
     return settings().grad or any(
         node.target is torch._C._set_grad_enabled and node.args[0] is not False
@@ -48,11 +48,11 @@ def records_gradients(gm: fx.GraphModule) -> bool:
 
 
 class Transforms:
-    """Which of the transforms of ``torch.func`` the nodes of one graph lie in.
+    """The transforms of ``torch.func`` that the nodes of one graph run in.
 
     Args:
         graph: the graph.
-        outer: those of the graph that calls it, and the node that does.
+        outer: the transforms of the calling graph, and the node that calls.
     """
 
     def __init__(self, graph: fx.Graph, outer: tuple[Transforms, fx.Node] | None = None) -> None:
@@ -74,7 +74,7 @@ class Transforms:
                 self._around[node] = tuple(levels)
 
     def refuse(self, node: fx.Node) -> str | None:
-        """Why no kernel can take the place of ``node``, or None."""
+        """Why no kernel can replace ``node``, or None."""
         levels = self._levels(node)
         if "jvp" in levels:
             return FORWARD_MODE
@@ -93,7 +93,7 @@ class Transforms:
 
 
 def _learns_outside(value: Any) -> bool:
-    """Does a tensor, or one of several, require gradients below the wrappers of ``torch.func``?"""
+    """Does a tensor, or one in a nest of tensors, require gradients below the wrappers of ``torch.func``?"""
     functorch: Any = torch._C._functorch
     if isinstance(value, (tuple, list)):
         return any(map(_learns_outside, value))
@@ -103,7 +103,7 @@ def _learns_outside(value: Any) -> bool:
 
 
 def _batched(value: Any) -> bool:
-    """Has a tensor a dimension that ``vmap`` hides, at whatever level?"""
+    """Does a tensor have a dimension that ``vmap`` hides, at any level?"""
     functorch: Any = torch._C._functorch
     while isinstance(value, torch.Tensor) and functorch.is_functorch_wrapped_tensor(value):
         if functorch.is_batchedtensor(value):

@@ -8,6 +8,7 @@ import torch
 from fusepass.dialects.handlers import (
     Result,
     Value,
+    are_integers,
     are_sizes,
     arg_exprs,
     dim_of,
@@ -16,7 +17,6 @@ from fusepass.dialects.handlers import (
     permute,
     reshape,
     view,
-    whole,
 )
 from fusepass.expressions.index import Size, simplify_size
 from fusepass.expressions.ir import Expr, Shape, expr
@@ -44,7 +44,7 @@ def _reshape(r: Result, x: Expr, *args: Value, **_: Value) -> Expr | None:
 @handles("permute")
 def _permute(r: Result, x: Expr, *dims: Value, **kw: Value) -> Expr | None:
     order = ints(dims or tuple(kw.values()))
-    return permute(x, tuple(order)) if whole(order) else None
+    return permute(x, tuple(order)) if are_integers(order) else None
 
 
 @handles("transpose", "swapaxes", "swapdims")
@@ -69,7 +69,7 @@ def _mt(r: Result, x: Expr) -> Expr:
 @handles("movedim", "moveaxis")
 def _movedim(r: Result, x: Expr, source: Value, destination: Value) -> Expr | None:
     given = [d if isinstance(d, (tuple, list)) else (d,) for d in (source, destination)]
-    if not all(map(whole, given)) or x.rank == 0:
+    if not all(map(are_integers, given)) or x.rank == 0:
         return x if x.rank == 0 else None
     src, dst = ([dim_of(d, x.rank) for d in dims] for dims in given)
     rest = [d for d in range(x.rank) if d not in src]
@@ -117,7 +117,7 @@ def slice_dim(x: Expr, dim: int, start: Size, length: Size, step: Size = 1) -> E
 
 
 def slice_start(start: Value, size: Size) -> Size | None:
-    """The first element of a slice, counted from the front; None where its sign is not known."""
+    """The first index of a slice, counted from the front; None if its sign is not known."""
     if start is None:
         return 0
     if isinstance(start, int):
@@ -168,11 +168,11 @@ def _unbind(r: Result, x: Expr, dim: int = 0) -> Value:
     "split_with_sizes_copy",
 )
 def _split(r: Result, x: Expr, *_: Value, **kw: Value) -> Value:
-    return None  # the reader knows the parts' shapes: see parts_of
+    return None  # the reader knows the shapes of the parts: see parts_of
 
 
 def parts_of(x: Expr, shapes: list[Shape], dim: int) -> tuple[Expr, ...]:
-    """Consecutive slices of ``x`` along ``dim`` of the given shapes."""
+    """Consecutive slices of ``x`` along ``dim``, with the given shapes."""
     d, start, out = dim_of(dim, x.rank), 0, []
     for shape in shapes:
         out.append(slice_dim(x, d, start, shape[d]))
@@ -183,7 +183,7 @@ def parts_of(x: Expr, shapes: list[Shape], dim: int) -> tuple[Expr, ...]:
 @handles("flip")
 def _flip(r: Result, x: Expr, *dims: Value) -> Expr | None:
     given = ints(dims)
-    return view("flip", x, x.shape, tuple(dim_of(d, x.rank) for d in given)) if whole(given) else None
+    return view("flip", x, x.shape, tuple(dim_of(d, x.rank) for d in given)) if are_integers(given) else None
 
 
 def getitem(r: Result, x: Expr, key: Value) -> Expr | None:
@@ -225,12 +225,12 @@ def _basic(r: Result, x: Expr, keys: list[Value]) -> Expr | None:
         else:
             return None
     if out.rank + keys.count(None) != len(r.shape):
-        return None  # ``x[[0, 1]]``: a list of indices, and no index of two dimensions
+        return None  # ``x[[0, 1]]``: a list of indices, not an index for two dimensions
     return reshape(out, r.shape)
 
 
 def _advanced(r: Result, x: Expr, keys: list[Value]) -> Expr | None:
-    """Integer-tensor indexing whose tensors are adjacent: ``mask[batch, key]``, ``table[:, bucket]``."""
+    """Indexing with adjacent integer tensors: ``mask[batch, key]``, ``table[:, bucket]``."""
     if any(k is None or isinstance(k, bool) or (isinstance(k, Expr) and k.dtype is torch.bool) for k in keys):
         return None
     if any(isinstance(k, slice) and k != slice(None) for k in keys) or len(keys) != x.rank:
