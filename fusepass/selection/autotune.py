@@ -1,7 +1,7 @@
 """`options={"kernel": "autotune"}`: measure the candidates for a site, and remember the fastest on disk.
 
 A site's nodes are cut out of the graph, once as they were and once with each kernel, compiled by the same
-inner compiler, and timed on random tensors of the site's own shapes and strides.  The answer is kept for
+inner compiler, and timed on random tensors of the site's own shapes and strides.  The result is stored for
 this GPU, these versions and this specification.
 """
 
@@ -25,14 +25,14 @@ from fusepass.selection import clock, costs
 from fusepass.selection.machine import machine
 from fusepass.selection.work import UNFUSED
 from fusepass.specification.attention import Attention
-from fusepass.writing.validate import between, random_inputs
+from fusepass.writing.validate import random_inputs, site_nodes
 
 log = logging.getLogger("fusepass")
 _lock = threading.Lock()
 REPEATS = 20
 
 Write = Callable[[Kernel], tuple[fx.Node, Callable[[], None]] | None]
-"""Writes a kernel's nodes and returns the last one and what takes them back, or None."""
+"""Writes a kernel's nodes; returns the last one and a function that removes them, or None."""
 
 
 def fastest(
@@ -48,9 +48,9 @@ def fastest(
 
     Args:
         original: the node that computes the site.
-        kernels: those to try.
-        write: writes one of them into the graph and returns its node and what takes it back, or None.
-        options: those that the answer depends on: the inner compiler and its mode.
+        kernels: the kernels to try.
+        write: writes one of them into the graph; returns its node and a function that removes it, or None.
+        options: the options that the result depends on: the inner compiler and its mode.
         training: are gradients wanted?
         compiler: the inner compiler that the options name.
     """
@@ -69,13 +69,13 @@ def fastest(
 
 
 def remembered(key: str) -> str | None:
-    """The kernel that was fastest when this was measured before."""
+    """The kernel that was fastest in an earlier measurement, if there was one."""
     found = _read().get(key)
     return found["kernel"] if isinstance(found, dict) and isinstance(found.get("kernel"), str) else None
 
 
 def remember(key: str, milliseconds: dict[str, float]) -> str:
-    """Keep a measurement; returns the fastest."""
+    """Store a measurement, and return the fastest kernel."""
     best = min(milliseconds, key=lambda name: milliseconds[name])
     with _lock:
         table = _read() | {key: {"kernel": best, "milliseconds": milliseconds}}
@@ -97,7 +97,7 @@ def _read() -> dict[str, Any]:
 
 
 def key_of(spec: Attention, tensors: Sequence[Tensor], training: bool, inner: Any, mode: str | None) -> str:
-    """What an answer depends on: the machine, the versions, the specification, and the layout of operands."""
+    """What a result depends on: the machine, the versions, the specification, the layout of the operands."""
     layouts = [(str(t.dtype), [_hint(n) for n in t.shape], [_hint(n) for n in t.stride()]) for t in tensors]
     device = tensors[0].device.type if tensors else "cpu"
     about = {k: v for k, v in machine(device).items() if k != "python"}
@@ -110,24 +110,24 @@ def _hint(size: Any) -> int:
 
 
 def site_inputs(node: fx.Node) -> list[Tensor]:
-    """The tensors that a site begins with, as the key has them."""
+    """The tensors that a site begins with, in the form that the key uses."""
     order = {n: i for i, n in enumerate(node.graph.nodes)}
-    nodes = between(node, node, order)
+    nodes = site_nodes(node, node, order)
     outside = sorted({i for n in nodes for i in n.all_input_nodes if i not in nodes}, key=lambda n: order[n])
     return [v for n in outside if isinstance(v := value_of(n), Tensor)]
 
 
 def milliseconds(original: fx.Node, end: fx.Node, compiler: Compiler, training: bool) -> float | None:
-    """The median time of the nodes up to ``end``, compiled on their own; None where they cannot be.
+    """The median time of the nodes up to ``end``, compiled separately; None if that is not possible.
 
     Args:
-        original: the node that computes the site as it was written, which says where the site begins.
-        end: it, or the node that is to take its place.
+        original: the node that computes the site as it was written; it shows where the site begins.
+        end: the same node, or the one that is to replace it.
         compiler: the inner compiler.
         training: are gradients wanted?
     """
     order = {n: i for i, n in enumerate(original.graph.nodes)}
-    nodes = between(original, end, order)
+    nodes = site_nodes(original, end, order)
     device = value_of(original).device
     values = random_inputs(nodes, device)
     graph, given = _standalone(end, nodes, values, order)
@@ -135,11 +135,11 @@ def milliseconds(original: fx.Node, end: fx.Node, compiler: Compiler, training: 
         if training and tensor.is_floating_point():
             tensor.requires_grad_()
     try:
-        # A thread of its own: what is being compiled around us must not be seen from here.
+        # In a separate thread, so that the compilation around this one is not visible to it.
         with graph_context(), ThreadPoolExecutor(1) as pool:
             return pool.submit(_timed, compiler, graph, given, device, training).result()
     except Exception as error:
-        log.info("fusepass: autotune leaves a candidate out: %s: %s", type(error).__name__, error)
+        log.info("fusepass: autotune skips a candidate: %s: %s", type(error).__name__, error)
         return None
 
 
@@ -164,7 +164,7 @@ def _standalone(
 
 
 def _like(value: Tensor, fake: Tensor) -> Tensor:
-    """A value in the strides that the graph has."""
+    """A random value with the strides that it has in the graph."""
     laid = torch.empty_strided(
         value.shape, [_hint(n) for n in fake.stride()], dtype=value.dtype, device=value.device
     )

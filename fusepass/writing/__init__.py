@@ -1,1 +1,1 @@
-"""New nodes in a graph: how operands and results are laid out, what gradients are owed, and what dies."""
+"""New nodes in a graph: the layout of operands and results, the gradients they owe, and what becomes dead."""

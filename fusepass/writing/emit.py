@@ -1,7 +1,7 @@
 """Writes nodes into a ``torch.fx`` graph in front of the one they replace.
 
-A :class:`Builder` makes the tensors a kernel needs out of what the graph already has; which tensor, and
-how it is re-laid, is :class:`fusepass.writing.layouts.Layouts`.
+A :class:`Builder` makes the tensors that a kernel needs from those in the graph;
+:class:`fusepass.writing.layouts.Layouts` chooses the tensors and changes their layout.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Builder(Layouts[fx.Node]):
     # -- nodes -------------------------------------------------------------------------------
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node; its value is computed on fake tensors."""
+        """A new node, whose value is computed on fake tensors."""
         node = self.call_with(None, target, *args, **kwargs)
         fake_args, fake_kwargs = fx.map_arg((args, kwargs), value_of)
         try:
@@ -94,7 +94,7 @@ class Builder(Layouts[fx.Node]):
         return node
 
     def call_with(self, value: Any, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node of a known fake value."""
+        """A new node with a known fake value."""
         with self.graph.inserting_before(self.anchor):
             node = self.graph.call_function(target, args, kwargs)
         self.made.append(node)
@@ -106,7 +106,7 @@ class Builder(Layouts[fx.Node]):
 
     @contextlib.contextmanager
     def trial(self) -> Iterator[None]:
-        """Within, operations are tried on the fake values of nodes, under what the graph will run under."""
+        """Inside, operations are tried on the fake values of nodes, under the graph's own settings."""
         value = value_of(self.anchor)
         sharded = WithStrategies() if is_sharded(value) else contextlib.nullcontext()
         mode = fake_mode_of(value) or contextlib.nullcontext()
@@ -114,9 +114,9 @@ class Builder(Layouts[fx.Node]):
             yield
 
     def op(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
-        """A named operation, as an operator of ATen; in a graph of ATen as the overload that it would choose.
+        """A named operation, as an ATen operator; in an ATen graph, as the overload that it would choose.
 
-        Functions of ``torch`` and its modules are not written: anybody may have put others in their places.
+        Functions of ``torch`` and its modules are not used: the user may have replaced them.
         """
         if not self.is_aten:
             return self.call(_packet(name), *args, **kwargs)
@@ -125,14 +125,14 @@ class Builder(Layouts[fx.Node]):
         return self.call(_ATEN[name], *args, **kwargs)
 
     def written_where(self, node: fx.Node, out: fx.Node) -> fx.Node:
-        """``out``, written into the tensor that ``node`` writes its result to (``out=``), if it does."""
+        """``out``, copied into the tensor that ``node`` writes its result to (``out=``), if there is one."""
         targets = written_operands(node)
         if not targets:
             return out
         return self.call_with(self.value(node), aten.copy_.default, targets[0], out)
 
     def before(self, user: fx.Node, target: Callable[..., Any], node: fx.Node) -> fx.Node:
-        """A call on a node of the graph, written in front of ``user``, which is new itself."""
+        """A call on a node of the graph, written in front of ``user``, which is a new node as well."""
         made = self.call(target, node)
         user.prepend(made)
         self.made.remove(made)
@@ -142,8 +142,8 @@ class Builder(Layouts[fx.Node]):
     def _reshaped(self, node: fx.Node, old: Sequence[Size], new: Sequence[Size]) -> fx.Node:
         """A reshaped node.
 
-        PyTorch's functionalization keeps the strides that a tensor had before it was written to through a
-        permuted view, and then fails to merge dimensions that lie apart; there, a copy is merged.
+        If a tensor was written to through a permuted view, PyTorch's functionalization keeps its old strides
+        and then fails to merge dimensions that are not adjacent; such a tensor is copied first.
         """
         cuts = [set(itertools.accumulate(sizes, operator.mul)) for sizes in (old, new)]
         if not cuts[0] <= cuts[1] and self.reader.memory.of(node) & self.reader.memory.written_turned:
@@ -159,19 +159,19 @@ class Builder(Layouts[fx.Node]):
         return node if self.value(node).dtype is dtype else self.op("to", node, dtype)
 
     def number(self, value: float, like: fx.Node, dtype: torch.dtype | None = None) -> fx.Node:
-        """A number as a tensor without dimensions, of the dtype of a node unless said, on its device."""
+        """A number as a tensor without dimensions, on the device of a node and, by default, in its dtype."""
         known = self.value(like)
         return self.op("scalar_tensor", value, dtype=dtype or known.dtype, device=known.device)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What ``make`` writes, or wrote for an earlier site: sites are rewritten in program order."""
+        """The result of ``make``, shared by all sites, which are rewritten in program order."""
         if key not in self.shared:
             self.shared[key] = make()
             self._sharing.append(key)
         return self.shared[key]
 
     def discard(self) -> None:
-        """Take back everything inserted."""
+        """Remove all nodes that this builder inserted."""
         for key in self._sharing:
             del self.shared[key]
         self._sharing.clear()
@@ -209,7 +209,7 @@ class Builder(Layouts[fx.Node]):
         raise CannotEmit(f"the size {size} cannot be computed in the graph")
 
     def _size_source(self, size: sympy.Expr) -> Any:
-        """A size node or a dimension of a tensor in the graph that has this size."""
+        """A size node, or a dimension of a tensor, in the graph with this size."""
         end = self.reader.order[self.anchor]
         for node, position in self.reader.order.items():
             if position >= end:
@@ -231,7 +231,7 @@ class Builder(Layouts[fx.Node]):
     # -- tensors -----------------------------------------------------------------------------
 
     def home(self, node: Expr) -> fx.Node | None:
-        """The graph's node that holds an expression's value and may be read here."""
+        """The node of the graph that holds an expression's value and can be read here."""
         held = self.reader.home(node, self.anchor)
         if held is None:
             return None
@@ -245,7 +245,7 @@ class Builder(Layouts[fx.Node]):
         return self._exprs[node]
 
     def _make(self, node: Expr) -> Any:
-        """Compute an expression that no node of the graph holds."""
+        """Write nodes for an expression that no node of the graph holds."""
         if node.op == "const":
             return node.attrs[0]
         if node.op in _POINTWISE:
@@ -289,7 +289,7 @@ class Builder(Layouts[fx.Node]):
         return self.op(_POINTWISE[node.op], *args)
 
     def as_tensor(self, node: Expr) -> fx.Node:
-        """A node that holds a tensor: numbers are wrapped."""
+        """A node that holds a tensor; a number becomes a tensor."""
         made = self.tensor(node)
         value = value_of(made) if isinstance(made, fx.Node) else made
         if isinstance(made, fx.Node) and isinstance(value, torch.Tensor):
@@ -303,7 +303,7 @@ def _int(value: sympy.Expr) -> Size:
 
 @functools.cache
 def _packet(name: str) -> Callable[..., Any]:
-    """The operator with all its overloads, of which a call chooses by its arguments."""
+    """The operator with all its overloads; a call chooses one by its arguments."""
     renamed = {"eq_scalar": "eq", "mul_scalar": "mul", "div_number": "div", "pad": "constant_pad_nd"}
     packet: Callable[..., Any] = getattr(aten, renamed.get(name, name))
     return packet

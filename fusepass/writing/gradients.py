@@ -1,8 +1,9 @@
 """What a replacement owes to autograd.
 
-A fused call keeps its operands and its result for its backward pass; the original may have kept others, so
-memory that the graph writes to later is copied first.  And what the original result depended on keeps a
-gradient: an operand that cancels (a bias of whole rows, everything over a single key) gets zeros, not None.
+A fused call keeps its operands and its result for its backward pass; the original may have kept other
+tensors, so memory that the graph writes to later is copied first.  Everything that the original result
+depended on keeps a gradient: an operand that cancels (a bias of whole rows, everything over a single key)
+gets zeros, not None.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ def learns(node: fx.Node) -> bool:
 
 
 def keep_for_backward(build: Builder, product: Expr, out: fx.Node) -> fx.Node:
-    """Copy what the backward pass will read and the graph writes to later; the result likewise.
+    """Copy operands that the backward pass will read and the graph writes to later, and likewise the result.
 
-    Operands by an opaque operator: TorchInductor takes a plain copy of an argument for the argument.
+    An opaque operator copies the operands, because TorchInductor replaces a plain copy of an argument by the
+    argument.
 
     Raises:
-        CannotEmit: the original would not have the gradients either.
+        CannotEmit: the original would not compute the right gradients either.
     """
     reader, end = build.reader, build.reader.order[build.anchor]
     if _overwrites_what_is_kept(build, product):
-        raise CannotEmit("what the original keeps for its backward pass is written to afterwards")
+        raise CannotEmit("a tensor that the original keeps for its backward pass is written to afterwards")
     written = [n for n in given_to(build.made) if reader.written_between(reader.memory.of(n), end)]
     for node in written:
         users = [m for m in build.made if node in m.all_input_nodes]
@@ -46,9 +48,10 @@ def keep_for_backward(build: Builder, product: Expr, out: fx.Node) -> fx.Node:
 
 
 def _overwrites_what_is_kept(build: Builder, product: Expr) -> bool:
-    """Is an operand of the original's products written to after it was kept: where the other one learns?
+    """Is an operand of the original's products written to after autograd has kept it for the other one's
+    gradient?
 
-    In eager that is an error, or, through ``.data``, another gradient.
+    In eager mode that is an error or, through ``.data``, a different gradient.
     """
     reader = build.reader
     for node in (reader.definer.get(product), build.anchor):
@@ -68,9 +71,9 @@ def given_to(made: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def tie(build: Builder, out: fx.Node, made: Sequence[fx.Node]) -> fx.Node:
-    """``out``, with zero gradients for what the original depended on and ``made`` does not.
+    """``out``, with zero gradients for everything that the original depended on and ``inserted`` does not.
 
-    Source: the derivative of ``torch.where`` is zero for the branch that is not taken, whatever it holds.
+    Source: the derivative of ``torch.where`` is zero for the branch that is not taken, whatever its value.
     """
     lost = [n for n in unreached(build.anchor, given_to(made), build.reader.order) if learns(n)]
     if not lost:
@@ -85,7 +88,7 @@ def tie(build: Builder, out: fx.Node, made: Sequence[fx.Node]) -> fx.Node:
 
 
 def unreached(anchor: fx.Node, used: Iterable[fx.Node], order: dict[fx.Node, int]) -> list[fx.Node]:
-    """The nodes nearest to ``anchor`` that gradients reach from it and do not reach through ``used``."""
+    """The nodes nearest to ``anchor`` that its gradients reach, but not through ``used``."""
     through = {n for n in used if learns(n)}
     first = min((order.get(n, 0) for n in through if n.op in ("call_function", "call_method")), default=0)
     leads: dict[fx.Node, bool] = dict.fromkeys(through, True)
@@ -96,7 +99,7 @@ def unreached(anchor: fx.Node, used: Iterable[fx.Node], order: dict[fx.Node, int
             leads[node] = any(leads.get(n, False) for n in node.all_input_nodes)
         elif node not in leads:
             leads[node] = False
-            if order.get(node, first) >= first:  # what replaced an earlier site has no place of its own
+            if order.get(node, first) >= first:  # nodes that replaced an earlier site have no position
                 todo.append((node, True))
                 todo.extend((n, False) for n in node.all_input_nodes if learns(n))
     on_the_way = [n for n, leads_there in leads.items() if n is anchor or (leads_there and n not in through)]

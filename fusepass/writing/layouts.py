@@ -1,7 +1,7 @@
-"""Which of a graph's tensors may serve as an operand, and how it is re-laid: the same for all graphs.
+"""The choice of a tensor for an operand, and the change of its layout: the same for all kinds of graphs.
 
-The deepest tensor that holds an operand without copies is chosen and brought to one dimension a role by
-``reshape``, ``permute`` and ``expand``.  What a node is, and how one is written, is the subclass's.
+The deepest tensor that holds an operand without copies is chosen, and given one dimension per role by
+``reshape``, ``permute`` and ``expand``.  The subclass defines what a node is, and how to write one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Groups = Sequence[Sequence[str]]
 
 
 class CannotEmit(Exception):
-    """A tensor that cannot be made from the graph's own; the reason is for the user."""
+    """A tensor that cannot be made from those of the graph, with a reason for the user."""
 
 
 class Layouts(ABC, Generic[N]):
@@ -34,11 +34,11 @@ class Layouts(ABC, Generic[N]):
 
     @abstractmethod
     def size(self, size: Size) -> Any:
-        """An integer, or what stands for a symbolic size in the graph."""
+        """An integer, or the graph's representation of a symbolic size."""
 
     @abstractmethod
     def home(self, node: Expr) -> N | None:
-        """The graph's node that holds an expression's value and may be read here."""
+        """The node of the graph that holds an expression's value and can be read here."""
 
     @abstractmethod
     def as_tensor(self, node: Expr) -> N:
@@ -51,11 +51,11 @@ class Layouts(ABC, Generic[N]):
         return [self.size(s) for s in sizes]
 
     def sizes(self, axes: Sequence[str]) -> Size:
-        """The joint extent of some axes."""
+        """The product of the sizes of some axes."""
         return prod(self.space.sizes[a] for a in axes)
 
     def digits(self, term: Term) -> list[tuple[str, ...]] | None:
-        """The axes of each dimension, where every element of the tensor is named exactly once."""
+        """The axes of each dimension, if the index names every element of the tensor exactly once."""
         found = [self.space.digits(i, n) for i, n in zip(term.index, term.expr.shape, strict=True)]
         if any(f is None for f in found):
             return None
@@ -63,7 +63,7 @@ class Layouts(ABC, Generic[N]):
         return found if len(set(flat)) == len(flat) else None  # type: ignore[return-value]
 
     def finest(self, groups: Groups) -> list[list[str]]:
-        """Groups in today's finest axes: reading an operand may have split some since they were listed."""
+        """Groups in the finest axes: reading an operand may have split some since they were listed."""
         return [[b for a in g for b in self._parts(a)] for g in groups]
 
     def _parts(self, axis: str) -> list[str]:
@@ -74,9 +74,10 @@ class Layouts(ABC, Generic[N]):
         return [b for a in (*(a for a, _ in terms if a != inner), inner) for b in self._parts(a)]
 
     def choose(self, chain: Sequence[Term], groups: Groups) -> Term:
-        """Of the tensors that may serve, the one without copies that is nearest to the wanted layout.
+        """Of the tensors that may serve, the one without copies that is closest to the wanted layout.
 
-        Of several that are as near, the one deepest in the chain: views between are not needed any more.
+        Of several that are equally close, the deepest in the chain, which makes the views in between
+        unnecessary.
         """
         groups = self.finest(groups)
         wanted = [a for g in groups for a in g]
@@ -92,7 +93,7 @@ class Layouts(ABC, Generic[N]):
         return best[1] if best is not None else chain[0]
 
     def reach(self, term: Term, scope: Scope) -> Term:
-        """The first tensor below ``term``'s views that can be re-laid: its index names every element once."""
+        """The first tensor below ``term``'s views in which the index names every element exactly once."""
         at: Term | None = term
         while at is not None:
             if self.digits(at) is not None:
@@ -101,7 +102,7 @@ class Layouts(ABC, Generic[N]):
         return term
 
     def _work(self, found: list[tuple[str, ...]], groups: Groups, wanted: list[str]) -> int:
-        """How many operations re-lay a tensor: a reshape, a permutation, another reshape."""
+        """The number of operations that change the layout: a reshape, a permutation, another reshape."""
         flat = [a for f in found for a in f]
         present = [tuple(a for a in g if a in flat) for g in groups]
         dims = [f for f in found if f]
@@ -111,19 +112,19 @@ class Layouts(ABC, Generic[N]):
         return 1 + int(any(len(f) > 1 for f in found)) + int(last)
 
     def layout(self, term: Term, groups: Groups, full: bool) -> N:
-        """``term``'s tensor with one dimension a group; absent groups have size 1 unless ``full``."""
+        """``term``'s tensor with one dimension per group; absent groups have size 1 unless ``full``."""
         node, shape, found = self._read(term)
         return self.relayout(node, [a for f in found for a in f], shape, self.finest(groups), full, found)
 
     def _read(self, term: Term) -> tuple[N, list[Size], list[tuple[str, ...]]]:
-        """A tensor, each element named exactly once, its shape, and the axes of its dimensions."""
+        """A tensor in which each element is named exactly once, its shape, and the axes of its dimensions."""
         found = self.digits(term)
         if found is not None:
             return self.as_tensor(term.expr), list(term.expr.shape), found
         cuts = [self._cut(i, n) for i, n in zip(term.index, term.expr.shape, strict=True)]
         axes = [a for cut in cuts if cut is not None for a in cut[3]]
         if None in cuts or len(set(axes)) < len(axes):
-            raise CannotEmit("an operand is a part or a repetition of its tensor that no view can express")
+            raise CannotEmit("an operand selects or repeats parts of its tensor as no view can")
         node, shape = self.as_tensor(term.expr), []
         for dim, cut in enumerate(cuts):
             assert cut is not None
@@ -134,7 +135,7 @@ class Layouts(ABC, Generic[N]):
         return node, shape, [cut[3] for cut in cuts if cut is not None]
 
     def _cut(self, index: Affine, size: Size) -> tuple[int, int, Any, tuple[str, ...]] | None:
-        """``index`` as start, step, length and axes of a slice of a dimension."""
+        """``index`` as a slice of a dimension: its start, step, length and axes."""
         whole = self.space.digits(index, size)
         if whole is not None:
             return 0, 1, size, tuple(whole)
@@ -157,7 +158,7 @@ class Layouts(ABC, Generic[N]):
         full: bool,
         dims: Sequence[Sequence[str]],
     ) -> N:
-        """Re-lay a tensor whose elements run over the axes ``flat`` into the given groups."""
+        """Give a tensor whose elements run over the axes ``flat`` one dimension for each group."""
         extra = [a for a in flat if a not in {x for g in groups for x in g}]
         if extra:
             raise CannotEmit("an operand varies over an axis that the kernel does not have")
@@ -188,11 +189,11 @@ class Layouts(ABC, Generic[N]):
         return node if list(old) == list(new) else self.op("reshape", node, self.shape(new))
 
     def restore(self, node: N, groups: Groups, out: Term) -> N:
-        """Lay a kernel's result (one dimension a group) out as the tensor it replaces."""
+        """Lay out a kernel's result (one dimension per group) like the tensor that it replaces."""
         dims, groups = self.digits(out), self.finest(groups)
         flat = [a for g in groups for a in g]
         if dims is None:
-            raise CannotEmit("the result's layout is no permutation of the kernel's")
+            raise CannotEmit("the result's layout is not a permutation of the kernel's")
         wanted = [a for d in dims for a in d]
         sizes = [self.sizes(g) for g in groups]
         if wanted != flat:

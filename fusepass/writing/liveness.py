@@ -1,4 +1,4 @@
-"""What else looks at a site's scores and weights, and what nobody needs once a site is replaced."""
+"""Other readers of a site's scores and weights, and the nodes that are dead once a site is replaced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LIGHT = (
     | VIEWS
     | {"softmax", "log_softmax", "sum", "amax", "logsumexp", "dropout", "cumsum", "index", "cat"}
 )
-#: Views that mean nothing by themselves: who reads them is what matters.
+#: Views, which do not count as readers themselves: their own readers do.
 _OPAQUE_VIEWS = frozenset({"detach", "diagonal"})
 
 
@@ -28,10 +28,10 @@ def outside_reader(
     anchor: fx.Node,
     shares: Callable[[fx.Node], bool] = lambda user: False,
 ) -> fx.Node | None:
-    """A live node, not on the way to ``anchor``, for which the scores or weights must still be computed.
+    """A live node, not on a path to ``anchor``, for which the scores or weights must still be computed.
 
-    Where ``anchor`` only normalises a product with the values, or adds up several, they are on the way.
-    ``shares`` tells readers that will need them no more either.
+    If ``anchor`` only normalises a product with the values, or sums several, those products are on the path.
+    ``shares`` identifies readers that will no longer need them either.
     """
     inner = inner_products(reader, anchor)
     for node in _computing(reader, product, anchor, inner):
@@ -42,7 +42,7 @@ def outside_reader(
 
 
 def inner_products(reader: Reader, anchor: fx.Node) -> set[fx.Node]:
-    """The products, and their sums, that ``anchor`` normalises or adds up."""
+    """The products, and their sums, that ``anchor`` normalises or sums."""
     if _op(reader, anchor) in ("mul", "div"):
         return {n for n in anchor.all_input_nodes if _is_product(reader, n)}
     found: set[fx.Node] = set()
@@ -86,14 +86,14 @@ def _computing(
 
 
 def _passes_on(reader: Reader, node: fx.Node, product: Expr) -> bool:
-    """Is it ``product`` only because it returns an operand that is (``s[:]``, ``s.view(s.shape)``)?"""
+    """Does it just return an operand that equals ``product`` (``s[:]``, ``s.view(s.shape)``)?"""
     return reader.defined.get(node) is product and any(
         reader.defined.get(source) is product for source in node.all_input_nodes
     )
 
 
 def _is_light(reader: Reader, node: fx.Node, meaning: object) -> bool:
-    """Element-wise operations, views, reductions, writes: what lies between the two products of a site."""
+    """May it lie between the two products of a site: element-wise, view, reduction or write?"""
     if isinstance(meaning, tuple) or reader.memory.written(node) or operation(node)[0] in _OPAQUE_VIEWS:
         return True
     return isinstance(meaning, Expr) and meaning.op in _LIGHT
@@ -113,7 +113,7 @@ def _reader_of(
     while todo:
         node = todo.pop()
         if node in live and not reader.memory.external.isdisjoint(reader.memory.written(node)):
-            return node  # the caller sees what it writes
+            return node  # the caller sees its writes
         for user in _readers(reader, node):
             if user is anchor or user in seen or user not in live or _reads_type(user):
                 continue
@@ -133,26 +133,26 @@ def _reader_of(
 
 
 def _readers(reader: Reader, node: fx.Node) -> Iterator[fx.Node]:
-    """Who reads a node: its users and, where it writes, who is later given a tensor on that memory."""
+    """The readers of a node: its users and, if it writes, later nodes that get a tensor on that memory."""
     yield from node.users
     if reader.memory.written(node):
-        yield from reader.given_later(node)
+        yield from reader.later_readers(node)
 
 
 def _reads_type(user: fx.Node) -> bool:
-    """Does it read the shape, dtype or device of a tensor, and not its elements?"""
+    """Does it read only the shape, dtype or device of a tensor?"""
     kinds = (torch.dtype, torch.device, torch.Size, torch.SymInt, int)
     return is_type_check(user) or (isinstance(value_of(user), kinds) and operation(user)[0] != "item")
 
 
 def erase_dead(graph: fx.Graph, memory: Memory, before: set[fx.Node], replaced: Collection[fx.Node]) -> None:
-    """Remove what nobody needs any more, and what reads it in vain.
+    """Remove nodes that are no longer needed, and those that read them without effect.
 
     Args:
         graph: the graph, after sites were replaced.
         memory: its storages.
-        before: the nodes that were live before; what was dead already is left to others.
-        replaced: the nodes that others have replaced.
+        before: the nodes that were live before; nodes that were already dead are left alone.
+        replaced: the nodes that have been replaced.
     """
     live = live_nodes(graph, memory, replaced)
     gone: set[fx.Node] = set()

@@ -1,8 +1,8 @@
-"""DTensors in a graph: operators that know how to work on shards, and results that stay where they were.
+"""DTensors in a graph: operators must be able to work on shards, and results must keep their placement.
 
-A DTensor's operators are computed on shards by *strategies*.  For an operator without one PyTorch tries every
-placement of every operand on the operator's decomposition, which takes minutes for attention: such an
-operator is refused at once.
+A *strategy* tells DTensor how to compute an operator on shards.  For an operator without one PyTorch tries
+every placement of every operand on the operator's decomposition, which takes minutes for attention: such an
+operator is refused immediately.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def is_sharded(value: Any) -> bool:
 
 
 class WithStrategies(TorchDispatchMode):
-    """Within, an operator on DTensors raises `CannotEmit` if it or its backward has no sharding strategy."""
+    """Inside, an operator on DTensors raises `CannotEmit` if it or its backward has no sharding strategy."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -42,24 +42,24 @@ class WithStrategies(TorchDispatchMode):
 
 
 def has_strategy(operator: Any) -> bool:
-    """Has DTensor a sharding strategy for an operator?"""
+    """Does DTensor have a sharding strategy for an operator?"""
     dispatcher = getattr(sys.modules[_MODULE].DTensor, "_op_dispatcher", None)
     known = getattr(dispatcher, "sharding_propagator", None)
     return any(operator in getattr(known, table, ()) for table in _TABLES)
 
 
 def _backward_of(operator: Any) -> Any:
-    """The operator that computes its gradients, where it is one of that name."""
+    """The operator that computes its gradients, if there is one with the matching name."""
     namespace, name = operator._schema.name.split("::")
     packet = getattr(getattr(torch.ops, namespace), f"{name}_backward", None)
     return None if packet is None else getattr(packet, "default", None)
 
 
 def check_placements(before: torch.Tensor, after: torch.Tensor) -> None:
-    """A replacement must lie on the same devices, in the same shards.
+    """Check that a replacement is on the same devices, in the same shards.
 
     Raises:
-        CannotEmit: it does not.
+        CannotEmit: it is not.
     """
     if is_sharded(before) is not is_sharded(after):
         raise CannotEmit("a DTensor is replaced by a plain tensor, or the other way round")
@@ -69,7 +69,7 @@ def check_placements(before: torch.Tensor, after: torch.Tensor) -> None:
         if x.device_mesh != y.device_mesh or tuple(x.placements) != tuple(y.placements):
             raise CannotEmit(
                 f"the result would be placed as {tuple(y.placements)}, and is read as {tuple(x.placements)}: "
-                "shard queries, keys and values alike, by batch or by heads"
+                "shard queries, keys and values in the same way, by batch or by heads"
             )
 
 

@@ -1,8 +1,8 @@
 """Memory layout seen from outside.
 
-A kernel's result may be strided otherwise than the product it replaces.  Most readers do not care; a
-``view``, a graph output or a question for strides does.  Who cares is found by running the readers on
-fake tensors, and only then is the result re-laid.
+A kernel's result may have other strides than the product it replaces.  Most readers do not depend on strides;
+a ``view``, a graph output or a call of ``stride()`` does.  The readers are run on fake tensors to find out,
+and the layout of the result is changed only if one depends on it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fusepass.dialects.torch.nodes import operation, value_of
 from fusepass.writing.emit import Builder, CannotEmit
 from fusepass.writing.sharding import check_placements
 
-#: Operations that ask for the layout itself.
+#: Operations that read the layout itself.
 _ASKING = frozenset(
     "stride is_contiguous storage_offset data_ptr as_strided untyped_storage sym_stride sym_storage_offset "
     "set dim_order is_non_overlapping_and_dense".split()
@@ -29,10 +29,10 @@ _LARGE = 1 << 20  # stands for a size that depends on data
 
 
 def laid_out_as(build: Builder, node: fx.Node, out: fx.Node) -> fx.Node:
-    """``out``, re-laid like ``node`` where a reader of ``node`` depends on its layout.
+    """``out``, with the layout of ``node`` if a reader of ``node`` depends on it.
 
     Raises:
-        CannotEmit: such a reader exists, and the layout is none that a permutation of dimensions gives.
+        CannotEmit: such a reader exists, and no permutation of dimensions gives the layout.
     """
     before = value_of(node)
     check_placements(before, build.value(out))
@@ -50,7 +50,7 @@ def laid_out_as(build: Builder, node: fx.Node, out: fx.Node) -> fx.Node:
 
 
 def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Provably the same strides, where they matter: in dimensions of more than one element."""
+    """Are the strides provably equal in all dimensions of more than one element?"""
     return all(
         statically_known_true(m == n) or statically_known_true(size == 1)
         for size, m, n in zip(a.shape, a.stride(), b.stride(), strict=True)
@@ -67,7 +67,7 @@ def _hint(stride: Any) -> int:
 
 
 def _observed(build: Builder, node: fx.Node, value: torch.Tensor) -> bool:
-    """Would a reader of ``node`` notice that it is strided as ``value`` is?"""
+    """Would a reader of ``node`` notice if it had the strides of ``value``?"""
     order = build.reader.order
     changed: dict[fx.Node, Any] = {node: value}
     todo = [(order.get(u, -1), u) for u in node.users]
@@ -94,10 +94,10 @@ def _observed(build: Builder, node: fx.Node, value: torch.Tensor) -> bool:
 
 
 def _aliases_otherwise(build: Builder, user: fx.Node, new: Any, changed: dict[fx.Node, Any]) -> bool:
-    """Is a view now a copy, or a copy a view, where that is seen?
+    """Would a view become a copy, or a copy a view, in a way that can be observed?
 
-    It is where one of them is written to, and where no gradients are recorded: a view of what has a gradient
-    has it there too, a copy does not.
+    It can if one of them is written to, and if no gradients are recorded: then a view of a tensor that needs
+    a gradient needs one too, but a copy does not.
     """
     reader, memory = build.reader, build.reader.memory
     if not isinstance(new, torch.Tensor):
@@ -113,7 +113,7 @@ def _aliases_otherwise(build: Builder, user: fx.Node, new: Any, changed: dict[fx
 
 
 def _must_keep(user: fx.Node) -> bool:
-    """A reader that depends on strides, or of which that is not known."""
+    """Is it a reader that depends on strides, or may do so?"""
     if user.op not in ("call_function", "call_method"):
         return True
     if isinstance(user.target, torch._ops.HigherOrderOperator):
@@ -122,7 +122,7 @@ def _must_keep(user: fx.Node) -> bool:
 
 
 def _run(build: Builder, user: fx.Node, changed: dict[fx.Node, Any]) -> Any:
-    """The reader's value on the new layout."""
+    """The value that the reader has with the new layout."""
 
     def value(n: fx.Node) -> Any:
         found = changed.get(n, value_of(n))

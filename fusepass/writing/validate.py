@@ -1,7 +1,7 @@
-"""Translation validation: a site's original and its replacement, run side by side when it is compiled.
+"""Translation validation: a site's original and its replacement are both run when the graph is compiled.
 
-Both are computed from the same random values of the tensors where they begin to differ, the original
-in float64 as well; the replacement may err twice as much as the original does in its own dtype.
+Both are computed from the same random values for the tensors at which they begin to differ, the original also
+in float64.  The replacement's error may be twice that of the original in its own dtype.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def site_error(original: fx.Node, replacement: fx.Node) -> float:
     Returns:
         ``error(replacement) / (2 * error(original) + slack)``, errors being the largest difference
         from the original in float64, and the slack 16 units in the last place of the largest result.
-        0.0 where the original itself cannot be run apart from its graph (dropout, say).
+        0.0 if the original itself cannot be run outside its graph (because of dropout, say).
     """
     order = {n: i for i, n in enumerate(original.graph.nodes)}
-    nodes = between(original, replacement, order)
+    nodes = site_nodes(original, replacement, order)
     if any(is_random(n) for n in nodes):
         return 0.0
     device = value_of(original).device
@@ -58,8 +58,8 @@ def _ratio(ours: Tensor, theirs: Tensor, truth: Tensor) -> float:
     return error / max(allowed, 1e-300)
 
 
-def between(original: fx.Node, replacement: fx.Node, order: dict[fx.Node, int]) -> set[fx.Node]:
-    """The nodes of the site: back from both ends to large operations, inputs and parameters."""
+def site_nodes(original: fx.Node, replacement: fx.Node, order: dict[fx.Node, int]) -> set[fx.Node]:
+    """The nodes of a site: from both ends back to large operations, inputs and parameters."""
     found: set[fx.Node] = set()
     todo = [original, replacement]
     while todo:
@@ -75,7 +75,7 @@ def between(original: fx.Node, replacement: fx.Node, order: dict[fx.Node, int]) 
 
 
 def _is_boundary(node: fx.Node) -> bool:
-    """Projections and normalisations: the tensors that a site begins with."""
+    """Is it a projection or normalisation, at which a site begins?"""
     name = getattr(node.target, "__name__", str(node.target))
     return node.op == "call_module" or any(
         word in name for word in ("linear", "layer_norm", "embedding", "conv", "group_norm", "rms_norm")
@@ -92,7 +92,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def random_inputs(nodes: Iterable[fx.Node], device: torch.device) -> dict[fx.Node, Any]:
-    """Random values for what the nodes read from outside."""
+    """Random values for the tensors that the nodes read from outside."""
     inside = set(nodes)
     generator = torch.Generator(device="cpu").manual_seed(0)
     outside = sorted({i for n in inside for i in n.all_input_nodes if i not in inside}, key=lambda n: n.name)
