@@ -1,1 +1,1 @@
-"""Which kernel serves a site: by rules, by predicted costs, or by measurements."""
+"""The choice of a kernel for a site: by rules, by predicted costs, or by measurements."""

@@ -1,7 +1,7 @@
-"""Times of steps, on a GPU and on a CPU: medians, in turn, and of recorded CUDA graphs.
+"""Times of steps, on a GPU and on a CPU: medians, with turns between contenders, and of recorded CUDA graphs.
 
-A GPU's clock follows its temperature and its power: steps that are compared take turns, in another order each
-round, so that no step always comes after one that draws more power.
+A GPU's clock follows its temperature and its power.  So steps that are compared take turns, in a different
+order in each round: no step always comes after one that draws more power.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import torch
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message."""
     lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip(" =")]
     return lines[0][:200]
 
 
 def timed(step: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median of single runs, in milliseconds; on a GPU the least of some medians."""
+    """The median time of single runs, in milliseconds; on a GPU the smallest of several medians."""
     return in_turn([step], device, repeats)[0]
 
 
 def in_turn(steps: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
-    """For each of the steps, the median of single runs in milliseconds; on a GPU of rounds of runs.
+    """For each step, the median time of single runs in milliseconds; on a GPU the median over rounds of runs.
 
-    In every round each step has its turn, in another order.
+    In every round each step has a turn, in a different order.
     """
     if device.type != "cuda":
         return [
@@ -43,7 +43,7 @@ def in_turn(steps: Sequence[Callable[[], object]], device: torch.device, repeats
             step()
         torch.cuda.synchronize()
         first = max(_events(step, 1)[0], 1e-3)
-        _events(step, min(2000, int(_WARM / first)))  # a GPU that was idle runs at a lower clock at first
+        _events(step, min(2000, int(_WARM / first)))  # an idle GPU starts at a lower clock
         turns = 1 if len(steps) == 1 else _ROUNDS
         enough = max(repeats / turns, _SHORT / first)
         counts.append(max(3, int(min(enough, _LONG / turns / first))))
@@ -52,7 +52,7 @@ def in_turn(steps: Sequence[Callable[[], object]], device: torch.device, repeats
     found: list[list[float]] = [[] for _ in steps]
     for turn in range(_ROUNDS):
         order = list(range(len(steps)))
-        random.Random(turn).shuffle(order)  # what ran before a step decides how warm the GPU is
+        random.Random(turn).shuffle(order)  # the step before determines how warm the GPU is
         for n in order:
             found[n].append(median(_events(steps[n], counts[n])))
     return [median(times) for times in found]
@@ -65,24 +65,24 @@ def _clocked(step: Callable[[], object]) -> float:
 
 
 def _settled(step: Callable[[], object], count: int) -> float:
-    """The smallest median; medians are taken until two in a row agree, because queued work may still run."""
+    """The smallest median.  Measures until two medians in a row agree, because queued work may still run."""
     found = [median(_events(step, count))]
     while len(found) < _BATCHES and (len(found) == 1 or abs(found[-1] / found[-2] - 1) > _AGREES):
         found.append(median(_events(step, count)))
     return min(found)
 
 
-#: The most medians, and how closely two in a row must agree.
+#: The maximum number of medians, and how closely two in a row must agree.
 _BATCHES, _AGREES = 6, 0.02
-#: How often the steps that are compared have their turn.
+#: How many turns each of the compared steps has.
 _ROUNDS = 7
-#: Milliseconds of work before anything counts, that a batch of short steps lasts at least, and those of long
-#: ones in all.
+#: Milliseconds: of work before measuring starts, of a batch of short steps (at least), and of all long steps
+#: together.
 _WARM, _SHORT, _LONG = 30.0, 10.0, 300.0
 
 
 def _events(step: Callable[[], object], count: int) -> list[float]:
-    """Run back to back: where the host is slower than the GPU, the host's time counts, as for a user."""
+    """Times of runs back to back: if the host is slower than the GPU, its time counts, as for a user."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     marks[0].record()
     for mark in marks[1:]:
@@ -95,10 +95,10 @@ def _events(step: Callable[[], object], count: int) -> list[float]:
 def recorded(
     step: Callable[[], object], device: torch.device
 ) -> tuple[Callable[[], object] | None, int, str]:
-    """What replays a CUDA graph of ``step``, how many steps that is, and why there is none.
+    """A function that replays a CUDA graph of ``step``, the number of steps in it, and why there is no graph.
 
-    Short steps are recorded several times over, as many for all contenders: starting a graph takes as long
-    as such a step.
+    Short steps are recorded several times, equally often for all contenders, because starting a graph takes
+    as long as such a step.
     """
     if device.type != "cuda":
         return None, 1, ""
@@ -117,7 +117,7 @@ def recorded(
             gc.enable()
 
 
-#: Milliseconds below which a step is recorded several times over, and how often.
+#: A step that takes fewer milliseconds is recorded this many times.
 _TINY, _COPIES = 0.2, 20
 
 
@@ -128,7 +128,7 @@ def _capture(step: Callable[[], object], times: int) -> Callable[[], object]:
             step()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        gc.disable()  # what it would free must not be freed while a graph is recorded
+        gc.disable()  # garbage must not be freed while a graph is recorded
         graph.capture_begin()
         try:
             for _ in range(times):

@@ -1,12 +1,12 @@
 """A cost model of kernels, made from measurements, and the profiles that hold it.
 
-The GPU's time grows with the number of queries, and with how many keys each of them sees in a way that is
-each kernel's own: tiles fill up, blocks are skipped.  So a curve has, for numbers of visible keys, the time
-per million elements of queries and results, and is read between its points on logarithmic axes.  What is
-measured is thereby given back as it was, for other batches in proportion.  No call takes less than launching
-it does, beyond what calling any compiled function takes, and beyond what the GPU meanwhile has to do for the
-layer that the call is part of.  There is one curve for each kernel, kind of
-attention, head size and pass that was measured; nothing is extrapolated to kinds that were not.
+The GPU's time grows in proportion to the number of queries.  How it grows with the number of keys that each
+query sees depends on the kernel: tiles fill up, blocks are skipped.  So a curve gives the time per million
+elements of queries and results for several numbers of visible keys, and is interpolated on logarithmic axes.
+A measured size is thereby predicted exactly, and other batches in proportion.  A call is never cheaper than
+its launch, less two parts: what calling any compiled function takes, and what the GPU does meanwhile for the
+layer that the call is part of.  There is one curve for each kernel, kind of attention, head size and pass
+that was measured; nothing is extrapolated to other kinds.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _MILLION = 1e6
 class Sample:
     """One measured call of a kernel.
 
-    size: elements of its queries and results.
+    size: the number of elements in its queries and results.
     keys: how many keys a query sees, on average.
     milliseconds: the GPU's time.
-    launch: the time of calls back to back, which is no less than that of launching one.
+    launch: the time per call of calls back to back, which is at least the time of a launch.
     """
 
     kernel: str
@@ -53,7 +53,7 @@ class Sample:
 class Curve:
     """The costs of one kernel for one kind of attention.
 
-    launch: milliseconds that no call is faster than.
+    launch: milliseconds; no call is faster.
     points: numbers of visible keys, ascending, and milliseconds per million elements there.
     """
 
@@ -67,15 +67,16 @@ class Curve:
     def milliseconds(self, size: float, keys: float, overhead: float = 0.0) -> float:
         """The predicted time of a call.
 
-        ``overhead`` is the part of its launch that is not the kernel's, or that nobody waits for
+        ``overhead`` is the part of its launch that is not the kernel's, or that runs while the GPU is busy
         (:meth:`Profile.overhead`, :meth:`Profile.layer`).
         """
         return max(self.launch - overhead, size / _MILLION * self.rate(keys))
 
     def rate(self, keys: float) -> float:
-        """Milliseconds per million elements where a query sees that many keys.
+        """Milliseconds per million elements if a query sees this many keys.
 
-        Beyond the longest that was measured they grow with the keys, below the shortest they stay.
+        Above the largest number that was measured, they grow with the keys; below the smallest, they are
+        constant.
         """
         first, last = self.points[0], self.points[-1]
         if keys <= first[0]:
@@ -99,18 +100,18 @@ class Profile:
     curves: tuple[Curve, ...]
 
     def find(self, kernel: str, kind: str, head_dim: int, mode: str) -> Curve | None:
-        """The curve of the nearest head size that was measured."""
+        """The curve for the nearest head size that was measured."""
         near = [c for c in self.curves if (c.kernel, c.kind, c.mode) == (kernel, kind, mode)]
         return min(near, key=lambda c: abs(math.log(c.head_dim / head_dim)), default=None)
 
     def measured(self, kernel: str) -> bool:
-        """Is there a curve of a kernel?"""
+        """Is there a curve for a kernel?"""
         return any(c.kernel == kernel for c in self.curves)
 
     def overhead(self, mode: str) -> float:
-        """What calling a compiled function takes, whatever it calls: the launch of the quickest in a pass.
+        """The cost of calling any compiled function: the shortest launch in a pass.
 
-        A model pays it once, and not for each of its sites.
+        A model pays it once, not for each of its sites.
         """
         return min((c.launch for c in self.curves if c.mode == mode), default=0.0)
 
@@ -118,7 +119,7 @@ class Profile:
         """Milliseconds that the GPU needs for the products of a transformer layer.
 
         Launches run ahead of the GPU while it is busy with them.  A layer has about ``12 width**2`` weights
-        (Kaplan et al., arXiv 2001.08361, table 1), and products are taken to be as fast as those of the
+        (Kaplan et al., arXiv 2001.08361, table 1), and its products are assumed to be as fast as those of the
         fastest attention that was measured.
         """
         rates = [2 * keys / spent for c in self.curves for keys, spent in c.points if c.mode == FORWARD]
@@ -139,7 +140,7 @@ def load(place: Path) -> Profile:
     """Read what :meth:`Profile.save` wrote.
 
     Raises:
-        ValueError: the file is no profile.
+        ValueError: the file is not a profile.
     """
     try:
         table: dict[str, Any] = json.loads(place.read_text())
@@ -147,7 +148,7 @@ def load(place: Path) -> Profile:
         return Profile(tuple(table["devices"]), table["machine"], curves)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{place} is no profile of fusepass ({error}); make one with `python -m fusepass bench --profile`"
+            f"{place} is not a fusepass profile ({error}); make one with `python -m fusepass bench --profile`"
         ) from error
 
 
@@ -162,7 +163,7 @@ def curves(samples: Iterable[Sample]) -> tuple[Curve, ...]:
 
 
 def _curve(key: tuple[str, str, int, str], samples: Sequence[Sample]) -> Curve:
-    """Of samples of one number of keys the fastest counts: what disturbs a measurement only adds."""
+    """Of several samples with the same number of keys the fastest counts: disturbances only add time."""
     at: dict[int, list[Sample]] = {}
     for s in samples:
         at.setdefault(round(16 * math.log2(s.keys)), []).append(s)
@@ -187,12 +188,12 @@ _BANDS = ("full", "causal", "window")
 
 
 def sees_all(kernel: str, kind: str) -> bool:
-    """Does a kernel's time grow with all pairs of queries and keys, hidden or not?"""
+    """Does a kernel's time grow with all pairs of queries and keys, including hidden ones?"""
     return kernel == "unfused" or (kernel in ("sdpa", "cudnn") and kind not in _BANDS)
 
 
 def cache_folder() -> Path:
-    """Where the user's profiles are: ``$FUSEPASS_CACHE``, or ``fusepass`` in the user's cache folder."""
+    """The folder of the user's profiles: ``$FUSEPASS_CACHE``, or ``fusepass`` in the user's cache folder."""
     if place := os.environ.get("FUSEPASS_CACHE"):
         return Path(place)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusepass"
@@ -210,7 +211,7 @@ def device_name() -> str | None:
 
 
 def profile(device: str | None) -> Profile | None:
-    """The profile for a GPU: the user's own before a shipped one; None where nobody has measured."""
+    """The profile for a GPU: the user's own if there is one, else a shipped one, else None."""
     return None if device is None else _profile(device, str(cache_folder()))
 
 

@@ -1,4 +1,4 @@
-"""The machine and the versions that measurements are of."""
+"""The machine and the versions that measurements were made with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fusepass.kernels.reference import multiplies_bfloat16
 
 
 def machine(device: str = "cuda") -> dict[str, str]:
-    """The machine and the versions that the numbers were measured with."""
+    """The present machine and versions, as a table."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     if device == "cuda":
         found |= {

@@ -1,11 +1,11 @@
 """The order in which kernels are tried for a site.
 
-Where a profile of the GPU exists (:mod:`.costs`), kernels are ranked by predicted time, and a site
-that is measured faster as it is stays.  Of kernels that are equally fast the first of the list is taken,
-which stands behind fewer compilers.  A kernel that was not measured for a kind of attention follows those
-that were.  Without a profile the order is that of the list, except that a kernel that knows what is hidden
-goes before one that is given a dense mask, for sequences where that mask is large.  On a CPU the order is
-that of the list, but for short sequences (:func:`reference.beats_sdpa`).
+If a profile of the GPU exists (:mod:`.costs`), kernels are ranked by predicted time, and a site that was
+measured faster unfused stays.  Of kernels that are equally fast the first in the list is taken, because it
+depends on fewer compilers.  A kernel that was not measured for a kind of attention comes after those that
+were.  Without a profile the order is that of the list, with one exception: where a dense mask would be large,
+a kernel that skips what is hidden comes before one that needs such a mask.  On a CPU the order is that of the
+list, except for short sequences (:func:`reference.beats_sdpa`).
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from fusepass.selection import costs
 from fusepass.selection.work import FIXED, LEARNED, UNFUSED, Work, sizes_of, work_of
 from fusepass.specification.attention import Attention, Band, Document, KeyPadding
 
-#: Queries times keys from which a dense mask costs more than the kernel that takes none.
+#: Above this many query–key pairs a dense mask is the slower choice.
 LARGE = 1024 * 1024
-#: A site stays unfused only where that is predicted faster by more than the model's error.
+#: A site stays unfused only if that is predicted to be faster by more than the model's error.
 MARGIN = 1.1
-#: Keys up to which a bias that learns is not taken for one that does not.  FlexAttention adds its gradient up
-#: by atomic operations, and SDPA chooses another kernel for it: the windows of Swin, 49 keys, train faster by
-#: SDPA, and the 512 keys of T5 by FlexAttention (docs/models-h100.md).
+#: Up to this many keys, a learned bias is not predicted from one that is not learned.  FlexAttention sums its
+#: gradient with atomic operations, and SDPA chooses another kernel for it: Swin's windows of 49 keys train
+#: faster with SDPA, and T5's 512 keys with FlexAttention (docs/models-h100.md).
 FEW_KEYS = 64
-#: Predictions that are this close to the fastest are equal: measurements differ by as much.
+#: Predictions this close to the fastest count as equal: measurements vary as much.
 EQUAL = 1.02
 SDPA_CALL = "scaled_dot_product_attention"
 
 Measure = Callable[[Sequence[Kernel]], str | None]
-"""The name of the fastest of some kernels, or ``UNFUSED``; None where nothing could be timed."""
+"""Finds the name of the fastest of some kernels, or ``UNFUSED``; None if nothing could be timed."""
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """A kernel, and its predicted milliseconds where there is a prediction; no kernel: leave the site."""
+    """A kernel, and its predicted milliseconds if there is a prediction; without a kernel: leave the site."""
 
     kernel: Kernel | None
     milliseconds: float | None = None
@@ -52,12 +52,12 @@ class Ranked:
 def candidates(
     node: fx.Node, site: Site, target: Target, options: Options, learned: frozenset[int], measure: Measure
 ) -> list[Kernel | None]:
-    """The kernels that the options allow, in the order to be tried; None: leave the site as it is.
+    """The kernels that the options allow, in the order in which to try them; None: leave the site as it is.
 
     Args:
         node: the node that computes the site.
         learned: the slots of biases whose gradients are wanted.
-        measure: finds the fastest, for "autotune".
+        measure: finds the fastest kernel, for "autotune".
     """
     first: list[Kernel | None] = [FP8] if options.precision != "native" else []
     if options.kernel not in ("auto", "autotune"):
@@ -84,7 +84,7 @@ def rank(
     site: Site, target: Target, kernels: Sequence[Kernel], profile: costs.Profile | None,
     learned: frozenset[int] = frozenset(),
 ) -> list[Ranked]:  # fmt: skip
-    """Kernels in the order to be tried; at ``Ranked(None)`` the site is faster as it is."""
+    """Kernels in the order in which to try them; ``Ranked(None)`` means that the site is faster unfused."""
     if target.device != "cuda":
         return [Ranked(k) for k in kernels]
     if profile is None:
@@ -114,7 +114,7 @@ def _first(ranked: Sequence[Ranked]) -> float:
 
 
 def predicted(profile: costs.Profile, kernel: str, work: Work) -> float | None:
-    """The predicted milliseconds of a kernel, or None where its kind was not measured."""
+    """The predicted milliseconds of a kernel; None if it was not measured for this kind of attention."""
     curve = profile.find(kernel, work.kind, work.head_dim, work.mode)
     if curve is None and work.all_keys > FEW_KEYS:
         curve = profile.find(kernel, work.kind.replace(LEARNED, FIXED), work.head_dim, work.mode)
@@ -128,7 +128,7 @@ def predicted(profile: costs.Profile, kernel: str, work: Work) -> float | None:
 def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel]) -> list[Kernel]:
     """The order without measurements.
 
-    A sink is one more column of a dense mask to SDPA, and of copies of the keys and values.
+    For SDPA a sink is one more column in a dense mask and in copies of the keys and values.
     """
     dense = bool(spec.added) and not spec.is_causal() and sizes["i"] * sizes["j"] >= LARGE
     if not dense and spec.sink is None:
@@ -136,7 +136,7 @@ def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel])
     native = not isinstance(flash.describe(spec, "flash4"), str)
     hidden = all(map(spec.hides, spec.masks))
     hidden = hidden and all(isinstance(a, (Band, KeyPadding, Document)) for a in spec.atoms)
-    windows = native and spec.sink is None  # with a sink, SDPA's own are a dense mask
+    windows = native and spec.sink is None  # with a sink, SDPA's own kernels need a dense mask
 
     def place(kernel: Kernel) -> int:
         if native and kernel.name.startswith("flash"):

@@ -1,4 +1,4 @@
-"""A site as the cost model sees it: its kind of attention, and how much there is to compute."""
+"""A site as the cost model sees it: its kind of attention and the amount of work."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class Work:
     head_dim: int
     mode: str
     size: float
-    """Elements of queries and results."""
+    """Number of elements in queries and results."""
     keys: float
     """How many keys a query sees, on average."""
     all_keys: float
     tokens: float
-    """How many queries there are of each head."""
+    """Number of queries per head."""
     width: float
-    """Elements of a query of all heads."""
+    """Number of elements in one query, over all heads."""
 
 
 def kind_of(
     spec: Attention, thin: frozenset[int] = frozenset(), learned: frozenset[int] = frozenset()
 ) -> str:
-    """The kind of attention, as profiles name it: what changes a kernel's speed.
+    """The kind of attention, as profiles name it: the properties that change a kernel's speed.
 
     Args:
         thin: the slots of biases that have a formula (:func:`flex_blocks.thin_biases`).
@@ -62,7 +62,7 @@ def kind_of(
 
 
 def _visibility(spec: Attention) -> str:
-    """The kind of what is visible."""
+    """The part of the kind's name that describes visibility."""
     if not spec.masks:
         return "one query" if spec.queries == 1 else "full"
     if not all(map(spec.hides, spec.masks)):
@@ -75,7 +75,7 @@ def _visibility(spec: Attention) -> str:
 
 
 def sizes_of(site: Site) -> dict[str, float]:
-    """The sizes of a site; symbolic ones as the example has them, which proves nothing and picks a kernel."""
+    """The sizes of a site.  Symbolic ones take their values in the example, to pick a kernel by."""
     spec = site.spec
     named = {
         "b": spec.batch, "h": spec.heads, "g": spec.kv_heads, "i": spec.queries, "j": spec.keys,
@@ -85,7 +85,7 @@ def sizes_of(site: Site) -> dict[str, float]:
 
 
 def hint(size: Size, site: Site) -> int:
-    """A size's value in the example that was traced."""
+    """The value of a size in the example that was traced."""
     if isinstance(size, int):
         return size
     env: Any = site.space.facts._env
@@ -106,7 +106,7 @@ def work_of(site: Site, training: bool, learned: frozenset[int] = frozenset()) -
 
 
 def pairs_of(spec: Attention, queries: float, keys: float) -> float:
-    """How many queries and keys the bands of a site let meet; other masks count as open."""
+    """The number of query–key pairs that the bands of a site leave visible; other masks hide nothing here."""
     left: float | None = None
     right: float | None = None
     for atom in spec.atoms:
@@ -125,7 +125,7 @@ def pairs_of(spec: Attention, queries: float, keys: float) -> float:
 
 def _beyond(rows: float, columns: float, bound: float) -> float:
     """Pairs with ``column - row > bound``."""
-    first = max(0.0, columns - 1 - bound)  # in row 0; one less in each row after it
+    first = max(0.0, columns - 1 - bound)  # in row 0; one fewer in each row after it
     last = max(0.0, first - rows)
     return (first * (first + 1) - last * (last + 1)) / 2
 

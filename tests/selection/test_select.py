@@ -116,7 +116,7 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     made.save(tmp_path / "deep" / "p.json")
     assert costs.load(tmp_path / "deep" / "p.json") == made
     (tmp_path / "bad.json").write_text('{"devices": 3}')
-    with pytest.raises(ValueError, match="is no profile of fusepass"):
+    with pytest.raises(ValueError, match="is not a fusepass profile"):
         costs.load(tmp_path / "bad.json")
 
 
