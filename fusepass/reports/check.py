@@ -1,4 +1,4 @@
-"""How far a result of the fused model is from the exact one, beside the eager one."""
+"""The errors of a fused and of an eager result, compared with the exact one."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class Check:
     eager_error: float
     fused_error: float
     difference: float
-    """Of the fused result from the eager one."""
+    """The difference of the fused result from the eager one."""
     allowed: float
 
     @property

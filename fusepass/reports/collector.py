@@ -1,4 +1,4 @@
-"""Reports of graphs, gathered while they are compiled, and shown as a table and a line."""
+"""Reports of graphs, collected while they are compiled, and shown as a table and a summary line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +40,7 @@ class Collector:
         return sum(graph.seconds for graph in self.graphs)
 
     def summary(self) -> str:
-        """One line: how many sites, how many fused, by which kernels."""
+        """One line: the number of sites, how many are fused, and by which kernels."""
         return summary(self)
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ def publish(report: GraphReport) -> None:
 
 
 def summary(collector: Collector) -> str:
-    """One line: how many sites, how many fused, by which kernels."""
+    """One line: the number of sites, how many are fused, and by which kernels."""
     sites, fused, left = len(collector.sites), len(collector.fused), len(collector.left)
     if not sites:
         return f"no attention found in {_count(len(collector.graphs), 'graph')}"

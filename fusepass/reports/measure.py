@@ -19,15 +19,15 @@ class Cost:
     milliseconds: float
     """Median of the measured runs."""
     peak_bytes: int | None
-    """The most memory that was allocated at once on top of what was there before the call."""
+    """The peak of memory allocated by the call, on top of what was there before."""
 
 
 Prepare = Callable[[], Callable[[], object]]
-"""Makes one call ready: what it does itself, such as copying arguments, is not measured."""
+"""Prepares one call; the preparation, such as copying arguments, is not measured."""
 
 
 def cost(prepare: Prepare, device: torch.device, repeats: int = 5) -> Cost:
-    """Cost of a call that has run once already: compilation is not part of it."""
+    """The cost of a call that has already run once, so that compilation is not included."""
     peak = _peak_cuda(prepare(), device) if device.type == "cuda" else _peak_cpu(prepare())
     times = []
     for _ in range(repeats):
@@ -55,7 +55,7 @@ def _peak_cuda(call: Callable[[], object], device: torch.device) -> int:
 
 
 def _peak_cpu(call: Callable[[], object]) -> int | None:
-    """The allocator's own events, as the profiler sees them: compiled code is counted like eager code."""
+    """The peak from the allocator's own events in the profiler, which count compiled code like eager code."""
     profile = torch.autograd.profiler.profile(profile_memory=True)
     with _quiet():
         profile.__enter__()
@@ -78,7 +78,7 @@ def _peak_cpu(call: Callable[[], object]) -> int | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The profiler's C++ side writes two lines to the error stream whenever it starts and stops."""
+    """Hide the two lines that the profiler's C++ side writes to stderr when it starts and stops."""
     sys.stderr.flush()
     saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

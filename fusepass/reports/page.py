@@ -1,4 +1,4 @@
-"""Reports as one HTML page for people: no file beside it, no script, light and dark, wide and narrow."""
+"""Reports as one self-contained HTML page: no other files, no scripts, light and dark, wide and narrow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusepass.reports.report import SiteReport, merged
 
 @dataclass(frozen=True)
 class RangeTime:
-    """What a profiler saw of one range: how often it ran, and milliseconds in all."""
+    """What a profiler saw of one range: how often it ran, and its total milliseconds."""
 
     calls: int
     cpu: float
@@ -64,7 +64,7 @@ def page(
         f"<p class=lead>{escape(summary(collector))}</p></header>",
         _tiles(collector, seconds),
         _section("Fused", "Attention that runs on one kernel.", fused, times or {}),
-        _section("Left as it was", "What resembles attention and stays, with the reason.", left, {}),
+        _section("Left as it was", "Sites that resemble attention and stay, with the reason.", left, {}),
         _notes(collector.notes),
         _graphs(collector),
         f"<footer>{escape(_versions())}</footer>",
@@ -117,7 +117,7 @@ def _section(
 
 
 def _card(site: SiteReport, all_of: Sequence[SiteReport], times: Mapping[str, RangeTime]) -> str:
-    """The sites that read the same."""
+    """One card for all sites that read the same."""
     many = f"<span class=times>× {len(all_of)}</span>" if len(all_of) > 1 else ""
     kind = escape(site.kind) if site.kind else "not recognised"
     badge = f"<b class=kernel>{escape(site.kernel or '?')}</b>" if site.fused else "<b class=stays>stays</b>"
@@ -148,7 +148,7 @@ def _of(site: SiteReport, times: Mapping[str, RangeTime]) -> list[RangeTime]:
 
 
 def _spent(found: Sequence[RangeTime]) -> str:
-    """Time in the kernels of some sites."""
+    """The time spent in the kernels of some sites."""
     calls, cpu, device = (
         sum(values) for values in zip(*((t.calls, t.cpu, t.device) for t in found), strict=True)
     )
@@ -177,7 +177,7 @@ def _notes(notes: Sequence[str]) -> str:
 
 
 def _graphs(collector: Collector) -> str:
-    """Graph by graph: how large, how long the pass took, what it relies on."""
+    """A table of graphs: their sizes, the time of the pass, and what they rely on."""
     rows = []
     for number, graph in enumerate(collector.graphs):
         fused = sum(site.fused for site in graph.sites)

@@ -1,4 +1,4 @@
-"""What the pass did to a graph, as data: its sites, with their names and their places in the model."""
+"""What the pass did to a graph, as data: its sites, with their names and source lines."""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,7 @@ class SiteReport:
     reason: str | None
     """Why the site stays as it was; for a fused site, anything worth knowing."""
     source: str | None
-    """Where the model says it, such as "modeling_llama.py:123 attention: w = q @ k"."""
+    """The line of the model that computes it, such as "modeling_llama.py:123 attention: w = q @ k"."""
     rejected: tuple[tuple[str, str], ...] = ()
     """(kernel, why not) for every kernel that was asked before the chosen one."""
     max_error: float | None = None
@@ -34,7 +34,7 @@ class SiteReport:
 
 
 def merged(site: SiteReport) -> SiteReport:
-    """What two sites must share to be shown as one: all but their names and the measured error."""
+    """What two sites must have in common to be shown as one: all except their names and measured errors."""
     return replace(site, node="", max_error=None, label=None)
 
 
@@ -50,9 +50,9 @@ class GraphReport:
     assumed: list[str] = field(default_factory=list)
     """Buffers whose elements the fused sites rely on, under a guard."""
     apart: list[list[str]] = field(default_factory=list)
-    """Arguments of different lists must share no memory: one is read after another was written to."""
+    """Arguments in different lists must not share memory: one is read after another is written to."""
     written: list[str] = field(default_factory=list)
-    """Buffers that the graph itself writes to, whose elements nothing relies on."""
+    """Buffers that the graph itself writes to, so that nothing relies on their elements."""
 
 
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)$')

@@ -12,7 +12,7 @@ from fusepass.reports.report import SiteReport, merged
 
 
 def site_table(sites: Sequence[SiteReport]) -> Table:
-    """One row for all sites that read the same, in order of appearance."""
+    """A table with one row for all sites that read the same, in order of appearance."""
     table = Table(title="Attention sites", title_justify="left", header_style="bold", expand=False)
     table.add_column("sites", justify="right")
     table.add_column("recognised as", ratio=3, overflow="fold")
@@ -39,7 +39,7 @@ def _outcome(site: SiteReport) -> str:
 
 
 def check_table(outputs: Sequence[Check], gradients: Sequence[Check], exact: str) -> Table:
-    """Errors of every output; of the gradients only the worst."""
+    """A table of the errors of every output, and of the worst gradient."""
     title = f"Errors against {exact}, relative to the largest value"
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("result", overflow="fold")
@@ -58,7 +58,7 @@ def check_table(outputs: Sequence[Check], gradients: Sequence[Check], exact: str
 
 
 def cost_table(costs: Mapping[str, Cost], inner: str) -> Table:
-    """Time and memory of every way of running."""
+    """A table of time and memory for every way of running."""
     names = {"eager": "eager", "inner": f"{inner} alone", "fused": f"{inner} with fusepass"}
     table = Table(title="Time and memory of one call", title_justify="left", header_style="bold")
     table.add_column("run as")
@@ -70,7 +70,7 @@ def cost_table(costs: Mapping[str, Cost], inner: str) -> Table:
 
 
 def size(count: float | None) -> str:
-    """Bytes as people read them."""
+    """A number of bytes in readable units."""
     if count is None:
         return "-"
     for unit in ("B", "KB", "MB"):
