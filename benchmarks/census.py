@@ -168,10 +168,10 @@ def case(family: str) -> tuple[Model, Inputs, list[torch.Tensor]]:
 
 def outputs(model: Callable[..., Any], inputs: Inputs) -> list[torch.Tensor]:
     """The floating tensors that a call returns."""
-    from fusepass.tools.sandbox import fresh, named_tensors
+    from fusepass.tools.sandbox import copied, named_tensors
 
     torch.manual_seed(1)
-    return [t.clone() for t in named_tensors(dict(model(**fresh(inputs)))).values()]
+    return [t.clone() for t in named_tensors(dict(model(**copied(inputs)))).values()]
 
 
 def difference(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float:

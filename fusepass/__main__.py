@@ -250,7 +250,7 @@ def _export(arguments: argparse.Namespace) -> int:
     if suffix not in (".onnx", ".pt2") or (arguments.aoti and suffix != ".pt2"):
         raise UsageError(f"--to {arguments.to!r}: expected a name that ends in .onnx, or in .pt2")
     taker = "export_onnx" if suffix == ".onnx" else "compile_aoti" if arguments.aoti else "export_pt2"
-    settings = _settings(arguments, lambda given: _taken(taker, given))
+    settings = _settings(arguments, lambda given: _check_options(taker, given))
     target = load(arguments.model, arguments.dtype, arguments.device)
     model = target.model
     if not isinstance(model, torch.nn.Module):
@@ -280,7 +280,7 @@ def _all_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return shapes[1] if not args else shapes[0] if not kwargs else (*shapes[0], *shapes[1].values())
 
 
-def _taken(function: str, given: dict[str, Any]) -> None:
+def _check_options(function: str, given: dict[str, Any]) -> None:
     """Check the options that a function is given."""
     if function.endswith("_onnx"):
         refuse_others(function, given, ())
@@ -289,7 +289,7 @@ def _taken(function: str, given: dict[str, Any]) -> None:
 
 
 def _optimize(arguments: argparse.Namespace) -> int:
-    _settings(arguments, lambda given: _taken("optimize_onnx", given))
+    _settings(arguments, lambda given: _check_options("optimize_onnx", given))
     return _reported(
         lambda say: fusepass.optimize_onnx(
             arguments.source,
@@ -344,7 +344,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from fusepass.reports.page import page
     from fusepass.tools.targets import UsageError
 
-    settings, script = _settings(arguments, lambda given: _taken("enable", given)), arguments.script
+    settings, script = _settings(arguments, lambda given: _check_options("enable", given)), arguments.script
     if not arguments.module and not Path(script).is_file():
         raise UsageError(
             f"cannot read {script!r}: there is no such file; expected a Python script, or -m MODULE"

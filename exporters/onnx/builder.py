@@ -199,7 +199,7 @@ class OnnxBuilder(Layouts[ir.Value]):
         operator = _operator(size)
         if operator is None:
             raise CannotEmit(f"the size {size} cannot be computed in the graph")
-        parts = [self.length(_plain(a)) for a in _arguments(size)]
+        parts = [self.length(_as_size(a)) for a in _arguments(size)]
         total = parts[0]
         for part in parts[1:]:
             total = self.call(operator, [total, part], (1,), torch.int64)
@@ -284,7 +284,7 @@ class OnnxBuilder(Layouts[ir.Value]):
         start, step = node.attrs
         size = node.shape[0]
         limit = start + size * step
-        scalars = [self.op("reshape", self.length(_plain(sympy.sympify(s))), []) for s in (start, limit)]
+        scalars = [self.op("reshape", self.length(_as_size(sympy.sympify(s))), []) for s in (start, limit)]
         return self.call("Range", [*scalars, self.constant(step, torch.int64)], (size,), torch.int64)
 
     # -- operations --------------------------------------------------------------------------
@@ -377,7 +377,7 @@ def _stands(value: ir.Value) -> bool:
     return producer is None or producer.graph is not None
 
 
-def _plain(value: Any) -> Size:
+def _as_size(value: Any) -> Size:
     return int(value) if value.is_Integer else value
 
 

@@ -144,14 +144,14 @@ def write(
     size = sum(w.nbytes for w in weights if w is not None)
     apart = size > _INLINE_BYTES if external_data is None else external_data
 
-    def told(_: Any, about: Any) -> None:
+    def report_progress(_: Any, about: Any) -> None:
         if progress is not None:
             progress(f"writing weights: {about.index + 1} of {about.total}")
 
     try:
         if apart:
             data = f"{path.name}.data"
-            ir.save(model, path, external_data=data, size_threshold_bytes=_SMALL, callback=told)
+            ir.save(model, path, external_data=data, size_threshold_bytes=_SMALL, callback=report_progress)
         else:
             ir.save(ir.external_data.load_to_model(model), path)
     except Exception as error:

@@ -53,7 +53,7 @@ def _convert_old(model: ir.Model) -> None:
     for value in [v for v in converted.graph.inputs if v.name not in inputs]:
         converted.graph.inputs.remove(value)
     for name, value in weights.items():
-        mine = _named(converted.graph, name)
+        mine = _find_value(converted.graph, name)
         if mine is not None and value.const_value is not None:
             mine.const_value = value.const_value
             if name not in converted.graph.initializers:
@@ -61,7 +61,7 @@ def _convert_old(model: ir.Model) -> None:
     model.graph = converted.graph  # its operator sets come with it
 
 
-def _named(graph: ir.Graph, name: str) -> ir.Value | None:
+def _find_value(graph: ir.Graph, name: str) -> ir.Value | None:
     if name in graph.initializers:
         return graph.initializers[name]
     for node in graph.all_nodes():

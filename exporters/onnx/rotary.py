@@ -52,10 +52,10 @@ def rotated(node: Expr) -> Rotation | None:
     width = node.shape[-1] if node.rank == 4 else None
     if node.dtype not in _FLOATS or not isinstance(width, int) or width % 2:
         return None
-    return _whole(node) if node.op == "add" else _joined(node)
+    return _rotation_of_sum(node) if node.op == "add" else _rotation_of_parts(node)
 
 
-def _whole(node: Expr) -> Rotation | None:
+def _rotation_of_sum(node: Expr) -> Rotation | None:
     """``x * cos + turned(x) * sin``."""
     factors = [list(_factors(a)) for a in node.args]
     for straight, turned in (factors, factors[::-1]):
@@ -67,7 +67,7 @@ def _whole(node: Expr) -> Rotation | None:
     return None
 
 
-def _joined(node: Expr) -> Rotation | None:
+def _rotation_of_parts(node: Expr) -> Rotation | None:
     """``x1 * cos - x2 * sin`` and ``x2 * cos + x1 * sin``, joined."""
     parts = _parts(node)
     if parts is None or parts[0].op != "sub" or parts[1].op != "add":

@@ -188,7 +188,7 @@ def _comparable(x: Tensor) -> Tensor:
 _ALWAYS_COMPARED = frozenset({"cpu"})
 
 
-class _Seen(NamedTuple):
+class _Comparison(NamedTuple):
     """A tensor that was compared: its version then, whether it was equal, and whether it ever was."""
 
     tensor: weakref.ref[Tensor]
@@ -207,12 +207,12 @@ class Snapshot:
 
     def __init__(self, tensor: Tensor) -> None:
         self._copy = tensor.detach().clone()
-        self._known: dict[int, _Seen] = {}
+        self._known: dict[int, _Comparison] = {}
         self._remember(tensor, same=True, ever=True)
 
     def holds(self, tensor: Tensor) -> bool:
         """Are the elements of ``tensor`` equal to those of the snapshot, bit by bit?"""
-        seen, version = self._seen(tensor), version_of(tensor)
+        seen, version = self._comparison(tensor), version_of(tensor)
         unwritten = seen is not None and version is not None and seen.version == version
         if seen is not None and unwritten and tensor.device.type not in _ALWAYS_COMPARED:
             return seen.same
@@ -223,10 +223,10 @@ class Snapshot:
 
     def has_held(self, tensor: Tensor) -> bool:
         """Is ``tensor`` known to have held these elements at some point?"""
-        seen = self._seen(tensor)
+        seen = self._comparison(tensor)
         return seen is not None and seen.ever
 
-    def _seen(self, tensor: Tensor) -> _Seen | None:
+    def _comparison(self, tensor: Tensor) -> _Comparison | None:
         found = self._known.get(id(tensor))
         return found if found is not None and found.tensor() is tensor else None
 
@@ -241,7 +241,7 @@ class Snapshot:
 
     def _remember(self, tensor: Tensor, same: bool, ever: bool) -> None:
         self._known = {i: seen for i, seen in self._known.items() if seen.tensor() is not None}
-        self._known[id(tensor)] = _Seen(weakref.ref(tensor), version_of(tensor), same, ever)
+        self._known[id(tensor)] = _Comparison(weakref.ref(tensor), version_of(tensor), same, ever)
 
     def __getstate__(self) -> bytes:
         buffer = io.BytesIO()

@@ -277,10 +277,10 @@ def after_weights(site: Site, build: Builder, out: fx.Node) -> fx.Node:
             out = build.op("mul", out, build.cast(keeps, build.value(out).dtype))
         elif isinstance(mod, ZeroEmptyRows) and mod.every:
             out = _without_nan_rows(build, out)
-    return _kept(site, build, out)
+    return _zero_hidden_rows(site, build, out)
 
 
-def _kept(site: Site, build: Builder, out: fx.Node) -> fx.Node:
+def _zero_hidden_rows(site: Site, build: Builder, out: fx.Node) -> fx.Node:
     """The result, zero in the rows whose weights were all set to zero after the softmax, NaN or not."""
     for mod in site.spec.weights:
         if isinstance(mod, Keep) and not mod.product and "j" not in mod.axes:
@@ -377,7 +377,7 @@ def with_infinite_rows(site: Site, build: Builder, target: Target, out: fx.Node)
         )
     nan = build.number(math.nan, out)
     lost = build.op("logical_or", build.op("eq_scalar", top, -math.inf), build.op("isnan", top))
-    return _kept(site, build, build.op("where", lost, nan, out))
+    return _zero_hidden_rows(site, build, build.op("where", lost, nan, out))
 
 
 def _levels(site: Site, build: Builder) -> fx.Node:

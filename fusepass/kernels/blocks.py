@@ -45,7 +45,7 @@ class Blocks:
         self.traced = traced
         # Numbers stay on the CPU: they combine with tensors on any device, and reading them waits for none.
         self.unknown = torch.tensor(-math.inf), torch.tensor(math.inf)
-        self._at: dict[str, Interval] = {}
+        self._indices: dict[str, Interval] = {}
 
     def count(self, letter: str) -> int:
         """How many blocks (or single indices) a letter has."""
@@ -53,9 +53,9 @@ class Blocks:
 
     def at(self, letter: str) -> Interval:
         """The lowest and highest index of each block."""
-        if letter not in self._at:
-            self._at[letter] = self._letter(letter)
-        return self._at[letter]
+        if letter not in self._indices:
+            self._indices[letter] = self._letter(letter)
+        return self._indices[letter]
 
     def _letter(self, letter: str) -> Interval:
         shape = [1, 1, 1, 1]
@@ -74,8 +74,8 @@ class Blocks:
         """
         if self.tensors and not self.traced and formula[0] != "const" and not _loads(formula):
             sizes = tuple(self.sizes[letter] for letter in "bhij")
-            low, high = _still(formula, sizes, self.block, self.device.type == "cuda")
-            return _moved(low, self.device), _moved(high, self.device)
+            low, high = _constant_interval(formula, sizes, self.block, self.device.type == "cuda")
+            return _on_device(low, self.device), _on_device(high, self.device)
         return self._walk(formula)
 
     def _walk(self, formula: Formula) -> Interval:
@@ -302,7 +302,7 @@ def _loads(formula: Formula) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _still(formula: Formula, sizes: tuple[int, ...], block: int, pinned: bool) -> Interval:
+def _constant_interval(formula: Formula, sizes: tuple[int, ...], block: int, pinned: bool) -> Interval:
     """The interval of a formula that reads no tensor, on the CPU."""
     low, high = Blocks(dict(zip("bhij", sizes, strict=True)), [], torch.device("cpu"), block).value(formula)
     return (_pinned(low), _pinned(high)) if pinned else (low, high)
@@ -316,7 +316,7 @@ _captured: list[Tensor] = []
 """Recorded CUDA graphs read these: every replay copies from the same address."""
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A cached tensor on a device; a number stays on the CPU, since it combines with any."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured.append(tensor)
@@ -347,13 +347,13 @@ def block_visibility(
         if traced:
             whole = _inside(blocks)
         else:
-            whole = _moved(_whole(sizes["i"], sizes["j"], device.type == "cuda"), device)
+            whole = _on_device(_complete_blocks(sizes["i"], sizes["j"], device.type == "cuda"), device)
         every = every & whole
     return every.expand(shape), some.expand(shape)
 
 
 @functools.lru_cache(maxsize=256)
-def _whole(queries: int, keys: int, pinned: bool) -> Tensor:
+def _complete_blocks(queries: int, keys: int, pinned: bool) -> Tensor:
     """The blocks that lie within the last query and key, ``[1, 1, query blocks, key blocks]``."""
     found = _inside(Blocks({"b": 1, "h": 1, "i": queries, "j": keys}, [], torch.device("cpu")))
     return _pinned(found) if pinned else found
@@ -385,7 +385,7 @@ def _block_tables(
     if not tensors:
         settings = (visible, batch, heads, queries, keys, both)
         fixed = _resident.get((settings, _numbered(device)))
-        joined = _moved(_fixed(*settings, device.type == "cuda") if fixed is None else fixed, device)
+        joined = _on_device(_fixed(*settings, device.type == "cuda") if fixed is None else fixed, device)
         made = table_shapes(tensors, visible, batch, heads, queries, keys, device, both)
         parts = joined.split([t.numel() for t in made])
         torch._foreach_copy_(made, [part.view(t.shape) for part, t in zip(parts, made, strict=True)])

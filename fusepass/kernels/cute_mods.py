@@ -283,7 +283,7 @@ def _version() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
-def _named(function: Callable[..., Any], *content: object) -> Callable[..., Any]:
+def _with_identity(function: Callable[..., Any], *content: object) -> Callable[..., Any]:
     """Give a function the name and hash by which flash-attn 4 caches compiled kernels."""
     text = repr((function.__name__, _version(), content))
     function.__cute_hash__ = hashlib.sha256(text.encode()).hexdigest()  # type: ignore[attr-defined]
@@ -302,7 +302,7 @@ def score_mods(steps: tuple[Any, ...]) -> tuple[Callable[..., Any], Callable[...
             grad = grad if slope is None else grad * slope
         return grad
 
-    return _named(score_mod, steps), _named(score_mod_bwd, steps)
+    return _with_identity(score_mod, steps), _with_identity(score_mod_bwd, steps)
 
 
 @functools.lru_cache(maxsize=256)
@@ -314,7 +314,7 @@ def mask_mod(visible: Formula, first: int) -> Callable[..., Any]:
         found = walk.truth(walk.value(visible))
         return walk._blank(kv_idx, found) if isinstance(found, bool) else found
 
-    return _named(seen, visible, first)
+    return _with_identity(seen, visible, first)
 
 
 __all__ = ["WRITABLE", "Walk", "mask_mod", "score_mods", "unwritable"]

@@ -102,7 +102,9 @@ def bottom_right(spec: Attention) -> tuple[int | None, int | None] | str:
     offset = simplify_size(spec.keys - spec.queries)
     left = [simplify_size(b.left + offset) for b in bands if b.left is not None]
     right = [simplify_size(b.right - offset) for b in bands if b.right is not None]
-    ends = [_whole(min(side, key=str) if len(set(side)) == 1 else _least(side)) for side in (left, right)]
+    ends = [
+        _as_integer(min(side, key=str) if len(set(side)) == 1 else _least(side)) for side in (left, right)
+    ]
     if "unknown" in ends:
         return "the distance of the band from the last key is not known when it is compiled"
     if any(isinstance(e, int) and e < 0 for e in ends):
@@ -116,7 +118,7 @@ def _least(sizes: list[int | sympy.Expr]) -> int | sympy.Expr | None:
     return min(sizes) if all(isinstance(s, int) for s in sizes) else sympy.Symbol("unknown")
 
 
-def _whole(size: int | sympy.Expr | None) -> int | str | None:
+def _as_integer(size: int | sympy.Expr | None) -> int | str | None:
     return size if size is None or isinstance(size, int) else "unknown"
 
 

@@ -75,7 +75,7 @@ def _mods(code: str, scores: int) -> tuple[float, dict[str, Any], dict[str, Any]
     return scale, forward, backward
 
 
-def _given(scores: list[Tensor], masks: list[Tensor], tables: list[Tensor]) -> dict[str, Any]:
+def _optional_operands(scores: list[Tensor], masks: list[Tensor], tables: list[Tensor]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if loaded := [t.reshape(1) if t.dim() == 0 else t for t in (*scores, *masks)]:
         found["aux_tensors"] = loaded
@@ -100,7 +100,7 @@ def _run(
     scale, forward, _ = _mods(code, len(scores))
     out, lse, *_ = interface._flash_attn_fwd(
         q, k, v, softmax_scale=scale, return_lse=True, **_window(left, right), **forward,
-        **_given(scores, masks, tables[:4]),
+        **_optional_operands(scores, masks, tables[:4]),
     )  # fmt: skip
     return out, lse
 
@@ -126,7 +126,7 @@ def _run_backward(
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     interface._flash_attn_bwd(
         q, k, v, out, grad.contiguous(), lse, softmax_scale=scale, **_window(left, right), **backward,
-        **_given(scores, masks, tables[4:]), dq=dq, dk=dk, dv=dv,
+        **_optional_operands(scores, masks, tables[4:]), dq=dq, dk=dk, dv=dv,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     return dq, dk, dv
@@ -274,7 +274,7 @@ def _check(
     for part in parts:
         written = fm.read(fm.text(part))
         if fm.is_dense(written):
-            raise Refused("it does not read a tensor over queries and keys")
+            raise Refused("it reads no tensor over queries and keys")
         if (unknown := cute_mods.unwritable(written)) is not None:
             raise Refused(f"its formulas have no {unknown}")
     if visible is not None:

@@ -72,7 +72,7 @@ def refuse(spec: Attention, target: Target) -> str | None:
         return "FlexAttention has no gradients on cpu"
     sizes = (spec.batch, spec.heads, spec.kv_heads, spec.queries, spec.keys)
     if any(isinstance(n, sympy.Expr) and free_symbol_is_type(n, SymT.UNBACKED_INT) for n in sizes):
-        return "FlexAttention takes no sizes that depend on data"
+        return "FlexAttention takes no size that depends on data"
     if spec.sink is not None and not takes_tables(target.device):
         return f"a sink needs the log-sum-exp, which FlexAttention does not return on {target.device}"
     if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):

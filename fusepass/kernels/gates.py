@@ -110,8 +110,8 @@ def gate_refuses(kernel: str, spec: Attention, device: str, training: bool) -> s
     if reason := machine_refuses(gate, device):
         return reason
     if spec.dtype not in gate.dtypes:
-        taken = " and ".join(_plain(d) for d in gate.dtypes)
-        return f"it computes in {taken}, and this is {_plain(spec.dtype)}"
+        taken = " and ".join(_dtype_name(d) for d in gate.dtypes)
+        return f"it computes in {taken}, and this is {_dtype_name(spec.dtype)}"
     if training and not gate.backward:
         return "it has no backward pass"
     return _head_sizes(gate, spec.head_dim, spec.value_dim, training)
@@ -228,7 +228,7 @@ def _holds(module: str, file: str) -> bool:
     return any((Path(place) / file).is_file() for place in spec.submodule_search_locations or [])
 
 
-def _plain(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 

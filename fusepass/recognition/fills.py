@@ -79,7 +79,10 @@ class Fills:
                 f"'{self.partly[0]}' absorbs scores in part, and the scores are scaled afterwards",
                 self.core.scores.expr,
             )
-        if not rows_seen and (large := self._kept_beside(scores, self.dtype, self.core.dtype)) is not None:
+        if (
+            not rows_seen
+            and (large := self._unabsorbed_bias(scores, self.dtype, self.core.dtype)) is not None
+        ):
             raise Refuse(
                 f"where a query sees no key, '{large}' holds numbers that the mask's fill does not absorb",
                 self.core.scores.expr,
@@ -133,7 +136,7 @@ class Fills:
             fill, inexact = mod.fill, mod.additive
         return inexact and math.isfinite(fill) and not absorbs(fill, written.dtype, USUAL_SCORES * scale)
 
-    def _kept_beside(self, scores: Sequence[ScoreModifier], *dtypes: torch.dtype) -> Bias | None:
+    def _unabsorbed_bias(self, scores: Sequence[ScoreModifier], *dtypes: torch.dtype) -> Bias | None:
         """A bias of constants that a later additive mask does not absorb, so that hidden scores still differ.
 
         Args:

@@ -14,7 +14,7 @@ from fusepass.host.config import Options
 from fusepass.reports.collector import Collector, collect, summary
 from fusepass.reports.report import SiteReport
 from fusepass.reports.tables import site_table
-from fusepass.tools.sandbox import compiled_apart, fresh, restored, unwrapped
+from fusepass.tools.sandbox import compiled_apart, copied, restored, unwrapped
 
 
 @dataclass(frozen=True)
@@ -77,5 +77,5 @@ def explain(
         return original.module()
 
     with collect() as collector, restored(model):
-        compiled_apart(model, backend, fusepass_dynamic)(*fresh(args), **fresh(kwargs))
+        compiled_apart(model, backend, fusepass_dynamic)(*copied(args), **copied(kwargs))
     return Explanation(collector)

@@ -71,7 +71,7 @@ def _restore(
         parameter.grad = grads.get(name)
 
 
-def fresh(tree: Any, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
+def copied(tree: Any, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
     """Copies of a call's arguments: the model may write into them. Floating tensors become `dtype`."""
 
     def one(leaf: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fusepass.host.config import accepted
-from fusepass.tools.sandbox import fresh
+from fusepass.tools.sandbox import copied
 
 DTYPES = {
     "float64": torch.float64,
@@ -47,7 +47,7 @@ class Target:
             return self
         if isinstance(self.model, torch.nn.Module):
             self.model.to(dtype=dtype, device=device)
-        args, kwargs = fresh((self.args, self.kwargs), dtype, device)
+        args, kwargs = copied((self.args, self.kwargs), dtype, device)
         return replace(self, args=args, kwargs=kwargs)
 
 

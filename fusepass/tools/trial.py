@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fusepass.tools.sandbox import Call, fresh, named_tensors, restored
+from fusepass.tools.sandbox import Call, copied, named_tensors, restored
 
 Tensors = dict[str, torch.Tensor]
 
@@ -66,7 +66,7 @@ class Trial:
     def _prepared(
         self, call: Call, owner: Call, dtype: torch.dtype | None, seed: int
     ) -> Callable[[], Results]:
-        args, kwargs = fresh((self.args, dict(self.kwargs)), dtype)
+        args, kwargs = copied((self.args, dict(self.kwargs)), dtype)
         given = named_tensors(dict(enumerate(args)) | kwargs)
         leaves = {f"argument {name}": leaf for name, leaf in given.items()}
         if isinstance(owner, torch.nn.Module):

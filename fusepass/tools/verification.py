@@ -63,7 +63,7 @@ class Verification:
             "ok": self.ok,
             "inner": self.inner,
             "exact": self.exact,
-            **{name: [_plain(check) for check in of] for name, of in checks.items()},
+            **{name: [_plain_data(check) for check in of] for name, of in checks.items()},
             "costs": {name: asdict(cost) for name, cost in self.costs.items()},
             "pass": self.collector.to_json(),
         }
@@ -200,7 +200,7 @@ def _largest(tensor: torch.Tensor) -> float:
     return finite.abs().max().item() if finite.numel() else 0.0
 
 
-def _plain(check: Check) -> dict[str, Any]:
+def _plain_data(check: Check) -> dict[str, Any]:
     numbers = {**asdict(check), "ratio": check.ratio}
     del numbers["name"]
     # JSON has no infinity
