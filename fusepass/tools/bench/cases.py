@@ -303,7 +303,7 @@ def _near(extra: Inputs) -> Any:
     return lambda b, h, i, j: (j <= i) & (i - j < WINDOW)
 
 
-def _not_pad(extra: Inputs) -> Any:
+def _valid(extra: Inputs) -> Any:
     keep = extra["keep"]
     return lambda b, h, i, j: (j <= i) & keep[b, j]
 
@@ -394,11 +394,11 @@ VARIANTS: dict[str, Variant] = {
         ),
         Variant(
             "padding", "padding", "sdpa flash4 flex flex_flash", padding, _half,
-            {"hand sdpa": _sdpa_padding, "hand flex": _flex(mask=_not_pad, prepared=False),
-             "hand flex_flash": _flex(mask=_not_pad, backend="FLASH", prepared=False),
-             "repaired flex": _flex(mask=_not_pad, prepared=False, repaired=True),
-             "repaired flex_flash": _flex(mask=_not_pad, backend="FLASH", prepared=False, repaired=True),
-             "prepared flex": _flex(mask=_not_pad), "prepared flex_flash": _flex(mask=_unpadded, backend="FLASH")},
+            {"hand sdpa": _sdpa_padding, "hand flex": _flex(mask=_valid, prepared=False),
+             "hand flex_flash": _flex(mask=_valid, backend="FLASH", prepared=False),
+             "repaired flex": _flex(mask=_valid, prepared=False, repaired=True),
+             "repaired flex_flash": _flex(mask=_valid, backend="FLASH", prepared=False, repaired=True),
+             "prepared flex": _flex(mask=_valid), "prepared flex_flash": _flex(mask=_valid, backend="FLASH")},
             _keep,
         ),
         Variant(
