@@ -21,7 +21,7 @@ MODEL is path/to/file.py:factory or package.module:factory. The factory takes no
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; 0 is success, 1 a failed verification, 2 a wrong command line."""
+    """Run a command.  Returns 0 for success, 1 for a failed verification, 2 for a wrong command line."""
     arguments = _parser().parse_args(_with_report(list(sys.argv[1:] if argv is None else argv)))
     command: Callable[[argparse.Namespace], int] = arguments.command
     from fusepass.tools.targets import UsageError
@@ -34,13 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _with_report(argv: list[str]) -> list[str]:
-    """`run --report page.html SCRIPT` and `run --report SCRIPT` in a form that the parser can tell apart."""
+    """`run --report page.html SCRIPT` and `run --report SCRIPT`, rewritten to be told apart by the parser."""
     if argv[:1] != ["run"] or "--report" not in argv:
         return argv
     at = argv.index("--report")
     before = [word for word in argv[1:at] if not word.startswith("-")]
     named = [word for word in argv[1:at] if word in ("--kernel", "--precision", "--inner", "--mode")]
-    if len(before) > len(named):  # the script's own
+    if len(before) > len(named):  # the script's own arguments
         return argv
     page = argv[at + 1] if argv[at + 1 : at + 2] and argv[at + 1].endswith((".html", ".htm")) else ""
     return [*argv[:at], f"--report={page}", *argv[at + 1 + bool(page) :]]
@@ -121,20 +121,20 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _pass_options(parser: argparse.ArgumentParser, compiles: bool = False, about: bool = True) -> None:
-    """Every option of the pass; those that a command does not take are read to be refused by name."""
+    """Add all options of the pass; those that a command does not take are read to be refused by name."""
 
     def option(name: str, help: str, shown: bool, **more: Any) -> None:
         parser.add_argument(name, default=None, help=help if shown else argparse.SUPPRESS, **more)
 
     option("--kernel", f"one of {', '.join(KERNELS)}, or a registered one (auto)", about)
     option("--precision", f"one of {', '.join(PRECISIONS)} (native)", about)
-    option("--validate", "check every site while compiling", about, action="store_true")
+    option("--validate", "validate every site while compiling", about, action="store_true")
     option("--inner", "what compiles the rewritten graph, such as inductor", compiles)
     option("--mode", "TorchInductor's mode, such as max-autotune", compiles)
 
 
 def _run_parser(commands: Any) -> None:
-    about = "runs a script with the pass in every torch.compile(...) of it"
+    about = "runs a script with the pass in all its torch.compile(...) calls"
     usage = "fusepass run [options] [-m] SCRIPT [argument ...]"
     run = commands.add_parser("run", help=about, description=f"{about.capitalize()}.", usage=usage)
     _pass_options(run)
@@ -145,7 +145,7 @@ def _run_parser(commands: Any) -> None:
     )
     run.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
     run.add_argument("script", metavar="SCRIPT")
-    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="argument", help="handed to the script")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="argument", help="passed to the script")
     run.set_defaults(command=_run)
 
 
@@ -190,7 +190,7 @@ def _bench_parser(commands: Any) -> None:
 
 
 def _settings(arguments: argparse.Namespace, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-    """The options that a command line gives, checked."""
+    """The options on a command line, checked."""
     from fusepass.tools.targets import UsageError
 
     given = {name: getattr(arguments, name) for name in Options.names()}
@@ -268,7 +268,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _all_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Every dimension of every tensor may vary, where the model lets it."""
+    """A specification in which every dimension of every tensor may vary, if the model allows it."""
     import torch
 
     auto = torch.export.Dim.AUTO
@@ -281,7 +281,7 @@ def _all_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _check_options(function: str, given: dict[str, Any]) -> None:
-    """Check the options that a function is given."""
+    """Check the options for a function."""
     if function.endswith("_onnx"):
         refuse_others(function, given, ())
     else:
@@ -304,7 +304,7 @@ def _optimize(arguments: argparse.Namespace) -> int:
 
 
 def _reported(write: Callable[[Callable[[str], None]], Any], arguments: argparse.Namespace) -> int:
-    """Write a file, telling of the steps to whoever watches; 1 where it differs from the original."""
+    """Write a file, with progress on a terminal; returns 1 if it differs from the original."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -351,7 +351,7 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     place = None if not arguments.report else Path(arguments.report)
     if arguments.profile and place is None:
-        raise UsageError("--profile times the sites of a page: expected --report FILE.html beside it")
+        raise UsageError("--profile times the sites for a page: expected --report FILE.html as well")
     if place is not None and not place.parent.is_dir():
         raise UsageError(f"cannot write {arguments.report!r}: there is no folder {str(place.parent)!r}")
     console, began = Console(stderr=True), time.perf_counter()
@@ -375,7 +375,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _stopped(profiler: Any) -> Any:
-    """What a profiler saw until now of every fused site."""
+    """Stop a profiler; returns what it saw of every fused site."""
     from fusepass.reports.page import range_times
 
     profiler.stop()
@@ -383,7 +383,7 @@ def _stopped(profiler: Any) -> Any:
 
 
 def _run_as_main(script: str, module: bool, arguments: list[str]) -> None:
-    """As `python SCRIPT argument ...` or `python -m MODULE argument ...` would."""
+    """Run it as `python SCRIPT argument ...` or `python -m MODULE argument ...` would."""
     sys.argv = [script, *arguments]
     if module:
         sys.path.insert(0, "")

@@ -1,4 +1,4 @@
-"""The backend under the path that the entry point names; it stays the same, whatever moves behind it."""
+"""The backend, at the path that the entry point names; this path is stable."""
 
 from fusepass.compilation.backend import fusepass
 

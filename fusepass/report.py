@@ -1,4 +1,4 @@
-"""What the pass did, as data: the collector and the records, under a path that stays the same."""
+"""What the pass did, as data: the collector and the records, at a stable path."""
 
 from fusepass.reports.collector import Collector, collect
 from fusepass.reports.report import GraphReport, SiteReport

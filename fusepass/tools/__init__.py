@@ -1,1 +1,1 @@
-"""The tools of the command line: explain, verify, doctor, and running somebody's model."""
+"""The tools of the command line: explain, verify, doctor, bench, and running the user's model."""

@@ -1,6 +1,6 @@
-"""Which kernels this machine can run, and why not the others.
+"""The kernels that this machine can run, and why not the others.
 
-Nothing heavy is imported to find out, but a library that the GPU can run, which might lack a part.
+Nothing heavy is imported to find out, except libraries that the GPU can run, in case a part is missing.
 """
 
 import os
@@ -25,7 +25,7 @@ from fusepass.kernels.registry import Registered, registered
 
 @dataclass(frozen=True)
 class Machine:
-    """What the kernels need to know about this machine."""
+    """The properties of this machine that matter to kernels."""
 
     capability: Capability | None
     """CUDA compute capability of the first GPU; None without a GPU, and on AMD's."""
@@ -42,7 +42,7 @@ class KernelStatus:
     runs: bool
     why: str
     gpus: str = "any"
-    """Compute capabilities it is for."""
+    """The compute capabilities that it supports."""
     dtypes: str = "any"
     head_sizes: str = "any"
 
@@ -55,7 +55,7 @@ class Diagnosis:
     kernels: tuple[KernelStatus, ...]
 
     def table(self) -> Table:
-        """One row a kernel."""
+        """A table with one row per kernel."""
         table = Table(title="Kernels on this machine", title_justify="left", header_style="bold")
         table.add_column("kernel", no_wrap=True)
         table.add_column("runs", justify="center")
@@ -102,7 +102,7 @@ def diagnose() -> Diagnosis:
 
 
 def _limits(name: str) -> tuple[str, str, str]:
-    """GPUs, dtypes and head sizes of a kernel, as the table of gates has them."""
+    """GPUs, dtypes and head sizes of a kernel, from the table of gates."""
     gate = GATES.get(name)
     if gate is None:
         return "any", "any", "any"
@@ -171,7 +171,7 @@ def _cudnn(machine: Machine) -> Answer:
 
 
 def _library(kernel: str) -> Callable[[Machine], "Answer"]:
-    """The answer of a kernel that is a package: the GPU first, then whether it is installed."""
+    """The answer for a kernel from a library: first about the GPU, then about the package."""
 
     def answer(machine: Machine) -> Answer:
         package = GATES[kernel].package
@@ -191,7 +191,7 @@ def _library(kernel: str) -> Callable[[Machine], "Answer"]:
 
 
 def _of_package(found: Registered) -> Callable[[Machine], Answer]:
-    """The answer of a registered kernel: what its gate says, and who registered it."""
+    """The answer for a registered kernel: what its gate says, and who registered it."""
 
     def answer(machine: Machine) -> Answer:
         unasked = "`auto` may choose it" if found.by_auto else "by name only"
@@ -207,12 +207,12 @@ def _of_package(found: Registered) -> Callable[[Machine], Answer]:
 
 
 def _refusal(kernel: str, machine: Machine) -> str | None:
-    """Why the GPU will not do; None if it will."""
+    """Why the GPU cannot run a kernel; None if it can."""
     return capability_refuses(GATES[kernel], machine.capability)
 
 
 def _reference(machine: Machine) -> Answer:
-    return True, "the plain mathematics, for checking; slow"
+    return True, "plain mathematics, for checking; slow"
 
 
 _ANSWERS: dict[str, Callable[[Machine], Answer]] = {

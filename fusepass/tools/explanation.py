@@ -60,13 +60,13 @@ def explain(
     fusepass_dynamic: bool | None = None,
     **kwargs: Any,
 ) -> Explanation:
-    """What the pass does to `model(*args, **kwargs)`, which runs once, on copies of the arguments.
+    """Tell what the pass does to `model(*args, **kwargs)`; the model runs once, on copies of the arguments.
 
-    Keywords that begin with `fusepass_` are for this function, all others go to the model:
-    `fusepass_options` are the backend's and `fusepass_dynamic` is `torch.compile`'s `dynamic`. What runs are
-    the original graphs, without the kernels; `inner` and `mode` compile what `kernel="autotune"` measures,
-    and nothing else. The model is explained as it is, in its
-    train or eval mode and in the caller's grad mode; its state and its compiled code stay as they were.
+    Keywords that begin with `fusepass_` are for this function, all others go to the model: `fusepass_options`
+    are the backend's options, and `fusepass_dynamic` is `torch.compile`'s `dynamic`. The original graphs run,
+    without the kernels; `inner` and `mode` are used only to compile what `kernel="autotune"` measures. The
+    model is explained in its present train or eval mode and in the caller's grad mode; its state and its
+    compiled code do not change.
     """
     options = Options.of(fusepass_options)
     model = unwrapped(model)

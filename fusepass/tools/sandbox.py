@@ -1,4 +1,4 @@
-"""Running somebody's model on trial: its state, random numbers and compiled code stay as they were."""
+"""Running the user's model on trial: its state, random numbers and compiled code do not change."""
 
 import copy
 import inspect
@@ -14,7 +14,7 @@ Call = Callable[..., Any]
 
 
 def unwrapped(model: Call) -> Call:
-    """The model itself, if it comes as a result of `torch.compile`."""
+    """The original model, if the argument is a result of `torch.compile`."""
     for name in ("_orig_mod", "_torchdynamo_orig_callable"):
         if (original := getattr(model, name, None)) is not None:
             return unwrapped(original)
@@ -22,10 +22,10 @@ def unwrapped(model: Call) -> Call:
 
 
 def compiled_apart(model: Call, backend: Call, dynamic: bool | None) -> Call:
-    """`torch.compile(model)` whose cached code is kept apart from what the user has compiled.
+    """`torch.compile(model)`, with its cached code separate from what the user has compiled.
 
     Dynamo keeps compiled code with the function's code object, so the model is called from a function with a
-    code object of its own.
+    new code object.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -41,7 +41,7 @@ def compiled_apart(model: Call, backend: Call, dynamic: bool | None) -> Call:
 
 @contextmanager
 def restored(model: Call) -> Iterator[None]:
-    """Afterwards random number generators, buffers, gradients and the train/eval mode are as before."""
+    """Afterwards, random number generators, buffers, gradients and the train/eval mode are as before."""
     module = model if isinstance(model, torch.nn.Module) else torch.nn.Module()
     modes = {name: part.training for name, part in module.named_modules()}
     buffers = {name: (part, part.detach().clone()) for name, part in module.named_buffers()}
@@ -72,7 +72,7 @@ def _restore(
 
 
 def copied(tree: Any, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
-    """Copies of a call's arguments: the model may write into them. Floating tensors become `dtype`."""
+    """Copies of a call's arguments, since the model may write into them. Floating tensors become `dtype`."""
 
     def one(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -85,7 +85,7 @@ def copied(tree: Any, dtype: torch.dtype | None = None, device: str | None = Non
 
 
 def named_tensors(tree: Any) -> dict[str, torch.Tensor]:
-    """The floating tensors of a nest of outputs, by their place in it."""
+    """The floating tensors in a nest of outputs, by their path."""
     leaves, _ = pytree.tree_flatten_with_path(tree)
     found = {}
     for path, leaf in leaves:
@@ -95,6 +95,6 @@ def named_tensors(tree: Any) -> dict[str, torch.Tensor]:
 
 
 def _step(key: object) -> str:
-    """One step of a path into a nest: a key, a position, or the name of a field."""
+    """One step of a path: a key, a position, or the name of a field."""
     names = (getattr(key, name, None) for name in ("key", "idx", "name"))
     return str(next((name for name in names if name is not None), key))

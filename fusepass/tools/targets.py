@@ -1,4 +1,4 @@
-"""The model a command line names: from "file.py:factory" to a model and its arguments."""
+"""The model that a command line names: from "file.py:factory" to a model and its arguments."""
 
 import importlib
 import sys
@@ -30,7 +30,7 @@ RETURNS = "a factory returns (model, args) or (model, args, kwargs); args may al
 
 
 class UsageError(ValueError):
-    """Something on the command line is wrong: shown without a traceback."""
+    """An error on the command line, shown without a traceback."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Target:
     kwargs: dict[str, Any]
 
     def to(self, dtype: torch.dtype | None, device: str | None) -> "Target":
-        """The same in another floating type, on another device."""
+        """The same target in another floating dtype, on another device."""
         if dtype is None and device is None:
             return self
         if isinstance(self.model, torch.nn.Module):
@@ -52,7 +52,7 @@ class Target:
 
 
 def load(name: str, dtype: str | None = None, device: str | None = None) -> Target:
-    """The model that a factory makes, ready to be called."""
+    """The model that a factory returns, ready to be called."""
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}; {accepted(dtype, DTYPES)}")
     where, colon, factory_name = name.rpartition(":")

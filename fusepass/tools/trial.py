@@ -1,4 +1,4 @@
-"""One call, run in several ways on the same inputs: what comes out, and how far it is from the truth."""
+"""One call, run in several ways on the same inputs: its results, and their distance from the exact ones."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Results:
-    """Floating tensors by name: the outputs and, if they were asked for, the gradients."""
+    """Floating tensors by name: the outputs and, if requested, the gradients."""
 
     outputs: Tensors
     gradients: Tensors = field(default_factory=dict)
@@ -23,7 +23,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Trial:
-    """A call `model(*args, **kwargs)` to be repeated."""
+    """A call `model(*args, **kwargs)` that can be repeated."""
 
     model: Call
     args: tuple[Any, ...]
@@ -32,12 +32,12 @@ class Trial:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the first tensor lives, an argument's before a parameter's."""
+        """The device of the first tensor; arguments come before parameters."""
         return next((tensor.device for tensor in self._tensors()), torch.device("cpu"))
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The coarsest floating type among arguments and parameters: errors are measured by it."""
+        """The least precise floating dtype among arguments and parameters: errors are measured by it."""
         dtypes = {tensor.dtype for tensor in self._tensors() if tensor.is_floating_point()}
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.get_default_dtype())
 
@@ -47,12 +47,12 @@ class Trial:
         return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)] + own
 
     def run(self, call: Call | None = None, seed: int = 0) -> Results:
-        """Results of `call` (None: of the model), on copies of the arguments, with fixed random numbers."""
+        """The results of `call` (None: the model), on copies of the arguments, with fixed random numbers."""
         with restored(self.model):
             return self._prepared(call or self.model, self.model, None, seed)()
 
     def exact(self, dtype: torch.dtype) -> Results:
-        """Results of a copy of the model in a finer type."""
+        """The results of a copy of the model in a more precise dtype."""
         model = copy.deepcopy(self.model)
         if isinstance(model, torch.nn.Module):
             model.to(dtype)
@@ -89,7 +89,7 @@ def _detached(tensors: Tensors) -> Tensors:
 
 
 def _gradients(outputs: Tensors, leaves: Tensors) -> Tensors:
-    """Gradients of all outputs at once, each weighted by fixed random numbers."""
+    """The gradients of all outputs at once, each weighted by fixed random numbers."""
     generator = torch.Generator().manual_seed(0)
     roots = [tensor for tensor in outputs.values() if tensor.requires_grad]
     if not roots or not leaves:
@@ -100,9 +100,9 @@ def _gradients(outputs: Tensors, leaves: Tensors) -> Tensors:
 
 
 def distance(got: torch.Tensor, want: torch.Tensor, like: torch.Tensor, scale: float = 0.0) -> float:
-    """Largest error of `got` against `want`, in units of the largest value of `want` (at least `scale`).
+    """The largest error of `got`, in units of the largest value of `want` (at least `scale`).
 
-    Infinite where `got` is finite, infinite or not a number at other places than `like` is.
+    Infinite if `got` is finite, infinite or NaN in other places than `like` is.
     """
     if got.shape != want.shape or not _same_kinds(got, like):
         return float("inf")

@@ -1,4 +1,4 @@
-"""`verify`: a fused model against the eager one against float64: errors, gradients, time, memory."""
+"""`verify`: compares a fused model with the eager one and with float64: errors, gradients, time, memory."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,11 +22,11 @@ from fusepass.tools.sandbox import compiled_apart, unwrapped
 from fusepass.tools.trial import Results, Tensors, Trial, distance
 
 ROOM = 2.0
-"""A fused result may err by this many times the eager one's error, plus two units of its type's precision."""
+"""A fused result's error may be this many times the eager one's, plus two units of precision."""
 
 
 class Unsteady(ValueError):
-    """The model gives other results from run to run, so that there is nothing to compare."""
+    """The model's results change from run to run, so there is nothing to compare."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Verification:
     outputs: tuple[Check, ...]
     gradients: tuple[Check, ...]
     costs: Mapping[str, Cost]
-    """By way of running: "eager", "inner" (the inner backend alone), "fused"."""
+    """The cost of each way of running: "eager", "inner" (the inner backend alone), "fused"."""
     collector: Collector
     inner: str
     exact: str
-    """The type of the exact results."""
+    """The dtype of the exact results."""
 
     @property
     def ok(self) -> bool:
-        """Whether every output and gradient is within what is allowed."""
+        """Whether the errors of all outputs and gradients are allowed."""
         return all(check.ok for check in (*self.outputs, *self.gradients))
 
     @property
@@ -53,7 +53,7 @@ class Verification:
 
     @property
     def difference(self) -> float:
-        """Largest difference of a fused output from the eager one."""
+        """The largest difference between a fused output and the eager one."""
         return max((check.difference for check in self.outputs), default=0.0)
 
     def to_json(self) -> dict[str, Any]:
@@ -92,15 +92,14 @@ def verify(
     fusepass_repeats: int = 5,
     **kwargs: Any,
 ) -> Verification:
-    """Runs `model(*args, **kwargs)` eagerly, fused, and as a float64 copy, and compares.
+    """Run `model(*args, **kwargs)` eagerly, fused, and as a float64 copy, and compare the results.
 
-    A result passes if the fused model errs by at most twice the eager model's error plus two units of
-    precision. Keywords that begin with `fusepass_` are for this function, all others go to the model:
-    `fusepass_options` are the backend's (`inner` is "aot_eager" here, because it compiles quickly, unless
-    there is a `mode`),
-    `fusepass_dynamic` is `torch.compile`'s `dynamic`, `fusepass_grads=True` compares gradients of parameters
-    and arguments as well, and time is the median of `fusepass_repeats` runs (0: neither time nor memory).
-    The model's state is left alone.
+    A result passes if its error is at most twice the eager model's error plus two units of precision.
+    Keywords that begin with `fusepass_` are for this function, all others go to the model: `fusepass_options`
+    are the backend's options (here `inner` defaults to "aot_eager", which compiles quickly, unless there is a
+    `mode`), `fusepass_dynamic` is `torch.compile`'s `dynamic`, `fusepass_grads=True` also compares gradients
+    of parameters and arguments, and time is the median of `fusepass_repeats` runs (0: neither time nor
+    memory). The model's state does not change.
     """
     quick = {} if Options.of(fusepass_options).mode else {"inner": "aot_eager"}
     settings = Options.of(fusepass_options, **quick)
@@ -157,7 +156,7 @@ def _steady(trial: Trial) -> Results:
 
 
 def _exact(trial: Trial) -> tuple[Results, str]:
-    """Results in float64; in float32 for a half-precision model that cannot run in float64."""
+    """The results in float64, or in float32 for a half-precision model that cannot run in float64."""
     dtypes = [torch.float64]
     if torch.finfo(trial.dtype).eps > torch.finfo(torch.float32).eps:
         dtypes.append(torch.float32)
@@ -172,7 +171,7 @@ def _exact(trial: Trial) -> tuple[Results, str]:
 
 
 def _checks(eager: Tensors, fused: Tensors, exact: Tensors, floor: float) -> tuple[Check, ...]:
-    """One check a tensor. A tensor that is zero but for noise is judged by the scale of all of them."""
+    """One check per tensor. A tensor of zeros and rounding noise is judged by the scale of all tensors."""
     scale = 1e-3 * max((_largest(tensor) for tensor in exact.values()), default=0.0)
     return tuple(
         _check(name, value, fused.get(name), exact[name], scale, floor) for name, value in eager.items()

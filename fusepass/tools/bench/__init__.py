@@ -1,1 +1,1 @@
-"""`bench`: kernels measured against each other and against eager, and the profiles made of that."""
+"""`bench`: measures kernels against each other and against eager, and makes profiles from the results."""

@@ -1,4 +1,4 @@
-"""What `fusepass bench` measures: attention as people write it, and the same by hand on one library.
+"""What `fusepass bench` measures: attention as people write it, and the same as hand-written library calls.
 
 Tensors are ``[B, S, H, D]``, as projections make them; a program returns ``[B, S, H * D]``.
 """
@@ -21,7 +21,7 @@ Program = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one measurement."""
+    """The sizes of one measurement."""
 
     batch: int
     heads: int
@@ -36,14 +36,14 @@ class Variant:
     """One kind of attention.
 
     kind: what the cost model calls it (:func:`fusepass.selection.work.kind_of`).
-    kernels: those that take it.
-    hand: the same computation by calls of one library, by name.  "prepared" calls are given what depends on
-        data, such as the block table of a padding, which a model makes once a step.  "repaired" calls also
-        give what the program gives in rows that see no key; the data here has none, and "hand" calls do not
-        treat them.
+    kernels: the kernels that take it.
+    hand: the same computation as calls of one library, by name.  "prepared" calls get data-dependent inputs
+        ready-made, such as the block table of a padding, which a model makes once per step.  "repaired" calls
+        also return what the program returns in rows that see no key; the data here has no such rows, and
+        "hand" calls ignore them.
     pairs: the number of query-key pairs that are visible, for TFLOP/s.
-    learns: what needs a gradient beside queries, keys and values.
-    forward, backward: the passes that are measured.
+    learns: the inputs that need a gradient, besides queries, keys and values.
+    forward, backward: is this pass measured?
     """
 
     name: str
@@ -61,7 +61,7 @@ class Variant:
     backward: bool = True
 
     def shape(self, length: int, head_dim: int, tokens: int = 16384, width: int = 2048) -> Shape:
-        """The sizes for a length: ``tokens`` in all and ``width`` features, as in models."""
+        """The sizes for a length: ``tokens`` in total and ``width`` features, as in models."""
         heads = max(1, width // head_dim)
         batch = max(1, tokens // length)
         queries = 1 if self.decode else length
@@ -187,7 +187,7 @@ def _sdpa_bias(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
 
 
 def _sdpa_bias_repaired(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
-    """The lowest numbers halved: they hide as much, and the kernels' powers of two do not overflow."""
+    """Halve the lowest numbers: they hide just as much, and the kernels' powers of two do not overflow."""
     return _sdpa_bias(q, k, v, table.clamp(min=torch.finfo(table.dtype).min / 2))
 
 
@@ -204,7 +204,7 @@ _FLASH = {
     "flash3": "flash_attn_interface",
     "flash4": "flash_attn.cute",
 }
-"""Where each release of flash-attn has its ``flash_attn_func``."""
+"""The module in which each release of flash-attn has its ``flash_attn_func``."""
 
 
 def _flash(name: str, **options: Any) -> Callable[..., Any]:
@@ -230,12 +230,12 @@ def _flashes(*names: str, **options: Any) -> dict[str, Callable[..., Any]]:
 
 
 def _flex_sink(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
-    """By the log-sum-exp: what the sink leaves to the keys."""
+    """Apply the sink by the log-sum-exp: scale the result by the share that the sink leaves to the keys."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     global _compiled_flex
     _compiled_flex = _compiled_flex or torch.compile(flex_attention, dynamic=False)
-    run = _compiled_flex if q.is_cuda else flex_attention  # compiled for a CPU it gives no log-sum-exp
+    run = _compiled_flex if q.is_cuda else flex_attention  # on a CPU the compiled call returns no log-sum-exp
     key = (q.shape[1], k.shape[1], q.device)
     if key not in _sink_masks:
         _sink_masks[key] = create_block_mask(_below({}), None, None, key[0], key[1], device=q.device)
@@ -255,11 +255,11 @@ _compiled_repair: Any = None
 def _flex(
     score: Any = None, mask: Any = None, backend: str = "AUTO", prepared: bool = True, repaired: bool = False
 ) -> Callable[..., Any]:
-    """FlexAttention as its documentation has it, compiled once.
+    """FlexAttention as in its documentation, compiled once.
 
     Args:
-        prepared: the block mask is made beforehand, as it can be where it depends on no data.
-        repaired: rows that see no key give the mean of all values, as :func:`padding` does, and not zero.
+        prepared: the block mask is made in advance, which is possible if it depends on no data.
+        repaired: rows that see no key return the mean of all values, as in :func:`padding`, not zero.
     """
     masks: dict[Any, Any] = {}
     mods: dict[Any, Any] = {}
@@ -334,7 +334,7 @@ def _band(shape: Shape) -> float:
 
 
 def _keep(shape: Shape, device: torch.device) -> Inputs:
-    """Lengths from half of the keys to all of them."""
+    """Key masks with lengths from half of the keys to all of them."""
     lengths = torch.linspace(shape.keys / 2, shape.keys, shape.batch, device=device)
     return {"keep": torch.arange(shape.keys, device=device) < lengths[:, None]}
 

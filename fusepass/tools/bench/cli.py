@@ -20,7 +20,7 @@ from fusepass.tools.targets import UsageError
 
 
 def command(arguments: argparse.Namespace) -> int:
-    """Measures or reads, and shows, plots or makes a profile."""
+    """Measure, or read results; then show them, plot them or make a profile."""
     console = Console(width=None if Console().is_terminal else 150)
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.read:
@@ -68,7 +68,7 @@ def _measure(arguments: argparse.Namespace, console: Console, about: dict[str, s
     work = bench.jobs(
         variants, _numbers(arguments.lengths), _numbers(arguments.head_dims), modes, contenders, **settings
     )
-    workers = arguments.workers or 1  # several compile at once, but then they disturb each other's times
+    workers = arguments.workers or 1  # several processes that compile at once disturb each other's times
     with Progress(console=console, transient=True) as progress:
         task, rows = progress.add_task("measuring", total=len(work)), list[bench.Row]()
 
@@ -96,7 +96,7 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(n) for n in text.split(",")]
     except ValueError as error:
-        raise UsageError(f"expected whole numbers with commas between them, got {text!r}") from error
+        raise UsageError(f"expected integers separated by commas, got {text!r}") from error
 
 
 __all__ = ["command"]

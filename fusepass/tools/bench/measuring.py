@@ -1,15 +1,15 @@
-"""`fusepass bench`: times attention of many kinds and sizes: eager, compiled, fused, and called by hand.
+"""`fusepass bench`: times attention of many kinds and sizes: eager, compiled, fused, and hand-written.
 
-One measurement is one row: the median time of some runs on random data, and the most memory allocated on
-top of the inputs.  There are two times.  ``milliseconds`` is of calls back to back, as a program makes them:
-where launching takes longer than the GPU, it shows the launch, and a compiled function launches later than
-a bare call.  ``gpu_milliseconds`` is of the same call, recorded as a CUDA graph and replayed: the GPU's work
-alone, under equal conditions.  The contenders of a case are prepared in one process and timed in turn, round
-after round.  A GPU's clock follows its temperature and its power, so measurements that are minutes apart
-differ by more than the contenders do.
+One measurement is one row: the median time of several runs on random data, and the peak of memory allocated
+on top of the inputs.  There are two times.  ``milliseconds`` is for calls back to back, as a program makes
+them: if a launch takes longer than the GPU's work, it shows the launch, and a compiled function takes longer
+to launch than a plain call.  ``gpu_milliseconds`` is for the same call, recorded as a CUDA graph and
+replayed: only the GPU's work, under equal conditions.  The contenders of a case are prepared in one process
+and timed in turns, round after round.  A GPU's clock follows its temperature and its power, so measurements
+that are minutes apart differ by more than the contenders do.
 
-Work is spread over processes (:mod:`fusepass.tools.bench.pool`).  `--profile` makes the cost model of
-:mod:`fusepass.selection.costs` from the rows.
+The work is distributed over processes (:mod:`fusepass.tools.bench.pool`).  `--profile` turns the rows into
+the cost model of :mod:`fusepass.selection.costs`.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ class Row:
 
     @property
     def best_known(self) -> float | None:
-        """The GPU's time where it is known, else that of calls back to back."""
+        """The GPU's time if it is known, else the time of calls back to back."""
         return self.milliseconds if self.gpu_milliseconds is None else self.gpu_milliseconds
 
 
 def by_name() -> tuple[str, ...]:
-    """The kernels that are measured by name: those of fusepass, and those of other packages."""
+    """The kernels that can be measured by name: built-in ones, and those of other packages."""
     return (*NAMED, *registered())
 
 
@@ -126,7 +126,7 @@ def run(
         broken = len(found) > 1 and any(row.problem.startswith(_LOST) for _, row in found)
         for job, row in found:
             if broken and row.milliseconds is None:
-                lost.append((job, row))  # another contender may have broken its process
+                lost.append((job, row))  # another contender may have broken the process
             else:
                 rows.append(row)
                 on_row(row)
@@ -134,7 +134,7 @@ def run(
     _spread(together(work), workers, keep, end)
     _spread([[job] for job, _ in lost], workers, keep, end)
     for _, row in lost:
-        if all(key_of(row) != key_of(r) for r in rows):  # there was no time to measure it again
+        if all(key_of(row) != key_of(r) for r in rows):  # there was no time left to measure it again
             rows.append(row)
             on_row(row)
     return rows
@@ -157,7 +157,7 @@ def _spread(
 
 
 def together(work: Sequence[Job]) -> list[list[Job]]:
-    """Jobs that differ in nothing but the contender, which is fast: unfused attention is measured apart."""
+    """Groups of jobs that differ only in the contender; slow, unfused attention is measured separately."""
     groups: dict[Job, list[Job]] = {}
     for job in work:
         apart = job.contender if job.contender in ("eager", "compile") else ""
@@ -165,7 +165,7 @@ def together(work: Sequence[Job]) -> list[list[Job]]:
     return list(groups.values())
 
 
-#: Seconds that a contender may take to be prepared and timed.
+#: Time limit in seconds to prepare and time a contender.
 PATIENCE = 180.0
 _LOST = "not measured: "
 
@@ -174,12 +174,12 @@ def _taken_along(group: list[Job], why: str) -> list[tuple[Job, Row]]:
     return [(job, replace(_row(job), problem=f"{_LOST}{why}")) for job in group]
 
 
-#: In the text of an error after which a process can use its GPU no more.
+#: Texts of errors after which a process can no longer use its GPU.
 _BROKEN = ("CUDA error", "AcceleratorError", "illegal memory access", "device-side assert")
 
 
 def apart(group: list[Job], exclusive: Exclusive) -> tuple[list[tuple[Job, Row]], bool]:
-    """Measure in a process of its own: the rows, and whether the process must be replaced."""
+    """Measure in a separate process; returns the rows, and whether the process must be replaced."""
     torch.set_num_threads(1)
     rows = measured(group, exclusive)
     broken = any(text in row.problem for text in _BROKEN for row in rows)
@@ -201,7 +201,7 @@ def _row(job: Job) -> Row:
 
 @dataclass
 class _Ready:
-    """A contender that was compiled and recorded; one replay runs ``times`` steps."""
+    """A contender that has been compiled and recorded; one replay runs ``times`` steps."""
 
     row: Row
     step: Callable[[], object] | None = None
@@ -210,14 +210,14 @@ class _Ready:
 
 
 def measured(group: Sequence[Job], exclusive: Exclusive = alone) -> list[Row]:
-    """The rows of the jobs of one case; what goes wrong with a job is in the last column of its row."""
+    """The rows for the jobs of one case; the last column of a row tells what went wrong with its job."""
     rows = _measured(group, exclusive)
-    try:  # nothing holds the tensors and recordings of the group any more
+    try:  # nothing holds the group's tensors and recordings any longer
         torch._dynamo.reset()
         gc.collect()
         if group[0].device == "cuda":
             torch.cuda.empty_cache()
-    except Exception as error:  # what the measurement broke shows up in the next call of CUDA
+    except Exception as error:  # a fault of the measurement shows in the next CUDA call
         rows = [replace(row, problem=row.problem or first_line(error)) for row in rows]
     return rows
 
@@ -270,7 +270,7 @@ def _prepare(job: Job, variant: Variant, inputs: Inputs, one: _Ready) -> None:
 
 
 def _time(running: Sequence[_Ready], device: torch.device, job: Job) -> None:
-    """Fill in the times, which the contenders take in turns."""
+    """Time the contenders in turns, and fill in the times."""
     steps = [one.step for one in running if one.step is not None]
     peaks, called = [peak(step, device) for step in steps], in_turn(steps, device, job.repeats)
     recordings = [one for one in running if one.replay is not None]
@@ -303,7 +303,7 @@ def _step(call: Callable[..., Tensor], inputs: Inputs) -> Callable[[], object]:
 
 
 def _contender(job: Job, variant: Variant) -> tuple[Callable[..., Tensor], Callable[[], str]]:
-    """What to call, and the name of the kernel that it runs once it has been called."""
+    """A function to call, and one that returns the name of its kernel after the first call."""
     if job.contender in variant.hand:
         return variant.hand[job.contender], lambda: job.contender
     if job.contender == "eager":
@@ -345,7 +345,7 @@ def _wait(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _locked(wanted: bool) -> Iterator[None]:
-    """One process at a time, where wanted."""
+    """Let one process in at a time, if there is a lock."""
     if not wanted:
         yield
         return
@@ -369,7 +369,7 @@ def key_of(row: Row) -> tuple[object, ...]:
 
 
 def write_csv(rows: Sequence[Row], place: Path, about: dict[str, str]) -> None:
-    """Rows with the machine's description above them, in lines that begin with ``#``."""
+    """Write rows below the machine's description, which is in lines that begin with ``#``."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.open("w", newline="") as file:
         for key, value in about.items():
@@ -382,7 +382,7 @@ def write_csv(rows: Sequence[Row], place: Path, about: dict[str, str]) -> None:
 
 
 def read_csv(place: Path) -> tuple[list[Row], dict[str, str]]:
-    """What :func:`write_csv` wrote."""
+    """Read what :func:`write_csv` wrote."""
     lines = place.read_text().splitlines()
     about = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
     kinds = {"length": int, "head_dim": int, "batch": int, "heads": int, "kv_heads": int, "queries": int,

@@ -1,8 +1,8 @@
-"""Pictures of what `fusepass bench` measured: one a kind of attention, whose title is what it says.
+"""Pictures of what `fusepass bench` measured: one per kind of attention, with its message as the title.
 
-A line is one length on one machine. Its dots are the times of `torch.compile`, of the best call by hand and
-of `auto`; the figure above them says how many times as fast `auto` is as `torch.compile`. The numbers are
-those of the tables: the GPU's time where it is known, else that of calls back to back.
+A line is one length on one machine. Its dots are the times of `torch.compile`, of the best hand-written call
+and of `auto`; the number above them says how many times as fast `auto` is as `torch.compile`. The numbers are
+those of the tables: the GPU's time if it is known, else the time of calls back to back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fusepass.tools.bench.measuring import Row
 from fusepass.tools.bench.report import best_by_hand, by_case, times_as_fast
 
 INK, PALE, GREY, ORANGE, BLUE = "#24292f", "#e4e7eb", "#6e7781", "#d9822b", "#1f6feb"
-#: Settings of matplotlib: pictures look alike, and the same numbers give the same file.
+#: Settings of matplotlib: all pictures look alike, and the same numbers give the same file.
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -39,17 +39,17 @@ _KINDS = {
     "alibi": "ALiBi",
     "sink": "attention sinks",
     "bias": "attention with a bias",
-    "learned": "attention with a bias that learns",
+    "learned": "attention with a learned bias",
     "padding": "key padding under a causal mask",
     "dropout": "attention with dropout",
     "cross": "cross attention",
     "decode": "decoding one token",
 }
-#: Head size of the pictures, where it was measured.
+#: The head size in the pictures, if it was measured.
 _HEAD_DIM = 128
 
 Results = Sequence[tuple[Sequence[Row], dict[str, str]]]
-"""What each machine measured, and the description of the machine."""
+"""The results of each machine, and its description."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,13 @@ def _short(device: str) -> str:
 
 
 def _setting(results: Results, head_dim: int) -> str:
-    """What the numbers were measured with."""
+    """The software that the numbers were measured with."""
     versions = dict.fromkeys(about.get("torch", "") for _, about in results)
     return f"Head size {head_dim}, torch {', '.join(versions)}"
 
 
 def message(variant: str, lines: Sequence[Line]) -> str:
-    """What a picture says: how many times as fast as the others `auto` is."""
+    """The message of a picture: how many times as fast as the others `auto` is."""
     name = _KINDS.get(variant, variant)
     text = f"{name[0].upper()}{name[1:]}"
     if ratios := [r for line in lines if (r := line.times_as_fast("compile")) is not None]:
@@ -167,7 +167,7 @@ def _figure(ratio: float) -> str:
 
 
 def _picture(pyplot: Any, variant: str, panels: dict[str, list[Line]], setting: str) -> Any:
-    """The title, a panel each pass, and what the dots are."""
+    """Draw the title, one panel per pass, and the legend."""
     lines = [line for panel in panels.values() for line in panel]
     places = _places(lines)
     size = (7.8, 2.1 + 0.34 * max(places.values()))
@@ -190,7 +190,7 @@ def _picture(pyplot: Any, variant: str, panels: dict[str, list[Line]], setting: 
 
 
 def _places(lines: Sequence[Line]) -> dict[tuple[str, int], float]:
-    """The height of each machine's lengths, with room above each machine for its name."""
+    """The vertical position of each line, with room above each machine for its name."""
     machines = dict.fromkeys(line.machine for line in lines)
     places: dict[tuple[str, int], float] = {}
     for machine in machines:
@@ -201,7 +201,7 @@ def _places(lines: Sequence[Line]) -> dict[tuple[str, int], float]:
 
 
 def _draw(axis: Any, lines: Sequence[Line], places: dict[tuple[str, int], float]) -> None:
-    """The dots of a panel, and how many times as fast `auto` is."""
+    """Draw the dots of a panel, and the numbers above them."""
     for line in lines:
         place, spent = places[line.machine, line.length], [line.spent(name) for name in line.rows]
         axis.plot([min(spent), max(spent)], [place, place], color=PALE, linewidth=3, zorder=1)
@@ -216,7 +216,7 @@ def _draw(axis: Any, lines: Sequence[Line], places: dict[tuple[str, int], float]
 
 
 def _scales(axis: Any, places: dict[tuple[str, int], float]) -> None:
-    """Lengths by machine on the left, milliseconds below."""
+    """Label the axes: lengths by machine on the left, milliseconds below."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     for machine in dict.fromkeys(machine for machine, _ in places):

@@ -1,7 +1,7 @@
-"""Spreads measurements over processes: compiling overlaps, and while one is timed all others stand still.
+"""Distributes measurements over processes: compiling overlaps; while one process is timed, all others pause.
 
-A process that a measurement has broken (a CUDA error stays with its process) is replaced, and the
-measurement becomes a result that says so.  Nothing is lost: results are handed over as they come.
+A process that a measurement has broken (after a CUDA error a process cannot recover) is replaced, and the
+measurement gets a result that says so.  Nothing is lost: results are passed on as they arrive.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ Exclusive = Callable[[], AbstractContextManager[None]]
 """Entered around a timed section."""
 
 Measure = Callable[[J, Exclusive], tuple[R, bool]]
-"""Measures a job; the second part of the answer says that the process can measure nothing more."""
+"""Measures a job; the second part of the result says whether the process must be replaced."""
 
-#: A process is replaced after so many jobs: what compilers keep grows.
+#: A process is replaced after this many jobs, because compilers' caches grow.
 _JOBS = 40
-#: How long running GPU work of a process that was stopped may take to end.
+#: Seconds to wait for the GPU work of a stopped process to end.
 _SETTLE = 0.06
-#: Seconds that jobs may go on after the limit.
+#: Seconds for which jobs may continue after the limit.
 _GRACE = 45.0
-#: How long one waits for others to be timed with it, since stopping costs time.
+#: Seconds for which a process waits for others to be timed with it, since each pause costs time.
 _GATHER = 1.0
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """For a process that has the machine to itself."""
+    """The context of timed sections in a process that has the machine to itself."""
     yield
 
 
@@ -55,9 +55,9 @@ def spread(
 
     Args:
         measure: a function that other processes can import.
-        failed: the result of a job whose process died or took too long.
-        limit: seconds after the start from which no further job begins.
-        patience: seconds that a job may take, not counting those in which it stood still.
+        failed: makes the result of a job whose process died or took too long.
+        limit: seconds after the start; no job begins later.
+        patience: seconds that a job may take, pauses not included.
     """
     pool: Pool[J, R] = Pool(work, measure, failed, on_result, limit, patience)
     try:
@@ -68,7 +68,7 @@ def spread(
 
 
 class _Worker(Generic[J]):
-    """A process, what it is doing, and since when."""
+    """A process, its current job, and when the job began."""
 
     def __init__(self, measure: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -81,7 +81,7 @@ class _Worker(Generic[J]):
         self.state, self.since, self.jobs = "starts", time.monotonic(), 0
 
     def send(self, number: int) -> None:
-        """A signal to the process and those that it started."""
+        """Send a signal to the process and its children."""
         with contextlib.suppress(OSError):
             if self.state == "starts":
                 os.kill(self.process.pid or 0, number)
@@ -89,7 +89,7 @@ class _Worker(Generic[J]):
                 os.killpg(self.process.pid or 0, number)
 
     def end(self) -> None:
-        """End the process, whatever it does."""
+        """Kill the process."""
         self.send(signal.SIGKILL)
         self.process.kill()
         self.process.join(5)
@@ -168,7 +168,7 @@ class Pool(Generic[J, R]):
                 self._bury(worker)
 
     def _time(self, count: int) -> None:
-        """Let the waiting processes be timed one by one, while the others stand still."""
+        """Let the waiting processes be timed one by one, while the others pause."""
         waiting = [w for w in self.workers if w.state == "waits"]
         others = [w for w in self.workers if w.state in ("works", "starts")]
         began = time.monotonic()
@@ -195,7 +195,7 @@ class Pool(Generic[J, R]):
             worker.since += time.monotonic() - began
 
     def _bury(self, worker: _Worker[J], why: str = "") -> None:
-        """End a process; what it was doing has failed."""
+        """Kill a process; its job has failed."""
         job = worker.job
         worker.job = None
         self.workers.remove(worker)
@@ -210,8 +210,8 @@ class Pool(Generic[J, R]):
 
 
 def _serve(pipe: Connection, measure: Any) -> None:
-    """A process: jobs come, results go, and timed sections wait for their turn."""
-    os.setsid()  # so that compilers which it starts stand still with it
+    """The main function of a process: get jobs, send results, and wait for its turn before timed sections."""
+    os.setsid()  # so that the compilers it starts pause with it
     _end_with_parent()
 
     @contextlib.contextmanager
@@ -231,7 +231,7 @@ def _serve(pipe: Connection, measure: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """Linux: a process whose parent dies gets a signal."""
+    """On Linux, get a signal when the parent process dies."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 

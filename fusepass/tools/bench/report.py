@@ -1,4 +1,4 @@
-"""What `fusepass bench` makes of its rows: a table, a page, and a profile for the cost model."""
+"""The output of `fusepass bench`: a table, a page, and a profile for the cost model."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ HEAD = (
 
 
 def lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
-    """One line a case: what `auto` chose, and how many times as fast as the others it is.
+    """One line per case: the choice of `auto`, and how many times as fast as the others it is.
 
-    Times are the GPU's, where they are known; the last column compares calls back to back.
+    Times are the GPU's if they are known; the last column compares calls back to back.
     """
     made: list[tuple[str, ...]] = []
     rows = list(rows)
@@ -66,7 +66,7 @@ def lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
 
 
 def of_packages(rows: Sequence[Row]) -> list[str]:
-    """The contenders that are kernels of other packages: each has a column of its own."""
+    """The contenders that are kernels of other packages; each gets its own column."""
     known = ("eager", "compile", "auto", *bench.NAMED)
     return [
         name for name in dict.fromkeys(r.contender for r in rows) if name not in known and " " not in name
@@ -74,9 +74,9 @@ def of_packages(rows: Sequence[Row]) -> list[str]:
 
 
 def by_name(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Where ``auto`` was not measured: a head, and a line a case with every contender's time.
+    """For results without ``auto``: a head, and a line per case with every contender's time.
 
-    The cell of a kernel also says how many times as fast as ``compile`` it is.
+    A kernel's cell also tells how many times as fast as ``compile`` it is.
     """
     named = list(dict.fromkeys(row.contender for row in rows))
     made: list[tuple[str, ...]] = []
@@ -96,7 +96,7 @@ def _head_and_lines(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[st
 
 
 def summary(rows: Iterable[Row]) -> Table:
-    """The lines, for a terminal."""
+    """The lines as a table for a terminal."""
     table = Table(title="Attention, median milliseconds", title_justify="left", header_style="bold")
     head, found = _head_and_lines(list(rows))
     for name in head:
@@ -161,7 +161,7 @@ by hand above repair them. Here is the fastest call that does not."""
 
 
 def _unrepaired(rows: Sequence[Row]) -> list[str]:
-    """The cases in which a faster call by hand computes something else."""
+    """The cases in which a faster hand-written call computes something else."""
     text = []
     for (variant, mode, head_dim, length), found in sorted(by_case(rows).items()):
         auto, best = found.get("auto"), _fastest(found, "hand ", gpu=True)
@@ -193,7 +193,7 @@ def _ratio(other: Row | None, mine: Row | None, gpu: bool = True) -> str:
 
 
 def times_as_fast(other: Row | None, mine: Row | None, gpu: bool = True) -> float | None:
-    """How many times as fast mine is; GPU times are compared only with each other."""
+    """How many times as fast ``mine`` is; GPU times are compared only with each other."""
     if other is None or mine is None:
         return None
     gpu = gpu and other.gpu_milliseconds is not None and mine.gpu_milliseconds is not None
@@ -202,7 +202,7 @@ def times_as_fast(other: Row | None, mine: Row | None, gpu: bool = True) -> floa
 
 
 def problems(rows: Iterable[Row]) -> dict[str, int]:
-    """What went wrong, and how often."""
+    """The problems, each with the number of rows."""
     counts: dict[str, int] = {}
     for row in rows:
         if row.problem:
@@ -228,7 +228,7 @@ def samples(rows: Iterable[Row]) -> list[costs.Sample]:
     return made
 
 
-#: Devices that share a profile: the same chip with other memory.
+#: Devices that share a profile: the same chip with different memory.
 _SAME_CHIP = {
     "NVIDIA H200": (
         "NVIDIA H200", "NVIDIA H200 NVL", "NVIDIA H100 80GB HBM3", "NVIDIA H100",
@@ -243,7 +243,7 @@ def profile_of(rows: Iterable[Row], machine: dict[str, str]) -> costs.Profile:
 
 
 def curves_table(profile: costs.Profile) -> Table:
-    """The cost model, for people."""
+    """The cost model as a readable table."""
     table = Table(title=f"Cost model of {profile.devices[0]}", title_justify="left", header_style="bold")
     for name in ("kernel", "kind", "D", "pass", "launch ms", "points", "keys", "TFLOP/s there"):
         table.add_column(name, justify="left" if name in ("kernel", "kind", "pass") else "right")
