@@ -30,8 +30,8 @@ def export_pt2(
 ) -> ExportReport:
     """Save a fused ``ExportedProgram``.
 
-    With ``kernel="auto"`` the file holds PyTorch's own operators only, and ``torch.export.load`` reads it
-    where fusepass is not installed; the report notes any that are not.
+    With ``kernel="auto"`` the file holds only PyTorch's own operators, and ``torch.export.load`` reads it
+    even if fusepass is not installed; the report names any other operators.
 
     Args:
         model: a module, or an ``ExportedProgram``.
@@ -66,7 +66,7 @@ def compile_aoti(
 ) -> ExportReport:
     """Compile a fused program ahead of time into a package that ``torch._inductor.aoti_load_package`` runs.
 
-    Needs what Inductor needs: a C++ compiler, and on CUDA Triton.
+    This needs what Inductor needs: a C++ compiler and, on CUDA, Triton.
 
     Args:
         model: a module, or an ``ExportedProgram``.

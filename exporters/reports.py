@@ -16,7 +16,7 @@ from fusepass.reports.tables import site_table
 
 @dataclass(frozen=True)
 class Check:
-    """One output of the exported model against the original's.
+    """One output of the exported model, compared with the original's.
 
     Attributes:
         inputs: the shapes it was run with.
@@ -43,12 +43,12 @@ class ExportReport:
     Attributes:
         path: the file.
         target: the runtime it was written for.
-        graph: every attention site, and what became of it.
+        graph: every attention site, fused or not.
         operators: the fused operators in the file, by name.
-        softmaxes: how many softmaxes are left.
-        checks: results of running the file; empty where it was not run.
+        softmaxes: the number of softmaxes left.
+        checks: results of running the file; empty if it was not run.
         versions: operator sets and IR version.
-        notes: what a person should know.
+        notes: remarks for the user.
         seconds: the whole time it took.
     """
 
@@ -64,17 +64,17 @@ class ExportReport:
 
     @property
     def fused(self) -> int:
-        """How many sites became a fused operator."""
+        """The number of sites that became a fused operator."""
         return sum(site.fused for site in self.graph.sites)
 
     @property
     def sites(self) -> int:
-        """How many attention sites there are."""
+        """The number of attention sites."""
         return len(self.graph.sites)
 
     @property
     def max_error(self) -> float:
-        """The largest error of all checks; NaN where nothing was checked."""
+        """The largest error of all checks; NaN if nothing was checked."""
         return max((c.error for c in self.checks), default=float("nan"))
 
     def to_json(self) -> dict[str, Any]:

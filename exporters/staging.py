@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all, whatever their format.
+"""Files that are written completely or not at all, in any format.
 
-A model is written to a folder beside its target and moved there with ``os.replace`` when it is complete.
+A model is written to a folder next to its target, and moved into place with ``os.replace`` once complete.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 
 
 class ModelError(ValueError):
-    """A model that cannot be read or written: says what is wrong with it, and what to do."""
+    """A model that cannot be read or written; the message says what is wrong, and what to do."""
 
 
 @contextmanager
 def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write a model to, beside its target; when the block ends without error its files move there.
+    """A path next to the target to write a model to; if the block ends without error, its files move there.
 
     Raises:
         ModelError: the target's folder does not exist.
@@ -36,7 +36,7 @@ def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield folder / target.name
         files = sorted(folder.iterdir(), key=lambda f: f.name == target.name)
-        for file in files:  # the model last: it names the others
+        for file in files:  # the model comes last, because it names the other files
             os.replace(file, target.parent / file.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

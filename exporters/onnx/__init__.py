@@ -1,1 +1,1 @@
-"""ONNX models: PyTorch models written out with fused attention operators, and files of any exporter fused."""
+"""ONNX: exports PyTorch models with fused attention operators, and fuses attention in existing files."""

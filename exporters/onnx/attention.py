@@ -2,10 +2,10 @@
 
 ``softmax(softcap(scale * q k^T) + mask) v``; ``is_causal`` is aligned top-left, and after a cache it counts
 from the end of the cache (ONNX operator specification of Attention, versions 23 and 24).  Fused kernels of
-runtimes take no mask, so that a mask that is proved causal is never passed as a tensor; grouped heads are
-native.  Runtimes want a mask of rank 4 with all queries and keys, whatever the specification says of
-broadcasting.  Where a mask says more than causality, ``is_causal`` is set beside it: kernels then leave out
-the blocks of later keys.
+runtimes take no mask, so a mask that is proved to be causal is never passed as a tensor; grouped heads are
+native.  Runtimes need a mask of rank 4 with all queries and keys, whatever the specification says about
+broadcasting.  If a mask hides more than causality does, ``is_causal`` is set as well: kernels then skip the
+blocks of later keys.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def refuse(spec: Attention, target: Target) -> str | None:
     if spec.dtype not in _FLOATS:
         return f"it does not compute in {str(spec.dtype).removeprefix('torch.')}"
     if target.name == "tensorrt" and softcap_of(spec):
-        return "TensorRT's importer reads no softcap"
+        return "TensorRT's importer does not read a softcap"
     return None
 
 
@@ -90,7 +90,7 @@ def _hides_later(spec: Attention, offset: Size) -> bool:
 
 
 def _takes_lengths(target: Target) -> bool:
-    """Are there lengths of the keys among the inputs?"""
+    """Do the operator's inputs include lengths of the keys?"""
     return target.opset >= 24 and target.name != "tensorrt"
 
 

@@ -1,4 +1,4 @@
-"""How low the values of an expression may be, from the constants it is made of."""
+"""Lower bounds of an expression's values, from the constants in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PICKS = VIEWS | {"index", "cast", "cat", "amax"}
 
 
 def lower_bound(node: Expr, reader: OnnxReader, depth: int = 40) -> float:
-    """A number that no element is below; minus infinity where none is known."""
+    """A lower bound of all elements; minus infinity if none is known."""
     if depth == 0:
         return -math.inf
     if node.op == "const":

@@ -1,7 +1,7 @@
 """Writes ONNX nodes in front of the one they replace.
 
-Every value that is written is numbered: the same operator on the same inputs is written once in a graph, so
-that what the sites of a model share (a mask, a size) is computed once.
+Every written value gets a number: the same operator on the same inputs is written once per graph, so that
+values that sites share (a mask, a size) are computed once.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Written:
     """What has been written into one graph: values by number, and their types.
 
     Attributes:
-        names: the names of the model, its inner graphs included.
-        placed: the position of the old node in front of which a new one was written.
-        replaced: old results of sites, and the values that stand for them now.
-        present: values that some operator writes as the present state of a cache.
-        rotations: tensors that are rotary embeddings of others.
+        names: all names in the model, its inner graphs included.
+        placed: for a new node, the position of the old node in front of which it was written.
+        replaced: old results of sites, and the values that replace them.
+        present: values that an operator writes as the present state of a cache.
+        rotations: tensors that are rotary embeddings of other tensors.
     """
 
     def __init__(self, reader: OnnxReader, opset: int, names: set[str | None]) -> None:
@@ -54,7 +54,7 @@ class Written:
         self.rotations: dict[Expr, Any] = {}
 
     def name(self, stem: str) -> str:
-        """A name that no value of the model has."""
+        """A name that is new in the model."""
         found, count = stem, 1
         while found in self.names:
             count += 1
@@ -111,7 +111,7 @@ class OnnxBuilder(Layouts[ir.Value]):
     def call(
         self, op_type: str, inputs: Sequence[ir.Value], shape: Shape, dtype: torch.dtype, **attributes: Any
     ) -> ir.Value:
-        """One result of an ``ai.onnx`` operator; written once."""
+        """The result of an ``ai.onnx`` operator; equal calls are written once."""
         key = (op_type, tuple(inputs), tuple(sorted((k, repr(v)) for k, v in attributes.items())))
         known = self.written.numbered.get(key)
         if known is None or not self._usable(known):
@@ -120,14 +120,14 @@ class OnnxBuilder(Layouts[ir.Value]):
         return known
 
     def _usable(self, value: ir.Value) -> bool:
-        """Does something written for another site still stand, and in front of this one?"""
+        """Is a value written for another site still in the graph, and computed before this site?"""
         producer = value.producer()
         if producer is None:
             return self.graph.initializers.get(value.name or "") is value
         return _stands(value) and self.written.placed[producer] <= self.reader.order[self.anchor]
 
     def constant(self, value: Any, dtype: torch.dtype) -> ir.Value:
-        """A small constant as an initializer; written once."""
+        """A small constant as an initializer; equal ones are written once."""
         array = np.asarray(value)
         key = ("constant", dtype, array.shape, tuple(map(repr, array.flatten().tolist())))
         known = self.written.numbered.get(key)
@@ -144,7 +144,7 @@ class OnnxBuilder(Layouts[ir.Value]):
         return known
 
     def discard(self) -> None:
-        """Take back everything written for this site."""
+        """Remove everything that was written for this site."""
         for key in self._numbers:
             self.written.numbered.pop(key, None)
         for node in reversed(self.made):
@@ -154,7 +154,7 @@ class OnnxBuilder(Layouts[ir.Value]):
         self.made, self.presents, self._constants, self._numbers, self._exprs = [], [], [], [], {}
 
     def shape_of(self, value: ir.Value) -> Shape:
-        """A value's shape in integers and named sizes."""
+        """A value's shape, as integers and named sizes."""
         return self._type(value)[0]
 
     def dtype_of(self, value: ir.Value) -> torch.dtype:
@@ -214,7 +214,7 @@ class OnnxBuilder(Layouts[ir.Value]):
         return self.call("Gather", [whole, self.constant([dim], torch.int64)], (1,), torch.int64, axis=0)
 
     def _source(self, size: sympy.Symbol) -> tuple[ir.Value, int]:
-        """A value of that size that may be read here, and which of its dimensions it is."""
+        """A value with a dimension of this size that can be read here, and the number of that dimension."""
         source = self.reader.sources.get(size)
         if source is not None and (value := self._now(source[0])) is not None:
             return value, source[1]
@@ -230,30 +230,30 @@ class OnnxBuilder(Layouts[ir.Value]):
         """Is a value of the graph computed before the anchor?"""
         producer = value.producer()
         if producer is None or producer not in self.reader.order:
-            return True  # an input, a constant, or a value of the graph around this one
+            return True  # an input, a constant, or a value of the enclosing graph
         return self.reader.order[producer] < self.reader.order[self.anchor]
 
     def home(self, node: Expr) -> ir.Value | None:
-        """The graph's value that holds an expression's value and may be read here."""
+        """The value in the graph that holds an expression and can be read here."""
         held = self.reader.home.get(node)
         return None if held is None else self._now(held)
 
     def _now(self, value: ir.Value) -> ir.Value | None:
-        """What holds a value of the graph now; None where it comes later, or went with another site."""
+        """The value that now stands for one of the graph; None if it comes later or was removed with a site."""
         if not self.readable(value):
             return None
         value = self.written.replaced.get(value, value)
         return value if _stands(value) else None
 
     def as_tensor(self, node: Expr) -> ir.Value:
-        """A value that holds an expression's value."""
+        """A value that holds an expression."""
         if node not in self._exprs:
             held = self.home(node)
             self._exprs[node] = held if held is not None else self._make(node)
         return self._exprs[node]
 
     def _make(self, node: Expr) -> ir.Value:
-        """Compute an expression that no value of the graph holds."""
+        """Write nodes for an expression that no value of the graph holds."""
         if node.op == "const":
             return self.constant(node.attrs[0], node.dtype)
         value = scalar_of(node)
@@ -277,7 +277,7 @@ class OnnxBuilder(Layouts[ir.Value]):
         if node.op == "iota":
             return self.op("reshape", self.length(node.attrs[0]), [])
         raise CannotEmit(
-            f"{node.op} of shape {list(map(str, node.shape))} cannot be computed again before the site"
+            f"{node.op} of shape {list(map(str, node.shape))} cannot be recomputed before the site"
         )
 
     def _range(self, node: Expr) -> ir.Value:
@@ -290,7 +290,7 @@ class OnnxBuilder(Layouts[ir.Value]):
     # -- operations --------------------------------------------------------------------------
 
     def op(self, name: str, *args: Any, **kwargs: Any) -> ir.Value:
-        """The operations that layouts are made of."""
+        """The operations that :class:`Layouts` uses."""
         if name == "reshape":
             return self.reshape(args[0], args[1])
         if name == "permute":
@@ -318,7 +318,7 @@ class OnnxBuilder(Layouts[ir.Value]):
         return self.call("Cast", [value], self.shape_of(value), dtype, to=int(ONNX_DTYPES[dtype]))
 
     def reshape(self, value: ir.Value, sizes: Sequence[Size]) -> ir.Value:
-        """Re-read as another shape; sizes that stay are copied, one more may be inferred."""
+        """Reshape; sizes that do not change are copied, and one other may be inferred."""
         old, wanted = self.shape_of(value), tuple(sizes)
         if old == wanted:
             return value
@@ -348,14 +348,14 @@ class OnnxBuilder(Layouts[ir.Value]):
         return self.call("Expand", [value, self.vector(sizes)], tuple(sizes), self.dtype_of(value))
 
     def join(self, values: Sequence[ir.Value], axis: int) -> ir.Value:
-        """Several tensors behind one another."""
+        """The concatenation of several tensors."""
         shapes = [self.shape_of(v) for v in values]
         shape = list(shapes[0])
         shape[axis] = simplify_size(sum((s[axis] for s in shapes[1:]), shapes[0][axis]))
         return self.call("Concat", values, tuple(shape), self.dtype_of(values[0]), axis=axis)
 
     def reduce(self, name: str, value: ir.Value, axis: int) -> ir.Value:
-        """``ReduceMax``, ``ReduceMin`` over one axis, which is kept."""
+        """``ReduceMax`` or ``ReduceMin`` over one axis, which is kept."""
         shape = list(self.shape_of(value))
         shape[axis] = 1
         if self.written.opset >= 18:
@@ -372,7 +372,7 @@ class OnnxBuilder(Layouts[ir.Value]):
 
 
 def _stands(value: ir.Value) -> bool:
-    """Is a value still computed, or given?"""
+    """Is a value still in the graph: computed by a node, an input or a constant?"""
     producer = value.producer()
     return producer is None or producer.graph is not None
 

@@ -1,4 +1,4 @@
-"""Key/value caches: keys that the graph makes by ``Concat(past, new)`` become ``past`` and ``present``."""
+"""Key/value caches: keys that the graph computes by ``Concat(past, new)`` become ``past`` and ``present``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from fusepass.rules.site import Site
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache of one site: tensors ``[B, G, length, D]`` before, ``[B, G, Q, D]`` new, and the joined ones.
+    """The cache of a site: past tensors ``[B, G, length, D]``, new ones ``[B, G, Q, D]``, and the joined
+    ones.
 
     Attributes:
-        length: how many keys are in the cache.
+        length: the number of keys in the cache.
         joined: the values ``Concat(past, new)`` of keys and values, which the operator writes as present.
-        new: what the new keys and values mean.
+        new: the meanings of the new keys and values.
     """
 
     past_key: ir.Value
@@ -33,7 +34,7 @@ class Cache:
     new: tuple[Expr, Expr]
 
     def take(self, build: OnnxBuilder, present: Sequence[ir.Value]) -> None:
-        """Remember that the operator's outputs are the joined tensors from here on."""
+        """Record that the operator's outputs are the joined tensors from now on."""
         for old, new in zip(self.joined, present, strict=True):
             build.presents.append((old, new))
 

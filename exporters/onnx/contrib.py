@@ -1,7 +1,7 @@
 """``com.microsoft`` MultiHeadAttention (an operator that ONNX Runtime contributes).
 
-It serves models below opset 23, which have no Attention operator, and half precision, which it gives to cuDNN
-on CUDA, masks as well.
+It serves models below opset 23, which have no Attention operator, and half precision: on CUDA it runs cuDNN,
+even with masks.
 Source: ONNX Runtime, docs/ContribOperators.md.
 """
 
@@ -53,16 +53,16 @@ def refuse_mha(spec: Attention, target: Target) -> str | None:
 
 
 def refuse_masked(spec: Attention, target: Target) -> str | None:
-    """Why MultiHeadAttention is no better than Attention; on CUDA it runs cuDNN, which takes masks."""
+    """Why MultiHeadAttention is not better than Attention.  On CUDA it runs cuDNN, which takes masks."""
     if spec.dtype not in HALVES:
-        return "it is faster in half precision only"
+        return "it is faster only in half precision"
     if spec.is_causal() and (spec.heads != spec.kv_heads or spec.queries != spec.keys):
         return "a causal mask alone is faster as GroupQueryAttention or Attention"
     return refuse_mha(spec, target)
 
 
 def emit_masked(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
-    """Write MultiHeadAttention where Attention could not do without a mask."""
+    """Write MultiHeadAttention if Attention would need a mask."""
     if not has_gates(site.spec) and find_cache(site, build) is not None:
         raise Refused("Attention takes the cache as it is")
     if target.opset >= 24 and find_lengths(site) is not None:
@@ -71,7 +71,7 @@ def emit_masked(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
 
 
 def emit_mha(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
-    """Write MultiHeadAttention; grouped heads are repeated, for it has none."""
+    """Write MultiHeadAttention; grouped heads are repeated, because it has none."""
     spec = site.spec
     if spec.heads == spec.kv_heads and not has_gates(spec):
         x = laid_out(site, build, packed=True)
@@ -81,7 +81,7 @@ def emit_mha(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
         x = Operands(*(packed(build, t) for t in (x.q, x.k, x.v)))
     factor, x = scaled(site, build, x, packed=True)
     dtype = build.dtype_of(x.q)
-    # On the CPU `unidirectional` is right for as many queries as keys only.
+    # On the CPU `unidirectional` is correct only for as many queries as keys.
     causal = spec.is_causal() and spec.queries == spec.keys
     extra = Added(None) if causal else added_mask(site, build, dtype, boolean=False)
     if extra.mute:
@@ -100,7 +100,7 @@ def emit_mha(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
 
 
 def _finished(site: Site, build: OnnxBuilder, out: ir.Value, extra: Added) -> ir.Value:
-    """The result in the layout of the site, after what the operator cannot say."""
+    """The result in the layout of the site, after the steps that the operator cannot express."""
     spec, r = site.spec, site.roles
     plain = not spec.weights and extra.seen is None
     if plain:

@@ -1,4 +1,4 @@
-"""Edits of an ONNX graph, and what they ask of it: names, inner graphs, live nodes."""
+"""Edits of an ONNX graph, and the queries they need: names, inner graphs, live nodes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 
 def all_names(graph: ir.Graph) -> set[str | None]:
-    """The names of a graph's nodes and values, and of those within it."""
+    """The names of a graph's nodes and values, and of those in its inner graphs."""
     found: set[str | None] = {v.name for v in graph.inputs} | set(graph.initializers)
     for node in graph:
         found |= {node.name, *(v.name for v in node.outputs)}
@@ -18,7 +18,7 @@ def all_names(graph: ir.Graph) -> set[str | None]:
 
 
 def inner_graphs(node: ir.Node) -> Iterator[ir.Graph]:
-    """The graphs within a node: branches, bodies of loops."""
+    """The graphs inside a node: branches, bodies of loops."""
     for attribute in node.attributes.values():
         if isinstance(attribute, ir.Attr) and attribute.type is ir.AttributeType.GRAPH:
             yield attribute.value
@@ -40,7 +40,7 @@ def live(graph: ir.Graph) -> set[ir.Node]:
 
 
 def erase_dead(graph: ir.Graph, start: ir.Node) -> None:
-    """Remove a node whose results nobody reads, and what only it needed."""
+    """Remove a node whose results are not read, and everything that only it needed."""
     todo = [start]
     while todo:
         node = todo.pop()

@@ -1,4 +1,4 @@
-"""``export_onnx``: a PyTorch model as ONNX with its attention fused."""
+"""``export_onnx``: exports a PyTorch model to ONNX with its attention fused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fusepass.exporters.reports import Check, ExportReport
 from fusepass.exporters.staging import ModelError, staged
 from fusepass.host.config import refuse_others
 
-#: PyTorch's exporter writes this version, in which attention is still written out.
+#: PyTorch's exporter writes this version, in which attention is not yet a single operator.
 _PLAIN_OPSET = 20
 
 
@@ -64,14 +64,14 @@ def export_onnx(
         opset: the version of ``ai.onnx`` (default 24).
         input_names: names for the inputs.
         output_names: names for the outputs.
-        verify: run the file in onnxruntime, at two shapes where some are dynamic, and compare with PyTorch.
-        external_data: weights in a file of their own; None: where the model is large.
-        progress: called with a few words whenever another step begins.
-        others: none; options of the pass are refused with their place in ONNX.
+        verify: run the file in onnxruntime and compare with PyTorch; at two shapes if some are dynamic.
+        external_data: put weights in a separate file; None: if the model is large.
+        progress: called with a short text at the start of each step.
+        others: none are accepted; options of the pass are refused, with their equivalent for ONNX.
 
     Raises:
         ModelError: PyTorch cannot export the model, or the file cannot be written.
-        Disagreement: the exported model computes something else; nothing was written.
+        Disagreement: the exported model computes something else; nothing is written.
         ValueError: an unknown target or opset, or an option that an ONNX file cannot have.
     """
     refuse_others("export_onnx", others, ())
@@ -98,26 +98,26 @@ def export_onnx(
         write(exported, place, external_data, say)
         check_model(place)
         if verify:
-            say("running it and comparing with PyTorch")
+            say("running the file and comparing with PyTorch")
             found.checks, found.notes = _verified(model, args, dict(kwargs or {}), exported, place)
             if not all(c.ok for c in found.checks):
                 _refuse_random(model)
-                say("exporting it without fusion, to see whether that differs as much")
+                say("exporting without fusion, to see whether that differs as much")
                 plain = _exported(model, args, dict(kwargs or {}), dynamic_shapes, input_names, output_names)
                 found.checks = _excused(found.checks, _unfused(model, args, dict(kwargs or {}), plain))
                 if not all(c.ok for c in found.checks):
                     raise onnx_verify.disagreement(found.checks)
-                found.notes.append("as far from PyTorch as the file without fusion is")
+                found.notes.append("as far from PyTorch as the file without fusion")
     found.seconds = time.perf_counter() - start
     return found
 
 
 def _nothing(_: str) -> None:
-    """Nobody wants to know."""
+    """Ignore progress."""
 
 
 def _unfused(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], plain: ir.Model) -> list[Check]:
-    """The checks of a file without fusion; none where it does not run."""
+    """The checks of a file without fusion; none if it does not run."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "unfused.onnx"
         try:
@@ -128,7 +128,7 @@ def _unfused(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], plain: i
 
 
 def _excused(checks: list[Check], plain: list[Check]) -> list[Check]:
-    """Checks that allow twice the error of the file without fusion, and at most a hundred times the usual."""
+    """The checks, allowing twice the error of the file without fusion, up to a hundred times the usual one."""
     if len(checks) != len(plain):
         return checks
     return [
@@ -138,7 +138,7 @@ def _excused(checks: list[Check], plain: list[Check]) -> list[Check]:
 
 
 def _refuse_random(model: Any) -> None:
-    """A model in training mode may compute something else in every call: nothing can be compared with it."""
+    """Refuse a model in training mode whose results change from call to call: they cannot be compared."""
     if getattr(model, "training", False):
         raise ModelError(
             "the model is in training mode, and its outputs differ from those of the exported file; call "
@@ -154,7 +154,7 @@ def _exported(
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
 ) -> ir.Model:
-    """PyTorch's own export, attention written out."""
+    """The result of PyTorch's own exporter, without fused attention."""
     try:
         with _silent(), torch.no_grad():
             model = _captured(model, args, kwargs, dynamic_shapes)
@@ -179,7 +179,7 @@ def _exported(
 
 
 def _captured(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Any:
-    """The exported program; where ``torch.export`` fails, the model: the exporter has other ways to try."""
+    """The exported program; if ``torch.export`` fails, the model itself: the exporter has other ways."""
     if isinstance(model, torch.export.ExportedProgram):
         return model
     try:
@@ -189,7 +189,7 @@ def _captured(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic
 
 
 def _settle_sizes(value: ir.Value) -> None:
-    """A dimension that PyTorch found to be constant is named by its number."""
+    """Give constant sizes to dimensions that PyTorch found to be constant: it names them by their number."""
     for position, dim in enumerate(value.shape or ()):
         if isinstance(dim, ir.SymbolicDim) and dim.value is not None and dim.value.isdigit():
             value.shape[position] = int(dim.value)
@@ -197,7 +197,7 @@ def _settle_sizes(value: ir.Value) -> None:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """PyTorch's exporter prints its steps and warns of its own internals."""
+    """Silence PyTorch's exporter, which prints its steps and warns about its own internals."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -214,7 +214,7 @@ def _silent() -> Iterator[None]:
 def _verified(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], exported: ir.Model, path: Path
 ) -> tuple[list[Check], list[str]]:
-    """The file against PyTorch, at the example's sizes and, where some are dynamic, at others."""
+    """Compare the file with PyTorch, at the example's sizes and, if some are dynamic, at others."""
     call = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     leaves, tree = pytree.tree_flatten((args, kwargs))
     tensors = [n for n, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
@@ -230,7 +230,7 @@ def _verified(
     except Disagreement as error:
         if not _in_bfloat16(exported):
             raise
-        return [], [f"not verified: {error} (of bfloat16 the CPU provider has few operators)"]
+        return [], [f"not verified: {error} (the CPU provider has few bfloat16 operators)"]
     checks: list[Check] = []
     notes: list[str] = []
     for number, sizes in enumerate(_trials(inputs, [leaves[n] for n in tensors])):
@@ -261,7 +261,7 @@ def _in_bfloat16(model: ir.Model) -> bool:
 def _used(
     exported: ir.Model, leaves: list[Any], tensors: list[int], kwargs: dict[str, Any], args: tuple[Any, ...]
 ) -> list[int]:
-    """The tensors that the exported model takes, where it has dropped some that the model does not read."""
+    """The tensors that the exported model takes: it may have dropped some that the model does not read."""
     paths, _ = pytree.tree_flatten_with_path((args, kwargs))
     names = {v.name for v in exported.graph.inputs}
     return [
@@ -299,7 +299,7 @@ def _resized(given: dict[sympy.Symbol, int], step: int) -> dict[sympy.Symbol, in
 def _drawn(
     example: torch.Tensor, value: ir.Value, sizes: Mapping[sympy.Symbol, int], number: int
 ) -> torch.Tensor:
-    """The example at other sizes: floating values drawn anew, integers taken from the example."""
+    """The example at other sizes: floating values are drawn again, integers taken from the example."""
     shape = [
         int(n) if isinstance(d, int) else _evaluated(parse_dim(d.value or "?"), sizes, int(n))
         for d, n in zip(value.shape or (), example.shape, strict=True)

@@ -1,4 +1,4 @@
-"""ONNX files: read with clear errors, their versions, written."""
+"""ONNX files: reading with clear errors, versions, writing."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import onnx_ir as ir
 
 from fusepass.exporters.staging import ModelError
 
-#: The newest that ONNX Runtime 1.31 loads; newer files are refused by it.
+#: The newest IR version that ONNX Runtime 1.31 loads.
 NEWEST_OPSET, NEWEST_IR = 26, 13
-#: The oldest operator set that is read.
+#: The oldest operator set that can be read.
 OLDEST_OPSET = 11
-#: Protocol buffers end at two gigabytes; larger models keep their weights in a file of their own.
+#: Protocol buffers are limited to two gigabytes; larger models keep their weights in a separate file.
 _INLINE_BYTES = 1_500_000_000
 _SMALL = 1024
 
@@ -27,10 +27,10 @@ class Disagreement(RuntimeError):
 
 
 def read(path: str | os.PathLike[str]) -> ir.Model:
-    """A model from a file; external weights are found, and not loaded.
+    """A model from a file; external weights are located but not loaded.
 
     Raises:
-        ModelError: there is no such file, it is no ONNX model, or its weights are missing.
+        ModelError: there is no such file, it is not an ONNX model, or its weights are missing.
     """
     file = Path(path)
     if not file.is_file():
@@ -38,7 +38,7 @@ def read(path: str | os.PathLike[str]) -> ir.Model:
     try:
         model = ir.load(file)
     except Exception as error:
-        raise ModelError(f"cannot read {str(path)!r}: it is no valid ONNX model ({root(error)})") from error
+        raise ModelError(f"cannot read {str(path)!r}: it is not a valid ONNX model ({root(error)})") from error
     if not model.graph.outputs or not model.opset_imports:
         raise ModelError(f"cannot read {str(path)!r}: it has no outputs or no operator sets; is it complete?")
     _check_weights(model, path)
@@ -47,7 +47,7 @@ def read(path: str | os.PathLike[str]) -> ir.Model:
 
 
 def root(error: BaseException) -> str:
-    """What an error goes back to, on one line: libraries wrap errors in the places that they passed."""
+    """The root cause of an error, on one line: libraries wrap errors in several layers."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
@@ -64,7 +64,7 @@ def _attributes(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Attr]]:
 
 
 def external_tensors(model: ir.Model) -> Iterator[tuple[str, ir.ExternalTensor]]:
-    """Tensors that lie in other files, and the names of what holds them."""
+    """Tensors in other files, and the names of what holds them."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
@@ -119,7 +119,7 @@ def check_opset(model: ir.Model) -> int:
 
 
 def pin_ir_version(model: ir.Model) -> None:
-    """The oldest IR version that the model's operator sets need, but no older than what it has."""
+    """Set the oldest IR version that the model's operator sets need, but none older than its own."""
     known = {"", "ai.onnx", "ai.onnx.ml", "ai.onnx.training"}
     imports = [onnx.helper.make_opsetid(d, v) for d, v in model.opset_imports.items() if d in known]
     needed = onnx.helper.find_min_ir_version_for(imports)
@@ -132,13 +132,13 @@ def write(
     external_data: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> None:
-    """Write a model; weights go into ``<name>.data`` where they are asked to or have to.
+    """Write a model; weights go into ``<name>.data`` if this is requested or necessary.
 
     Args:
         model: the model.
         path: the file.
-        external_data: True, False, or None for "where the model is large".
-        progress: called with a few words for every tensor that is written to a file of its own.
+        external_data: True, False, or None for "if the model is large".
+        progress: called with a short text for every tensor that is written to a separate file.
     """
     weights = (v.const_value for g in model.graphs() for v in g.initializers.values())
     size = sum(w.nbytes for w in weights if w is not None)
@@ -159,7 +159,7 @@ def write(
 
 
 def _load_attributes(model: ir.Model) -> None:
-    """Constants that lie in another file come into the model; weights stay where they are for now."""
+    """Load constants from other files into the model; weights stay in their files for now."""
     for node, attribute in list(_attributes(model)):
         if attribute.type is ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
             (loaded,) = ir.external_data.convert_tensors_from_external([attribute.value])

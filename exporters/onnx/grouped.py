@@ -1,8 +1,9 @@
 """``com.microsoft`` GroupQueryAttention (an operator that ONNX Runtime contributes).
 
-It has sliding windows, sinks and rotary embeddings, in kernels that take no mask; on CUDA it computes in
-half precision.  ``local_window_size`` counts the current key (ONNX Runtime 1.24 and later).  After a cache it
-takes several queries of one sequence only: a known number of sequences becomes more heads of one.
+It has sliding windows, sinks and rotary embeddings, in kernels that take no mask; on CUDA it computes in half
+precision.  ``local_window_size`` includes the current key (ONNX Runtime 1.24 and later).  With a cache it
+takes several queries only for a single sequence, so a known number of sequences is turned into more heads of
+one sequence.
 Source: ONNX Runtime, docs/ContribOperators.md.
 """
 
@@ -41,7 +42,7 @@ from fusepass.specification.attention import Attention, Band, Mask, intersect
 
 
 def refuse(spec: Attention, target: Target) -> str | None:
-    """Why GroupQueryAttention cannot compute ``spec``, or is no better than Attention."""
+    """Why GroupQueryAttention cannot compute ``spec``, or is not better than Attention."""
     reach = _reach(spec)
     if isinstance(reach, str):
         return reach
@@ -57,7 +58,7 @@ def refuse(spec: Attention, target: Target) -> str | None:
     if has_gates(spec):
         return "scores or weights have a factor of the keys, and its keys and values are those of the cache"
     if spec.sink is not None:
-        return None if spec.sink.axes in ("", "h") else "its sink varies over heads only"
+        return None if spec.sink.axes in ("", "h") else "its sink may vary over heads only"
     if spec.dtype not in HALVES:
         return "its CUDA kernels compute in half precision only"
     return (
@@ -66,9 +67,9 @@ def refuse(spec: Attention, target: Target) -> str | None:
 
 
 def _reach(spec: Attention) -> int | str | None:
-    """How many keys a query sees, itself included; None for all before it; a text where it is not causal.
+    """How many keys a query sees, its own included; None for all earlier ones; a reason if it is not causal.
 
-    Queries are the last ones: causal attention is aligned to the end of the keys.
+    The queries are at the last positions: causal attention is aligned to the end of the keys.
     """
     bands = [a for a in spec.atoms if isinstance(a, Band)]
     band = intersect(bands, Facts()) if bands else None
@@ -90,7 +91,7 @@ def _only_bands(spec: Attention) -> bool:
 
 
 def emit(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
-    """Write the operator; its sequences are all as long as the keys."""
+    """Write the operator; all its sequences are as long as the keys."""
     spec = site.spec
     cache = None if spec.queries == spec.keys else find_cache(site, build)
     if cache is None and spec.queries != spec.keys:
@@ -99,7 +100,7 @@ def emit(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
     turned = find_turned(site, build, cache)
     plain = reach is None and cache is None and turned is None and not spec.sink
     if plain and softcap_of(spec):
-        raise Refused("a softcap beside causality alone is faster as Attention")
+        raise Refused("a causal mask and a softcap alone are faster as Attention")
     if plain and spec.heads == spec.kv_heads:
         raise Refused("a causal mask alone, without grouped heads, is faster as MultiHeadAttention")
     merged = int(spec.batch) if cache is not None and 1 not in (spec.batch, spec.queries) else 1
@@ -148,7 +149,7 @@ def _attributes(
 def _operands(
     site: Site, build: OnnxBuilder, cache: Cache | None, turned: Turned | None, merged: bool
 ) -> Operands:
-    """Packed queries and (new) keys and values of one dtype; ``merged``: sequences are heads of one."""
+    """Packed queries and (new) keys and values of one dtype; ``merged``: sequences become heads of one."""
     r = site.roles
     query, keys = (site.query, site.keys) if turned is None else (turned.query, turned.keys)
     q = laid_out_over(build, query, r.batch, r.query, [*r.heads, *r.head_dim], merged)
@@ -164,14 +165,14 @@ def _operands(
 
 
 def _lengths(build: OnnxBuilder, keys: Size, batch: Size) -> tuple[ir.Value, ir.Value]:
-    """The last key of every sequence, and the number of keys."""
+    """The position of the last key in every sequence, and the number of keys."""
     total = build.cast(build.length(keys), torch.int32)
     last = build.pointwise("Sub", total, build.constant([1], torch.int32))
     return build.expand(last, (batch,)), build.reshape(total, [])
 
 
 def _bias(site: Site, build: OnnxBuilder, dtype: torch.dtype, merged: int) -> ir.Value | None:
-    """What is added to the scores besides bands, and then all of it."""
+    """Everything that is added to the scores, or None if that is bands only."""
     spec = site.spec
     bias = None if _only_bands(spec) else added_mask(site, build, dtype, boolean=False).mask
     if bias is None or merged == 1:
@@ -181,12 +182,12 @@ def _bias(site: Site, build: OnnxBuilder, dtype: torch.dtype, merged: int) -> ir
 
 
 def _sink(site: Site, build: OnnxBuilder, dtype: torch.dtype, merged: int) -> ir.Value | None:
-    """The sink's logits, one a head."""
+    """The sink's logits, one per head."""
     spec = site.spec
     if spec.sink is None:
         return None
     value = build.cast(score_operand(site, build, spec.sink.slot), dtype)
-    for dim in (0, 2, 3):  # it does not vary over these
+    for dim in (0, 2, 3):  # it does not vary over the other axes
         if build.shape_of(value)[dim] != 1:
             value = build.cut(value, dim, 0, 1)
     value = build.expand(value, (merged, spec.heads, 1, 1))
@@ -194,7 +195,7 @@ def _sink(site: Site, build: OnnxBuilder, dtype: torch.dtype, merged: int) -> ir
 
 
 def _restored(site: Site, build: OnnxBuilder, out: ir.Value, merged: bool) -> ir.Value:
-    """The result in the layout of the site, after what the operator cannot say."""
+    """The result in the layout of the site, after the steps that the operator cannot express."""
     spec, r = site.spec, site.roles
     width = [*r.heads, *r.value_dim]
     groups = ([], r.query, [*r.batch, *width]) if merged else (r.batch, r.query, width)

@@ -1,4 +1,4 @@
-"""Softmaxes that were not fused, and why where that is known."""
+"""Softmaxes that were not fused, with the reason if it is known."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _BETWEEN = frozenset(
     "Neg Identity Dropout Softplus Pow Sqrt IsNaN Pad ScatterND Trilu".split()
 )
 
-#: Nobody knows what operators of other domains do: there may be one between two products.
+#: Operators of other domains are unknown: there may be one between two products.
 _KNOWN_DOMAINS = ("", "ai.onnx.ml", "com.microsoft")
 
 
 def _reached(start: ir.Node, near: Callable[[ir.Node], list[ir.Node | None]]) -> list[ir.Node]:
-    """What lies beside a node in one direction, up to and with the first products."""
+    """The nodes reached from a node in one direction, up to and including the first products."""
     found: dict[ir.Node, None] = {}
     todo = [start]
     while todo and len(found) < 100:
@@ -38,26 +38,26 @@ def _reached(start: ir.Node, near: Callable[[ir.Node], list[ir.Node | None]]) ->
 
 
 def _multiplies(node: ir.Node) -> bool:
-    """Is it a product of two values that are computed, and no projection by weights?"""
+    """Is it a product of two computed values, not a projection by weights?"""
     computed = [v for v in node.inputs if v is not None and v.const_value is None]
     return node.op_type in _PRODUCTS and len(computed) >= 2
 
 
 def softmaxes(graph: ir.Graph) -> int:
-    """How many softmaxes a graph still has."""
+    """The number of softmaxes that a graph still has."""
     return sum(n.op_type in _SOFTMAXES for n in graph.all_nodes())
 
 
 def left_over(
     graph: ir.Graph, reader: OnnxReader, live: set[ir.Node], settled: set[Expr]
 ) -> Iterator[tuple[ir.Node, str]]:
-    """Softmaxes of products that no product with values was found for.
+    """Softmaxes of products for which no product with values was found.
 
     Args:
         graph: the graph after the pass.
-        reader: what its nodes mean.
+        reader: knows the meanings of its nodes.
         live: the nodes that an output depends on.
-        settled: softmaxes that the report accounts for; those found here are added.
+        settled: softmaxes that the report already covers; those found here are added.
     """
     for node in list(graph):
         if node.op_type not in _SOFTMAXES or node not in live:
@@ -65,7 +65,7 @@ def left_over(
         meaning = reader.meaning.get(node.outputs[0])
         if meaning is not None and meaning in settled:
             continue
-        reason = "no product with values that could be read uses it"
+        reason = "no readable product with values uses it"
         if meaning is None or meaning.op != "softmax" or not of_activations(meaning.args[0]):
             unread = _unread_between(node, reader)
             if unread is None:
@@ -77,7 +77,7 @@ def left_over(
 
 
 def _unread_between(softmax: ir.Node, reader: OnnxReader) -> ir.Node | None:
-    """The first node that was not read between two products of activations around a softmax."""
+    """The first unread node between the two products of activations around a softmax."""
     behind = _reached(softmax, lambda n: [v.producer() for v in n.inputs if v is not None])
     before = _reached(softmax, lambda n: [u for v in n.outputs for u in v.consumers()])
     if not any(map(_multiplies, behind)) or not any(map(_multiplies, before)):
@@ -90,7 +90,7 @@ def _unread_between(softmax: ir.Node, reader: OnnxReader) -> ir.Node | None:
 
 
 def _unreadable(node: ir.Node, reader: OnnxReader) -> str:
-    """Why a node could not be read, or one that it depends on."""
+    """Why a node, or one that it depends on, could not be read."""
     while True:
         unread = [v for v in node.inputs if v is not None and reader.expr_of(v) is None]
         before = next((p for v in unread if (p := v.producer()) is not None and p.graph is node.graph), None)

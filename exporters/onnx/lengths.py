@@ -1,7 +1,7 @@
 """Key paddings that are lengths: ``j < lengths[b]`` becomes ``nonpad_kv_seqlen`` (Attention, opset 24).
 
-Without a mask runtimes keep their fast kernels.  The operator gives zero where a length is zero; such
-sequences keep the meaning that the model gives them.
+Without a mask, runtimes keep their fast kernels.  The operator returns zero if a length is zero; such
+sequences keep the result that the model gives them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NEGATED = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
 
 
 def find_lengths(site: Site) -> Term | None:
-    """The integers ``lengths[b]``, where all that hides keys is ``j < lengths[b]``."""
+    """The integers ``lengths[b]``, if nothing except ``j < lengths[b]`` hides keys."""
     added = site.spec.added
     if (
         len(added) != 1
@@ -59,7 +59,7 @@ def _below(site: Site, term: Term) -> Term:
 
 
 def _is_position(site: Site, term: Term) -> bool:
-    """Is it the position of the key?"""
+    """Is the formula the position of the key?"""
     node = term.expr
     return (
         node.op == "iota"
@@ -70,7 +70,7 @@ def _is_position(site: Site, term: Term) -> bool:
 
 
 def _is_of_batch(site: Site, term: Term) -> bool:
-    """Is it one integer a sequence?"""
+    """Is it one integer per sequence?"""
     node = term.expr
     whole = node.rank == 1 and node.dtype in (torch.int64, torch.int32)
     return whole and _runs_over(site, term, site.roles.batch[0])
@@ -84,7 +84,7 @@ def _runs_over(site: Site, term: Term, axis: str) -> bool:
 def of_lengths(
     site: Site, build: OnnxBuilder, lengths: Term, x: Operands
 ) -> tuple[ir.Value, Operands, Added]:
-    """``nonpad_kv_seqlen``, the operands, and what is left to do for sequences without a key."""
+    """``nonpad_kv_seqlen``, the operands, and what remains to be done for sequences without a key."""
     spec = site.spec
     given = build.cast(build.as_tensor(lengths.expr), torch.int64)
     keys, zero = build.length(spec.keys), build.constant([0], torch.int64)
@@ -95,6 +95,6 @@ def of_lengths(
     seen = build.reshape(some, (spec.batch, 1, 1, 1))
     if empty_rows(spec) != "mean":
         return least, x, Added(None, seen)
-    # Queries of zero are uniform over all keys: the mean of the values.
+    # Zero queries give uniform weights over all keys: the mean of the values.
     q = build.pointwise("Mul", build.cast(seen, build.dtype_of(x.q)), x.q)
     return build.call("Where", [some, least, keys], (spec.batch,), torch.int64), replace(x, q=q), Added(None)

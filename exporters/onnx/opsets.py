@@ -1,4 +1,4 @@
-"""Operator sets: which a target needs, how a model gets there, and what shape inference knows of it."""
+"""Operator sets: which one a target needs, how a model is converted, and what shape inference finds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def raise_opset(model: ir.Model, wanted: int) -> None:
 
 
 def _convert_old(model: ir.Model) -> None:
-    """To opset 18, by onnx's own converter, which sees no large weights."""
+    """Convert to opset 18 with onnx's own converter, without large weights."""
     from onnx_ir.passes.common import _c_api_utils
 
     proto = _c_api_utils.call_onnx_api(lambda p: onnx.version_converter.convert_version(p, 18), model)
@@ -58,7 +58,7 @@ def _convert_old(model: ir.Model) -> None:
             mine.const_value = value.const_value
             if name not in converted.graph.initializers:
                 converted.graph.register_initializer(mine)
-    model.graph = converted.graph  # its operator sets come with it
+    model.graph = converted.graph  # its operator sets come with the model
 
 
 def _find_value(graph: ir.Graph, name: str) -> ir.Value | None:
@@ -72,9 +72,9 @@ def _find_value(graph: ir.Graph, name: str) -> ir.Value | None:
 
 
 def infer(model: ir.Model) -> dict[str, list[Any]]:
-    """What onnx's shape inference finds out, by the name of the value: dimensions as integers, names or None.
+    """The results of onnx's shape inference, by the name of the value: dimensions as integers, names or None.
 
-    Values that record no dtype get the inferred one; nothing else of the model changes.
+    Values without a recorded dtype get the inferred one; nothing else in the model changes.
     """
     from onnx_ir.passes.common import _c_api_utils
 
@@ -102,7 +102,7 @@ def infer(model: ir.Model) -> dict[str, list[Any]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Converters log every node that they do not change."""
+    """Silence converters, which log every node that they do not change."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

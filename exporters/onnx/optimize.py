@@ -1,4 +1,4 @@
-"""``optimize_onnx``: an ONNX model with its attention fused, from one that somebody else exported."""
+"""``optimize_onnx``: fuses the attention of an ONNX model from any exporter."""
 
 from __future__ import annotations
 
@@ -58,14 +58,13 @@ def optimize_onnx(
         opset: raise the model to this version of ``ai.onnx`` (default 24); newer models stay as they are.
         verify: run both models in onnxruntime on random inputs and compare.
         inputs: arrays by name to compare on, instead of random ones.
-        external_data: weights in a file of their own; None: as in the model that was read, or where it is
-            large.
-        progress: called with a few words whenever another step begins.
-        others: none; options of the pass are refused with their place in ONNX.
+        external_data: put weights in a separate file; None: as in the original, or if the model is large.
+        progress: called with a short text at the start of each step.
+        others: none are accepted; options of the pass are refused, with their equivalent for ONNX.
 
     Raises:
         ModelError: the model cannot be read, or its opset is not supported.
-        Disagreement: the fused model computes something else; nothing was written.
+        Disagreement: the fused model computes something else; nothing is written.
         ValueError: an unknown target or opset, or an option that an ONNX file cannot have.
     """
     refuse_others("optimize_onnx", others, ())
@@ -110,7 +109,7 @@ def optimize_onnx(
 def _raised(
     model: ir.Model, path: str | os.PathLike[str], aim: Target, have: int, asked: int | None
 ) -> tuple[ir.Model, list[str]]:
-    """The model at the version that the target's operators need; ONNX Runtime has some for every version."""
+    """The model at the version that the target's operators need; ONNX Runtime's own need none."""
     try:
         raise_opset(model, aim.opset if asked is None else asked)
     except ModelError as error:
@@ -128,7 +127,7 @@ def fuse(model: ir.Model, target: Target) -> GraphReport:
         try:
             InlinePass()(model)
         except Exception as error:
-            raise ModelError(f"the model's functions cannot be written out: {root(error)}") from error
+            raise ModelError(f"the model's functions cannot be inlined: {root(error)}") from error
     report = fuse_model(model, target, OPERATORS[target.name], infer(model))
     publish(report)
     return report
@@ -147,15 +146,15 @@ def check_model(path: Path) -> None:
 
 
 def _check_original(path: str | os.PathLike[str]) -> None:
-    """What was made is not valid: was the model that was read?
+    """The fused model is not valid: was the original?
 
     Raises:
-        ModelError: it was not, either.
+        ModelError: the original is not valid either.
     """
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
-        raise ModelError(f"cannot read {str(path)!r}: it is no valid ONNX model ({root(error)})") from error
+        raise ModelError(f"cannot read {str(path)!r}: it is not a valid ONNX model ({root(error)})") from error
 
 
 def _compared(
@@ -164,11 +163,11 @@ def _compared(
     model: ir.Model,
     inputs: Mapping[str, npt.NDArray[Any]] | None,
 ) -> tuple[list[Check], list[str]]:
-    """Both models on the same inputs, at two choices of sizes where some are dynamic."""
+    """Compare both models on the same inputs, at two choices of sizes if some are dynamic."""
     try:
         original = onnx_verify.session(before)
     except Disagreement as error:
-        return [], [f"not verified: {error} (the model as it was)"]
+        return [], [f"not verified: {error} (the original model)"]
     fused = onnx_verify.session(after)
     if inputs is not None:
         trials = [{n: np.asarray(a) for n, a in inputs.items()}]
@@ -196,7 +195,7 @@ def _compared(
             break
     if not runs:
         return [], [
-            f"not verified: the model as it was does not run on random inputs ({failures[0]}); pass inputs="
+            f"not verified: the original model does not run on random inputs ({failures[0]}); pass inputs="
         ]
     return checks, []
 

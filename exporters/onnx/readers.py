@@ -1,4 +1,4 @@
-"""Who else reads the scores or weights of a site: they can go only where nobody does."""
+"""Other readers of a site's scores or weights, which can be removed only if there are none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusepass.recognition.recognize import recognise_sum
 from fusepass.recognition.resemblance import products_behind
 from fusepass.rules.site import Site
 
-#: What lies between the two products of a site.
+#: Operations that may lie between the two products of a site.
 _LIGHT = (
     POINTWISE
     | VIEWS
@@ -25,9 +25,9 @@ class Readers:
     """The nodes that read the scores and weights of sites, in one graph.
 
     Args:
-        reader: what the nodes of the graph mean.
+        reader: knows the meanings of the graph's nodes.
         live: the nodes that an output depends on.
-        operators, target: what sites may become.
+        operators, target: the operators that may replace sites.
     """
 
     def __init__(
@@ -38,18 +38,18 @@ class Readers:
         self._sharing: dict[ir.Node, Expr | None] = {}
 
     def outside(self, site: Site, anchor: ir.Node, meaning: Expr) -> ir.Node | None:
-        """A live node, not on the way to the anchor, for which scores or weights must be computed."""
+        """A live node, not on a path to the anchor, for which scores or weights must be computed."""
         found = (self._of_product(site, product, anchor) for product in self._scores(site, meaning))
         return next(filter(None, found), None)
 
     def _scores(self, site: Site, anchor: Expr) -> list[Expr]:
-        """The product of queries and keys; of keys in several tensors there are several."""
+        """The products of queries and keys: several, if the keys are in several tensors."""
         if site.product in self.reader.home:
             return [site.product]
         return products_behind(anchor)
 
     def _of_product(self, site: Site, product: Expr, anchor: ir.Node) -> ir.Node | None:
-        """A live node, not on the way to the anchor, for which the scores or weights must be computed."""
+        """A live node, not on a path to the anchor, for which the scores or weights must be computed."""
         held = self.reader.home.get(product)
         todo = [] if held is None else [held]
         result = self.reader.meaning[anchor.outputs[0]]
@@ -65,7 +65,7 @@ class Readers:
                 seen.add(user)
                 meaning = self.reader.meaning.get(user.outputs[0])
                 if meaning is result or self._shares(user, site):
-                    continue  # it says the same, or is fused as well
+                    continue  # it has the same meaning, or is fused as well
                 light = meaning is not None and (meaning.op in _LIGHT or user in within)
                 if user.graph is not self.graph or not light:
                     return user
@@ -73,9 +73,9 @@ class Readers:
         return None
 
     def _shares(self, user: ir.Node, site: Site) -> bool:
-        """Is a node the product of a site's weights with other values, for which an operator serves too?
+        """Is a node the product of a site's weights with other values, which an operator can compute too?
 
-        Exporters compute equal weights once, though the model computes them for every product.
+        Exporters compute equal weights once even if the model computes them for every product.
         """
         meaning = self.reader.meaning.get(user.outputs[0])
         if meaning is None or meaning.op != "dot" or user.graph is not self.graph:
@@ -89,7 +89,7 @@ class Readers:
         return self._sharing[user] is site.product
 
     def products_of(self, anchor: ir.Node) -> set[ir.Node]:
-        """The products, and their sums, that an anchor which is none normalises or adds up."""
+        """The products, and their sums, that an anchor normalises or sums, if it is not a product itself."""
         start = self.reader.meaning[anchor.outputs[0]]
         found: set[ir.Node] = set()
         todo = [] if start is None or start.op == "dot" else [anchor]

@@ -1,9 +1,9 @@
 """Rotary embeddings as ``ai.onnx`` RotaryEmbedding (opset 23 and later).
 
-``x * cos + turned(x) * sin``, where ``turned`` is ``cat(-x2, x1)`` of the halves of ``x``, or of every pair
-of its neighbours, and where ``cos`` and ``sin`` hold the same number for both of the elements that are turned
-together: what the operator computes of halves of the tables.  Or, with such halves to begin with,
-``cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin)``, and that of every pair.
+``x * cos + turned(x) * sin``, where ``turned`` is ``cat(-x2, x1)`` of the halves of ``x``, or the same for
+every pair of neighbours, and where ``cos`` and ``sin`` hold the same number for both elements that are turned
+together: the operator computes this from half of each table.  Or, with tables that are such halves already,
+``cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin)``, and the same for pairs.
 Source: Su et al., "RoFormer" (arXiv 2104.09864); ONNX operator specification of RotaryEmbedding, version 23.
 """
 
@@ -25,11 +25,11 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Rotation:
-    """``x`` of rank 4, turned ``out``, and the tables.
+    """``x`` of rank 4, the rotated ``out``, and the tables.
 
     Attributes:
-        neighbours: are neighbours turned together, and not halves?
-        halved: have the tables every number once, and not twice?
+        neighbours: are neighbours turned together, instead of halves?
+        halved: do the tables hold every number once, not twice?
     """
 
     out: Expr
@@ -88,7 +88,7 @@ def _rotation_of_parts(node: Expr) -> Rotation | None:
 
 
 def _parts(node: Expr) -> tuple[Expr, Expr] | None:
-    """The two tensors that are joined over the last dimension, or by turns."""
+    """The two tensors that are concatenated over the last dimension, or interleaved."""
     if node.op == "cat" and len(node.args) == 2 and node.attrs[0] == 3:
         return node.args[0], node.args[1]
     inner = node.args[0] if node.op == "reshape" else node
@@ -109,7 +109,7 @@ def _adds(node: Expr, *pairs: tuple[Expr, Expr]) -> bool:
 
 
 def _sources(part: Expr, node: Expr) -> Iterator[Expr]:
-    """The tensors of a node's shape that a part of it was taken from."""
+    """The tensors, of a node's shape, from which its parts were taken."""
     while part.op in ("slice", "select", "reshape"):
         part = part.args[0]
         if part.shape == node.shape:
@@ -117,7 +117,7 @@ def _sources(part: Expr, node: Expr) -> Iterator[Expr]:
 
 
 def _factors(node: Expr) -> Iterator[tuple[Expr, Expr]]:
-    """The two factors of a product, in both orders, as they are and without factors of one."""
+    """The two factors of a product, in both orders, as they are and without factors of 1."""
     node = _bare(node)
     if node.op == "mul":
         for first, second in dict.fromkeys([node.args, tuple(map(_bare, node.args))]):
@@ -126,7 +126,7 @@ def _factors(node: Expr) -> Iterator[tuple[Expr, Expr]]:
 
 
 def _bare(node: Expr) -> Expr:
-    """An expression without factors of one."""
+    """An expression without factors of 1."""
     while node.op == "mul":
         kept = [a for a in node.args if scalar_of(a) != 1]
         if len(kept) != 1 or kept[0].shape != node.shape:
@@ -136,7 +136,7 @@ def _bare(node: Expr) -> Expr:
 
 
 def _turned(node: Expr, x: Expr) -> bool | None:
-    """Is it ``x`` with the elements of its last dimension turned by halves (False), by neighbours (True)?"""
+    """Is it ``x`` with its last dimension turned, by halves (False) or by neighbours (True)?"""
     width = x.shape[-1]
     assert isinstance(width, int)
     joined = node
@@ -157,12 +157,12 @@ def _turned(node: Expr, x: Expr) -> bool | None:
 
 
 def _without_view(node: Expr) -> Expr:
-    """Below a dimension of size one at the end."""
+    """The expression below a last dimension of size 1."""
     return node.args[0] if node.op == "reshape" and node.shape == (*node.args[0].shape, 1) else node
 
 
 def _picked(node: Expr, x: Expr) -> tuple[Size, Size] | None:
-    """Which half of the elements of the last dimension of ``x`` it holds: from where, in which steps."""
+    """The half of ``x``'s last dimension that it holds, as start and step."""
     width = x.shape[-1]
     assert isinstance(width, int)
     half = (*x.shape[:-1], width // 2)
@@ -184,14 +184,14 @@ def _picked(node: Expr, x: Expr) -> tuple[Size, Size] | None:
 
 
 def _same_elements(node: Expr, x: Expr) -> bool:
-    """Is it ``x`` in another shape?"""
+    """Is it ``x`` with another shape?"""
     while node.op == "reshape" and node is not x:
         node = node.args[0]
     return node is x
 
 
 def heads_dim(found: Rotation) -> int | None:
-    """Which dimension of ``x``, 1 or 2, the tables do not vary over; the other one holds positions."""
+    """The dimension of ``x``, 1 or 2, that the tables do not vary over; the other one holds positions."""
     x, wide = found.x, [_wide(t) for t in (found.cos, found.sin)]
     if any(s[3] != found.width or s[0] not in (1, x.shape[0]) for s in wide):
         return None
@@ -203,7 +203,7 @@ def _wide(table: Expr) -> Shape:
 
 
 def tabled(build: OnnxBuilder, found: Rotation) -> bool:
-    """Are the tables known to be what the operators take: every number twice, of the dtype of ``x``?"""
+    """Are the tables known to have the operators' form: every number twice, in the dtype of ``x``?"""
     tables = (found.cos, found.sin)
     if any(t.rank > 4 or t.dtype is not found.x.dtype for t in tables) or heads_dim(found) is None:
         return False
@@ -211,7 +211,7 @@ def tabled(build: OnnxBuilder, found: Rotation) -> bool:
 
 
 def half_table(build: OnnxBuilder, table: Expr, found: Rotation) -> ir.Value:
-    """The numbers of a table once each, ``[B | 1, S, D / 2]``."""
+    """A table with every number once, ``[B | 1, S, D / 2]``."""
     shape, width = _wide(table), found.width
     heads = heads_dim(found)
     assert heads is not None
@@ -224,7 +224,7 @@ def half_table(build: OnnxBuilder, table: Expr, found: Rotation) -> ir.Value:
 
 
 def write(build: OnnxBuilder, found: Rotation) -> ir.Value | None:
-    """The operator in place of the embedding; None where no layout of ``x`` serves."""
+    """Write the operator in place of the embedding; None if no layout of ``x`` is suitable."""
     x, heads = found.x, heads_dim(found)
     assert heads is not None
     batch, length, width = x.shape[0], x.shape[3 - heads], x.shape[3]
@@ -234,7 +234,7 @@ def write(build: OnnxBuilder, found: Rotation) -> ir.Value | None:
     ]
     attributes = {"interleaved": 1} if found.neighbours else {}
     value, shape = build.as_tensor(x), x.shape
-    if heads == 2:  # the operator wants heads before positions, or packed
+    if heads == 2:  # the operator needs heads before positions, or packed heads
         if not isinstance(x.shape[2], int):
             return None
         attributes["num_heads"] = x.shape[2]
@@ -245,7 +245,7 @@ def write(build: OnnxBuilder, found: Rotation) -> ir.Value | None:
 
 
 def _repeats(build: OnnxBuilder, table: Expr, neighbours: bool) -> bool:
-    """Does a table's last dimension hold every number twice: in its halves, or beside one another?"""
+    """Does a table's last dimension hold every number twice: in its two halves, or in neighbours?"""
     node = table
     for _ in range(16):
         if node.op == "expand" and node.args[0].shape[-1:] in ((), (1,)):
@@ -267,7 +267,7 @@ def _twice(node: Expr) -> bool:
 
 
 def _in_pairs(node: Expr) -> bool:
-    """Is it every element of a tensor twice in a row?"""
+    """Does it repeat every element of a tensor, as neighbours?"""
     if node.op != "reshape" or node.args[0].shape[-1:] != (2,):
         return False
     inner = node.args[0]
@@ -275,7 +275,7 @@ def _in_pairs(node: Expr) -> bool:
 
 
 def _leaf_repeats(build: OnnxBuilder, node: Expr, neighbours: bool) -> bool:
-    """A constant that holds everything twice, or the cosine or sine of a tensor that does."""
+    """Is it a constant that holds everything twice, or the cosine or sine of a tensor that does?"""
     held = build.reader.home.get(node)
     if held is None or node.op not in ("input", "slice"):
         return False

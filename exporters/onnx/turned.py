@@ -1,9 +1,10 @@
-"""Rotary embeddings that GroupQueryAttention does itself (``do_rotary``).
+"""Rotary embeddings that GroupQueryAttention computes itself (``do_rotary``).
 
-The operator takes tables with a row for every position and turns the new token ``n`` by row ``past + n``.
-The model's own tables have a row for every new token.  With as many rows of zeros in front as the cache is
-long, which nothing reads, they are the operator's, whatever positions they were made of, as long as all
-sequences share them.  Keys in a cache have been turned when they were new, in the model as in the operator.
+The operator takes tables with a row for every position, and turns the new token ``n`` by row ``past + n``.
+The model's tables have a row for every new token.  With rows of zeros in front, as many as the cache has
+keys, they become the operator's tables; nothing reads these rows.  The model's positions do not matter, as
+long as all sequences share them.  Keys in a cache were turned when they were new, both in the model and in
+the operator.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Turned:
 
     @property
     def neighbours(self) -> bool:
-        """Are neighbours turned together, and not halves?"""
+        """Are neighbours turned together, instead of halves?"""
         return self.rotation.neighbours
 
     def new_key(self, build: OnnxBuilder) -> ir.Value:
@@ -80,7 +81,7 @@ def find_turned(site: Site, build: OnnxBuilder, cache: Cache | None) -> Turned |
 def _turned(
     site: Site, build: OnnxBuilder, chain: Sequence[Term], wanted: Sequence[Sequence[str]]
 ) -> tuple[Term, Rotation] | None:
-    """What one of the tensors of a chain turns; ``wanted``: the axes of its positions and elements."""
+    """The rotation that a tensor of a chain is; ``wanted``: the axes of its positions and elements."""
     positions, elements = build.finest(wanted)
     for term in chain:
         rotation = build.written.rotations.get(term.expr)
@@ -95,7 +96,7 @@ def _turned(
 
 
 def _chain(site: Site, term: Term) -> list[Term]:
-    """A term and what is below its views."""
+    """A term and all terms below its views."""
     found = [term]
     while (below := site.scope.step(found[-1])) is not None:
         found.append(below)
@@ -103,6 +104,6 @@ def _chain(site: Site, term: Term) -> list[Term]:
 
 
 def _read_elsewhere(build: OnnxBuilder, rotation: Rotation) -> bool:
-    """Is the turned tensor a result of the model, so that it has to be computed anyway?"""
+    """Is the turned tensor an output of the model, so that it has to be computed anyway?"""
     held = build.home(rotation.out)
     return held is not None and held.is_graph_output()

@@ -1,4 +1,4 @@
-"""Runs an ONNX model in onnxruntime and compares what comes out."""
+"""Runs an ONNX model in onnxruntime and compares its outputs."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from fusepass.expressions.index import Size
 
 Arrays = dict[str, npt.NDArray[Any]]
 
-#: The error that passes, in units of the largest value of an output, by the coarsest floating type.
+#: The largest error that passes, in units of an output's largest value, by the least precise dtype.
 ALLOWED = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 def session(path: str | os.PathLike[str], optimized: bool = True) -> Any:
-    """An onnxruntime session: on CUDA where that is present, else on the CPU.
+    """An onnxruntime session: on CUDA if it is available, else on the CPU.
 
     Raises:
-        Disagreement: onnxruntime does not load the model.
+        Disagreement: onnxruntime cannot load the model.
         ImportError: onnxruntime is not installed.
     """
     try:
@@ -45,7 +45,7 @@ def session(path: str | os.PathLike[str], optimized: bool = True) -> Any:
     options.log_severity_level = 4
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    # float32 is float32 here: TF32 products would differ from PyTorch's by more than is allowed
+    # no TF32: its products would differ from PyTorch's by more than is allowed
     wanted = {"CUDAExecutionProvider": {"use_tf32": "0"}, "CPUExecutionProvider": {}}
     providers = [(p, o) for p, o in wanted.items() if p in ort.get_available_providers()]
     try:
@@ -60,7 +60,7 @@ def run(path: str | os.PathLike[str], feeds: Arrays) -> Arrays:
     """The outputs of a model by name.
 
     Raises:
-        Disagreement: onnxruntime does not load or run it.
+        Disagreement: onnxruntime cannot load or run it.
     """
     loaded = session(path)
     return run_session(loaded, feeds)
@@ -83,7 +83,7 @@ def run_session(loaded: Any, feeds: Arrays) -> Arrays:
 
 
 def _run_in_bfloat16(loaded: Any, feeds: Arrays) -> list[npt.NDArray[Any]]:
-    """As ``run``, which takes and gives no bfloat16: that goes in by its bits and comes out by DLPack."""
+    """Run a model with bfloat16, which ``run`` does not take: inputs pass as bits, outputs by DLPack."""
     import onnxruntime as ort
 
     given = {
@@ -99,7 +99,7 @@ def _run_in_bfloat16(loaded: Any, feeds: Arrays) -> list[npt.NDArray[Any]]:
 
 
 def array(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """A tensor of any shape and dtype as an array; numpy's own types have no bfloat16, those of onnx do."""
+    """A tensor of any shape and dtype as an array; bfloat16 is a type of onnx, not of numpy."""
     tensor = tensor.detach().cpu()
     if tensor.dtype is torch.bfloat16:
         return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -111,9 +111,9 @@ def _first(error: Exception) -> str:
 
 
 def difference(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
-    """The largest difference in units of the largest finite value wanted (at least 1e-6).
+    """The largest difference, in units of the largest finite value in ``want`` (at least 1e-6).
 
-    Infinite where shapes differ, or where values are finite, infinite or no numbers at other places.
+    Infinite if shapes differ, or if values are finite, infinite or NaN in other places.
     """
     if got.shape != want.shape:
         return math.inf
@@ -128,7 +128,7 @@ def difference(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
 
 
 def compare(got: Arrays, want: Sequence[npt.NDArray[Any]], allowed: float, label: str) -> list[Check]:
-    """Every output of one run; the outputs are in the order of ``want``."""
+    """One check for every output of a run; the outputs are in the order of ``want``."""
     if len(got) != len(want):
         raise Disagreement(f"the exported model has {len(got)} outputs and the original {len(want)}")
     return [
@@ -138,7 +138,7 @@ def compare(got: Arrays, want: Sequence[npt.NDArray[Any]], allowed: float, label
 
 
 def coarsest(arrays: Sequence[npt.NDArray[Any]]) -> float:
-    """What is allowed for the coarsest floating type among some arrays."""
+    """The error allowed for the least precise floating dtype among some arrays."""
     return max((ALLOWED[str(a.dtype)] for a in arrays if str(a.dtype) in ALLOWED), default=ALLOWED["float32"])
 
 
@@ -148,7 +148,7 @@ def label_of(feeds: Mapping[str, npt.NDArray[Any]]) -> str:
 
 
 def disagreement(checks: Sequence[Check]) -> Disagreement:
-    """The error that names the outputs that differ."""
+    """An error that names the outputs that differ."""
     wrong = [
         f"{c.output!r}: error {c.error:.3g}, allowed {c.allowed:.3g} ({c.inputs})" for c in checks if not c.ok
     ]
@@ -180,9 +180,9 @@ def _dims(value: ir.Value) -> list[Size]:
 
 
 def size_choices(model: ir.Model) -> Iterator[dict[sympy.Symbol, int]]:
-    """Sizes to try, the more telling first: all different, then all equal.
+    """Sizes to try, the most telling first: all different, then all equal.
 
-    At last the model's own small numbers: one that was traced may run at its example's sizes only.
+    Last come the model's own small numbers: a traced model may run only at its example's sizes.
     """
     names = symbols(model)
     if not names:
@@ -214,10 +214,10 @@ def _small_numbers(model: ir.Model) -> list[int]:
 
 
 def random_feeds(model: ir.Model, sizes: Mapping[sympy.Symbol, int], seed: int) -> Arrays:
-    """Random values for a model's inputs: integers are valid indices into the tables that they index.
+    """Random values for a model's inputs; integers are valid indices into the tables that they index.
 
-    Others are zeros and ones, as masks are.  Where the model computes in half precision the first is a one:
-    a row that sees no key depends on how a runtime rounds there.
+    Other integers are zeros and ones, like masks.  If the model computes in half precision the first is a
+    one: there, the result of a row that sees no key depends on how a runtime rounds.
     """
     half = any(v.dtype is ir.DataType.FLOAT16 for n in model.graph for v in n.outputs)
     generator = np.random.default_rng(seed)

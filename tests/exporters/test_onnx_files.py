@@ -292,7 +292,7 @@ def test_weights_in_other_files(where: str, tmp_path: Path) -> None:
         ("offset", "99999", "ends at byte 8192"),
         ("location", "../../etc/passwd", "not in the model's folder"),
         ("location", "/etc/passwd", "not in the model's folder"),
-        ("length", "many", "no valid ONNX model"),
+        ("length", "many", "not a valid ONNX model"),
     ],
 )
 def test_wrong_places_of_weights(key: str, value: str, message: str, tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def invalid(how: str) -> Any:
 def test_invalid_models(how: str, tmp_path: Path) -> None:
     path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
     path.write_bytes(invalid(how).SerializeToString())
-    with pytest.raises(ModelError, match=r"cannot read .*model\.onnx.*: it is no valid ONNX model"):
+    with pytest.raises(ModelError, match=r"cannot read .*model\.onnx.*: it is not a valid ONNX model"):
         fusepass.optimize_onnx(path, out)
     assert [f.name for f in tmp_path.iterdir()] == ["model.onnx"]
 
