@@ -1,16 +1,16 @@
-"""How much of the attention in `transformers` is fused: every family that can be built small, without a hub.
+"""How much of the attention in `transformers` is fused: all families that can be built small, without a hub.
 
-    python benchmarks/census.py                        all families, rewrites benchmarks/census.md: hours
-    python benchmarks/census.py bert llama t5          these only, and writes no file
-    python benchmarks/census.py --limit 20 --inner aot_eager --no-inductor        a quick look
-    python benchmarks/census.py --rows rows.jsonl      goes on where it was interrupted
-    python benchmarks/census.py --jobs 14              so many families at a time
+    python benchmarks/census.py                        all families: takes hours, rewrites
+    benchmarks/census.md python benchmarks/census.py bert llama t5          only these; writes no file
+    python benchmarks/census.py --limit 20 --inner aot_eager --no-inductor        a quick look python
+    benchmarks/census.py --rows rows.jsonl      continues where it was interrupted python benchmarks/census.py
+    --jobs 14              this many families at a time
 
-A site is a softmax between two batched matrix products, counted in the ATen graph; a fused site is one that
-the count no longer finds. Models have eager attention and random weights, and each runs in a process of its
-own. The share is the pass's own seconds of the whole `torch.compile` with the backend `--inner`, with empty
-caches. Where that is another than TorchInductor and the share is above 5%, it is measured with TorchInductor
-too, unless `--no-inductor` is given.
+A site is a softmax between two batched matrix products, counted in the ATen graph; a site that the count no
+longer finds is fused. Models have eager attention and random weights, and each runs in a separate process.
+The share is the time of the pass divided by the time of the whole `torch.compile` with the backend `--inner`,
+with empty caches. If that backend is not TorchInductor and the share is above 5%, it is measured with
+TorchInductor too, unless `--no-inductor` is given.
 """
 
 import argparse
@@ -48,9 +48,9 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 HERE = Path(__file__).parent
 BATCH, LENGTH, TOKENS = 2, 24, 99
 TOLERANCE = 1e-3
-"""Largest accepted difference from eager, relative to the largest value of an output."""
+"""The largest accepted difference from eager, relative to the largest value of an output."""
 LARGEST = 60_000_000
-"""Parameters: a family that stays larger than this is left out."""
+"""Number of parameters: families that cannot be made smaller are left out."""
 
 Model = torch.nn.Module
 Inputs = dict[str, torch.Tensor]
@@ -80,7 +80,7 @@ FIELDS = {name: value for value, names in SMALL.items() for name in names.split(
 
 
 class Unusable(Exception):
-    """A family that the census cannot judge, and why."""
+    """A family that the census cannot judge, with the reason."""
 
 
 def families() -> list[str]:
@@ -89,7 +89,7 @@ def families() -> list[str]:
 
 
 def shrink(config: Any) -> None:
-    """Make a configuration, and those inside it, small by the names that their fields usually have."""
+    """Make a configuration, and those inside it, small, by the usual names of their fields."""
     for name, old in list(vars(config).items()):
         if hasattr(old, "to_dict") and name != "quantization_config":
             shrink(old)
@@ -103,7 +103,7 @@ def shrink(config: Any) -> None:
 
 
 def build(family: str) -> Model:
-    """A small model with eager attention. Weights are scaled by fan-in: attention is far from uniform."""
+    """A small model with eager attention. Weights are scaled by fan-in, so attention is far from uniform."""
     torch.manual_seed(0)
     config = transformers.CONFIG_MAPPING[family]()
     shrink(config)
@@ -120,7 +120,7 @@ def build(family: str) -> Model:
 
 
 def guesses(model: Model) -> Iterator[Inputs]:
-    """Inputs by the usual names of a model's arguments; shapes that families disagree on are tried."""
+    """Inputs by the usual names of a model's arguments; several shapes are tried where families disagree."""
     takes = inspect.signature(model.forward).parameters
     config: Any = model.config
     vision = getattr(config, "vision_config", None) or config
@@ -184,7 +184,7 @@ def difference(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> flo
 
 
 def short(error: BaseException) -> str:
-    """An error in one line."""
+    """An error, on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
@@ -194,7 +194,7 @@ PRODUCTS = ("bmm", "baddbmm")
 SOFTMAXES = ("_softmax", "_safe_softmax")
 FUSED = ("scaled_dot_product", "flex_attention", "fusepass.attention")
 LIGHT = frozenset("_to_copy clone _unsafe_view native_dropout getitem cat masked_fill copy where".split())
-"""Beside what torch itself calls a view or a pointwise operation."""
+"""In addition to those that torch itself calls views or pointwise operations."""
 
 
 def name_of(node: torch.fx.Node) -> str:
@@ -217,7 +217,7 @@ Neighbours = Callable[[torch.fx.Node], Sequence[torch.fx.Node]]
 
 
 def reaches_product(start: torch.fx.Node, neighbours: Neighbours) -> bool:
-    """Does a way through light operations lead to a batched matrix product?"""
+    """Does a path through light operations lead to a batched matrix product?"""
     seen, todo = {start}, [start]
     while todo:
         for node in neighbours(todo.pop()):
@@ -230,13 +230,13 @@ def reaches_product(start: torch.fx.Node, neighbours: Neighbours) -> bool:
 
 
 def is_softmax(node: torch.fx.Node) -> bool:
-    """A softmax, or an exponential divided by a sum."""
+    """Is it a softmax, or an exponential divided by a sum?"""
     names = [name_of(n) for n in node.all_input_nodes]
     return name_of(node) in SOFTMAXES or (name_of(node) == "div" and names == ["exp", "sum"])
 
 
 def written_out(graph: torch.fx.Graph) -> int:
-    """How many attention sites a graph spells out."""
+    """The number of unfused attention sites in a graph."""
     return sum(
         is_softmax(node)
         and reaches_product(node, lambda n: n.all_input_nodes)
@@ -246,20 +246,20 @@ def written_out(graph: torch.fx.Graph) -> int:
 
 
 def fused_calls(graph: torch.fx.Graph) -> int:
-    """How many fused attention operators a graph calls."""
+    """The number of fused attention operators that a graph calls."""
     calls = (n for n in graph.nodes if n.op == "call_function" and n.target is not operator.getitem)
     return sum(any(name in str(node.target) for name in FUSED) for node in calls)
 
 
 def counting(found: Counter[str]) -> Compiler:
-    """An inner backend that counts in the ATen graph and then runs it as it is."""
+    """An inner backend that counts sites in the ATen graph and then runs it unchanged."""
     from torch._dynamo.backends.common import aot_autograd
 
     return aot_autograd(fw_compiler=lambda gm, inputs: counted(found, gm))
 
 
 def inductor_passes(found: Counter[str]) -> Compiler:
-    """TorchInductor up to its lowering: its graph passes run, and no code is generated."""
+    """TorchInductor up to its lowering: its graph passes run, but no code is generated."""
     from torch._inductor.compile_fx import compile_fx
 
     def inner_compile(gm: torch.fx.GraphModule, inputs: Any, **_: Any) -> Any:
@@ -269,7 +269,7 @@ def inductor_passes(found: Counter[str]) -> Compiler:
 
 
 def counted(found: Counter[str], gm: torch.fx.GraphModule) -> Any:
-    """The graph as a callable, its sites counted."""
+    """The graph as a callable; its sites are counted."""
     from torch._functorch._aot_autograd.utils import make_boxed_func
 
     found["sites"] += written_out(gm.graph)
@@ -292,7 +292,7 @@ def measure(family: str, inner: str, with_inductor: bool) -> Row:
                 raise Unusable(f"does not compile without the pass: {short(error)}") from error
             row: Row = {"family": family, "sites": plain["sites"]}
             row["inductor"] = by_inductor(model, inputs, plain) if with_inductor else None
-            row |= timed(model, inputs, expected, inner)  # first, while the pass has nothing to remember
+            row |= timed(model, inputs, expected, inner)  # first, while the pass has nothing cached
             return row | by_fusepass(model, inputs, expected)
     except Unusable as reason:
         return {"family": family, "skipped": str(reason)}
@@ -301,14 +301,14 @@ def measure(family: str, inner: str, with_inductor: bool) -> Row:
 def compiled(
     model: Model, backend: Any, inputs: Inputs, **options: Any
 ) -> tuple[list[torch.Tensor], Callable[..., Any]]:
-    """A compiled model and its first results; nothing is reused from earlier."""
+    """A compiled model and its first results; nothing is reused from earlier runs."""
     torch._dynamo.reset()
     fast = torch.compile(model, backend=backend, **options)
     return outputs(fast, inputs), fast
 
 
 def by_inductor(model: Model, inputs: Inputs, plain: Counter[str]) -> int | None:
-    """How many sites TorchInductor's own patterns turn into calls; None where it fails."""
+    """The number of sites that TorchInductor's own patterns fuse; None if it fails."""
     found: Counter[str] = Counter()
     try:
         compiled(model, inductor_passes(found), inputs)
@@ -318,7 +318,7 @@ def by_inductor(model: Model, inputs: Inputs, plain: Counter[str]) -> int | None
 
 
 def by_fusepass(model: Model, inputs: Inputs, expected: list[torch.Tensor]) -> Row:
-    """What the pass leaves, what it recognises, and the largest difference from eager."""
+    """What the pass leaves unfused, what it recognises, and the largest difference from eager."""
     from fusepass.compilation.backend import fusepass
     from fusepass.reports.collector import collect
 
@@ -336,12 +336,12 @@ def by_fusepass(model: Model, inputs: Inputs, expected: list[torch.Tensor]) -> R
 
 
 def timed(model: Model, inputs: Inputs, expected: list[torch.Tensor], inner: str) -> Row:
-    """Seconds of the pass and of the whole compilation: the first call's time less the second's."""
+    """Seconds of the pass and of the whole compilation: the first call's time minus the second's."""
     from fusepass.compilation.backend import fusepass
     from fusepass.reports.collector import collect
 
-    torch.compile(torch.neg, backend=inner)(torch.ones(8))  # what a first use loads is not compilation
-    gc.collect()  # nor is what earlier compilations left
+    torch.compile(torch.neg, backend=inner)(torch.ones(8))  # loading at first use is not compilation
+    gc.collect()  # nor is cleaning up after earlier compilations
     with collect() as collector:
         start = time.perf_counter()
         results, fast = compiled(model, fusepass, inputs, options={"inner": inner})
@@ -360,7 +360,7 @@ def timed(model: Model, inputs: Inputs, expected: list[torch.Tensor], inner: str
 
 
 def in_child(pipe: Connection, family: str, inner: str, with_inductor: bool) -> None:
-    """The body of a family's process; it leads a process group, so that compilers can be ended with it."""
+    """The body of a family's process, which leads a process group, so that its compilers end with it."""
     os.setsid()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -375,7 +375,7 @@ def in_child(pipe: Connection, family: str, inner: str, with_inductor: bool) -> 
             pipe.send({"family": family, "failed": short(error)})
 
 
-#: A share of the compile time that is looked at again.
+#: The share of the compile time above which it is measured with TorchInductor too.
 LARGE = 0.05
 #: The key of the seconds of the pass and of the compilation under TorchInductor.
 INDUCTORS = "with Inductor"
@@ -383,7 +383,7 @@ SECONDS = ("pass_s", "compile_s")
 
 
 def with_inductor_too(row: Row, options: argparse.Namespace) -> Row | None:
-    """The row with the seconds under TorchInductor, where the share with another backend is large."""
+    """The row, with the seconds under TorchInductor if the share with another backend is large."""
     large = row.get("sites") and share(row) > LARGE and INDUCTORS not in row
     if options.inner == "inductor" or options.no_inductor or not large:
         return None
@@ -393,7 +393,7 @@ def with_inductor_too(row: Row, options: argparse.Namespace) -> Row | None:
 
 
 def in_process(family: str, options: argparse.Namespace) -> Row:
-    """A family's row, measured in a process of its own that is ended after the time limit."""
+    """A family's row, measured in a separate process that is killed after the time limit."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo", "transformers", "fusepass.compilation.rewrite"])
     mine, theirs = context.Pipe(duplex=False)
@@ -437,12 +437,12 @@ HEADS = (
 
 
 def share(seconds: Row) -> float:
-    """The pass's share of the compile time, of a row or of what it has beside from TorchInductor."""
+    """The pass's share of the compile time, from a row or from its numbers under TorchInductor."""
     return float(seconds["pass_s"] / max(seconds["compile_s"], 1e-9))
 
 
 def cells(row: Row) -> list[str]:
-    """A judged family's line."""
+    """The table line of a judged family."""
     other = f"; {share(row[INDUCTORS]):.1%} with Inductor" if INDUCTORS in row else ""
     return [
         row["family"] + (" (WRONG)" if verdict(row) == "wrong" else ""),
@@ -458,12 +458,12 @@ def cells(row: Row) -> list[str]:
 
 
 def listed(counts: dict[str, int]) -> str:
-    """Each label once, with its count."""
+    """Every label once, with its count."""
     return "; ".join(f"{label} ×{count}" for label, count in counts.items())
 
 
 def totals(rows: list[Row]) -> str:
-    """The whole in a few sentences."""
+    """A summary in a few sentences."""
     states = Counter(map(verdict, rows))
     judged = [row for row in rows if "sites" in row]
     sites, left = (sum(row[key] for row in judged) for key in ("sites", "left"))
@@ -501,7 +501,7 @@ def rich_table(rows: list[Row]) -> Table:
 
 
 def versions(inner: str) -> str:
-    """What the numbers were measured with."""
+    """The versions and the machine of the measurement."""
     from fusepass import __version__
 
     packages = f"fusepass {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
@@ -510,7 +510,7 @@ def versions(inner: str) -> str:
 
 
 def without_paths(text: str) -> str:
-    """A message without the folders of this machine, which say nothing elsewhere."""
+    """A message without the folders of this machine, which mean nothing elsewhere."""
     return re.sub(r"(?<![\w:/])/(?:[\w.+-]+/)+", "", text)
 
 
@@ -542,13 +542,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", help="families (all)")
-    parser.add_argument("--limit", type=int, help="only so many")
+    parser.add_argument("--limit", type=int, help="only the first N families")
     parser.add_argument("--inner", default="inductor", help="the inner backend (%(default)s)")
     parser.add_argument("--no-inductor", action="store_true", help="do not count what TorchInductor fuses")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds a family (%(default)s)")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds per family (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="families at a time (%(default)s)")
-    parser.add_argument("--out", type=Path, help="the file to write (of a whole run: benchmarks/census.md)")
-    parser.add_argument("--rows", type=Path, help="a file of JSON lines to continue and to add to")
+    parser.add_argument("--out", type=Path, help="the file to write (for a whole run: benchmarks/census.md)")
+    parser.add_argument("--rows", type=Path, help="a file of JSON lines to continue and append to")
     options = parser.parse_args(argv)
     known = families()
     if unknown := [name for name in options.names if name not in known]:

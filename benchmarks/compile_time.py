@@ -1,10 +1,10 @@
-"""The pass's own time beside the whole of `torch.compile`, for a Llama-like model of several depths.
+"""The time of the pass and of the whole `torch.compile`, for a Llama-like model of several depths.
 
     python benchmarks/compile_time.py                               4, 16, 64 and 128 layers with Inductor
     python benchmarks/compile_time.py --layers 4 16 --inner aot_eager
 
-Every depth is compiled in a process of its own with all compile caches off. With --check, it is a failure if
-the pass takes more than 5% of the whole anywhere, or more than 40 times as long at 128 layers as at 4.
+Every depth is compiled in a separate process with all compile caches off. With --check, the run fails if the
+pass takes more than 5% of the whole at any depth, or more than 40 times as long for 128 layers as for 4.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 SHARE = 0.05
-GROWTH = 40 / (128 / 4)  # of the time, over the growth of the depth
+GROWTH = 40 / (128 / 4)  # growth of the time divided by the growth of the depth
 WIDTH, HEADS, GROUPS, LENGTH, BATCH = 256, 4, 2, 128, 2
 
 
@@ -91,7 +91,7 @@ class Decoder(nn.Module):
 
 
 def compile_once(layers: int, inner: str) -> dict[str, Any]:
-    """Compile one model, cold; the first call's time less the second's is the time of compilation."""
+    """Compile one model, cold; the time of compilation is the first call's time minus the second's."""
     from fusepass.compilation.backend import fusepass
     from fusepass.reports.collector import collect
 
@@ -156,7 +156,7 @@ def within_limits(rows: list[dict[str, Any]]) -> bool:
 
 
 def growth(rows: list[dict[str, Any]]) -> float | None:
-    """How many times longer the pass takes for the deepest model than for the shallowest."""
+    """How many times as long the pass takes for the deepest model as for the shallowest."""
     first, last = rows[0]["pass_s"], rows[-1]["pass_s"]
     return last / first if len(rows) > 1 and first else None
 
@@ -168,7 +168,7 @@ def main() -> int:
     parser.add_argument("--layers", nargs="+", type=int, default=[4, 16, 64, 128])
     parser.add_argument("--inner", default="inductor", help="the inner backend (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--check", action="store_true", help="fail beyond the limits")
+    parser.add_argument("--check", action="store_true", help="fail if a limit is exceeded")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

@@ -4,9 +4,9 @@
     python benchmarks/fp8.py --read benchmarks/results/fp8-nvidia-h200.csv --markdown docs/fp8.md
 
 Inputs are N(0, 1), and N(0, 1) with 0.1% of N(0, 100) added (the outliers of Shah et al., arXiv 2407.08608,
-table 3).  "cast" is the unscaled `.to(float8_e4m3fn)` of tutorials; "identical" is exact arithmetic on just
-the e4m3 inputs of "fp8", its result rounded as the kernel's is.  The last table is the loss of a small
-trained language model.  Needs a Hopper GPU, and nvidia-cudnn-frontend or flash-attn 3.
+table 3).  "cast" is the unscaled `.to(float8_e4m3fn)` of tutorials; "identical" is exact arithmetic on
+exactly the e4m3 inputs of "fp8", with its result rounded like the kernel's.  The last table is the loss of a
+small trained language model.  Needs a Hopper GPU, and nvidia-cudnn-frontend or flash-attn 3.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def inputs(length: int, heads: int, kv_heads: int, outliers: bool, batch: int = 
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    """float64, a head at a time; ``[B, H, S, D]`` in, float64 out."""
+    """The result in float64, one head at a time; ``[B, H, S, D]`` in, float64 out."""
     group, out = q.shape[1] // k.shape[1], torch.empty(q.shape, dtype=torch.float64, device=q.device)
     hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
     for b in range(q.shape[0]):
@@ -71,14 +71,14 @@ def exact(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor
 
 
 def quality(out: Tensor, true: Tensor) -> tuple[float, float]:
-    """Relative error, and SQNR in dB."""
+    """The relative error, and the SQNR in dB."""
     noise = (out.double() - true).square().sum().item()
     power = true.square().sum().item()
     return math.sqrt(noise / power), 10 * math.log10(power / max(noise, 1e-300))
 
 
 def libraries() -> list[str]:
-    """The libraries of FP8 kernels that are installed."""
+    """The installed libraries with FP8 kernels."""
     return [name for name, package in (("cudnn", FRONTEND), ("flash3", FLASH3)) if installed(package)]
 
 
@@ -123,7 +123,7 @@ def methods(q: Tensor, k: Tensor, v: Tensor, causal: bool, library: str) -> dict
 
 
 def _unscaled(x: Tensor, heads: int) -> Tensor:
-    """What ``[B, S, H, D]`` is after rounding by batch and key/value head."""
+    """``[B, S, H, D]`` after rounding with scales per batch and key/value head."""
     scale = fp8.largest(x, heads) / fp8_ops.E4M3_MAX
     return fp8.rounded(x, 1 / scale).float() * fp8.per_head(scale, x.shape[2])
 
@@ -151,7 +151,7 @@ def accuracy(lengths: list[int]) -> list[dict[str, Any]]:
 def speed(lengths: list[int]) -> list[dict[str, Any]]:
     """Milliseconds, quantisation included, through `torch.compile(backend="fusepass")`.
 
-    All contenders of a row are timed in turn, since a GPU's clock follows its temperature.
+    All contenders of a row are timed in turns, because a GPU's clock follows its temperature.
     """
     rows = []
     for length in lengths:
@@ -193,7 +193,7 @@ def _row(
 
 
 def _contenders(causal: bool) -> dict[str, Callable[..., Any]]:
-    """The best kernels without FP8, and for each library of FP8 kernels what `_row` tells."""
+    """The best kernels without FP8, and the contenders of each library with FP8 kernels."""
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -225,7 +225,7 @@ def _of_library(library: str, causal: bool) -> dict[str, Callable[..., Any]]:
         compiled = torch.compile(program, backend="fusepass", dynamic=False, options={"precision": precision})
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with mock.patch.object(fp8, "library", return_value=library):  # asked for when it is compiled
+            with mock.patch.object(fp8, "library", return_value=library):  # read when it is compiled
                 out: Tensor = compiled(q, k, v)
             return out
 
@@ -244,8 +244,11 @@ def _of_library(library: str, causal: bool) -> dict[str, Callable[..., Any]]:
     moved: list[Tensor] = []
 
     def copy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Moves what scaling must without rotation: inputs are read for their largest magnitudes, read again
-        and written as one byte each; an e4m3 result is read as one byte each and written as two."""
+        """Moves the bytes that scaling without rotation must move.
+
+        Inputs are read for their largest magnitudes, then read again and written as one byte each; an e4m3
+        result is read as one byte each and written as two.
+        """
         if not moved:
             count = 5 * (q.numel() + k.numel() + v.numel()) + (3 * q.numel() if library == "cudnn" else 0)
             moved.extend(torch.randint(256, (2, count // 2), dtype=torch.uint8, device=q.device))
@@ -257,7 +260,7 @@ def _of_library(library: str, causal: bool) -> dict[str, Callable[..., Any]]:
 
 
 def _ones(k: Tensor, library: str) -> list[Tensor]:
-    """Scales of one for ``k`` in ``[B, S, H, D]``, as the operators want them."""
+    """Scales of 1 for ``k`` in ``[B, S, H, D]``, in the operators' form."""
     if library == "cudnn":
         return [torch.ones(1, 1, 1, 1, device=k.device)]
     return [torch.ones(k.shape[0], k.shape[2], device=k.device)] * 3
@@ -303,7 +306,7 @@ class Model(nn.Module):
 
 
 def _text(batch: int, length: int = 512) -> Tensor:
-    """Sequences that repeat a random phrase: what attention learns to copy."""
+    """Sequences that repeat a random phrase, which attention learns to copy."""
     phrase = torch.randint(0, 64, (batch, 64), device="cuda")
     return phrase.repeat(1, length // 64)
 

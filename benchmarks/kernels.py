@@ -1,16 +1,16 @@
 """Regenerates the kernel measurements, their plots and the profile that `auto` uses on this kind of GPU.
 
     python benchmarks/kernels.py                             everything, on one GPU
-    python benchmarks/kernels.py --workers 12 --limit 300    what fits into 300 seconds a part
+    python benchmarks/kernels.py --workers 12 --limit 300    what fits into 300 seconds per part
     python benchmarks/kernels.py --part auto --lengths 1024,4096 --head-dims 128
 
-What is most worth knowing is measured first.  Written are
+The most important cases are measured first.  The results are
 
 - ``benchmarks/results/profile-GPU.csv``: every kernel by name, and `torch.compile`;
-- ``fusepass/selection/profiles/GPU.json``: the cost model made of that;
+- ``fusepass/selection/profiles/GPU.json``: the cost model made from that;
 - ``benchmarks/results/auto-GPU.csv``: `torch.compile`, `auto` with that profile, and calls by hand; with
-  ``--contenders auto,hand,compile,eager`` unfused attention without a compiler too;
-- ``docs/kernels/``: pictures of the latter and of other GPUs' results, where matplotlib is installed.
+``--contenders auto,hand,compile,eager`` also unfused attention without a compiler; - ``docs/kernels/``:
+pictures of the latter and of other GPUs' results, if matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fusepass.tools.bench.cases import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTHS, HEAD_DIMS = (4096, 1024, 128, 16384, 512), (128, 64, 256)
-#: Unfused attention beyond this length takes tens of GiB, and nobody wonders whether it is slower.
+#: Beyond this length unfused attention takes tens of GiB, and is certain to be slower.
 UNFUSED_UP_TO = 4096
 
 
@@ -44,7 +44,7 @@ def profile_jobs(
     wanted: Sequence[str],
     unfused: bool,
 ) -> list[bench.Job]:
-    """Kernels by name, and what they are to beat."""
+    """The jobs for a profile: kernels by name, and the baselines."""
     variants = [name for name in wanted if name not in ("causal", "mqa", "cross")]
     work = []
     for length in lengths:
@@ -59,7 +59,7 @@ def auto_jobs(
     lengths: Sequence[int], head_dims: Sequence[int], repeats: int, contenders: Sequence[str],
     wanted: Sequence[str],
 ) -> list[bench.Job]:  # fmt: skip
-    """`auto` beside calls by hand."""
+    """The jobs that compare `auto` with calls by hand."""
     work = []
     for length in lengths:
         for head_dim in head_dims:
@@ -96,12 +96,12 @@ def main() -> int:
     option("--head-dims", type=numbers, default=list(HEAD_DIMS))
     option("--workers", type=int, default=1)
     option("--repeats", type=int, default=20)
-    option("--limit", type=float, help="seconds a part after which no measurement begins")
+    option("--limit", type=float, help="seconds per part after which no measurement begins")
     option("--kernels", help="for the profile (all that run here)")
     option("--variants", type=lambda text: text.split(","), default=list(VARIANTS))
-    option("--add", action="store_true", help="keep what the CSV files hold, but for what is measured anew")
+    option("--add", action="store_true", help="keep rows of the CSV files that are not measured again")
     option("--contenders", type=lambda text: text.split(","), default=["auto", "hand", "compile"])
-    option("--load", help="what else the machine did meanwhile, for the description in the CSV file")
+    option("--load", help="what else the machine was doing, for the description in the CSV file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks/kernels.py measures GPUs, and there is none here", file=sys.stderr)

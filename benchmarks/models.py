@@ -2,13 +2,13 @@
 
     python benchmarks/models.py --out benchmarks/results/models-nvidia-h200.csv
     python benchmarks/models.py --read benchmarks/results/models-nvidia-h200.csv --markdown docs/models.md
-    python benchmarks/models.py --small --device cpu      the same models, tiny, to see that all of it runs
+    python benchmarks/models.py --small --device cpu      the same models, tiny, to check that everything runs
 
 Random weights in bfloat16, random data, no dropout.  "forward" is inference; "training" is a step: forward,
-backward and a fused AdamW.  "sdpa" and "flash_attention_2" are transformers' own `attn_implementation`; where
-a model has none, or one that leaves something out, the row says so.  The loss, of the same weights and data,
-shows that all compute the same.  Compiling is spread over processes, and while one is timed all others stand
-still.
+backward and a fused AdamW.  "sdpa" and "flash_attention_2" are transformers' own `attn_implementation`; if a
+model has none, or one that leaves something out, the row says so.  The loss, with the same weights and data,
+shows that all compute the same.  Compiling is distributed over processes; while one is timed all others
+pause.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Job:
 class Case:
     """A model.
 
-    make: ``make(small)`` is its configuration and class.
-    without: implementations of attention that leave out a part of it, and which.
+    make: ``make(small)`` returns its configuration and class.
+    without: implementations of attention that leave out a part of the model's, and which part.
     """
 
     make: Callable[[bool], tuple[Any, Any]]
@@ -167,7 +167,7 @@ def data(case: Case, config: Any, small: bool, device: str, labels: bool) -> dic
 
 
 def measured(job: Job, exclusive: Exclusive) -> tuple[Row, bool]:
-    """In a process of its own: a row, and whether the process is of no more use."""
+    """Measure in a separate process; returns a row, and whether the process must be replaced."""
     case = CASES[job.model]
     batch, length = (2, 64) if job.small else (case.batch, case.length)
     row = Row(job.model, job.mode, job.contender, batch, length)
@@ -268,7 +268,7 @@ HEAD = (
 
 
 def lines(rows: list[Row]) -> list[list[str]]:
-    """One a model and pass: milliseconds, and how many times faster fusepass is."""
+    """One line per model and pass: milliseconds, and how many times as fast fusepass is."""
     table: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         table.setdefault((row.model, row.mode), {})[row.contender] = row
@@ -323,7 +323,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     option = parser.add_argument
-    option("--models", help=f"of {', '.join(CASES)}, with semicolons between them")
+    option("--models", help=f"from {', '.join(CASES)}, separated by semicolons")
     option("--modes", default="forward,training")
     option("--contenders", default=",".join(CONTENDERS))
     option("--device", default="cuda")
@@ -331,8 +331,8 @@ def main() -> int:
     option("--repeats", type=int, default=20)
     option("--workers", type=int, default=1)
     option("--limit", type=float, help="seconds after which no measurement begins")
-    option("--add", action="store_true", help="keep what the file holds, but for what is measured anew")
-    option("--load", help="what else the machine did meanwhile, for the description in the CSV file")
+    option("--add", action="store_true", help="keep rows of the file that are not measured again")
+    option("--load", help="what else the machine was doing, for the description in the CSV file")
     option("--out", type=Path, default=Path("models.csv"))
     option("--read", type=Path, help="show these results instead of measuring")
     option("--markdown", type=Path)

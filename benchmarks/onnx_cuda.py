@@ -1,9 +1,9 @@
 """Exported attention on ONNX Runtime's CUDA provider: numbers against PyTorch, time against other exports.
 
-Each variant is the attention of one layer, from projected queries, keys and values to mixed values, with
-sizes that vary.  It is exported by PyTorch alone (unfused), by fusepass for its targets, and by onnxscript's
-`optimize_for_ort` from the unfused file.  Errors are against PyTorch in float64, in units of the largest
-value.  The kernel is what ONNX Runtime itself reports of the run.
+Each variant is the attention of one layer, from projected queries, keys and values to the weighted values,
+with dynamic sizes.  It is exported by PyTorch alone (unfused), by fusepass for its targets, and by
+onnxscript's `optimize_for_ort` from the unfused file.  Errors are against PyTorch in float64, in units of the
+largest value.  The kernel is the one that ONNX Runtime itself reports for the run.
 
 Needs a CUDA device and onnxruntime-gpu; `--provider cpu --quick` runs the same steps anywhere.
 
@@ -80,7 +80,7 @@ class Core(nn.Module):
         return mixed.transpose(1, 2).reshape(q.shape[0], q.shape[2], self.heads * WIDTH)
 
     def visible(self, q: Tensor, k: Tensor, mask: Tensor | None) -> list[Tensor]:
-        """What a query may see, ``[B | 1, 1, Q | 1, K]`` each."""
+        """The masks of what a query sees, ``[B | 1, 1, Q | 1, K]`` each."""
         rows = torch.arange(q.shape[2], device=q.device)[:, None] + (k.shape[2] - q.shape[2])
         gap = torch.arange(k.shape[2], device=q.device)[None, :] - rows
         found = []
@@ -93,11 +93,11 @@ class Core(nn.Module):
         return found
 
     def split(self, t: Tensor) -> Tensor:
-        """One dimension for the heads."""
+        """The tensor with a separate dimension for heads."""
         return t.view(t.shape[0], t.shape[1], -1, WIDTH).transpose(1, 2)
 
     def turned(self, t: Tensor) -> Tensor:
-        """``[B, H, n, D]``, turned by the positions from zero on where the variant wants it."""
+        """``[B, H, n, D]``, rotated by positions from zero on if the variant has rotary embeddings."""
         if not self.rotary:
             return t
         steps = torch.arange(0, WIDTH, 2, device=t.device) / WIDTH
@@ -127,7 +127,7 @@ class Variant:
     """A kind of attention.
 
     Attributes:
-        settings: of the module.
+        settings: the module's settings.
         grouped: do several query heads share a key/value head?
         padded: is there a mask of tokens?
         cached: how many of the keys come from a cache, given the length.
@@ -156,7 +156,7 @@ VARIANTS: dict[str, Variant] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the run."""
+    """The sizes of the run."""
 
     batch: int
     length: int
@@ -165,7 +165,7 @@ class Sizes:
 
 
 def case(variant: Variant, sizes: Sizes, dtype: torch.dtype, device: str) -> tuple[nn.Module, Args, Any]:
-    """The module, its inputs and which of their sizes vary."""
+    """The module, its inputs, and which of their sizes are dynamic."""
     kv = sizes.kv if variant.grouped else sizes.heads
     settings = dict(variant.settings)
     if settings.get("window"):
@@ -203,9 +203,9 @@ def example(args: Args, shapes: Any) -> Args:
 
 
 def exports(model: nn.Module, args: Args, shapes: Any, folder: Path) -> Iterator[tuple[str, Path | str]]:
-    """Files by the name of the export; a text says why one is missing.
+    """The files by the name of the export; a text in place of a file says why it is missing.
 
-    What lies in the folder already is not made again.
+    Files that are already in the folder are reused.
     """
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
@@ -244,7 +244,7 @@ def exports(model: nn.Module, args: Args, shapes: Any, folder: Path) -> Iterator
             continue
         if make is fused:
             operators = str(fused_operators(ir.load(path)))
-            if operators in written:  # the same operators are the same file
+            if operators in written:  # the same operators mean the same file
                 continue
             written.add(operators)
         yield export, path
@@ -254,7 +254,7 @@ def exports(model: nn.Module, args: Args, shapes: Any, folder: Path) -> Iterator
 
 
 def session(path: Path, provider: str, profile: Path | None = None) -> Any:
-    """A session on the one provider (and the CPU for what it does not have)."""
+    """A session on the given provider, with the CPU for operators that it does not have."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -288,7 +288,7 @@ def bound(made: Any, feeds: dict[str, Any], provider: str) -> Any:
 
 @contextlib.contextmanager
 def captured(text: list[str]) -> Iterator[None]:
-    """What native code prints in the block."""
+    """Capture what native code prints in the block."""
     sys.stdout.flush()
     kept = os.dup(1)
     with tempfile.TemporaryFile() as file:
@@ -327,7 +327,7 @@ def inspected(path: Path, feeds: dict[str, Any], provider: str, folder: Path) ->
 
 
 def timed(path: Path, feeds: dict[str, Any], provider: str, repeats: int) -> tuple[list[Any], list[float]]:
-    """The outputs and the seconds of every run, inputs and outputs kept on the device."""
+    """The outputs, and the seconds of every run; inputs and outputs stay on the device."""
     made = session(path, provider)
     binding = bound(made, feeds, provider)
     times = []
@@ -383,7 +383,7 @@ def finished(row: dict[str, Any], got: list[Any], times: list[float], want: list
 
 @contextlib.contextmanager
 def place(files: Path | None, name: str) -> Iterator[Path]:
-    """The folder of a variant's exports: one that stays, or one that goes."""
+    """The folder of a variant's exports: a permanent or a temporary one."""
     if files is None:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
@@ -396,7 +396,7 @@ def place(files: Path | None, name: str) -> Iterator[Path]:
 def rows_of(
     name: str, sizes: Sizes, provider: str, repeats: int, dtype: str, files: Path | None = None
 ) -> list[dict[str, Any]]:
-    """One variant, all exports."""
+    """The rows of one variant, for all exports."""
     device = "cuda" if provider == "cuda" else "cpu"
     model, args, shapes = case(VARIANTS[name], sizes, getattr(torch, dtype), device)
     want = exact(model, args)
@@ -433,7 +433,7 @@ def export_only(name: str, sizes: Sizes, dtype: str, files: Path | None) -> None
 
 
 def machine(sizes: Sizes, dtype: str) -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine and the versions of the measurement."""
     import onnxruntime as ort
 
     found: dict[str, Any] = {
@@ -452,7 +452,7 @@ def machine(sizes: Sizes, dtype: str) -> dict[str, Any]:
 
 
 def write(rows: list[dict[str, Any]], on: dict[str, Any], path: Path) -> None:
-    """The rows, and the machine beside them."""
+    """Write the rows, and the machine in a file next to them."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
@@ -461,7 +461,7 @@ def write(rows: list[dict[str, Any]], on: dict[str, Any], path: Path) -> None:
 
 
 def load(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What :func:`write` wrote."""
+    """Read what :func:`write` wrote."""
     with path.open(newline="", encoding="utf-8") as file:
         rows: list[dict[str, Any]] = list(csv.DictReader(file))
     rows.sort(key=lambda row: list(VARIANTS).index(row["variant"]))
@@ -506,7 +506,7 @@ def markdown(rows: list[dict[str, Any]], on: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """For the console."""
+    """The table for the console."""
     shown = [f for f in FIELDS if f != "times"]
     out = Table(*shown)
     for row in rows:
@@ -518,7 +518,7 @@ def main() -> int:
     """Measure, show, write."""
     parser = argparse.ArgumentParser(description="Exported attention on ONNX Runtime's CUDA provider.")
     parser.add_argument("--provider", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--variants", default=";".join(VARIANTS), help="which, between semicolons")
+    parser.add_argument("--variants", default=";".join(VARIANTS), help="variants, separated by semicolons")
     parser.add_argument("--length", type=int, default=4096, help="keys (%(default)s)")
     parser.add_argument("--batch", type=int, default=2, help="sequences (%(default)s)")
     parser.add_argument("--heads", type=int, default=32, help="query heads (%(default)s)")
@@ -526,9 +526,9 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16")
     parser.add_argument("--repeats", type=int, default=20, help="timed runs (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="short sequences, few heads, few runs")
-    parser.add_argument("--files", type=Path, help="keep the exports in this folder, and take what is there")
-    parser.add_argument("--export", action="store_true", help="make the exports, and measure nothing")
-    parser.add_argument("--csv", type=Path, help="write the rows, and the machine beside them as .json")
+    parser.add_argument("--files", type=Path, help="keep the exports in this folder, and reuse those in it")
+    parser.add_argument("--export", action="store_true", help="write the exports, but measure nothing")
+    parser.add_argument("--csv", type=Path, help="write the rows, and the machine next to them as .json")
     parser.add_argument("--markdown", type=Path, help="write the table as a page")
     parser.add_argument("--from", dest="given", type=Path, help="show the rows of this file; measure nothing")
     arguments = parser.parse_args()
@@ -549,7 +549,7 @@ def main() -> int:
                 name, sizes, arguments.provider, arguments.repeats, arguments.dtype, arguments.files
             )
             console.print(f"{name}: {time.perf_counter() - start:.1f} s")
-            if arguments.csv:  # after every variant: what was measured is kept
+            if arguments.csv:  # after every variant, so that no measurement is lost
                 write(rows, on, arguments.csv)
     if not arguments.export:
         console.print(table(rows))

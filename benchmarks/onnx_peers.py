@@ -1,7 +1,7 @@
 """Fused attention in ONNX, side by side: fusepass and the optimizers of ONNX Runtime and onnxscript.
 
 Every tool gets the same files: tiny models of transformers with eager attention and random weights, exported
-by PyTorch with attention written out. A site counts as fused when its softmax is gone; the error is against
+by PyTorch with unfused attention. A site counts as fused when its softmax is gone; the error is against
 PyTorch, in units of the largest value of an output.
 
 python -m benchmarks.onnx_peers --models bert,llama --markdown docs/onnx_peers.md
@@ -34,7 +34,7 @@ from fusepass.exporters.onnx.targets import fused_operators
 from fusepass.exporters.onnx.verify import difference, run_session, session
 from tests.onnx_models import MODELS, dynamic
 
-#: Families of ONNX Runtime's optimizer that are tried, the likely one first.
+#: Model families of ONNX Runtime's optimizer to try, the likeliest first.
 FAMILIES = {
     "bert": "bert",
     "gpt2": "gpt2",
@@ -48,7 +48,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One tool on one model."""
+    """The result of one tool on one model."""
 
     model: str
     tool: str
@@ -67,7 +67,7 @@ def by_fusepass(target: str) -> Callable[[Path, Path, str], None]:
 
 
 def void(_: object) -> None:
-    """Nothing."""
+    """A tool that does nothing."""
 
 
 def by_onnxruntime(before: Path, after: Path, name: str) -> None:
@@ -96,13 +96,13 @@ TOOLS: dict[str, Callable[[Path, Path, str], None]] = {
 
 
 def softmaxes(path: Path) -> int:
-    """How many are left."""
+    """The number of softmaxes left."""
     return sum(n.op_type in ("Softmax", "BiasSoftmax") for n in ir.load(path).graph.all_nodes())
 
 
 @contextlib.contextmanager
 def quiet() -> Any:
-    """Exporters and optimizers talk a lot."""
+    """Silence exporters and optimizers."""
     logging.disable(logging.ERROR)
     with (
         warnings.catch_warnings(),
@@ -115,7 +115,7 @@ def quiet() -> Any:
 
 
 def measure(name: str, varying: bool, folder: Path) -> list[Row]:
-    """All tools on one model."""
+    """Measure all tools on one model."""
     make, sites = MODELS[name]
     with quiet(), torch.no_grad():
         model, inputs = make()
@@ -139,7 +139,7 @@ def measure(name: str, varying: bool, folder: Path) -> list[Row]:
 def one(
     label: str, name: str, tool: str, total: int, before: Path, after: Path, feeds: Any, want: list[Any]
 ) -> Row:
-    """One tool on one file."""
+    """Measure one tool on one file."""
     after.unlink(missing_ok=True)
     try:
         with quiet():
@@ -188,7 +188,7 @@ def main() -> int:
     """Measure, show, write."""
     parser = argparse.ArgumentParser(description="Fused attention in ONNX, side by side.")
     parser.add_argument("--models", default=",".join(MODELS), help="which (%(default)s)")
-    parser.add_argument("--dynamic", action="store_true", help="with sizes that vary, too")
+    parser.add_argument("--dynamic", action="store_true", help="with dynamic sizes, too")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     arguments = parser.parse_args()
     rows: list[Row] = []

@@ -2,11 +2,11 @@
 
     python benchmarks/parallel.py --out benchmarks/results/parallel-h100.csv --markdown docs/parallel.md
     python benchmarks/parallel.py --read benchmarks/results/parallel-h100.csv --markdown docs/parallel.md
-    python benchmarks/parallel.py --small --device cpu --out parallel.csv     to see that all of it runs
+    python benchmarks/parallel.py --small --device cpu --out parallel.csv     to check that everything runs
 
 Random weights in bfloat16 and random data; a step is forward, backward and AdamW.  Every row is measured by
-processes of its own, one a GPU.  "compile" is `torch.compile` without fusepass.  Peak memory is that of one
-GPU.  The loss is that of the last of a few steps from equal weights and data, taken before anything is timed.
+separate processes, one per GPU.  "compile" is `torch.compile` without fusepass.  Peak memory is that of one
+GPU.  The loss is that of the last of a few steps with equal weights and data, before any timing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Sizes:
-    """The model, and the tokens of one process."""
+    """The sizes of the model, and the tokens of one process."""
 
     layers: int = 8
     width: int = 4096
@@ -76,7 +76,7 @@ class Row:
 
 
 class Layer(nn.Module):
-    """One decoder layer with grouped heads; how many heads there are is read off the tensors."""
+    """One decoder layer with grouped heads; the tensors show how many heads there are."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Layer(nn.Module):
 
 
 class Recomputed(nn.Module):
-    """A layer in a checkpoint, which is outside of what is compiled."""
+    """A layer in a checkpoint, which is outside the compiled part."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ def measure(kind: str, contender: str, here: torch.device, sizes: Sizes, repeats
     with here:
         layers = nn.Sequential(*(Layer(sizes) for _ in range(sizes.layers))).to(torch.bfloat16)
     model = KINDS[kind](layers, init_device_mesh(here.type, (world,)), contender)
-    mixed = kind == "tensor_parallel"  # norms are plain tensors, which no list may hold beside DTensors
+    mixed = kind == "tensor_parallel"  # norms are plain tensors, which cannot be in a list with DTensors
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=not mixed)
     torch.manual_seed(1 if kind == "tensor_parallel" else 1 + distributed.get_rank())
     x = torch.randn(sizes.batch, sizes.length, sizes.width, dtype=torch.bfloat16, device=here)
@@ -234,7 +234,7 @@ def timed(step: Callable[[], object], here: torch.device) -> float:
 
 
 def spread(kind: str, contender: str, arguments: argparse.Namespace) -> Row:
-    """The row that as many processes as there are GPUs measure together."""
+    """The row that all processes, one per GPU, measure together."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--work", folder, "--kinds", kind, "--contenders", contender]
         command += ["--device", arguments.device, "--repeats", str(arguments.repeats)]
@@ -258,7 +258,7 @@ def spread(kind: str, contender: str, arguments: argparse.Namespace) -> Row:
 
 
 def write(rows: Sequence[Row], about: dict[str, str], place: Path) -> None:
-    """The machine in comments, then a table."""
+    """Write the machine in comments, then a table."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.open("w", newline="") as file:
         file.writelines(f"# {name}: {value}\n" for name, value in about.items())
@@ -309,13 +309,13 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--processes", type=int, default=2, help="one a GPU")
+    parser.add_argument("--processes", type=int, default=2, help="one per GPU")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--small", action="store_true", help="a tiny model")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--limit", type=float, default=600, help="seconds for one row")
     parser.add_argument("--out", type=Path, help="a CSV file to write")
-    parser.add_argument("--read", type=Path, help="a CSV file to make the table of, instead of measuring")
+    parser.add_argument("--read", type=Path, help="a CSV file to make the table from, instead of measuring")
     parser.add_argument("--markdown", type=Path, help="where to write the table")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -329,7 +329,7 @@ def main() -> int:
         return 0
     place = arguments.read or arguments.out
     if place is None:
-        print("give --out, a CSV file to write, or --read, one to make the table of", file=sys.stderr)
+        print("give --out, a CSV file to write, or --read, one to make the table from", file=sys.stderr)
         return 2
     if arguments.read is None:
         rows: list[Row] = []

@@ -25,7 +25,7 @@ MODES = {"forward": "inference", "training": "training"}
 
 
 def census() -> str:
-    """How many sites of `transformers` are fused, out of the census and the numbers of the picture."""
+    """How many sites of `transformers` are fused, from the census and the numbers of the picture."""
     text = (ROOT / "benchmarks/census.md").read_text(encoding="utf-8")
     found = re.search(
         r"(\d+) families: (\d+) could be judged, .*; (\d+) wrong, (\d+) failed.*?fused (\d+) of (\d+) sites"
@@ -49,7 +49,7 @@ def census() -> str:
 
 
 def speedups() -> str:
-    """How many times as fast whole models run, a line a model."""
+    """How many times as fast whole models run, one line per model."""
     measured = {gpu: _ratios(place) for gpu, place in RESULTS.items()}
     columns = [(gpu, mode) for gpu in RESULTS for mode in MODES]
     names = dict.fromkeys(name for ratios in measured.values() for name, _ in ratios)
@@ -82,7 +82,7 @@ PARTS: dict[str, Callable[[], str]] = {"census": census, "speedups": speedups}
 
 
 def written(text: str) -> str:
-    """The page with every marked part written anew."""
+    """The page with all marked parts rewritten."""
     for name, part in PARTS.items():
         marked = rf"(<!-- {name}: [^\n]* -->\n).*?(<!-- end -->)"
         text, count = re.subn(marked, lambda m, p=part: f"{m[1]}\n{p()}\n\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]

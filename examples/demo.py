@@ -1,8 +1,8 @@
-"""Seven small transformers with hand-written attention, compiled with fusepass and checked against eager.
+"""Seven small transformers with hand-written attention, compiled with fusepass and compared with eager.
 
     python examples/demo.py                       all of them, in a few minutes on two CPU cores
-    python examples/demo.py --models llama bert   these only
-    python examples/demo.py --inner inductor      generate code, not just run the rewritten graph as it is
+    python examples/demo.py --models llama bert   only these
+    python examples/demo.py --inner inductor      generate code instead of just running the rewritten graph
 
 The models have the usual architectures, few layers and random weights: nothing is downloaded. "before" is the
 inner compiler alone and "after" is the same compiler behind fusepass.
@@ -59,7 +59,7 @@ def tokens(length: int = LENGTH) -> torch.Tensor:
 
 def build(config: transformers.PretrainedConfig) -> torch.nn.Module:
     """A model with eager attention. Its weights are scaled by fan-in: with the usual small ones, attention is
-    nearly uniform, and a wrong mask would go unseen."""
+    nearly uniform, and a wrong mask would go unnoticed."""
     config.use_cache = False
     model: torch.nn.Module = transformers.AutoModel.from_config(config, attn_implementation="eager")
     with torch.no_grad():
@@ -149,7 +149,7 @@ class Row:
 
 
 def counted(labels: Any) -> str:
-    """Each label once, with its count."""
+    """Every label once, with its count."""
     return "\n".join(f"{escape(label)} [dim]×{count}[/]" for label, count in Counter(labels).items())
 
 
@@ -158,7 +158,7 @@ def megabytes(count: int | None) -> str:
 
 
 def table(rows: list[Row], inner: str, setting: str) -> Table:
-    """The table that people read."""
+    """The table for the terminal."""
     made = Table(title=f"Attention in eager transformers models, {setting}", header_style="bold")
     made.caption = (
         f"before → after: {inner} alone → {inner} with fusepass. Error: largest difference from eager,\n"
@@ -180,7 +180,7 @@ def table(rows: list[Row], inner: str, setting: str) -> Table:
 
 
 def check(build_case: Callable[[], Case], chosen: argparse.Namespace) -> Any:
-    """Build a model and compare it fused and not."""
+    """Build a model, and compare it fused and unfused."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     model, inputs = build_case()

@@ -1,4 +1,4 @@
-"""The pass in somebody else's `torch.compile(...)`: nothing of theirs is edited.
+"""The pass in somebody else's `torch.compile(...)`, without editing their code.
 
     python examples/enable.py
 
@@ -19,7 +19,7 @@ def their_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def their_program(q: Tensor) -> Tensor:
-    """Compiles in its own way."""
+    """A program that calls `torch.compile` itself."""
     fast: Callable[..., Tensor] = torch.compile(their_attention, dynamic=False)
     return fast(q, q, q)
 

@@ -1,4 +1,4 @@
-"""What `explain`, `verify` and `validate=True` say of a model with one layer that fuses and two that stay.
+"""What `explain`, `verify` and `validate=True` say about a model with one layer that fuses and two that stay.
 
 python examples/explain.py
 python -m fusepass explain examples/explain.py:model       the same from the command line
@@ -42,7 +42,7 @@ class Layers(nn.Module):
 
 
 def model() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """For the command line: a model and its arguments."""
+    """A model and its arguments, for the command line."""
     torch.manual_seed(0)
     return Layers().eval(), tuple(torch.randn(2, 4, 64, 16) for _ in range(3))
 

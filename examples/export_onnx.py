@@ -32,7 +32,7 @@ class Attention(nn.Module):
 
 
 def main() -> None:
-    """Export with a length that varies, and show the report."""
+    """Export with a dynamic length, and show the report."""
     torch.manual_seed(0)
     model, x = Attention().eval(), torch.randn(2, 16, 64)
     shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)

@@ -28,7 +28,7 @@ class Attention(nn.Module):
 
 
 class Plain(nn.Module):
-    """What `symbolic_trace` can follow: no sizes in Python."""
+    """A module that `symbolic_trace` can follow: no sizes in Python."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.softmax(q @ k.transpose(-2, -1) / 8, dim=-1) @ v

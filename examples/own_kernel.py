@@ -62,24 +62,24 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
 
 
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
-    """Write the call: what a constant scale cannot say is in the queries already."""
+    """Write the call; factors that a constant scale cannot express are already in the queries."""
     scale, x = scaled(site, build, operands(site, build))
     return build.call(torch.ops.example.blocked.default, x.q, x.k, x.v, scale, site.spec.is_causal())
 
 
 def refuse(spec: Attention, target: Target) -> str | None:
-    """What `takes` and the gate cannot say."""
+    """Refuse what `takes` and the gate cannot express."""
     if spec.heads != spec.kv_heads:
         return "it has no grouped heads"
-    return None if spec.is_causal() or not spec.masks else "of masks it knows the causal one"
+    return None if spec.is_causal() or not spec.masks else "its only mask is the causal one"
 
 
 def register() -> None:
-    """Once a process; a package does it where its entry point leads."""
+    """Register once per process; a package does so in the module that its entry point names."""
     fusepass.register_kernel(
         "blocked",
         emit,
-        takes=Takes((Scale, ScaleBy, Mask)),  # in this order; all else is refused
+        takes=Takes((Scale, ScaleBy, Mask)),  # in this order; everything else is refused
         refuse=refuse,
         gate=Gate("blocked", (torch.float32,), backward=False, auto=True),  # any device; `auto` may choose it
     )
@@ -93,7 +93,7 @@ def their_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Register, explain, and run it: by name, and where `auto` chooses."""
+    """Register, explain, and run it: by name, and chosen by `auto`."""
     register()
     q, k, v = torch.randn(3, 2, 4, 200, 32)
     print(fusepass.explain(their_attention, q, k, v, fusepass_options={"kernel": "blocked"}))

@@ -3,10 +3,10 @@
     python examples/train_char_gpt.py                           under a minute on two CPU cores
     python examples/train_char_gpt.py --dropout 0 --kernel auto
 
-The text is the documentation that ships with Python. With dropout a fused kernel draws its random numbers
-in its own way, so losses agree within noise and not digit by digit. On a CPU no fused kernel has dropout;
-there the default is `--kernel reference`, the plain mathematics as one operator: it shows that recognition,
-gradients and dropout are right, and is not fast.
+The text is the documentation that ships with Python. With dropout a fused kernel draws its random numbers in
+its own way, so losses agree within noise, not digit by digit. On a CPU no fused kernel has dropout, so the
+default there is `--kernel reference`, plain mathematics as one operator: it shows that recognition, gradients
+and dropout are correct, but it is not fast.
 """
 
 import argparse
@@ -72,21 +72,21 @@ class CharGPT(nn.Module):
 
 
 def text() -> Tensor:
-    """Python's own documentation, as numbers of characters."""
+    """Python's own documentation, as a tensor of character numbers."""
     source = inspect.getsource(pydoc_data.topics)
     number = {character: n for n, character in enumerate(sorted(set(source)))}
     return torch.tensor([number[character] for character in source])
 
 
 def batch(data: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random pieces of the text, and the same moved on by one character."""
+    """Random pieces of the text, and the same pieces shifted by one character."""
     starts = torch.randint(len(data) - LENGTH, (BATCH,), generator=generator).tolist()
     piece = torch.stack([data[s : s + LENGTH + 1] for s in starts])
     return piece[:, :-1], piece[:, 1:]
 
 
 def train(data: Tensor, options: argparse.Namespace, seed: int, fused: bool) -> tuple[float, float, str]:
-    """The mean loss of the last quarter of the steps, milliseconds a step, and what the pass did."""
+    """The mean loss of the last quarter of the steps, milliseconds per step, and what the pass did."""
     torch.manual_seed(seed)
     torch.compiler.reset()
     model = CharGPT(int(data.max()) + 1, options.dropout)
