@@ -239,7 +239,7 @@ class OnnxBuilder(Layouts[ir.Value]):
         return None if held is None else self._now(held)
 
     def _now(self, value: ir.Value) -> ir.Value | None:
-        """The value that now stands for one of the graph; None if it comes later or was removed with a site."""
+        """The value that now stands for a value of the graph; None if it comes later or was removed."""
         if not self.readable(value):
             return None
         value = self.written.replaced.get(value, value)

@@ -128,7 +128,7 @@ def _unfused(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], plain: i
 
 
 def _excused(checks: list[Check], plain: list[Check]) -> list[Check]:
-    """The checks, allowing twice the error of the file without fusion, up to a hundred times the usual one."""
+    """The checks, allowing twice the error of the file without fusion, up to 100 times the usual one."""
     if len(checks) != len(plain):
         return checks
     return [

@@ -38,7 +38,9 @@ def read(path: str | os.PathLike[str]) -> ir.Model:
     try:
         model = ir.load(file)
     except Exception as error:
-        raise ModelError(f"cannot read {str(path)!r}: it is not a valid ONNX model ({root(error)})") from error
+        raise ModelError(
+            f"cannot read {str(path)!r}: it is not a valid ONNX model ({root(error)})"
+        ) from error
     if not model.graph.outputs or not model.opset_imports:
         raise ModelError(f"cannot read {str(path)!r}: it has no outputs or no operator sets; is it complete?")
     _check_weights(model, path)

@@ -154,7 +154,9 @@ def _check_original(path: str | os.PathLike[str]) -> None:
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
-        raise ModelError(f"cannot read {str(path)!r}: it is not a valid ONNX model ({root(error)})") from error
+        raise ModelError(
+            f"cannot read {str(path)!r}: it is not a valid ONNX model ({root(error)})"
+        ) from error
 
 
 def _compared(

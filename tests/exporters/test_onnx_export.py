@@ -363,7 +363,9 @@ def test_large_models_keep_their_weights_apart(tmp_path: Path, monkeypatch: pyte
     model = sharpened(Attention(causal=True, kv=2))
     exported(model, path, drawn(), progress=steps.append)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
-    assert steps[0] == "PyTorch exports the model" and steps[-1] == "running the file and comparing with PyTorch"
+    assert (
+        steps[0] == "PyTorch exports the model" and steps[-1] == "running the file and comparing with PyTorch"
+    )
     assert any(step.startswith("writing weights: 1 of ") for step in steps)
     fusepass.optimize_onnx(path, out)
     assert (tmp_path / "out.onnx.data").is_file()
