@@ -1,4 +1,4 @@
-"""The plainest attention: as functions and as a module, with queries that serve as keys and values too."""
+"""The simplest attention, as functions and as a module; its queries also serve as keys and values."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def softcapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flattened(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Its heads and positions in one dimension, as a layer behind it reads them."""
+    """Attention with heads and head size in one dimension, as the next layer reads it."""
     return ((q @ k.transpose(-1, -2) * 0.1).softmax(-1) @ v).flatten(2)
 
 

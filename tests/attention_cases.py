@@ -1,4 +1,4 @@
-"""Programs for kernels, with the sizes to run them on and the kernels that take them."""
+"""Programs for tests of kernels, with their sizes and the kernels that take them."""
 
 from __future__ import annotations
 

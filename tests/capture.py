@@ -1,4 +1,4 @@
-"""Programs through the pass: captured graphs, compiled functions, comparison with eager."""
+"""Helpers that run programs through the pass: captured graphs, compiled functions, comparison with eager."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def dynamo_graph(fn: Program, *args: Any, dynamic: bool | None = None) -> fx.Gra
 
 
 def meaning(fn: Program, *args: Any, dynamic: bool | None = None) -> tuple[Expr, Reader]:
-    """What the reader makes of a function's (first) result."""
+    """The expression that the reader gives for a function's (first) result."""
     gm = dynamo_graph(fn, *args, dynamic=dynamic)
     reader = Reader(gm.graph, gm)
     output = next(n for n in gm.graph.nodes if n.op == "output")
@@ -44,7 +44,7 @@ def meaning(fn: Program, *args: Any, dynamic: bool | None = None) -> tuple[Expr,
 def compiled(
     fn: Program, *args: Any, kernel: str = "reference", dynamic: bool | None = None
 ) -> tuple[Any, Collector]:
-    """A compiled call's results and what the pass did; faults of the pass are raised."""
+    """The results of a compiled call, and what the pass did; faults of the pass are raised."""
     torch._dynamo.reset()
     options: dict[str, Any] = {"inner": "eager", "kernel": kernel}
     with mock.patch.dict(os.environ, FUSEPASS_STRICT="1"), collect() as seen:
@@ -69,7 +69,7 @@ def copies(args: Any) -> list[Any]:
 
 
 def close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
-    """Equal shapes and dtypes, equal numbers up to rounding, NaN where NaN is due."""
+    """Assert equal shapes and dtypes, equal numbers up to rounding, and NaN in the same places."""
     mine, theirs = tensors(got), tensors(want)
     assert len(mine) == len(theirs)
     for a, b in zip(mine, theirs, strict=True):
@@ -77,7 +77,7 @@ def close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
 
 
 def agrees(fn: Program, *args: Any, kernel: str = "reference", dynamic: bool | None = None) -> Collector:
-    """Compiled and eager give the same results and leave the same inputs behind."""
+    """Assert that compiled and eager give the same results and leave the inputs in the same state."""
     mine, theirs = copies(args), copies(args)
     want = fn(*theirs)
     got, seen = compiled(fn, *mine, kernel=kernel, dynamic=dynamic)

@@ -1,4 +1,4 @@
-"""Compile a function with the pass, see what it reports, and hold its numbers against float64."""
+"""Helpers that compile a function with the pass, read its report, and compare its numbers with float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from fusepass.reports import collector
 from fusepass.reports.report import SiteReport
 
-# A fault of the pass must fail the test that meets it, instead of leaving the graph as it was.
+# A fault of the pass must fail the test instead of leaving the graph as it was.
 os.environ["FUSEPASS_STRICT"] = "1"
 
 Function = Callable[..., Any]
@@ -36,13 +36,13 @@ class Run:
 
 
 def compiled(fn: Function, kernel: str = "auto", inner: Any = "eager", **kwargs: Any) -> Function:
-    """`fn` through the pass; the graph must not break."""
+    """`fn` compiled with the pass; graph breaks are errors."""
     options = {"inner": inner, "kernel": kernel}
     return torch.compile(fn, backend="fusepass", options=options, **({"fullgraph": True} | kwargs))
 
 
-def fresh(inputs: Inputs, dtype: torch.dtype | None = None, grads: bool = False) -> dict[str, Tensor]:
-    """Copies with the same strides; floating ones in `dtype`, and asking for gradients."""
+def copies(inputs: Inputs, dtype: torch.dtype | None = None, grads: bool = False) -> dict[str, Tensor]:
+    """Copies with the same strides; floating tensors are in `dtype`, and may require gradients."""
     out = {}
     for name, tensor in inputs.items():
         copy = tensor.clone(memory_format=torch.preserve_format)
@@ -54,7 +54,7 @@ def fresh(inputs: Inputs, dtype: torch.dtype | None = None, grads: bool = False)
 
 def call(fn: Function, inputs: Inputs, dtype: torch.dtype | None = None, grads: bool = False) -> Run:
     """Call a function on copies of the inputs, in `dtype`; gradients are of a fixed weighted sum."""
-    given = fresh(inputs, dtype, grads)
+    given = copies(inputs, dtype, grads)
     with collector.collect() as seen, torch.set_grad_enabled(grads):
         out = fn(**given)
         found: dict[str, Tensor] = {}
@@ -70,7 +70,8 @@ def call(fn: Function, inputs: Inputs, dtype: torch.dtype | None = None, grads: 
 def assert_as_accurate(
     got: Tensor, eager: Tensor, exact: Tensor, what: str = "output", scale: float = 0.0
 ) -> None:
-    """NaN and infinity where eager has them; elsewhere at most twice eager's error against float64.
+    """Assert NaN and infinity in the same places as eager; elsewhere at most twice eager's error against
+    float64.
 
     The floor is eight roundings, in eager's own dtype, of the largest true value or of `scale`.
     """
@@ -88,7 +89,7 @@ def assert_as_accurate(
 
 
 def assert_same_accuracy(got: Run, eager: Run, exact: Run) -> None:
-    """Results and gradients; a gradient that is a sum over many elements may cancel to little."""
+    """Compare results and gradients; a gradient that sums many elements may cancel to a small number."""
     assert_as_accurate(got.out, eager.out, exact.out)
     assert set(got.grads) == set(eager.grads), "a gradient that is None on one side alone"
     scale = max((g.abs().nan_to_num(0.0, 0.0).max().item() for g in exact.grads.values()), default=0.0)
@@ -97,7 +98,7 @@ def assert_same_accuracy(got: Run, eager: Run, exact: Run) -> None:
 
 
 def assert_identical(got: Tensor, eager: Tensor) -> None:
-    """What was left alone gives eager's very numbers."""
+    """Assert that an unfused site gives exactly eager's numbers."""
     assert got.dtype is eager.dtype
     assert torch.equal(got.nan_to_num(7.0), eager.nan_to_num(7.0))
     assert torch.equal(got.isnan(), eager.isnan())

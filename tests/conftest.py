@@ -1,4 +1,4 @@
-"""Settings for every test: a fixed seed, a clean compiler, fair use of cores. Nothing about attention."""
+"""Settings for all tests: a fixed seed, a clean compiler, fair use of cores."""
 
 import importlib.util
 import os
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
-    """Seed torch; forget registered kernels, and compiled code: a full cache would fall back to eager."""
+    """Seed torch; forget registered kernels and compiled code: a full cache would fall back to eager."""
     torch.manual_seed(0)
     yield
     if "fusepass.kernels.registry" in sys.modules:
@@ -51,7 +51,7 @@ def fresh_state() -> Iterator[None]:
 
 @pytest.fixture
 def instant_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor without the wait: the graph is run as it is."""
+    """A stand-in for Inductor that runs the graph uncompiled, to save time."""
     import torch._inductor.compile_fx
 
     monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", lambda gm, inputs, **kwargs: gm.forward)
@@ -59,7 +59,7 @@ def instant_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def idle_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass that sees every softmax and changes nothing."""
+    """A pass that reports every softmax and changes nothing."""
     from tests import engines
 
     engines.install(monkeypatch, engines.idle)
@@ -67,7 +67,7 @@ def idle_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def mesh() -> Iterator[Any]:
-    """Two ranks that only pretend to talk to each other."""
+    """Two ranks that only pretend to communicate."""
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore

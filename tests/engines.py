@@ -1,4 +1,4 @@
-"""Stand-ins for the rewriter, for tests of what surrounds it."""
+"""Stand-ins for the rewriter, for tests of its surroundings."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ Engine = Callable[[torch.fx.GraphModule, Options, Any], GraphReport]
 
 
 def install(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
-    """Have the backend call `engine` in place of the rewriter."""
+    """Make the backend call `engine` in place of the rewriter."""
     monkeypatch.setattr("fusepass.compilation.backend.rewrite_graph", engine)
 
 
@@ -22,7 +22,7 @@ def softmaxes(gm: torch.fx.GraphModule) -> list[torch.fx.Node]:
 
 
 def idle(gm: torch.fx.GraphModule, options: Options, example_inputs: Any, **_: Any) -> GraphReport:
-    """Sees every softmax and changes nothing."""
+    """Reports every softmax and changes nothing."""
     sites = [
         SiteReport(node.name, False, "", "", None, f"idle, kernel {options.kernel}", source_of(node))
         for node in softmaxes(gm)
@@ -31,7 +31,7 @@ def idle(gm: torch.fx.GraphModule, options: Options, example_inputs: Any, **_: A
 
 
 def wrong(gm: torch.fx.GraphModule, options: Options, example_inputs: Any, **_: Any) -> GraphReport:
-    """Multiplies every softmax by 1.01, and is proud of it."""
+    """Multiplies every softmax by 1.01, and reports it as fused."""
     sites = []
     for node in softmaxes(gm):
         with gm.graph.inserting_after(node):

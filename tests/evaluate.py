@@ -1,7 +1,7 @@
 """A numeric interpreter of expressions and terms, for tests: every rule is checked against it.
 
-Floating tensors are float64 whatever dtype an expression names, so that a change of precision is the
-identity and a law either holds to rounding or does not hold.
+Floating tensors are float64 whatever dtype an expression names, so that a cast is the identity and a law
+either holds up to rounding or does not hold.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class Evaluator:
 
 @dataclass
 class Grid:
-    """Values of terms for every value of the finest axes of a space: one dimension an axis."""
+    """Values of terms for all values of the finest axes of a space: one dimension per axis."""
 
     space: AxisSpace
     evaluate: Evaluator
@@ -171,12 +171,12 @@ class Grid:
         self.shape = tuple(number(self.space.sizes[a], self.evaluate.sizes) for a in self.axes)
 
     def dims(self, indices: Sequence[Affine]) -> list[int]:
-        """The dimensions that some indices run over."""
+        """The dimensions that the given indices run over."""
         used = frozenset[str]().union(*(self.space.resolve(i).axes for i in indices))
         return [d for d, a in enumerate(self.axes) if a in used]
 
     def index(self, index: Affine) -> Tensor:
-        """An index expression's value everywhere."""
+        """The values of an index expression, at all positions."""
         sizes = self.evaluate.sizes
         total = torch.tensor(number(index.const, sizes))
         for axis, c in index.terms:
@@ -189,7 +189,7 @@ class Grid:
         return total.expand(self.shape)
 
     def term(self, term: Term) -> Tensor:
-        """``expr[index]`` everywhere."""
+        """The values of ``expr[index]``, at all positions."""
         value = self.evaluate(term.expr)
         index = [self.index(i) for i in term.index]
         for at, n in zip(index, value.shape, strict=True):
@@ -199,7 +199,7 @@ class Grid:
         return value[tuple(index)].expand(self.shape) if index else value.expand(self.shape)
 
     def formula(self, node: Expr) -> Tensor:
-        """A scalar formula (affine indices and loads) everywhere."""
+        """The values of a scalar formula (affine indices and loads), at all positions."""
         if node.op == "affine":
             return self.index(node.attrs[0])
         if node.op == "load":

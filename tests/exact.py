@@ -42,7 +42,7 @@ class Exact(Evaluator):
 
 @dataclass
 class Loose(Exact):
-    """Values as kernels compute them from a formula's text: what is not cast keeps its operands' dtype."""
+    """Values as kernels compute them from a formula's text: without a cast, the operands' dtype is kept."""
 
     def _compute(self, node: Expr, args: list[Tensor]) -> Tensor:
         if node.op == "const":

@@ -14,7 +14,7 @@ from fusepass.kernels import gates
 
 
 def hopper(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
-    """Pretend that there is such a GPU, with every library but flash-attn 3, and no profile of it."""
+    """Pretend that there is such a GPU, with every library except flash-attn 3, and without a profile."""
     monkeypatch.setattr(gates, "capability", lambda: capability)
     present = lambda package: package is not gates.FLASH3  # noqa: E731
     for module in ("fusepass.kernels.gates", "fusepass.kernels.fp8"):
@@ -44,7 +44,7 @@ def fake_graph(
 
 
 def targets(graph: fx.GraphModule) -> list[str]:
-    """The names of what a graph calls."""
+    """The names of the functions that a graph calls."""
     return [
         str(getattr(n.target, "__name__", n.target)) for n in graph.graph.nodes if n.op == "call_function"
     ]

@@ -1,4 +1,4 @@
-"""The rooms of the package and who may use whom, and a checker of sources, for test_import_rules."""
+"""The rooms of the package, the rooms that each may use, and a checker of sources, for test_import_rules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FOLDERS = {  # folder -> the name its modules are imported by
 }
 PACKAGE = ("fusepass", "patterns", "exporters")
 
-#: Every room with the rooms, or modules of rooms, that it may use: those above it in this table alone.
+#: Every room with the rooms, or modules of rooms, that it may use; only those above it in this table.
 ROOMS: dict[str, tuple[str, ...]] = {
     "host": (),
     "expressions": ("host",),
@@ -46,7 +46,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 #: What people import and run.  Nothing may import them, so they may load their parts when these are needed.
 FRONT_DOORS = ("fusepass", "fusepass.__main__", "fusepass.backend", "fusepass.report")
 
-#: The only imports inside functions: libraries that may be missing, and those that take long to load.
+#: The only imports allowed inside functions: libraries that may be missing or take long to load.
 LATE = (
     "cudnn",
     "cutlass",
@@ -65,7 +65,7 @@ LATE = (
 #: Options are checked where torch is not loaded.
 LATE_TORCH = "fusepass.host.config"
 
-#: Rooms that speak about expressions alone: no graphs, no formats, and of torch its dtypes.
+#: Rooms that are only about expressions: no graphs, no formats, and of torch only dtypes.
 ABSTRACT = ("rules", "patterns")
 
 
@@ -82,7 +82,7 @@ class Import:
 
 
 def python_files(folder: str) -> list[Path]:
-    """The Python files of a root folder, without those that lie behind a link."""
+    """The Python files of a root folder, except those behind a link."""
     files = sorted((ROOT / folder).rglob("*.py"))
     return [f for f in files if not any(p.is_symlink() for p in f.parents if p != ROOT and ROOT in p.parents)]
 
@@ -155,7 +155,7 @@ def room_of(module: str) -> str | None:
 
 
 def violations(texts: Mapping[str, str]) -> list[str]:
-    """What the modules of a package do that the rules forbid, as lines for people."""
+    """The violations of the rules in a package's modules, as readable lines."""
     found: list[str] = []
     packages = {name for name in texts if any(other.startswith(name + ".") for other in texts)}
     graph: dict[str, set[str]] = {name: set() for name in texts}

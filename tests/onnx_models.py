@@ -1,4 +1,4 @@
-"""Small attention modules and tiny models for the tests of exporters, and tools to run what was written."""
+"""Small attention modules and tiny models for tests of exporters, and helpers to run the files."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def drawn(batch: int = 2, length: int = 6, seed: int = 0) -> Tensor:
 
 
 def sharpened(model: nn.Module) -> nn.Module:
-    """Weights at fan-in scale: with small ones attention is nearly uniform and a wrong mask goes unseen."""
+    """Weights at fan-in scale: with small ones attention is nearly uniform, and hides wrong masks."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -113,13 +113,13 @@ def exported(model: nn.Module, path: Path, *args: Any, **options: Any) -> Export
 
 
 def attributes(path: Path, name: str = "Attention") -> dict[str, Any]:
-    """The attributes of the one node of an operator."""
+    """The attributes of the only node of an operator."""
     (node,) = nodes(path, name)
     return {key: attribute.value for key, attribute in node.attributes.items()}
 
 
 def used(path: Path, name: str = "Attention") -> list[bool]:
-    """Which inputs of the one node of an operator are given."""
+    """Which inputs the only node of an operator has."""
     (node,) = nodes(path, name)
     return [value is not None for value in node.inputs]
 
@@ -136,7 +136,7 @@ def _text(batch: int = 2, length: int = 8) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _made(
+def _build(
     model: str, config: str, inputs: dict[str, Tensor], **settings: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
     import transformers
@@ -159,7 +159,7 @@ def _decoder(name: str, **more: Any) -> Callable[[], tuple[nn.Module, dict[str, 
         "max_position_embeddings": 64,
         **more,
     }
-    return functools.partial(_made, f"{name}ForCausalLM", f"{name}Config", _text(), **settings)
+    return functools.partial(_build, f"{name}ForCausalLM", f"{name}Config", _text(), **settings)
 
 
 def _pixels(size: int = 16) -> dict[str, Tensor]:
@@ -175,10 +175,10 @@ _VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, 
            "image_size": 16, "patch_size": 4}  # fmt: skip
 #: name -> (a model and its inputs, how many attention sites it has)
 MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, dict[str, Any]]], int]] = {
-    "bert": (functools.partial(_made, "BertModel", "BertConfig", _text(), **_ENCODER), 2),
+    "bert": (functools.partial(_build, "BertModel", "BertConfig", _text(), **_ENCODER), 2),
     "gpt2": (
         functools.partial(
-            _made, "GPT2LMHeadModel", "GPT2Config", _text(), n_embd=32, n_layer=2, n_head=4, vocab_size=50,
+            _build, "GPT2LMHeadModel", "GPT2Config", _text(), n_embd=32, n_layer=2, n_head=4, vocab_size=50,
             n_positions=64,
         ),
         2,
@@ -188,14 +188,14 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, dict[str, Any]]], int]] = 
     "gemma2": (_decoder("Gemma2", sliding_window=4, head_dim=8), 2),
     "t5": (
         functools.partial(
-            _made, "T5Model", "T5Config", {**_text(), "decoder_input_ids": _text(2, 5)["input_ids"]},
+            _build, "T5Model", "T5Config", {**_text(), "decoder_input_ids": _text(2, 5)["input_ids"]},
             d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=50, decoder_start_token_id=0,
         ),
         6,
     ),
     "whisper": (
         functools.partial(
-            _made, "WhisperModel", "WhisperConfig",
+            _build, "WhisperModel", "WhisperConfig",
             {"input_features": _features(), "decoder_input_ids": _text(2, 5)["input_ids"]},
             d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
             decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=50, num_mel_bins=16,
@@ -204,17 +204,17 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, dict[str, Any]]], int]] = 
         ),
         6,
     ),
-    "vit": (functools.partial(_made, "ViTModel", "ViTConfig", _pixels(), **_VISION), 2),
+    "vit": (functools.partial(_build, "ViTModel", "ViTConfig", _pixels(), **_VISION), 2),
     "swin": (
         functools.partial(
-            _made, "SwinModel", "SwinConfig", _pixels(32), image_size=32, patch_size=4, embed_dim=16,
+            _build, "SwinModel", "SwinConfig", _pixels(32), image_size=32, patch_size=4, embed_dim=16,
             depths=[2, 1], num_heads=[2, 4], window_size=4,
         ),
         3,
     ),
     "clip": (
         functools.partial(
-            _made, "CLIPModel", "CLIPConfig", {**_text(), **_pixels()},
+            _build, "CLIPModel", "CLIPConfig", {**_text(), **_pixels()},
             text_config={**_ENCODER, "max_position_embeddings": 64, "eos_token_id": 2},
             vision_config=_VISION, projection_dim=16,
         ),

@@ -1,7 +1,7 @@
 """Distributed training as people do it, in two processes: ``python -m tests.parallel_programs FOLDER``.
 
-Each program builds the same small model, spreads it, trains two steps at two lengths, and writes down how far
-losses and gradients are from those of the model alone, and which sites were fused.
+Each program builds the same small model, distributes it, trains two steps at two lengths, and records the
+distance of losses and gradients from those of the undistributed model, and which sites were fused.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WIDTH, HEADS, GROUPS, LAYERS = 32, 4, 2, 2
 
 
 class Attention(nn.Module):
-    """Causal attention of grouped heads, written by hand; how many heads there are, the tensors say."""
+    """Hand-written causal attention with grouped heads; the tensors show how many heads there are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Model(nn.Module):
 
 
 def compiled(module: nn.Module, dynamic: bool | None = None) -> nn.Module:
-    """In place, as FSDP and tensor parallelism want it."""
+    """Compile in place, as FSDP and tensor parallelism require."""
     module.compile(backend="fusepass", options={"inner": "aot_eager"}, dynamic=dynamic)
     return module
 
@@ -148,12 +148,12 @@ def fsdp_checkpoints_outside(mesh: DeviceMesh) -> nn.Module:
 
 
 def tensor_parallel(mesh: DeviceMesh) -> nn.Module:
-    """Projections that give shards as plain tensors: every process sees heads of its own."""
+    """Projections that return shards as plain tensors: every process sees its own heads."""
     return split_by_heads(mesh, ColwiseParallel())
 
 
 def tensor_parallel_in_dtensors(mesh: DeviceMesh) -> nn.Module:
-    """Projections that give DTensors."""
+    """Projections that return DTensors."""
     return split_by_heads(mesh, ColwiseParallel(use_local_output=False))
 
 
@@ -164,7 +164,7 @@ def tensor_parallel_with_strategies(mesh: DeviceMesh) -> nn.Module:
 
 
 def shard_attention_on_cpu() -> list[Any]:
-    """Tell DTensor how SDPA's operators of the CPU are split: by batch or by heads."""
+    """Tell DTensor how SDPA's CPU operators are sharded: by batch or by heads."""
     forward, backward = (
         getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{name}").default
         for name in ("", "_backward")
@@ -185,7 +185,7 @@ def shard_attention_on_cpu() -> list[Any]:
 
 
 def split_by_heads(mesh: DeviceMesh, projection: ColwiseParallel) -> nn.Module:
-    """PyTorch 2.13 compiles DTensors of symbolic sizes with no backend."""
+    """PyTorch 2.13 cannot compile DTensors with symbolic sizes, with any backend."""
     model = Model()
     plan = {f"attention.{name}": projection for name in "qkv"}
     for layer in model.layers:
@@ -243,7 +243,7 @@ def clean(name: str) -> str:
 
 
 def run(name: str, mesh: DeviceMesh) -> dict[str, Any]:
-    """How far a program is from the model alone, and its sites."""
+    """The distance of a program from the undistributed model, and its sites."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     batches = [torch.randn(2, length, WIDTH) for length in (8, 8, 12)]

@@ -1,8 +1,8 @@
 """Attention programs from axes: every program is one choice on each axis, written out as source text.
 
-A program is what a person would write by hand: plain torch, no helper functions, so a failing test can
-print it and anyone can run it. Legend as in the engine: `B` batch, `H` query heads, `G` key/value heads,
-`Q` query length, `K` key length, `D`, `E` head sizes of keys and values; in source `n` and `m` are Q and K.
+A program looks like hand-written code: plain torch, no helper functions, so a failing test can print it and
+anyone can run it. Legend as in the engine: `B` batch, `H` query heads, `G` key/value heads, `Q` query length,
+`K` key length, `D`, `E` head sizes of keys and values; in source `n` and `m` are Q and K.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Program:
 
 # ---------------------------------------------------------------------------------------- axes
 
-#: Lines that bring the given q, k, v to the layout that is worked in.
+#: Lines that bring the given q, k, v into the program's layout.
 _GIVEN = {
     "bshd": "q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)",
     "packed": "q, k, v = (x.view(*x.shape[:2], -1, x.shape[2] // {H}).transpose(1, 2) for x in (q, k, v))",
@@ -217,7 +217,7 @@ _MASKS: dict[str, dict[str, str]] = {
     "dense": {"arange": "dense", "tril": "(dense_float > 0)"},
     "all": {"arange": f"({_J} >= 0)", "tril": _ONES},
 }
-#: what the recognised specification says of a mask
+#: what the recognised specification says about a mask
 _WORDS: dict[str, Callable[[Sizes], str]] = {
     "causal": lambda s: "causal",
     "offset": lambda s: f"causal+{s.K - s.Q}" if s.K != s.Q else "causal",
@@ -265,7 +265,7 @@ AXES: dict[str, tuple[str, ...]] = {
 
 
 def valid(p: Program) -> bool:
-    """Is it a program that runs, and of which every row sees a key?"""
+    """Does the program run, and does every row see a key?"""
     return _fits(p) and (_mask_fits(p) if p.masks else p == _unmasked(p))
 
 
@@ -557,7 +557,7 @@ def _pairs(p: Program, names: Sequence[str]) -> set[tuple[tuple[str, str], tuple
 
 
 def repaired(p: Program, fixed: frozenset[str] = frozenset()) -> Program:
-    """The nearest program in which choices that cannot go together do not meet; `fixed` axes stay."""
+    """The nearest program without choices that exclude each other; `fixed` axes stay."""
 
     def put(program: Program, **changes: str) -> Program:
         return replace(program, **{k: v for k, v in changes.items() if k not in fixed})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Specifications written down, for tests of those who read them."""
+"""Hand-made specifications, for tests of the code that reads them."""
 
 from dataclasses import replace
 from typing import Any

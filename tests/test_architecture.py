@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md is a map: every file is on it, its rooms are the checked ones, its walk is what happens."""
+"""ARCHITECTURE.md is a map: it names every file, its rooms are the checked ones, its walk is what happens."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def test_the_walk_of_one_site_is_what_happens() -> None:
-    """At most 25 files, none twice, in the order in which Python enters them for the first time."""
+    """At most 25 files, none twice, in the order in which Python first enters them."""
     q = torch.randn(2, 4, 6, 64)
     causal(q, q, q)
     fused = torch.compile(causal, backend="fusepass", options={"inner": "eager"})

@@ -1,4 +1,4 @@
-"""What the demo's models are recognised as: a change of the rules must not change it unnoticed.
+"""How the demo's models are recognised: a change of the rules must not alter this unnoticed.
 
 The table is the expected reading of every attention site, in order of the forward pass;
 `benchmarks/census.py` measures the same for all of `transformers`.

@@ -25,7 +25,7 @@ RUNS: dict[str, tuple[list[str], str]] = {  # example -> (short settings, someth
 
 @pytest.fixture
 def logging_as_it_was() -> Iterator[None]:
-    """The demo switches warnings off, which later tests listen to."""
+    """The demo switches off warnings that later tests check."""
     before = logging.root.manager.disable
     yield
     logging.disable(before)
@@ -57,7 +57,7 @@ def blocks(page: str) -> list[tuple[str, str | None]]:
 
 
 def comparable(output: str) -> str:
-    """Output without what differs from run to run: seconds, and blanks at the ends of lines."""
+    """Output without what differs from run to run: seconds, and trailing blanks."""
     return re.sub(r" *$", "", re.sub(r"\d+\.\d\d s\b", "0.00 s", output), flags=re.MULTILINE).strip()
 
 

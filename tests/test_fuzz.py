@@ -1,4 +1,4 @@
-"""A handful of the fuzzer's programs: `make fuzz` draws as many as there is time for."""
+"""A few of the fuzzer's programs; `make fuzz` runs as many as time allows."""
 
 import pytest
 

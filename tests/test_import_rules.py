@@ -1,4 +1,4 @@
-"""Who may import whom. The rules keep knowledge in one place, so they are checked and not hoped for.
+"""Which modules may import which. The rules keep knowledge in one place, so they are checked.
 
 Every import statement counts, also one inside a function. Each rule is broken on purpose below, by small
 sources of a package that does not exist.

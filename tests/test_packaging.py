@@ -1,4 +1,4 @@
-"""What users install: the wheel holds what the tree holds, and importing it is quick."""
+"""What users install: the wheel holds the same files as the tree, and importing it is quick."""
 
 import configparser
 import json
@@ -19,7 +19,7 @@ NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.md")
 
 
 def copy_checkout(target: Path, links_work: bool) -> Path:
-    """Copy what a build reads. Without working links, git writes each one as a file with its target."""
+    """Copy what a build reads. Where links do not work, git writes each one as a file with its target."""
     target.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
@@ -38,7 +38,7 @@ def copy_checkout(target: Path, links_work: bool) -> Path:
 
 
 def expected_files() -> set[str]:
-    """Every file of the three root folders under the name it is installed by."""
+    """Every file of the three root folders under its installed name."""
     found = set()
     for folder, prefix in {"fusepass": "", "patterns": "fusepass/", "exporters": "fusepass/"}.items():
         for path in (ROOT / folder).rglob("*"):

@@ -1,4 +1,4 @@
-"""The public names: exported, typed, documented; and nothing else is needed by the examples."""
+"""The public names: exported, typed, documented, and sufficient for the examples."""
 
 import ast
 import dataclasses
@@ -32,7 +32,7 @@ def test_every_name_is_documented_and_no_other() -> None:
 
 @pytest.mark.parametrize("name", fusepass.__all__)
 def test_every_name_is_its_modules_own(name: str) -> None:
-    """Type checkers and the interpreter find one object."""
+    """Type checkers and the interpreter find the same object."""
     tree = ast.parse((ROOT / "fusepass/__init__.py").read_text(encoding="utf-8"))
     typed = {a.name: n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
     if name == "__version__":

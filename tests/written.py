@@ -1,4 +1,4 @@
-"""A specification that a kernel writes into a graph, without a program that spells it."""
+"""Writes a specification into a graph by a kernel, without a program that spells it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def qkv(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 def written(
     spec: Attention, operands: Sequence[Tensor], kernel: Kernel, target: Target = CPU
 ) -> fx.GraphModule:
-    """A graph of q, k, v and the operands that a kernel has written; what it refuses is raised."""
+    """A graph of q, k, v and the operands, written by a kernel; refusals are raised."""
     gm, anchor = _plain([*qkv(spec.dtype), *operands])
     reader = Reader(gm.graph, gm)
     meaning = reader.defined[anchor]

@@ -1,4 +1,4 @@
-"""Masks and biases in buffers: used as what they hold, and never longer than they hold it."""
+"""Masks and biases in buffers: their elements are relied on, but only as long as they do not change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INF = float("inf")
 
 
 class Masked(nn.Module):
-    """Attention under a mask of ones and zeros, kept for longer sequences than it meets."""
+    """Attention with a mask of ones and zeros, stored for longer sequences than it gets."""
 
     def __init__(self, rows: int = 2 * N) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class WrittenInside(Masked):
 
 
 class WrittenAfterwards(Masked):
-    """The graph reads the buffer, and leaves another behind for the next call."""
+    """The graph reads the buffer, and changes it for the next call."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = super().forward(q, k, v)
@@ -79,7 +79,7 @@ class WrittenThroughAView(Masked):
 
 
 class WrittenBetween(Masked):
-    """The mask is read, then written; what was read counts."""
+    """The mask is read, then written; the elements before the write count."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         hidden = self.mask[: q.shape[2], : k.shape[2]] == 0
@@ -101,7 +101,7 @@ class Two(nn.Module):
 
 
 class Pair:
-    """A module compiled, and its copy in eager mode; both are changed and called alike."""
+    """A compiled module, and its copy in eager mode; both are changed and called in the same way."""
 
     def __init__(self, module: Any, kernel: str = "auto", **kwargs: Any) -> None:
         self.eager = copy.deepcopy(module)
@@ -109,7 +109,7 @@ class Pair:
         self.fn = checking.compiled(module, kernel, **kwargs)
 
     def agree(self, args: list[Tensor] | None = None) -> list[SiteReport]:
-        """One call of each; equal results, equal buffers left behind."""
+        """Call both once; results and buffers must be equal."""
         args = given() if args is None else args
         with collector.collect() as seen, torch.no_grad():
             got = self.fn(*args)
@@ -152,7 +152,7 @@ def load(module: Any) -> None:
 
 
 def undo(module: Any) -> None:
-    """There and back again: the version moves, the elements do not."""
+    """Changed and changed back: the version differs, the elements do not."""
     module.mask.add_(1).sub_(1)
 
 
@@ -180,7 +180,7 @@ def test_a_buffer_that_the_graph_writes_into(kind: Any, kernel: str) -> None:
 
 
 def test_layers_that_share_code_have_buffers_of_their_own() -> None:
-    """Compiled one by one, the second layer meets the first one's graph, with another mask."""
+    """Compiled one by one, the second layer finds the first one's graph, but has another mask."""
     model = Two()
     pair = Pair(model)
     assert [s.kind for s in pair.agree()] != ["causal", "causal"]

@@ -1,4 +1,4 @@
-"""Dynamic shapes: the same recognition, one graph for many sizes, and no compilation more than without us."""
+"""Dynamic shapes: the same recognition, one graph for many sizes, and no extra compilations."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ MANY = (
 
 
 def static_words(p: Program) -> list[str]:
-    """What the specification says whatever the sizes are."""
+    """The parts of a specification that do not depend on sizes."""
     return [w for w in programs.words(p) if not w.startswith(("Q=", "K=", "causal+"))]
 
 
 def head_sizes_fixed(p: Program, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Heads and head sizes are constants of a model; batch and lengths are what varies."""
+    """Heads and head sizes are constants of a model; batch and lengths vary."""
     length = 1 if p.layout in ("bshd", "packed", "einsum") else 2
     for name, tensor in given.items():
         if name in ("q", "k", "v"):
@@ -72,7 +72,7 @@ def check_all(p: Program, fn: Callable[..., Tensor], sizes: tuple[Sizes, ...]) -
         given = programs.inputs(sized, seed=n)
         eager = checking.call(programs.function(p), given).out
         exact = checking.call(programs.function(p, exact=True), given, torch.float64).out
-        fresh = head_sizes_fixed(sized, checking.fresh(given))
+        fresh = head_sizes_fixed(sized, checking.copies(given))
         with collector.collect() as seen, torch.no_grad():
             out = fn(**fresh)
         runs.append(checking.Run(seen.sites, out, {}))
@@ -96,7 +96,7 @@ def test_one_dynamic_graph_serves_many_sizes(name: str) -> None:
     "name", ["causal", "offset", "window", "padding", "grouped", "packed", "t5", "buffer"]
 )
 def test_no_more_compilations_than_with_the_inner_backend(name: str) -> None:
-    """Automatic dynamic shapes: first static, then dynamic; 0 and 1 are special to torch."""
+    """Automatic dynamic shapes: first static, then dynamic; torch treats 0 and 1 specially."""
     p = PROGRAMS[name]
     counter = CompileCounterWithBackend("eager")
     torch.compiler.reset()
@@ -159,7 +159,7 @@ def kept(x: Tensor, keep: Tensor) -> Tensor:
 
 
 def promised(x: Tensor, keep: Tensor) -> Tensor:
-    """The same among the first rows, of which there is a promise."""
+    """The same among the first rows, whose number is promised to be positive."""
     n = int(keep.sum().item())
     torch._check(n >= 2)
     torch._check(n <= x.shape[0])
@@ -172,7 +172,7 @@ def promised(x: Tensor, keep: Tensor) -> Tensor:
 @pytest.mark.parametrize(("program", "fused"), [(kept, False), (promised, True)])
 @pytest.mark.parametrize("kernel", ["auto", "flex"])
 def test_sizes_that_depend_on_data(program: Callable[..., Tensor], fused: bool, kernel: str) -> None:
-    """PyTorch's operators ask whether such a size is 0: a site stays unless the program promises."""
+    """PyTorch's operators check whether such a size is 0, so a site stays without a promise."""
     torch.manual_seed(0)
     given = {"x": torch.randn(10, 96), "keep": torch.arange(10) % 3 != 0}
     ask = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}

@@ -1,4 +1,4 @@
-"""The backend, and the pass in every plain torch.compile: on, off, nested, and never in the way."""
+"""The backend, and the pass in every plain torch.compile: on, off, nested, without side effects."""
 
 import logging
 from typing import Any
@@ -24,7 +24,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def inductor(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Inductor's calls, with the settings of each; the graph is run as it is."""
+    """The calls of Inductor, each with its settings; the graph runs without being compiled."""
     import torch._inductor.compile_fx
 
     calls: list[dict[str, Any]] = []

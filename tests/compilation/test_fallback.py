@@ -1,4 +1,4 @@
-"""A failing inner compiler: the graph is compiled as it was; Dynamo's own signals pass through."""
+"""A failing inner compiler: the original graph is compiled; Dynamo's own signals pass through."""
 
 import contextlib
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def test_signals_of_dynamo_are_not_failures(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("fault", [exc.RestartAnalysis, exc.SkipFrame, exc.TensorifyScalarRestartAnalysis])
 def test_a_signal_of_dynamo_passes_through(fault: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is no failure to compile: the graph is not compiled a second time, and the report notes nothing."""
+    """This is not a failure to compile: the graph is not compiled again, and the report has no note."""
     monkeypatch.delenv("FUSEPASS_STRICT", raising=False)
     attempts, seen = compiled_by(monkeypatch, fault("again, please"), fault)
     assert len(attempts) == 1 and "scaled_dot_product_attention" in attempts[0]
@@ -87,7 +87,7 @@ def test_faults_are_raised_where_that_is_asked_for(monkeypatch: pytest.MonkeyPat
 def compiled_by(
     monkeypatch: pytest.MonkeyPatch, fault: Exception, raised: type[Exception] | None
 ) -> tuple[list[str], Collector]:
-    """The graphs that a compiler got which fails on a fused one, and the reports."""
+    """The graphs that a compiler received, which fails on fused ones, and the reports."""
     attempts: list[str] = []
 
     def compiler(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -103,7 +103,7 @@ def compiled_by(
 
 
 def test_what_is_taken_back_is_shared_with_nobody() -> None:
-    """A later site writes it anew, and what earlier sites wrote stays."""
+    """A later site writes it again, and what earlier sites wrote stays."""
     gm = dynamo_graph(attention, *torch.randn(3, 2, 4, 8, 16))
     reader, before = Reader(gm.graph, gm), list(gm.graph.nodes)
     anchor, shared = before[-2], dict[Any, Any]()

@@ -1,7 +1,7 @@
 """Decoding step by step: `generate()` of Hugging Face models, and key/value caches written by hand.
 
-A compiled model must choose eager's tokens, fuse in prefill and in decode steps, and compile no more
-graphs than are compiled without the pass.
+A compiled model must choose the same tokens as eager, fuse in prefill and in decode steps, and compile no
+more graphs than without the pass.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ MODELS: dict[str, tuple[Any, Any, int]] = {
 
 
 def sharpened(model: nn.Module) -> nn.Module:
-    """Weights of fan-in scale: under a library's small ones attention is nearly uniform."""
+    """Weights at fan-in scale: with a library's small ones attention is nearly uniform."""
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
@@ -89,7 +89,7 @@ def build(name: str) -> Any:
 
 
 def prompt(name: str) -> dict[str, Tensor]:
-    """Ten tokens, four of them left padding in the second row; features for speech."""
+    """Ten tokens, with four of left padding in the second row; features for speech models."""
     g = torch.Generator().manual_seed(3)
     if name == "whisper":
         return {"input_features": torch.randn(2, 8, 20, generator=g)}
@@ -99,7 +99,7 @@ def prompt(name: str) -> dict[str, Tensor]:
 
 
 class Counting:
-    """An inner backend that runs the graphs as they are, and counts them."""
+    """An inner backend that runs the graphs uncompiled, and counts them."""
 
     def __init__(self) -> None:
         self.graphs = 0
@@ -149,7 +149,7 @@ def assert_fused(graphs: list[GraphReport], sites: int) -> None:
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", MODELS)
 def test_generate(name: str, cache: str) -> None:
-    """The other run is Dynamo's graphs as they are, which is eager mode and its number of graphs at once."""
+    """The other run uses Dynamo's graphs unchanged: this gives eager results and the number of graphs."""
     got, want = generate(name, cache, fuse=True), generate(name, cache, fuse=False)
     assert torch.equal(got.tokens, want.tokens)
     assert len(got.logits) == len(want.logits) == STEPS
@@ -191,7 +191,7 @@ class Attention(nn.Module):
 
 
 class Concatenated(Attention):
-    """Keys and values are handed from step to step; causality starts at an offset."""
+    """Keys and values are passed from step to step; causality starts at an offset."""
 
     def forward(self, x: Tensor, at: Tensor, position: int, past: Past) -> tuple[Tensor, Past]:
         q, k, v = self.heads(x)
@@ -280,7 +280,7 @@ class Decoded:
 
 
 def decode(kind: type[Attention], fuse: bool) -> Decoded:
-    """A prefill of five tokens, single steps, and enough of them to go round the ring."""
+    """A prefill of five tokens, then enough single steps to go around the ring."""
     torch.manual_seed(0)
     model, inner = kind().eval(), Counting()
     step, past, outputs, position = compile_with(model, fuse, inner), None, [], 0
@@ -296,7 +296,7 @@ def decode(kind: type[Attention], fuse: bool) -> Decoded:
 
 @pytest.mark.parametrize("kind", CACHES, ids=lambda kind: kind.__name__)
 def test_a_cache_written_by_hand(kind: type[Attention]) -> None:
-    """Every step's result, and the caches that are left behind."""
+    """The result of every step, and the final caches."""
     got, want = decode(kind, fuse=True), decode(kind, fuse=False)
     for mine, theirs in zip(got.outputs, want.outputs, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

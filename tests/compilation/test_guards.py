@@ -1,4 +1,4 @@
-"""What a fused graph relies on is checked wherever PyTorch keeps the code, and what changes is learned."""
+"""What a fused graph relies on is checked wherever PyTorch stores the code; changes are remembered."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from fusepass.expressions import contents
 from fusepass.reports import collector
 from fusepass.reports.collector import Collector
 from tests import checking  # noqa: F401  (faults of the pass are raised)
-from tests.attention import cleared
-from tests.attention import random_heads as given
+from tests.attention import cleared, random_heads
 
 B, H, N, D = 2, 2, 8, 8
 INF = float("inf")
@@ -54,7 +53,7 @@ class Transient(Persistent):
 
 
 class Plain(nn.Module):
-    """The mask is an attribute, and no buffer."""
+    """The mask is an attribute, not a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +127,7 @@ def load(model: Any) -> None:
 
 
 def move(model: Any) -> None:
-    """There and back: other tensors, which hold the same."""
+    """Changed and changed back: other tensors with the same elements."""
     model.to(torch.float64).to(torch.float32)
     write(model)
 
@@ -137,8 +136,8 @@ CHANGES = (write, write_in_inference_mode, write_through_data, replace, load, mo
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
-    """What the pass warns of, so far."""
+def warned() -> Iterator[list[str]]:
+    """The warnings of the pass so far."""
     heard: list[str] = []
 
     class Listener(logging.Handler):
@@ -157,8 +156,8 @@ def compiled(fn: Any, **kwargs: Any) -> Any:
 
 
 def agree(fn: Any, model: Any, args: list[Tensor] | None = None) -> Collector:
-    """One call of each, with equal results; what was compiled for it."""
-    args = given() if args is None else args
+    """Call both once, with equal results; returns what was compiled for it."""
+    args = random_heads() if args is None else args
     with collector.collect() as seen, torch.no_grad():
         got = fn(*args)
         want = model(*args)
@@ -174,7 +173,7 @@ def kinds(seen: Collector) -> list[str]:
 
 
 class Store:
-    """Dynamo's cache of compiled code in a folder; every ``start`` is like a new process."""
+    """Dynamo's cache of compiled code in a folder; ``start`` acts like a new process."""
 
     def start(self) -> None:
         from torch._dynamo.precompile_context import PrecompileContext
@@ -229,7 +228,7 @@ def test_stored_code_that_is_trained(store: Store) -> None:
         fn = compiled(model)
         if edit:
             write(model)
-        args = [t.requires_grad_() for t in given()]
+        args = [t.requires_grad_() for t in random_heads()]
         got = torch.autograd.grad(fn(*args).sum(), args)
         torch.testing.assert_close(got, torch.autograd.grad(model(*args).sum(), args))
         assert bool(store.hits) is hits
@@ -242,30 +241,30 @@ def test_stored_code_of_any_length(store: Store) -> None:
         store.start()
         fn = compiled(model, dynamic=True)
         for n in (N, N + 1, N + 3):
-            agree(fn, model, given(n))
+            agree(fn, model, random_heads(n))
         store.save()
     assert store.hits
     write(model)
     for n in (N, N + 2):
-        agree(fn, model, given(n))
+        agree(fn, model, random_heads(n))
 
 
 def overlapping() -> list[Tensor]:
-    """Keys that lie in the tensor that is written to, and do not look like it."""
-    q, k, v = given()
+    """Keys that share memory with the tensor that is written to, without being a view of it."""
+    q, k, v = random_heads()
     joint = torch.empty(8 * k.numel())
     keys = joint[: k.numel()].view_as(k).copy_(k)
     return [q, keys, v, joint.as_strided((B, H, N, D), (1024, 256, 8, 1), 0)]
 
 
 def apart() -> list[Tensor]:
-    """The same, in memory of its own."""
+    """The same, in separate memory."""
     q, k, v, cache = overlapping()
     return [q, k.clone(), v, torch.empty_strided(cache.shape, cache.stride()).fill_(1)]
 
 
 def check_overlap(fn: Any) -> None:
-    """Arguments that overlap in a later call alone: the write comes after what it overwrites was read."""
+    """Arguments that overlap only in a later call: the write comes after what it overwrites was read."""
     args = overlapping()
     expected = (args[0] @ args[1].mT).softmax(-1) @ args[2]
     with torch.no_grad():
@@ -358,7 +357,7 @@ def ahead(model: Any, path: Path, args: list[Tensor] | None = None, **kwargs: An
     fn = compiled(model, fullgraph=True, **kwargs)
     target = fn.forward if isinstance(model, nn.Module) else fn
     with torch.no_grad():
-        made = target.aot_compile((tuple(given() if args is None else args), {}))
+        made = target.aot_compile((tuple(random_heads() if args is None else args), {}))
     made.save_compiled_function(str(path))
     torch._dynamo.reset()
     with path.open("rb") as file:
@@ -369,12 +368,12 @@ def ahead(model: Any, path: Path, args: list[Tensor] | None = None, **kwargs: An
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", MODELS)
 def test_code_compiled_ahead_checks_its_buffers(
-    kind: Any, change: Change, tmp_path: Path, said: list[str]
+    kind: Any, change: Change, tmp_path: Path, warned: list[str]
 ) -> None:
     model = kind()
     fn = ahead(model, tmp_path / "saved")
     agree(fn, model)
-    assert not said
+    assert not warned
     with torch.no_grad():
         change(model)
     for _ in range(2):
@@ -403,11 +402,11 @@ def test_code_compiled_ahead_relies_on_buffers(tmp_path: Path) -> None:
 
 
 def test_code_compiled_ahead_while_enabled(tmp_path: Path) -> None:
-    """Where no guard can go along, nothing is relied on."""
+    """If guards cannot be stored, nothing is relied on."""
     model = Persistent()
     with fusepass.enabled(), collector.collect() as seen, torch.no_grad():
         whole: Any = torch.compile(model, fullgraph=True)
-        fn = whole.forward.aot_compile((tuple(given()), {}))
+        fn = whole.forward.aot_compile((tuple(random_heads()), {}))
     (site,) = seen.sites
     assert site.fused and site.kind != "causal"
     write(model)
@@ -470,7 +469,7 @@ class WritesElsewhere(Persistent):
 
 def test_a_buffer_that_lies_in_what_the_graph_writes_to() -> None:
     model, eager = WritesElsewhere(), WritesElsewhere()
-    fn, args = compiled(model), given()
+    fn, args = compiled(model), random_heads()
     with collector.collect() as seen, torch.no_grad():
         fn(*args, torch.zeros(2, 2 * N))
         assert kinds(seen) == ["causal"]
@@ -509,7 +508,7 @@ COUNTERS = [(shape, inside) for shape in ((), (1,), (B,)) for inside in (True, F
 
 
 @pytest.mark.parametrize(("shape", "inside"), [*COUNTERS, ((B, 1), True)], ids=str)
-def test_counters_are_no_constants(shape: tuple[int, ...], inside: bool, said: list[str]) -> None:
+def test_counters_are_no_constants(shape: tuple[int, ...], inside: bool, warned: list[str]) -> None:
     model, other = Counting(shape, inside), Counting(shape, inside)
     other.load_state_dict(model.state_dict())
     fn = compiled(model)
@@ -522,7 +521,7 @@ def test_counters_are_no_constants(shape: tuple[int, ...], inside: bool, said: l
         if not inside:
             model.step()
             other.step()
-    assert graphs == 1 and not said
+    assert graphs == 1 and not warned
 
 
 class Broken(Counting):
@@ -537,14 +536,14 @@ class Broken(Counting):
         return super().forward(q)
 
 
-def test_counters_that_another_graph_writes_to(said: list[str]) -> None:
+def test_counters_that_another_graph_writes_to(warned: list[str]) -> None:
     model, other = Broken(), Broken()
     other.load_state_dict(model.state_dict())
     fn = compiled(model)
     for _ in range(3):
         q = torch.randn(B, H, 1, D)
         torch.testing.assert_close(fn(q), other(q))
-    assert not said
+    assert not warned
 
 
 # ---------------------------------------------------------------------------------------- what is learned
@@ -564,17 +563,17 @@ def loaded(model: Any, mask: Tensor) -> None:
 
 @pytest.mark.parametrize("change", [edited, replaced, loaded], ids=lambda f: f.__name__)
 def test_a_buffer_that_changed_is_no_constant_later(
-    change: Callable[[Any, Tensor], None], said: list[str]
+    change: Callable[[Any, Tensor], None], warned: list[str]
 ) -> None:
-    """Neither in place nor by another tensor: one warning, however many lengths follow."""
+    """Changed in place or replaced: one warning, however many lengths follow."""
     model = Persistent()
     fn = compiled(model, dynamic=False)
     assert kinds(agree(fn, model)) == ["causal"]
     for wide, n in enumerate((N, N + 1, N + 2), start=1):
         change(model, torch.ones(2 * N, 2 * N).tril(wide))
-        (kind,) = kinds(agree(fn, model, given(n)))
+        (kind,) = kinds(agree(fn, model, random_heads(n)))
         assert "mask" in kind, kind
-    assert len(said) == 1
+    assert len(warned) == 1
 
 
 def test_what_was_learned_of_a_place_is_forgotten_with_the_code() -> None:
@@ -603,7 +602,7 @@ def test_sites_rely_on_their_own_buffers() -> None:
 
 
 class Aside(Persistent):
-    """A buffer of attention that is left as it was, beside one of attention that is fused."""
+    """One buffer belongs to unfused attention, another one to fused attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -615,17 +614,17 @@ class Aside(Persistent):
         return weights @ v + super().forward(q, k, v), weights
 
 
-def test_buffers_of_what_stays_are_not_relied_on(said: list[str]) -> None:
+def test_buffers_of_what_stays_are_not_relied_on(warned: list[str]) -> None:
     model = Aside()
     fn = compiled(model)
     with collector.collect() as seen:
-        fn(*given())
+        fn(*random_heads())
     (graph,) = seen.graphs
     assert len(graph.assumed) == 1 and "other" not in graph.assumed[0]
     model.other.fill_(1)
-    args = given()
+    args = random_heads()
     torch.testing.assert_close(fn(*args), model(*args))
-    assert not said
+    assert not warned
 
 
 def test_tensors_are_compared_again_only_if_they_were_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -666,7 +665,7 @@ def test_snapshots_are_small_where_they_are_stored() -> None:
 
 
 @pytest.mark.parametrize("around", [nullcontext, torch.inference_mode])
-def test_a_mask_with_nan(around: Any, said: list[str]) -> None:
+def test_a_mask_with_nan(around: Any, warned: list[str]) -> None:
     """NaN equals itself where elements are compared."""
     model = Biased()
     model.mask[0, 0] = float("nan")
@@ -674,4 +673,4 @@ def test_a_mask_with_nan(around: Any, said: list[str]) -> None:
     with around():
         for _ in range(2):
             agree(fn, model)
-    assert not said
+    assert not warned

@@ -1,4 +1,4 @@
-"""Fused sites are named ranges: in traces of the profiler and in generated code, at next to no cost."""
+"""Fused sites are named ranges in profiler traces and in generated code, at almost no cost."""
 
 import io
 import re
@@ -25,7 +25,7 @@ MARK = re.compile(r"\b_fusepass_\d|^ *except NameError: pass$|^ *#")
 
 @pytest.fixture(autouse=True)
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A program is generated anew in each test."""
+    """Code is generated again in each test."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with torch._inductor.config.patch(force_disable_caches=True):
         yield
@@ -37,7 +37,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Layer(torch.nn.Module):
-    """Attention among things that are fused with each other, and might be with what is around it."""
+    """Attention among operations that are fused with each other, and might be fused with it."""
 
     def __init__(self, rotate: bool = False) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def without_marks(code: str) -> list[str]:
 
 @pytest.mark.parametrize("kernel", ["reference", "flex", "sdpa"])
 def test_other_kernels_and_lengths(kernel: str) -> None:
-    """Plain mathematics that Inductor fuses with what is around it, templates, and sizes that vary."""
+    """Plain mathematics that Inductor fuses with its surroundings, templates, and dynamic sizes."""
     model = MODELS["two layers" if kernel == "flex" else "rotary"]().eval()
     torch._dynamo.reset()
     sizes = {"flex": (32,), "reference": (16, 24), "sdpa": (16, 24)}[kernel]

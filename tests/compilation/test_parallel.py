@@ -1,4 +1,4 @@
-"""DTensors in a graph, and training that is spread over two processes."""
+"""DTensors in a graph, and training distributed over two processes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def spread(mesh: Any, *dims: int | None, heads: int = 4, learns: bool = False) -
 
 @pytest.fixture
 def strategies(mesh: Any) -> Iterator[None]:
-    """SDPA's operators of a CPU have strategies, as those of GPUs do."""
+    """SDPA's CPU operators get strategies, as its GPU operators have."""
     from torch.distributed.tensor import DTensor
 
     from tests.parallel_programs import shard_attention_on_cpu
@@ -96,7 +96,7 @@ def test_what_is_split_by_batch_or_heads_is_fused(
 
 @pytest.mark.parametrize("dims", [(2,), (2, None, None), (0, None, None), (3,), (1, 0, 0)])
 def test_what_is_split_otherwise_stays_as_it_is(dims: Any, strategies: None, mesh: Any) -> None:
-    """A call that would gather what was split, or leave the result elsewhere, is none that replaces it."""
+    """A call that would gather shards, or place the result elsewhere, is not a replacement."""
     gm = dynamo_graph(attention, *(given := spread(mesh, *dims)))
     before = {n.name: n.meta["example_value"].placements for n in gm.graph.nodes if "matmul" in n.name}
     report = run_pass(gm, given, Options())
@@ -152,7 +152,7 @@ NAMES = (
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes found, by the names of the programs."""
+    """The results of both processes, by the names of the programs."""
     folder = tmp_path_factory.mktemp("parallel")
     command = [sys.executable, "-m", "tests.parallel_programs", str(folder)]
     runs = []

@@ -1,4 +1,4 @@
-"""Libraries put functions of their own in the places of PyTorch's: who calls those gets them, nobody else."""
+"""Libraries replace PyTorch's functions by their own: only code that calls these gets them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REAL = F.scaled_dot_product_attention
 
 
 def quantised(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Far enough from attention to be noticed."""
+    """A function that differs from attention enough to be noticed."""
     out = REAL(q.bfloat16(), k.bfloat16(), v.bfloat16(), *args, **kwargs)
     return out.to(q.dtype) + 1
 
@@ -30,7 +30,7 @@ def written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def with_padding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Heads of different sizes, which SDPA is given padded, and rows that see no key."""
+    """Heads of different sizes, which are padded for SDPA, and rows that see no key."""
     hidden = (q.sum(-1, True) > 0).expand(-1, -1, -1, k.shape[-2])
     return (q @ k.mT * 0.3).masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0) @ v[..., :5]
 
@@ -102,12 +102,12 @@ def calls_it(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def takes_part(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """As it is: Dynamo looks into it."""
+    """A plain function: Dynamo traces into it."""
     return fn
 
 
 def under_its_name(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that says it is PyTorch's, and that Dynamo does not look into."""
+    """A function that claims to be PyTorch's, and that Dynamo does not trace into."""
     named = functools.wraps(REAL)(fn)
     named.__module__ = "torch.nn.functional"
     allowed: Callable[..., Any] = torch.compiler.allow_in_graph(named)
@@ -115,7 +115,7 @@ def under_its_name(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_an_operator(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator of a library's own."""
+    """A library's own operator."""
     run = torch.library.custom_op("fusepass_tests::theirs", _plain, mutates_args=())
     run.register_fake(_empty)
     return lambda q, k, v, attn_mask=None: run(q, k, v)
@@ -163,7 +163,7 @@ def run_module(need_weights: bool) -> tuple[Tensor, Tensor, Collector]:
 def test_calls_of_several_steps_run_theirs(
     name: str, need_weights: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A call is not written out where one of its steps is somebody else's."""
+    """A call is not written out if one of its steps has been replaced."""
     real = getattr(F, name)
     monkeypatch.setattr(F, name, lambda *a, **kw: real(*a, **kw) + 0.25)
     got, want, seen = run_module(need_weights)

@@ -1,4 +1,4 @@
-"""Calls of several steps, however their arguments are given; one that cannot be written out stays alone."""
+"""Calls of several steps, in all argument styles; a call that cannot be written out stays as it is."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_the_pooling_of_clip(train: bool, batch: int, dynamic: bool) -> None:
 # ------------------------------------------------------------------------------- forms of a call
 
 
-def given(**more: Any) -> dict[str, Any]:
-    """Arguments of a call by their names; queries and keys have lengths of their own."""
+def call_arguments(**more: Any) -> dict[str, Any]:
+    """The arguments of a call by name; queries and keys have different lengths."""
     found = {
         "query": torch.randn(Q, B, E), "key": torch.randn(K, B, E), "value": torch.randn(K, B, E),
         "embed_dim_to_check": E, "num_heads": H, "in_proj_weight": torch.randn(3 * E, E) / 4,
@@ -79,13 +79,13 @@ def given(**more: Any) -> dict[str, Any]:
 
 def alone(**more: Any) -> dict[str, Any]:
     """Without a batch."""
-    return given(query=torch.randn(Q, E), key=torch.randn(K, E), value=torch.randn(K, E), **more)
+    return call_arguments(query=torch.randn(Q, E), key=torch.randn(K, E), value=torch.randn(K, E), **more)
 
 
 def same(**more: Any) -> dict[str, Any]:
     """Queries, keys and values are one tensor."""
     x = torch.randn(Q, B, E)
-    return given(query=x, key=x, value=x, **more)
+    return call_arguments(query=x, key=x, value=x, **more)
 
 
 PAD = torch.arange(K) >= torch.tensor([[K], [4], [2]])
@@ -95,27 +95,31 @@ SEPARATE: dict[str, Any] = {
     "key": torch.randn(K, B, 6), "value": torch.randn(K, B, 4),
 }  # fmt: skip
 CALLS: dict[str, dict[str, Any]] = {
-    "plain": given(),
+    "plain": call_arguments(),
     "self-attention": same(),
-    "without biases": given(in_proj_bias=None, out_proj_bias=None),
-    "weights unread": given(need_weights=True),
-    "weights unread, for every head": given(need_weights=True, average_attn_weights=False),
-    "no weights": given(need_weights=False),
-    "evaluation": given(training=False, dropout_p=0.5),
-    "one sequence": given(query=torch.randn(Q, 1, E), key=torch.randn(K, 1, E), value=torch.randn(K, 1, E)),
-    "separate projections": given(**SEPARATE),
-    "separate projections, no weights": given(**SEPARATE, need_weights=False),
-    "a mask of truth values": given(attn_mask=torch.ones(Q, K, dtype=torch.bool).triu(3)),
-    "a mask of numbers": given(attn_mask=torch.randn(Q, K), need_weights=False),
-    "a mask a head": given(attn_mask=torch.randn(B * H, Q, K)),
-    "a mask a head, no weights": given(attn_mask=torch.rand(B * H, Q, K) < 0.3, need_weights=False),
-    "padding": given(key_padding_mask=PAD),
-    "padding, no weights": given(key_padding_mask=PAD, need_weights=False),
-    "padding in numbers": given(key_padding_mask=torch.zeros(B, K).masked_fill(PAD, -INF)),
-    "mask and padding": given(key_padding_mask=PAD, attn_mask=torch.rand(Q, K) < 0.3, need_weights=False),
+    "without biases": call_arguments(in_proj_bias=None, out_proj_bias=None),
+    "weights unread": call_arguments(need_weights=True),
+    "weights unread, for every head": call_arguments(need_weights=True, average_attn_weights=False),
+    "no weights": call_arguments(need_weights=False),
+    "evaluation": call_arguments(training=False, dropout_p=0.5),
+    "one sequence": call_arguments(
+        query=torch.randn(Q, 1, E), key=torch.randn(K, 1, E), value=torch.randn(K, 1, E)
+    ),
+    "separate projections": call_arguments(**SEPARATE),
+    "separate projections, no weights": call_arguments(**SEPARATE, need_weights=False),
+    "a mask of truth values": call_arguments(attn_mask=torch.ones(Q, K, dtype=torch.bool).triu(3)),
+    "a mask of numbers": call_arguments(attn_mask=torch.randn(Q, K), need_weights=False),
+    "a mask a head": call_arguments(attn_mask=torch.randn(B * H, Q, K)),
+    "a mask a head, no weights": call_arguments(attn_mask=torch.rand(B * H, Q, K) < 0.3, need_weights=False),
+    "padding": call_arguments(key_padding_mask=PAD),
+    "padding, no weights": call_arguments(key_padding_mask=PAD, need_weights=False),
+    "padding in numbers": call_arguments(key_padding_mask=torch.zeros(B, K).masked_fill(PAD, -INF)),
+    "mask and padding": call_arguments(
+        key_padding_mask=PAD, attn_mask=torch.rand(Q, K) < 0.3, need_weights=False
+    ),
     "causal": same(attn_mask=torch.ones(Q, Q).triu(1) * -1e9, is_causal=True, need_weights=False),
     "causal, weights unread": same(attn_mask=torch.ones(Q, Q, dtype=torch.bool).triu(1), is_causal=True),
-    "keys of its own": given(
+    "keys of its own": call_arguments(
         bias_k=torch.randn(1, 1, E), bias_v=torch.randn(1, 1, E), add_zero_attn=True, key_padding_mask=PAD
     ),
     "unbatched": alone(),
@@ -127,7 +131,7 @@ STYLES = ("by keyword", "by position", "mixed")
 
 
 def styled(style: str, arguments: dict[str, Any]) -> Callable[..., Any]:
-    """A function of the tensors among the arguments that calls with them in a style."""
+    """A function of the tensors among the arguments that passes them in a given style."""
     defaults = {n: p.default for n, p in inspect.signature(F.multi_head_attention_forward).parameters.items()}
 
     def program(tensors: dict[str, Tensor]) -> Tensor:
@@ -163,8 +167,8 @@ def test_gradients_of_a_call_by_keyword(name: str) -> None:
 
 @pytest.mark.parametrize("index", [1, -1])
 def test_weights_that_are_read(index: int) -> None:
-    """By whatever index: Dynamo writes 1, other tracers what the program says."""
-    arguments = given()
+    """By any index: Dynamo writes 1, other tracers write what the program has."""
+    arguments = call_arguments()
 
     def program(tensors: dict[str, Tensor]) -> Tensor:
         out, weights = F.multi_head_attention_forward(**(arguments | tensors))
@@ -184,26 +188,26 @@ def test_weights_that_are_read(index: int) -> None:
 
 
 def two_sites(tensors: dict[str, Tensor]) -> Tensor:
-    """A call, and attention beside it."""
-    called = F.multi_head_attention_forward(**(given() | tensors))[0]
+    """A call, and attention next to it."""
+    called = F.multi_head_attention_forward(**(call_arguments() | tensors))[0]
     q, k, v = (tensors[n].transpose(0, 1) for n in ("query", "key", "value"))
     return called.sum() + ((q @ k.mT * 0.25).softmax(-1) @ v).sum()
 
 
 def broken(others_read: bool, query: Any, **more: Any) -> Any:
-    """Writes a step, and fails."""
+    """Writes one step, then fails."""
     query.transpose(0, 1)
     raise ZeroDivisionError("a fault\nin two lines")
 
 
 def wrong(others_read: bool, query: Any, key: Any, **more: Any) -> Any:
-    """Writes a step that the tensors do not take."""
+    """Writes a step that fails on these tensors."""
     return torch.matmul(query, key), None
 
 
 def ran(monkeypatch: pytest.MonkeyPatch, strict: bool) -> tuple[Any, Collector, dict[str, Tensor]]:
     monkeypatch.setenv("FUSEPASS_STRICT", "1" if strict else "0")
-    tensors = {n: v for n, v in given().items() if isinstance(v, Tensor)}
+    tensors = {n: v for n, v in call_arguments().items() if isinstance(v, Tensor)}
     options: dict[str, Any] = {"inner": "eager", "kernel": "reference"}
     with collect() as seen:
         out = torch.compile(two_sites, backend="fusepass", fullgraph=True, options=options)(tensors)

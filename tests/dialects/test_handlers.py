@@ -1,4 +1,4 @@
-"""Handlers of operations: which forms of a call they describe, and that a fault in one is no such form."""
+"""Handlers of operations: the forms of calls that they describe, and faults, which are something else."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_what_a_handler_raises_is_raised(fault: type[Exception]) -> None:
 # ------------------------------------------------------------------------------- the table of PyTorch
 
 
-#: What may be in the place of any argument: a tensor, a node without a meaning, a size, anything.
+#: Possible values of any argument: a tensor, a node without a meaning, a size, anything.
 ANYTHING = (X, MASK, NODE, N, None, "text", 1, 2.5, (0, NODE), (N, 1), torch.float16)
 
 
@@ -108,7 +108,7 @@ def test_no_handler_fails_on_what_it_does_not_describe(name: str) -> None:
             assert found is None or isinstance(found, (Expr, tuple)), args
 
 
-#: Calls with what is only known when the graph runs, or of kinds that no sample of PyTorch has.
+#: Calls with arguments that are known only when the graph runs, or that no sample of PyTorch covers.
 UNKNOWN: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "dimensions that are not known": ("permute", (X, (NODE, 1, 2)), {}),
     "symbolic dimensions": ("permute", (X, (N, 1, 2)), {}),

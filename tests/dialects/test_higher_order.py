@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Layers, called in the way that a subclass says."""
+    """Layers, called in the way that a subclass defines."""
 
     def __init__(self, layers: int = 2) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Broken(Model):
 
 
 class BrokenInside(Model):
-    """The graph breaks between the scores and the softmax: nothing can be fused, nothing may be wrong."""
+    """The graph breaks between the scores and the softmax: nothing can be fused; results must be right."""
 
     def run(self, layer: nn.Module, x: Tensor) -> Tensor:
         s = x @ x.transpose(-2, -1)
@@ -97,7 +97,7 @@ class Conditional(Model):
 
 
 class OwnSoftmax(torch.autograd.Function):
-    """A masked softmax that brings its own gradient; where a row sees no key it has none."""
+    """A masked softmax that defines its own gradient; rows that see no key have none."""
 
     @staticmethod
     def forward(ctx, scores, hidden):  # type: ignore[no-untyped-def]
@@ -112,7 +112,7 @@ class OwnSoftmax(torch.autograd.Function):
 
 
 class OwnAttention(torch.autograd.Function):
-    """A whole attention that computes its weights again in its own backward."""
+    """Complete attention that recomputes its weights in its own backward."""
 
     @staticmethod
     def forward(ctx, q, k, v):  # type: ignore[no-untyped-def]
@@ -159,7 +159,7 @@ def run(model: nn.Module, call: Callable[..., Tensor], x: Tensor, train: bool) -
 
 
 def compare(model: nn.Module, kernel: str, train: bool, **kwargs: bool) -> checking.Run:
-    """A compiled model against itself in eager mode and in float64."""
+    """Compare a compiled model with itself in eager mode and in float64."""
     x = torch.randn(B, S, WIDTH, generator=torch.Generator().manual_seed(1))
     fn = checking.compiled(model, kernel, "aot_eager", **{"fullgraph": True, **kwargs})
     got, eager = run(model, fn, x, train), run(model, model, x, train)
@@ -208,7 +208,7 @@ def test_a_softmax_with_its_own_gradient_stays_in_training(kernel: str) -> None:
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_an_attention_with_its_own_gradient(kernel: str, train: bool) -> None:
-    """The forward is fused; the backward, which is no attention, is the function's own."""
+    """The forward is fused; the backward, which is not attention, remains the function's own."""
     got = compare(WithOwnGradient(whole=True), kernel, train)
     assert [s.fused for s in got.sites][:1] == [True], got.sites
     assert sum(s.fused for s in got.sites) == 1
@@ -278,7 +278,7 @@ class SelfAttention(nn.Module):
 
 
 class Functional(SelfAttention):
-    """`F.multi_head_attention_forward`, whose averaged weights nobody reads."""
+    """`F.multi_head_attention_forward`; its averaged weights are not read."""
 
     def forward(self, x: Tensor) -> Tensor:
         m = self.attention

@@ -1,4 +1,4 @@
-"""Memory that is shared or written: no write is lost or moved, no site reads another version of a value."""
+"""Shared and written memory: no write is lost or moved, no site reads the wrong version of a value."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STAYING: list[Any] = []
 
 
 def case(fuses: bool, grads: str = "") -> Callable[[Program], Program]:
-    """Tests run a program with gradients for the inputs named in ``grads``."""
+    """Declare a program; tests run it with gradients for the inputs in ``grads``."""
 
     def add(program: Program) -> Program:
         (FUSED if fuses else STAYING).append(pytest.param(program, grads, id=program.__name__))
@@ -288,7 +288,7 @@ def test_a_value_that_was_overwritten_is_not_read_again(program: Program, grads:
 
 
 def test_a_dropout_that_drops_nothing_gives_its_operand() -> None:
-    """Its recorded value is another tensor: compiled for AOTAutograd, PyTorch itself loses the write."""
+    """Its recorded value is another tensor: with AOTAutograd, PyTorch itself loses the write."""
 
     def program(q, k, v, b):  # type: ignore[no-untyped-def]
         weights = (q @ k.mT).softmax(-1)
@@ -303,7 +303,7 @@ def test_a_dropout_that_drops_nothing_gives_its_operand() -> None:
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("read", [Tensor.flatten, lambda x: x.transpose(1, 2).reshape(2, 4, 16)])
 def test_a_view_without_gradients_is_no_copy(read: Callable[[Tensor], Tensor], transposed: bool) -> None:
-    """A view of what has gradients has them in a ``no_grad`` region too, a copy has none."""
+    """In a ``no_grad`` region, a view of a tensor with gradients has them too, but a copy does not."""
 
     def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = (q @ k.mT).softmax(-1)

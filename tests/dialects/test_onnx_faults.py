@@ -1,4 +1,4 @@
-"""A handler that fails costs its own node: the value is opaque, and the report and the log say so once."""
+"""A handler that fails affects only its node: the value is opaque, and report and log say so once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.exporters.test_onnx_optimize import plain
 
 
 class TwoSites(nn.Module):
-    """A softcap in the scores of one site, and activations around both that are read alike."""
+    """A softcap in the scores of one site, and activations around both sites that use the same operator."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         first = (q @ k.transpose(-1, -2) * 0.25).softmax(-1) @ torch.relu(v)
@@ -38,7 +38,7 @@ def broken(c: Call, x: Expr) -> Expr:
 
 @pytest.fixture
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing was warned of yet."""
+    """Forget which warnings were given."""
     monkeypatch.setattr(faults, "_warned", set())
 
 
@@ -75,7 +75,7 @@ def test_a_fault_is_raised_where_that_is_asked_for(tmp_path: Path, monkeypatch: 
 
 
 def test_numbers_that_fail_cost_their_node(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
-    """Integers that describe shapes are followed apart from the meanings."""
+    """Integers that describe shapes are tracked separately from the meanings."""
     monkeypatch.delenv("FUSEPASS_STRICT", raising=False)
     monkeypatch.setattr("fusepass.dialects.onnx.sizes.total", broken)
     x = ir.val("x", ir.DataType.FLOAT, [2, 3])
@@ -87,7 +87,7 @@ def test_numbers_that_fail_cost_their_node(monkeypatch: pytest.MonkeyPatch, forg
 
 
 def test_a_form_that_is_not_described_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More inputs than the handler takes, or one that is left out: opaque, and nothing failed."""
+    """Too many inputs for the handler, or a missing one: the value is opaque, but nothing failed."""
     monkeypatch.setenv("FUSEPASS_STRICT", "1")
     x = ir.val("x", ir.DataType.FLOAT, [2, 3])
     many, none = ir.node("Identity", [x, x]), ir.node("MatMul", [x, None])

@@ -1,7 +1,7 @@
-"""The examples of the ONNX specification are read as what they compute.
+"""The examples of the ONNX specification: the meaning that is read computes the recorded outputs.
 
 Every operator of the standard comes with node tests (``onnx.backend.test``): small models, inputs and
-outputs, some with the operator written out as a function of others.
+outputs, some with the operator expanded into others.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _numbers(e: Expr) -> tuple[Any, ...]:
 
 
 def read_otherwise(case: Any) -> tuple[int, list[str]]:
-    """How many outputs of an example were read through, and which as something else."""
+    """How many outputs of an example were read, and which ones were read wrongly."""
     model = ir.serde.deserialize_model(case.model)
     InlinePass()(model)
     reader = OnnxReader(model.graph, model.opset_imports, infer(model))
@@ -57,7 +57,7 @@ def read_otherwise(case: Any) -> tuple[int, list[str]]:
             continue
         leaves = [n for n in walk(meaning) if n.op == "input"]
         if any(str(n.attrs[0]) not in wide or n.shape != wide[str(n.attrs[0])].shape for n in leaves):
-            continue  # not looked into, or an input that is optional
+            continue  # opaque, or an optional input
         got = Evaluator(wide)(meaning)
         compared += 1
         low = want.is_floating_point() and want.dtype.itemsize < 4  # the evaluator does not round

@@ -1,7 +1,7 @@
-"""PyTorch's own samples of every operator are read as what the operator computes.
+"""PyTorch's own samples of every operator: the meaning that is read computes the operator's result.
 
-The samples are those its test-suite has for each operator (``op_db``): functions, methods and what they
-are in place, with odd ranks, broadcasting, keyword arguments and empty tensors.
+The samples are those of its test suite (``op_db``): functions, methods and in-place forms, with odd ranks,
+broadcasting, keyword arguments and empty tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fusepass.dialects.torch.ops import HANDLERS
 from fusepass.expressions.ir import Expr, walk
 from tests.evaluate import Evaluator
 
-#: Samples of one operator, dtype and spelling that are looked at.
+#: The number of samples per operator, dtype and spelling.
 MOST_SAMPLES = 60
 DTYPES = (torch.float64, torch.int64, torch.bool)
 Spelling = tuple[Any, str]
@@ -29,10 +29,10 @@ Spelling = tuple[Any, str]
 
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """PyTorch's table of operators; fake tensors complain loudly of samples that are errors.
+    """PyTorch's table of operators; warnings about samples that are errors are silenced.
 
-    For every set of samples PyTorch looks for its own test on the stack, through every module that was ever
-    imported: minutes, beside a large library.
+    For every set of samples PyTorch looks for its own test on the stack, through all imported modules: this
+    takes minutes if a large library is loaded.
     """
     logging.disable(logging.ERROR)
     try:
@@ -48,7 +48,7 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def spellings(op: Any) -> Iterator[Spelling]:
-    """The function, the method and the method in place, where they have names."""
+    """The function, the method and the in-place method, if they exist."""
     kinds = ((op.op, "function"), (op.method_variant, "method"), (op.inplace_variant, "method"))
     for target, kind in kinds:
         name = getattr(target, "__name__", "<lambda>")
@@ -85,12 +85,12 @@ class Captured:
         return call(*(args[1:] if self.kind == "method" else args), **kwargs)
 
     def result(self) -> Any:
-        """What PyTorch computes, on copies of the inputs."""
+        """PyTorch's result, on copies of the inputs."""
         return self._called(lambda n: self.tensors[n.name].clone())
 
 
 def captured(spelling: Spelling, sample: Any) -> tuple[Captured, Any] | None:
-    """The call and its result; None for what is no call with dense tensors, or an error in itself."""
+    """The call and its result; None if it is not a call with dense tensors, or is an error."""
     args = (sample.input, *sample.args)
     tensors = [a for a in args if isinstance(a, Tensor)]
     if not isinstance(args[0], (Tensor, list, tuple)) or any(t.layout is not torch.strided for t in tensors):
@@ -103,7 +103,7 @@ def captured(spelling: Spelling, sample: Any) -> tuple[Captured, Any] | None:
 
 
 def read_otherwise(call: Captured, result: Any) -> tuple[int, list[str]]:
-    """How many results were read through, and which as something else."""
+    """How many results were read, and which ones were read wrongly."""
     found = Reader(call.graph).meaning.get(call.node)
     several = isinstance(found, tuple) and isinstance(result, (tuple, list))
     pairs = zip(found, result, strict=False) if several else [(found, result)]  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def read_otherwise(call: Captured, result: Any) -> tuple[int, list[str]]:
         if not isinstance(meaning, Expr) or not isinstance(want, Tensor):
             continue
         if not {str(n.attrs[0]) for n in walk(meaning) if n.op == "input"} <= set(call.tensors):
-            continue  # not looked into
+            continue  # opaque
         got = Evaluator(call.tensors)(meaning)
         low = want.is_floating_point() and want.dtype.itemsize < 8  # the evaluator does not round
         close = {"rtol": 1e-2, "atol": 1e-2} if low else {"rtol": 1e-9, "atol": 1e-9}

@@ -1,4 +1,4 @@
-"""Tensors side by side, padding, and tensors written into a part of another."""
+"""Concatenation, padding, and tensors that are written into a part of another one."""
 
 from __future__ import annotations
 

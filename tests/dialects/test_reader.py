@@ -1,4 +1,4 @@
-"""Aliasing and mutation: whatever is written where and when, the numbers stay eager's."""
+"""Aliasing and mutation: whatever is written, the numbers are the same as eager's."""
 
 from __future__ import annotations
 
@@ -458,7 +458,7 @@ def test_operators_written_as_methods() -> None:
 
 
 def test_results_that_are_none() -> None:
-    """Along an axis of size 0 there is nothing to unbind."""
+    """An axis of size 0 has nothing to unbind."""
 
     def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         none = q.new_zeros(0, 3).unbind(0)

@@ -1,4 +1,4 @@
-"""The transforms of ``torch.func`` around attention, and gradients recorded within ``no_grad``."""
+"""The transforms of ``torch.func`` around attention, and gradients that are recorded inside ``no_grad``."""
 
 from __future__ import annotations
 
@@ -118,13 +118,13 @@ def gradient(q: Tensor, k: Tensor, v: Tensor) -> Any:
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gradient_is_taken_of_pytorchs_own_kernels(dtype: torch.dtype, grad: bool) -> None:
-    """The reference operator, which short sites in bfloat16 are given otherwise, has no such gradient."""
+    """The reference operator, which short sites in bfloat16 would otherwise get, has no such gradient."""
     (site,) = checked(gradient, [t.to(dtype) for t in drawn(2, 4)], grad)
     assert site.fused and site.kernel == "sdpa"
 
 
 class Projected(nn.Module):
-    """Attention whose parameters are all that learns."""
+    """Attention in which only the parameters learn."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def of_parameters(model: nn.Module, q: Tensor, k: Tensor, v: Tensor, detached: b
 
 
 def weighted(w: Tensor, q: Tensor, k: Tensor, v: Tensor, detached: bool) -> Any:
-    """Nothing in the attention learns outside of the gradient, which depends on what does."""
+    """Nothing in the attention learns outside ``grad``, but its input depends on tensors that do."""
     w = w.detach() if detached else w
     return func.grad(lambda x: (attention(x, k, v) * w).square().sum())(q)
 
@@ -157,7 +157,7 @@ def with_values(w: Tensor, q: Tensor, k: Tensor, v: Tensor, detached: bool) -> A
 def test_a_gradient_that_may_be_differentiated_again(
     program: Callable[..., Any], detached: bool, grad: bool
 ) -> None:
-    """A gradient of parameters is served where nothing outside wants the gradient of that, and stays else."""
+    """A gradient of parameters is fused if nothing outside needs the gradient of that gradient."""
     torch.manual_seed(0)
     learned = Projected() if program is of_parameters else torch.randn(8, requires_grad=True)
     given = drawn(2, 4)
@@ -193,7 +193,7 @@ CHECKPOINTS: list[Program] = [
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_a_checkpoint_whether_or_not_gradients_flow(learns: bool, grad: bool, inner: str) -> None:
-    """PyTorch refuses to recompute SDPA where a graph has no backward pass, also if nothing is recomputed."""
+    """PyTorch rejects SDPA in a checkpoint if a graph has no backward pass, even if nothing is recomputed."""
     for program in CHECKPOINTS:
         torch._dynamo.reset()
         given = [t.requires_grad_(learns) for t in drawn(2, 4)]
@@ -220,7 +220,7 @@ def test_other_kernels_stay_out_of_gradients() -> None:
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_detached_query_within_enable_grad(grad: bool) -> None:
-    """What ``detach`` cuts off stays cut off where gradients are recorded within ``no_grad``."""
+    """What ``detach`` cuts off stays cut off if gradients are recorded inside ``no_grad``."""
 
     class Guided(nn.Module):
         def __init__(self) -> None:

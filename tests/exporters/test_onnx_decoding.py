@@ -77,5 +77,5 @@ def test_decoding_with_a_cache(
 
 
 def _inputs(path: Path, operator: str) -> list[list[bool]]:
-    """Which inputs of each node of an operator are given."""
+    """For each node of an operator, which inputs it has."""
     return [[value is not None for value in node.inputs] for node in nodes(path, operator)]

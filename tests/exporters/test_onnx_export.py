@@ -36,7 +36,7 @@ MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 
 
 PLAIN = [True] * 3
-#: settings -> (inputs that are given, attributes that are set)
+#: settings -> (inputs that are present, attributes that are set)
 FEATURES: dict[str, tuple[dict[str, Any], list[bool], dict[str, Any]]] = {
     "plain": ({}, PLAIN, {"scale": 8**-0.5}),
     "causal": ({"causal": True}, PLAIN, {"scale": 8**-0.5, "is_causal": 1}),
@@ -106,7 +106,7 @@ def test_rows_that_see_no_key_keep_their_meaning(causal: bool, dtype: torch.dtyp
 
 
 class Masked(nn.Module):
-    """Masks of -inf: rows that see no key are NaN, or zero where the weights are cleaned."""
+    """Masks of -inf: rows that see no key are NaN, or zero if NaN weights are replaced."""
 
     def __init__(self, clean: bool) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ def test_lengths_of_other_axes_are_no_lengths_of_keys(tmp_path: Path) -> None:
 
 
 class Cached(nn.Module):
-    """Causal attention after a cache, which it returns joined."""
+    """Causal attention with a cache; returns the joined cache."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, ...]:
         k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
@@ -223,7 +223,7 @@ def test_a_cache_becomes_past_and_present(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_mask_in_half_precision_is_multi_head_attention(causal: bool, tmp_path: Path) -> None:
-    """Also in rows that see no key, which runtimes do not agree on."""
+    """This includes rows that see no key, on which runtimes do not agree."""
     path = tmp_path / "model.onnx"
     model = sharpened(Attention(kv=2, causal=causal)).half()
     shapes = ({0: BATCH, 1: LENGTH}, {0: BATCH, 1: LENGTH})
@@ -250,7 +250,7 @@ def test_a_sink_elsewhere_is_one_more_key(settings: dict[str, Any], target: str,
 
 
 class Gated(nn.Module):
-    """Every key's weight, or score, times a number of its own, with causality and padding if there is any."""
+    """Every key's weight, or score, times its own number, with causality and optional padding."""
 
     def __init__(self, group: int = 1, late: bool = True) -> None:
         super().__init__()
@@ -355,7 +355,7 @@ def test_names_and_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
 
 
 def test_large_models_keep_their_weights_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of protocol buffers end at two gigabytes; here the bound is two kilobytes."""
+    """Protocol buffers are limited to two gigabytes; here the limit is two kilobytes."""
     monkeypatch.setattr("fusepass.exporters.onnx.files._INLINE_BYTES", 2000)
     monkeypatch.setattr("fusepass.exporters.onnx.files._SMALL", 256)
     steps: list[str] = []

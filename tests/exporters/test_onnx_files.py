@@ -35,7 +35,7 @@ def attention(q: str = "q", k: str = "k", v: str = "v", end: str = "", opset: in
 
 
 def model_of(steps: list[Any], inputs: Any = None, outputs: Any = None, opset: int = 20, **more: Any) -> Any:
-    """A model of some nodes; by default of ``q, k, v`` and with the result ``y``."""
+    """A model of the given nodes; by default with inputs ``q, k, v`` and the output ``y``."""
     weights = more.pop("weights", [])
     graph = helper.make_graph(
         steps, "g", inputs or [floats(n) for n in "qkv"], outputs or [floats("y")], weights
@@ -108,7 +108,7 @@ def test_inner_graphs_read_what_is_computed_before_them(tmp_path: Path) -> None:
 
 
 def looped(shape: Any) -> Any:
-    """Attention three times in a loop, whose state are the queries."""
+    """Attention three times in a loop, with the queries as its state."""
     state = [floats("state", shape), floats("y_inner", shape)]
     number = helper.make_tensor_value_info("number", TensorProto.INT64, [])
     flags = [helper.make_tensor_value_info(n, TensorProto.BOOL, []) for n in ("more", "more_out")]
@@ -152,7 +152,7 @@ def test_attention_in_a_scan(tmp_path: Path) -> None:
 
 
 def test_functions_of_the_model(tmp_path: Path) -> None:
-    """A function that calls another, twice: they are written out, and both sites are fused."""
+    """A function that calls another one, twice: they are inlined, and both sites are fused."""
     before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
     imports = [helper.make_opsetid("", 20), helper.make_opsetid("somebody", 1)]
     inner = helper.make_function("somebody", "Mix", list("abc"), ["y"], attention(*"abc"), imports)
@@ -246,7 +246,7 @@ def test_missing_external_data(damage: str, tmp_path: Path) -> None:
 
 
 def in_other_files(where: str, path: Path) -> None:
-    """A model whose keys lie in ``data.bin``: a weight, one of an inner graph, or a constant."""
+    """A model whose keys are in ``data.bin``: a weight, a weight of an inner graph, or a constant."""
     shape = [2, 2, 64, 8]
     keys = numpy_helper.from_array(np.random.default_rng(0).standard_normal(shape).astype("f4"), "k")
     inputs, outputs = [floats(n, shape) for n in "qv"], [floats("y", shape)]
@@ -349,7 +349,7 @@ def test_invalid_models(how: str, tmp_path: Path) -> None:
 
 
 def test_damaged_bytes(tmp_path: Path) -> None:
-    """Whatever the damage: an error that names the file, or a model that onnx's checker accepts."""
+    """Any damage leads to an error that names the file, or to a model that onnx's checker accepts."""
     path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
     whole, generator = attention_proto().SerializeToString(), np.random.default_rng(0)
     refused: list[str] = []
@@ -370,7 +370,7 @@ def test_damaged_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_full_disk(apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The write fails half-way: what was there before stays."""
+    """The write fails halfway: the old file stays."""
 
     def fails(model: Any, path: Any, **_: Any) -> None:
         Path(path).write_bytes(b"half")

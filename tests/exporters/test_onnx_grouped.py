@@ -96,7 +96,7 @@ def test_a_window_after_a_cache_of_constant_size(tmp_path: Path) -> None:
 
 
 def test_a_window_after_a_cache_of_any_size_is_a_mask(tmp_path: Path) -> None:
-    """On the CPU GroupQueryAttention takes several queries after a cache for one sequence alone."""
+    """On the CPU, GroupQueryAttention with a cache takes several queries only for a single sequence."""
     path = tmp_path / "model.onnx"
     new = [torch.randn(2, h, 4, 8).half() for h in (4, 2, 2)]
     past = [torch.randn(2, 2, 5, 8).half() for _ in range(2)]
@@ -145,7 +145,7 @@ class Turning(nn.Module):
 
 
 class Fresh(Turning):
-    """Without a cache; ``keeps``: the turned keys are a result too."""
+    """Without a cache; ``keeps``: the turned keys are an output too."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Any:  # type: ignore[override]
         n = q.shape[1]
@@ -174,7 +174,7 @@ def turning_inputs(batch: int, n: int, past: int | None) -> list[Tensor]:
 @pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("neighbours", [False, True])
 def test_rotary_embeddings_are_done_by_the_operator(neighbours: bool, window: int, tmp_path: Path) -> None:
-    """Whatever the positions are, as long as all sequences have the same."""
+    """Any positions will do, as long as all sequences have the same ones."""
     path = tmp_path / "model.onnx"
     shapes = ({0: BATCH, 1: LENGTH},) * 3 + ({1: LENGTH},)
     model = Fresh(window, neighbours).eval()

@@ -1,4 +1,4 @@
-"""`optimize_onnx`: models of other exporters, fused where they can be, untouched or refused where not."""
+"""`optimize_onnx`: models of other exporters are fused if possible, otherwise untouched or refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def scripted(
 
 
 def plain(model: nn.Module, path: Path, *args: Any, opset: int = 20, **options: Any) -> None:
-    """An export by PyTorch's exporter, attention written out."""
+    """An export by PyTorch's exporter, without fused attention."""
     program = torch.onnx.export(model, args, dynamo=True, opset_version=opset, verbose=False, **options)
     assert program is not None
     ir.save(program.model, path)
@@ -142,7 +142,7 @@ def test_scores_that_are_read_elsewhere_stay(tmp_path: Path) -> None:
 
 
 class Repeated(nn.Module):
-    """The same attention twice, the second time as the result of the model as well."""
+    """The same attention twice, the second time also as an output of the model."""
 
     def __init__(self, shared: bool) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def test_the_same_attention_twice(shared: bool, tmp_path: Path) -> None:
 
 
 class Twice(nn.Module):
-    """The same weights for two tensors of values; ``shown``: they are a result as well."""
+    """The same weights for two tensors of values; ``shown``: the weights are an output too."""
 
     def __init__(self, shown: bool) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ def test_a_traced_model_that_runs_at_its_own_sizes_only_is_checked_there(tmp_pat
 
 
 class Beside(nn.Module):
-    """Keys in two tensors, normalised together; ``shown``: the weights are a result as well."""
+    """Keys in two tensors, normalised together; ``shown``: the weights are an output too."""
 
     def __init__(self, shown: bool) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ def test_keys_in_two_tensors(shown: bool, tmp_path: Path) -> None:
 
 
 class Activated(nn.Module):
-    """An activation function with an exponential in front of a linear layer is no attention."""
+    """An activation function with an exponential in front of a linear layer is not attention."""
 
     def forward(self, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
         h = x @ first

@@ -1,4 +1,4 @@
-"""Rotary embeddings: every spelling as the operator, and what is written around it in models of layers."""
+"""Rotary embeddings: every spelling becomes the operator, alone and in models with layers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_rotary_embedding(even: bool, neighbours: bool, heads_last: bool, tmp_
 
 
 class Parted(nn.Module):
-    """A rotary embedding of two parts of a tensor, by tables that have every number once."""
+    """A rotary embedding of two parts of a tensor, with tables that hold every number once."""
 
     def __init__(self, neighbours: bool) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def test_a_rotary_embedding_of_parts(neighbours: bool, tmp_path: Path) -> None:
 
 
 class Weighted(nn.Module):
-    """A rotary embedding of a tensor times weights that are ones as yet."""
+    """A rotary embedding of a tensor times weights that are still all ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Layer(nn.Module):
 def test_layers_with_and_without(
     kinds: tuple[bool, ...], target: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """What the layers share is written in front of the first, and stays while anything needs it."""
+    """What the layers share is written in front of the first one, and stays as long as it is needed."""
     path = tmp_path / "model.onnx"
     model = nn.Sequential(*map(Layer, kinds)).to(dtype).eval()
     x = torch.randn(2, 6, 64, dtype=dtype)

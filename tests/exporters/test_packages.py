@@ -1,4 +1,4 @@
-"""`.pt2` files where the libraries of ONNX are not installed."""
+"""`.pt2` files, also without the ONNX libraries."""
 
 from __future__ import annotations
 

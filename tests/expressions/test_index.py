@@ -1,4 +1,4 @@
-"""Index algebra: what an index expression names is what PyTorch's view holds."""
+"""Index algebra: an index expression names the element that PyTorch's view holds."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def walk_down(root: Expr, space: AxisSpace) -> tuple[Term, Term]:
 
 @dataclass
 class Chain:
-    """An expression of views and the tensor it stands for, grown side by side."""
+    """An expression of views, and the tensor it stands for, built together."""
 
     node: Expr
     value: Tensor

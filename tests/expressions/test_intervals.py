@@ -1,4 +1,4 @@
-"""Bounds of expressions: what is computed lies within them, and biases are judged by them."""
+"""Bounds of expressions: computed values lie within them, and biases are judged by them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ N = 4
 
 
 def applied(op: str, args: list[Expr], dtype: torch.dtype) -> Expr:
-    """One more node, of the dtype that PyTorch would give it."""
+    """A node with the dtype that PyTorch would give it."""
     x, y = args[0], args[-1]
     bits = pointwise("lt", x, y)
     if op in ("lt", "eq", "isnan"):

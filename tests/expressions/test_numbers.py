@@ -1,4 +1,4 @@
-"""Numbers have dtypes: constants, casts and what is computed of them are what PyTorch makes of them."""
+"""Numbers have dtypes: constants, casts and computations on them agree with PyTorch."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def meant(value: Any, dtype: torch.dtype) -> Any:
 
 
 def defined(value: Any, dtype: torch.dtype) -> bool:
-    """Does PyTorch say what a number is in a dtype?"""
+    """Does PyTorch define the number in a dtype?"""
     if not isinstance(value, float) or not arithmetic.is_integer(dtype):
         return True
     info = torch.iinfo(dtype)
@@ -131,7 +131,7 @@ def test_complex_numbers_are_numbers_that_nobody_takes_for_real() -> None:
 
 
 class Deaf(TorchDispatchMode):
-    """Nothing is computed while it is on."""
+    """Fails if an operation runs inside."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -323,7 +323,7 @@ def test_the_formula_of_a_program_of_numbers_is_the_program(data: st.DataObject)
 
 
 def check(program: Callable[[], Tensor]) -> None:
-    """The expression and the formula of a program give what eager gives."""
+    """The expression and the formula of a program give eager's result."""
     node, reader = meaning(program)
     scope = Scope(AxisSpace(reader.facts), views=RULES.layout)
     term = Term(node, tuple(scope.space.new_axis("x", n) for n in node.shape))
@@ -605,7 +605,7 @@ LOWEST = torch.finfo(torch.float32).min
 @pytest.mark.parametrize("kernel", ["auto", "reference", "sdpa", "flex"])
 @pytest.mark.parametrize("how", ["added", "added in half", "cast to half"])
 def test_fills_that_add_up_to_infinity(how: str, kernel: str) -> None:
-    """Where both fills meet in a whole row the scores are infinite, and the weights NaN."""
+    """In a row where both fills are added everywhere, the scores are infinite and the weights NaN."""
     fill = LOWEST if how == "added" else torch.finfo(torch.half).min if how == "added in half" else -1e9
     dtype = torch.float16 if how == "added in half" else torch.float32
 

@@ -1,4 +1,4 @@
-"""Sends random attention programs through the pass, compares with eager PyTorch, shrinks what fails."""
+"""Sends random attention programs through the pass, compares with eager PyTorch, and shrinks failures."""
 
 import argparse
 import math
@@ -20,7 +20,7 @@ DEFAULT_PROGRAMS = 1000
 
 @dataclass
 class Tally:
-    """What became of the programs so far."""
+    """The outcomes of the programs so far."""
 
     counts: Counter[str] = field(default_factory=Counter)
     fused: int = 0
@@ -48,7 +48,7 @@ class Tally:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Fuzzes. The exit status is 1 if a program came out wrong or failed."""
+    """Fuzz. The exit status is 1 if a program was wrong or failed."""
     args = _parse(arguments)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     end = time.time() + args.seconds if args.seconds is not None else math.inf
@@ -101,7 +101,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _one(examiner: Examiner, number: int, folder: Path, console: Console) -> int:
-    """One program, whatever becomes of it."""
+    """Handle the outcome of one program."""
     result = examiner.examine(number)
     console.print(result.program.script)
     console.print(result.verdict.kind, *result.verdict.reasons, *result.verdict.fused, sep="\n  ")
@@ -111,7 +111,7 @@ def _one(examiner: Examiner, number: int, folder: Path, console: Console) -> int
 
 
 def _show(result: Result, folder: Path, console: Console) -> None:
-    """Saves a failing program, and prints it if it was shrunk: it is not if it looks like others."""
+    """Save a failing program, and print it if it was shrunk; one that looks like others is not shrunk."""
     folder.mkdir(parents=True, exist_ok=True)
     program, verdict = result.program, result.verdict
     path = folder / f"seed{program.seed}_{program.number}.py"

@@ -1,4 +1,4 @@
-"""Draws programs: from a seed and a number, always the same one."""
+"""Draws programs: a seed and a number always give the same program."""
 
 import random
 import re
@@ -15,7 +15,7 @@ INNERS = ("eager", "aot_eager")
 
 @dataclass(frozen=True)
 class Choices:
-    """What is left to the user."""
+    """The settings that the user can choose."""
 
     kernel: str = "all"
     """One of `KERNELS`, or "all" to have each program draw one."""
@@ -25,7 +25,7 @@ class Choices:
 
 
 def draw(seed: int, number: int, choices: Choices) -> Program:
-    """The program of that number."""
+    """The program with this number."""
     rng = random.Random(f"{seed}/{number}")
     writes = rng.choice([0.0, 0.0, 0.0, 0.08, 0.15, 0.3])
     learns = rng.choice([0.0, 0.0, 0.0, 0.3] if writes else [0.0, 0.0, 0.3, 0.6, 1.0])
@@ -63,7 +63,7 @@ def draw(seed: int, number: int, choices: Choices) -> Program:
 
 
 def _sizes(rng: random.Random) -> tuple[tuple[int, ...], str]:
-    """Values of `SIZES`, and which of them are equal on purpose."""
+    """Values for `SIZES`, and which of them are deliberately equal."""
     edge = rng.random() < 0.06
 
     def one(*usual: int) -> int:
@@ -112,7 +112,7 @@ def _other_result(sk: Sketch) -> str:
 
 
 def _spoil(sk: Sketch) -> None:
-    """Puts something that is not finite into an argument."""
+    """Puts a non-finite number into an argument."""
     index = sk.rng.randrange(len(sk.inputs))
     line = sk.inputs[index]
     if match := re.search(r"r\(([^()]*?), seed=\d+[^()]*\)", line):
@@ -122,7 +122,7 @@ def _spoil(sk: Sketch) -> None:
 
 
 def _without_gradients(sk: Sketch) -> None:
-    """Takes one of the steps where no gradients are recorded."""
+    """Wraps one of the steps in a region without gradients."""
     place = sk.rng.randrange(len(sk.body))
     if assigned(sk.body[place]) is not None:
         sk.body[place] = f"with torch.no_grad():\n    {sk.body[place]}"

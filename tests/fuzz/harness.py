@@ -1,4 +1,4 @@
-"""What drawn programs run with: their numbers and calls. It is printed with each failing program."""
+"""What drawn programs need to run: numbers and calls. It is printed with each failing program."""
 
 import contextlib
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def r(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def whole(*shape: int, seed: int, below: int = 2, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Whole numbers from 0 on."""
+    """Integers from 0 on."""
     return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
@@ -28,7 +28,7 @@ def memory(tensor: Tensor) -> int:
 
 
 def backward(results: tuple[Any, ...]) -> None:
-    """From a fixed weighted sum of the results."""
+    """Gradients of a fixed weighted sum of the results."""
     total = None
     for t in results:
         if isinstance(t, Tensor) and t.requires_grad:

@@ -1,4 +1,4 @@
-"""Runs a program eagerly, in float64 and compiled, and says whether what can be seen is the same."""
+"""Runs a program eagerly, in float64 and compiled, and tells whether the visible results agree."""
 
 import contextlib
 import itertools
@@ -24,7 +24,7 @@ OF_BASES = (
     "Expected !size_bytes_is_heap_allocated_",
 )
 
-#: Factors of scores that make their rounding, and their gradients, as much larger.
+#: Factors of scores, which enlarge their rounding and their gradients as much.
 LARGE = r"-1\)\.to\(torch\.uint8\)|\b200\b"
 
 RIGHT, WRONG, FAILED, SKIPPED, TORCHS_OWN = "right", "wrong", "failed", "skipped", "torch's own"
@@ -33,7 +33,7 @@ _runs = itertools.count()
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a program came out."""
+    """The outcome of a program."""
 
     kind: str
     reasons: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class Expected:
 
 
 def judge(program: Program) -> Verdict:
-    """The whole verdict. What goes wrong without the pass as well is PyTorch's own fault."""
+    """The complete verdict. A failure that also occurs without the pass is PyTorch's."""
     with quiet():
         try:
             expected = expect(program)
@@ -73,23 +73,23 @@ def judge(program: Program) -> Verdict:
 
 
 def is_unseen_by_autograd(program: Program, verdict: Verdict) -> bool:
-    """Are only gradients other ones, where what eager keeps for them is written through ``.data``?"""
+    """Do only gradients differ, because tensors that eager keeps for them are written through ``.data``?"""
     return bool(re.search(r"\.data\.\w+_\(", program.text)) and all(
         "gradient" in reason for reason in verdict.reasons
     )
 
 
 def is_written_between_passes(program: Program, verdict: Verdict) -> bool:
-    """Does PyTorch refuse a write between forward and backward, by code that is in no graph with the site?
+    """Does PyTorch reject a write between forward and backward, by code outside the site's graph?
 
-    A fused call keeps the keys that it is given, where eager keeps a copy of them for every query head.
+    A fused call keeps its keys, but eager keeps a copy of them for every query head.
     """
     refused = any("modified by an inplace operation" in reason for reason in verdict.reasons)
     return refused and re.search(r"repeat|expand|arange\(H\)", program.text) is not None
 
 
 def is_kernels_own(program: Program, verdict: Verdict) -> bool:
-    """Is what differs right where eager's SDPA is plain mathematics, which its CPU kernel's is not?
+    """Does the difference vanish if eager's SDPA is computed by plain mathematics instead of its CPU kernel?
 
     Its gradients of rows that ``finfo.min`` hides are too large: ``exp(s - logsumexp)`` loses their length.
     """
@@ -103,7 +103,7 @@ def is_kernels_own(program: Program, verdict: Verdict) -> bool:
 
 
 def expect(program: Program) -> Expected:
-    """Runs a program eagerly, and in float64 if that works; what eager PyTorch does not take is raised."""
+    """Run a program eagerly, and in float64 if that works; errors of eager PyTorch are raised."""
     eager = execute(program, program.text)
     exact = {}
     torch.set_default_dtype(torch.float64)
@@ -117,7 +117,7 @@ def expect(program: Program) -> Expected:
 
 
 def coarseness(program: Program) -> float:
-    """The rounding of the coarsest numbers that a program mentions."""
+    """The rounding unit of the least precise dtype that a program mentions."""
     single, half, brain = (torch.finfo(d).eps for d in (torch.float32, torch.float16, torch.bfloat16))
     found = {
         r"bfloat16": brain / 8,
@@ -133,7 +133,7 @@ def coarseness(program: Program) -> float:
 
 
 def compare(program: Program, expected: Expected, backend: str, **options: str) -> Verdict:
-    """Compiles a program with a backend and compares it with what is expected."""
+    """Compile a program with a backend and compare it with the expected results."""
     from fusepass.reports.collector import collect
 
     torch._dynamo.reset()
@@ -155,9 +155,9 @@ def compare(program: Program, expected: Expected, backend: str, **options: str) 
 
 
 def overflows(program: Program, want: Any, exact: Any) -> bool:
-    """Is a number NaN only because the program takes exponentials of scores as they are, which overflow?
+    """Is a number NaN only because the program takes exponentials without a maximum, which overflow?
 
-    A softmax that is written out without a maximum is taken for one, whatever the size of its scores.
+    A softmax written out without a maximum counts as a softmax, whatever the size of its scores.
     """
     if "exp(" not in program.text or not isinstance(want, Tensor) or not isinstance(exact, Tensor):
         return False
@@ -165,7 +165,7 @@ def overflows(program: Program, want: Any, exact: Any) -> bool:
 
 
 def _seen(name: str, value: Any) -> Any:
-    """A value as it is compared: sums of infinite gradients are infinite or NaN, as their order has it."""
+    """A value to compare: sums of infinite gradients are infinite or NaN, depending on their order."""
     if "gradient" in name and isinstance(value, Tensor):
         return value.masked_fill(value.isinf(), math.nan)
     return value
@@ -185,7 +185,7 @@ def execute(program: Program, text: str, backend: str | None = None, **options: 
 
 
 def differs(want: Any, got: Any, exact: Any, eps: float) -> str:
-    """How a value differs from the eager one; empty if it does not."""
+    """The difference of a value from the eager one, as text; empty if there is none."""
     if not isinstance(want, Tensor) or not isinstance(got, Tensor):
         same = type(want) is type(got) and (isinstance(want, Tensor) or want == got)
         return "" if same else f"{_short(want)} eager, {_short(got)} compiled"
@@ -209,7 +209,7 @@ def same_places(one: Tensor, other: Tensor) -> bool:
 def _error(want: Tensor, got: Tensor, exact: Any, eps: float) -> str:
     """Twice eager's error against float64 is allowed, and some roundings more.
 
-    Where eager itself is far from float64, an element has to be near the one or the other.
+    If eager itself is far from float64, an element must be close to one or the other.
     """
     finite = want.isfinite()
     if not finite.any():

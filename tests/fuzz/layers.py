@@ -1,4 +1,4 @@
-"""The steps of attention: scores, what is done to them, weights, results."""
+"""The steps of attention: scores, their modifiers, weights, results."""
 
 from tests.fuzz.masks import hide, hiding_bias, mask
 from tests.fuzz.operands import Operands, grouped, prepared
@@ -271,7 +271,7 @@ def modified(sk: Sketch, s: str, ops: Operands) -> str:
 
 
 def _spelled(sk: Sketch, form: str, x: str, ops: Operands) -> str:
-    """A form with its names filled in; arguments and masks are made as it asks for them."""
+    """A template with its names filled in; arguments and masks are made on demand."""
     names = {"s": x, "w": x, "o": x, "q": ops.q}
     if "{odd}" in form:
         names["odd"] = sk.rng.choice(ODD)
@@ -312,7 +312,7 @@ def biased(sk: Sketch, s: str) -> str:
 
 
 def _stored(sk: Sketch, s: str) -> str:
-    """The scores go through memory of the caller, or of their own."""
+    """The scores go through the caller's memory, or through their own."""
     if sk.chance(0.4):
         buffer = sk.new("t", f"torch.zeros_like({s})", scores=True)
         sk.line(sk.pick(f"{buffer}.copy_({s})", f"{buffer}[:] = {s}", f"torch.mul({s}, 1, out={buffer})"))

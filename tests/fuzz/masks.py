@@ -97,7 +97,7 @@ WRAPPED = (
 
 
 def mask(sk: Sketch, keep: bool | None = None) -> str:
-    """The name of a mask, true where a key is seen; an older one now and then."""
+    """The name of a mask, true where a key is seen; sometimes an earlier one is reused."""
     if sk.masks and sk.chance(0.35):
         return sk.rng.choice(sk.masks)
     value = _value(sk)
@@ -166,12 +166,12 @@ def _buffer(sk: Sketch) -> str:
 
 
 def fill(sk: Sketch, scores: str) -> str:
-    """What hides a key."""
+    """A number that hides a key."""
     return sk.rng.choice(ODD_FILLS if sk.chance(0.12) else FILLS).format(s=scores)
 
 
 def hiding_bias(sk: Sketch, scores: str) -> str:
-    """A bias that is only ever zero or a fill, as an expression."""
+    """A bias that is always zero or a fill, as an expression."""
     m, f = mask(sk), fill(sk, scores)
     return sk.pick(
         f"(1 - {m}.to({scores}.dtype)) * {f}",

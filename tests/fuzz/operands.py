@@ -1,4 +1,4 @@
-"""Queries, keys and values: where they come from, and what memory they share."""
+"""Queries, keys and values: their origins, and the memory that they share."""
 
 from dataclasses import dataclass
 
@@ -81,7 +81,7 @@ def _keys_and_values(sk: Sketch, lead: Shape, q: str | None, equal: bool) -> tup
 
 
 def _alias(sk: Sketch, prefix: str, of: str) -> str:
-    """Another argument for the same memory, in some calls or in all."""
+    """Another argument on the same memory, in some or all calls."""
     name = sk.name(prefix)
     shared = sk.pick(of, of, f"{of} if turn else {of}.detach().clone()", f"{of}.detach()", f"{of}[...]")
     sk.inputs.append(f"{name} = {shared}")

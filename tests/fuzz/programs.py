@@ -1,4 +1,4 @@
-"""A program as data: lists of Python lines, which render to a module that can be run, read and printed."""
+"""A program as data: lists of Python lines, which form a module that can be run, read and printed."""
 
 import ast
 import inspect
@@ -63,7 +63,7 @@ class Program:
 
     @property
     def exact_text(self) -> str:
-        """The same in float64, of arguments that are rounded as they were."""
+        """The same in float64, with arguments rounded as before."""
         made, rest = self.text.split("def edit(self):")
         exact = re.sub(r"\.(float|half|bfloat16)\(\)", ".double()", rest)
         exact = re.sub(r"torch\.(float32|float16|bfloat16)\b", "torch.float64", exact)

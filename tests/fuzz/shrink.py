@@ -1,4 +1,4 @@
-"""Makes a bad program small while it stays bad in the same way."""
+"""Makes a failing program smaller as long as it fails in the same way."""
 
 import ast
 import copy
@@ -16,7 +16,7 @@ PLAIN_SIZES = (2, 2, 2, 4, 4, 8, 8)
 
 
 def shrink(program: Program, bad: Callable[[Program], bool], seconds: float = 60.0) -> Program:
-    """The smallest program found in the time given of which `bad` still holds.
+    """The smallest program found in the given time for which `bad` still holds.
 
     A change that did not work is tried again only when no other one is left.
     """
@@ -43,7 +43,7 @@ def shrink(program: Program, bad: Callable[[Program], bool], seconds: float = 60
 
 
 def tidied(program: Program, bad: Callable[[Program], bool]) -> Program:
-    """Without arguments that nothing reads, lines that make nothing that is read, and names of names."""
+    """The program without unused arguments, lines whose results are not read, and names of names."""
     small = program
     while (next_one := _tidier(small)) != small:
         small = next_one
@@ -76,7 +76,7 @@ def _read(*lines: tuple[str, ...]) -> set[str]:
 
 
 def candidates(program: Program) -> Iterator[tuple[str, Program]]:
-    """Simpler programs, each with the change that makes it, those first that are simpler by much."""
+    """Simpler programs, each with the change that makes it; those that are much simpler come first."""
     yield from _calls(program)
     yield from _without_lines(program)
     yield from _results(program)
@@ -85,7 +85,7 @@ def candidates(program: Program) -> Iterator[tuple[str, Program]]:
 
 
 def _calls(program: Program) -> Iterator[tuple[str, Program]]:
-    """Fewer calls, plainer ones."""
+    """Fewer and simpler calls."""
     for place in range(len(program.sizes)):
         if len(program.sizes) > 1:
             fewer = program.sizes[:place] + program.sizes[place + 1 :]
@@ -141,7 +141,7 @@ def _renamed(line: str, name: str, value: str) -> str:
 
 
 def _sizes(program: Program) -> Iterator[tuple[str, Program]]:
-    """Sizes that need no thought; then one size after another."""
+    """Simple sizes for all; then one size after another."""
     if any(sizes != PLAIN_SIZES for sizes in program.sizes):
         yield "plain sizes", replace(program, sizes=(PLAIN_SIZES,) * len(program.sizes))
     for turn, sizes in enumerate(program.sizes):
@@ -186,7 +186,7 @@ def simplified(line: str) -> Iterator[str]:
 
 
 class _Swap(ast.NodeTransformer):
-    """Puts one node in the place of another."""
+    """Replaces one node by another."""
 
     def __init__(self, old: ast.AST, new: ast.AST) -> None:
         self.old, self.new = old, new
@@ -196,7 +196,7 @@ class _Swap(ast.NodeTransformer):
 
 
 def _parts(node: ast.AST) -> list[ast.AST]:
-    """What an expression may be replaced by: never by infinity or NaN, which are faults of their own."""
+    """Replacements for an expression; never infinity or NaN, which cause failures of their own."""
     return [part for part in _all_parts(node) if ast.unparse(part) not in ("torch", "F", "math", *NOT_FINITE)]
 
 

@@ -1,4 +1,4 @@
-"""A program while it is being drawn: lines so far, and which tensors there are to read and write."""
+"""A program while it is being drawn: its lines so far, and the tensors that can be read and written."""
 
 import random
 from dataclasses import dataclass, field
@@ -52,7 +52,7 @@ class Sketch:
         return self.rng.choice(choices)
 
     def number(self) -> int:
-        """A number not used before."""
+        """A number that was not used before."""
         self.count += 1
         return self.count
 
@@ -60,7 +60,7 @@ class Sketch:
         return f"{prefix}{self.number()}"
 
     def line(self, text: str) -> None:
-        """Adds a line, and now and then a write behind it."""
+        """Adds a line, sometimes followed by a write."""
         from tests.fuzz.writes import write
 
         self.body.append(text)
@@ -100,7 +100,7 @@ class Sketch:
         return self.argument(prefix, value)
 
     def whole(self, *shape: str, below: int = 2, dtype: str = "torch.int64") -> str:
-        """Whole numbers in the inputs."""
+        """Integers in the inputs."""
         sizes = "".join(f"{size}, " for size in shape)
         return f"whole({sizes}seed={self.number()}, below={below}, dtype={dtype})"
 

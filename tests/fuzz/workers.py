@@ -22,7 +22,7 @@ ALIKE = 2
 
 @dataclass(frozen=True)
 class Task:
-    """Which programs, and how long."""
+    """Which programs to run, and for how long."""
 
     seed: int
     first: int
@@ -36,7 +36,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one program."""
+    """The outcome of one program."""
 
     program: Program
     verdict: Verdict
@@ -55,7 +55,7 @@ class Examiner:
         import torch
 
         torch.set_num_threads(1)
-        gc.freeze()  # most of the heap is PyTorch's own, and stays
+        gc.freeze()  # most of the heap belongs to PyTorch and is permanent
         gc.set_threshold(50_000, 20, 50)
 
     def results(self) -> Iterator[Result]:
@@ -90,14 +90,14 @@ def symptoms(verdict: Verdict) -> set[str]:
 
 
 def looks(verdict: Verdict) -> str:
-    """What failures of one cause are likely to have in common."""
+    """The properties that failures of one cause are likely to share."""
     reasons = {re.sub(r"^call \d+, |\d[\d.e+-]*", "", reason) for reason in verdict.reasons}
     kinds = {re.sub(r"\d+", "", kind) for kind in verdict.fused}
     return f"{verdict.kind} {sorted(reasons)} {sorted(kinds)}"
 
 
 def results(task: Task, jobs: int) -> Iterator[Result]:
-    """Of all programs, in the order in which they are done."""
+    """The outcomes of all programs, in order of completion."""
     if jobs == 1:
         yield from Examiner(task).results()
         return
@@ -114,7 +114,7 @@ def results(task: Task, jobs: int) -> Iterator[Result]:
 
 
 def _work(task: Task, done: Any) -> None:
-    """What a process does: sends its results, then None."""
+    """The main function of a process: it sends its results, then None."""
     for result in Examiner(task).results():
         done.put(result)
     done.put(None)

@@ -1,4 +1,4 @@
-"""Writes: into anything that has a name, through any view, in any spelling."""
+"""Writes to anything that has a name, through any view, in any spelling."""
 
 from tests.fuzz.sketch import Live, Sketch
 
@@ -97,6 +97,6 @@ def write(sk: Sketch) -> list[str]:
 
 
 def _target(sk: Sketch) -> Live:
-    """New things more often than old ones."""
+    """A choice that prefers new names to old ones."""
     recent = sk.live[-4:] if sk.chance(0.5) else sk.live
     return sk.rng.choice(recent)

@@ -1,4 +1,4 @@
-"""One set of option names everywhere; what a function would ignore is refused; kernels that serve nothing."""
+"""One set of option names everywhere; ignored options are refused; kernels that serve nothing."""
 
 import logging
 from collections.abc import Callable
@@ -98,7 +98,7 @@ def test_a_name_from_elsewhere_is_sent_there(name: str, words: str) -> None:
 
 @pytest.fixture
 def inductor(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The settings of Inductor's calls; the graph is run as it is."""
+    """The settings of Inductor's calls; the graph runs uncompiled."""
     import torch._inductor.compile_fx
 
     calls: list[dict[str, Any]] = []
@@ -247,7 +247,7 @@ def test_otherwise_nothing_is_said(
 
 @pytest.mark.parametrize("first", [True, False], ids=["served first", "served later"])
 def test_it_is_said_once_a_request(first: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """Each graph of a model is compiled by the same request, another model by another."""
+    """All graphs of a model belong to the same request; another model has another one."""
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         x = plain(q, k, v) if first else softcapped(q, k, v)

@@ -1,4 +1,4 @@
-"""Hooks, modes and settings of the user see nothing of the pass, and change nothing of what it does."""
+"""The user's hooks, modes and settings see nothing of the pass, and do not change what it does."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ Seen = list[str]
 
 
 class Functions(TorchFunctionMode):
-    """Notes every function of PyTorch."""
+    """Records every function of PyTorch."""
 
     def __init__(self, seen: Seen) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Functions(TorchFunctionMode):
 
 
 class Operators(TorchDispatchMode):
-    """Notes every operator."""
+    """Records every operator."""
 
     def __init__(self, seen: Seen) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -81,7 +81,7 @@ class Operators(TorchDispatchMode):
 
 @contextlib.contextmanager
 def saved(seen: Seen) -> Iterator[None]:
-    """Notes what is saved for a backward pass, with gradients on."""
+    """Records what is saved for a backward pass, with gradients on."""
 
     def note(t: Tensor) -> Tensor:
         seen.append(f"saved {type(t).__name__} {tuple(t.shape)}")
@@ -142,7 +142,7 @@ def test_the_hooks_of_these_tests_see_something() -> None:
 
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda f: f.__name__)
 def test_guards_are_asked_unseen(hook: Any) -> None:
-    """What a call compares with what it was compiled for is nobody's business either."""
+    """The comparison of a call's inputs with those it was compiled for is hidden too."""
     model, given = Masked(), [t.requires_grad_() for t in qkv()]
     ran: list[Any] = []
 
@@ -257,7 +257,7 @@ def test_an_error_leaves_everything_as_it_was() -> None:
 
 
 def test_there_is_one_way_into_a_clean_context() -> None:
-    """Nothing else of the package leaves modes or hooks, and so nothing leaves only some of them."""
+    """No other code of the package suspends modes or hooks, so none can suspend only some of them."""
     private = re.compile(
         r"_disable_current_modes|unset_fake_temporarily|DisableTorchFunction|_set_tracing|_pop_mode"
     )

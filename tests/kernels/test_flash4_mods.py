@@ -1,4 +1,4 @@
-"""flash-attn 4 with formulas, without a GPU: what is written, operators, formulas on a stand-in of CuTe."""
+"""flash-attn 4 with formulas, without a GPU: what is written, operators, formulas on a stand-in for CuTe."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_traced_tables_are_the_tables(backend: str, both: bool, stored: bool) ->
 
 
 class Mathematics:
-    """Attention by formulas, densely, in the terms of the operators."""
+    """Dense attention by formulas, with the operators' signature."""
 
     @staticmethod
     def forward(q, k, v, scores, masks, tables, code, left, right):  # type: ignore[no-untyped-def]
@@ -205,7 +205,7 @@ def on_cpu() -> Iterator[None]:
 CODE = fm.text([0.3, [["add", ["mul", SLOPE, GAP], 1.0]], ["and", CAUSAL, KEEP]])
 
 
-def given() -> tuple[Any, ...]:
+def operator_arguments() -> tuple[Any, ...]:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 6, h, 4, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
     keep = torch.arange(6) < torch.tensor([[4], [6]])
@@ -213,12 +213,12 @@ def given() -> tuple[Any, ...]:
 
 
 def test_gradients_through_the_operator(on_cpu: None) -> None:
-    q, k, v, *more = given()
+    q, k, v, *more = operator_arguments()
     assert torch.autograd.gradcheck(lambda *x: torch.ops.fusepass.flash4_mods(*x, *more)[0], (q, k, v))
 
 
 def test_gradients_of_rows_that_see_no_key(on_cpu: None) -> None:
-    q, k, v, *_ = given()
+    q, k, v, *_ = operator_arguments()
     keep = torch.arange(6) >= torch.tensor([[3], [0]])
     more: Any = ([], [keep], [], fm.text([0.3, [], ["and", CAUSAL, KEEP]]), None, None)
     out, lse = torch.ops.fusepass.flash4_filled(q, k, v, *more)
@@ -230,12 +230,12 @@ def test_gradients_of_rows_that_see_no_key(on_cpu: None) -> None:
 @pytest.mark.parametrize("name", ["flash4_mods", "flash4_filled"])
 def test_the_operators_are_sound(name: str, on_cpu: None) -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(getattr(torch.ops.fusepass, name).default, given(), test_utils=tests)
+    torch.library.opcheck(getattr(torch.ops.fusepass, name).default, operator_arguments(), test_utils=tests)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compilers_take_the_operator(backend: str, on_cpu: None) -> None:
-    q, k, v, scores, masks, *_ = given()
+    q, k, v, scores, masks, *_ = operator_arguments()
 
     def program(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, keep: Tensor) -> Tensor:
         out: Tensor = torch.ops.fusepass.flash4_mods(q * 2, k, v, [slopes], [keep], [], CODE, None, None)[0]
@@ -495,7 +495,7 @@ def test_the_library_is_called_as_its_interface_has_it(monkeypatch: pytest.Monke
 
 
 class CuteInterface:
-    """A stand-in of ``flash_attn.cute.interface`` with its arguments, which asks modifiers and tables.
+    """A stand-in for ``flash_attn.cute.interface`` with its arguments, which uses modifiers and tables.
 
     Full blocks of the tables are not asked for the mask, and blocks that are in neither list are skipped.
     """
@@ -627,7 +627,7 @@ MODS: dict[str, tuple[float, list[Any], Any, int | None, int | None]] = {
 
 @pytest.mark.parametrize("name", MODS)
 def test_the_library_computes_what_the_operator_says(name: str, interface: CuteInterface) -> None:
-    """Every argument arrives, forward and backward: modifiers, tensors, tables either way, bounds."""
+    """Every argument arrives, forward and backward: modifiers, tensors, both kinds of tables, bounds."""
     scale, steps, visible, left, right = MODS[name]
     code, (queries, keys) = fm.text([scale, steps, visible]), (120, 150)
     q, k, v = (

@@ -1,7 +1,7 @@
-"""flash-attn 2, 3 and 4 as their operators call them: stand-ins of the libraries in plain torch.
+"""flash-attn 2, 3 and 4 as their operators call them, with stand-ins for the libraries in plain torch.
 
-A stand-in has the signature of the library's function, computes what the arguments say, and knows nothing of
-its caller.  So an argument that is dropped or misplaced, on the way in or on the way back, is another result.
+A stand-in has the signature of the library's function, computes what the arguments say, and knows nothing
+about its caller.  So an argument that is dropped or misplaced, in either direction, changes the result.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def dropped(q: Tensor, k: Tensor, dropout_p: float, rng_state: Tensor) -> Tensor
 
 
 class Interface:
-    """The functions of a library; ``deterministic`` notes what its backward passes were told."""
+    """The functions of a library; ``deterministic`` records that argument of its backward passes."""
 
     def __init__(self) -> None:
         self.deterministic: list[bool] = []

@@ -1,4 +1,4 @@
-"""Kernels: what each refuses and says, what it writes, and that a site without a kernel stays right."""
+"""Kernels: what each refuses and why, what it writes, and that sites without a kernel stay right."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_flex_takes(name: str) -> None:
 
 
 def test_the_reference_takes_everything_known() -> None:
-    """Asked for by name, everything; unasked, everything in training and nothing else."""
+    """Requested by name, it takes everything; otherwise everything in training and nothing else."""
     for given in (*SDPA_TAKES.values(), *(s for s, _ in FLEX_TAKES.values())):
         assert REFERENCE.refuse(given, replace(CPU, requested=True)) is None
         assert REFERENCE.refuse(given, replace(CPU, training=True)) is None
@@ -297,7 +297,7 @@ def test_gradients_are_eagers(program: Callable[..., Tensor], kernel: str) -> No
 
 
 def forget_the_operator() -> None:
-    """TorchInductor as it is in a process that has compiled, and that has not met fusepass."""
+    """TorchInductor as in a process that has compiled, but without fusepass."""
     from torch._inductor import decomposition
 
     for op in (reference.attention, reference.attention_backward):
@@ -364,7 +364,7 @@ def test_scores_that_survive_a_finite_fill(fill: float, scores: float, kernel: s
 
 
 def test_flex_on_a_cpu_reads_queries_and_keys_from_memory() -> None:
-    """PyTorch's template is wrong where both are computed in its own graph, as rotary embeddings are."""
+    """PyTorch's template is wrong if both are computed in the same graph, as with rotary embeddings."""
 
     def fn(x: Tensor) -> Tensor:
         q, k, v = x.reshape(2, 32, 3, 4, 16).permute(2, 0, 3, 1, 4)

@@ -1,4 +1,4 @@
-"""Block tables: what is said of a block is true of its elements; and FlexAttention with them, on the CPU."""
+"""Block tables: what they say about a block holds for its elements; and FlexAttention on the CPU."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ LOW, HALF, HIGH = (["const", x] for x in (-math.inf, 0.5, math.inf))
 HIDDEN = ["where", ["lt", J, ["const", 200]], LOW, ["const", 0.0]]
 BOUNDS = (LOW, ZERO, HALF, ["const", 0.75], HIGH, OTHER)
 COMPARED = ("le", "lt", "ge", "gt", "eq", "ne")
-#: What becomes of numbers that are no numbers, before they are compared.
+#: Operations on NaN and infinity, before they are compared.
 ODD: dict[str, Any] = {
     "itself": NUMBER,
     "sum": ["add", NUMBER, OTHER],
@@ -128,7 +128,7 @@ ODD: dict[str, Any] = {
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("traced", [False, True])
 def test_nothing_is_concluded_from_what_is_no_number(name: str, traced: bool) -> None:
-    """One NaN or infinity among 128 keys: the others are as they would be without it."""
+    """One NaN or infinity among 128 keys does not affect the others."""
     numbers, others = torch.full((512,), 0.75), torch.linspace(0.25, 1.0, 256)
     numbers[3], numbers[300], numbers[400] = math.nan, math.inf, -math.inf
     others[5] = math.nan
@@ -164,7 +164,7 @@ EXACT = ["causal", "window", "padding", "causal and padding", "lengths", "chunks
 
 @pytest.mark.parametrize("name", EXACT)
 def test_whole_blocks_are_found(name: str) -> None:
-    """Not merely sound: every block that is wholly visible or hidden is known to be."""
+    """Not only sound but complete: every block that is entirely visible or hidden is recognised."""
     torch.manual_seed(0)
     tensors, found = operands(2, 768, 768), formula.read(formula.text(FORMULAS[name]))
     sizes = {"b": 2, "h": 1, "i": 768, "j": 768}
@@ -178,7 +178,7 @@ def test_whole_blocks_are_found(name: str) -> None:
 @pytest.mark.parametrize("constant", [-1, 0, 1])
 @pytest.mark.parametrize("opposites", [0, 1, 2])
 def test_indices_are_compared_as_written(operation: str, bound: int, constant: int, opposites: int) -> None:
-    """However few operations are made of it."""
+    """Simplified comparisons give the same values."""
     terms = [[2, "j", 1, 0], [-1, "i", 1, 0], [1, "h", 2, 2], [-3, "b", 1, 0]]
     grid = torch.meshgrid(*(torch.arange(n) for n in (2, 4, 7, 9)), indexing="ij")
     b, h, i, j = grid
@@ -287,7 +287,7 @@ def test_layers_share_their_tables(everywhere: None) -> None:
 
 @pytest.mark.parametrize(("name", "read"), [("padding on the left", True), ("causal", False)])
 def test_a_log_sum_exp_that_is_read_is_asked_for(name: str, read: bool, everywhere: None) -> None:
-    """Without gradients FlexAttention's kernel writes none of its own accord."""
+    """Without gradients, FlexAttention's kernel writes no log-sum-exp by itself."""
     asked: list[bool] = []
 
     def keep(gm: torch.fx.GraphModule, example: Any) -> Any:
@@ -310,7 +310,7 @@ def test_a_log_sum_exp_that_is_read_is_asked_for(name: str, read: bool, everywhe
 def test_tiles_of_a_dense_bias_on_hopper(
     head_dim: int, queries: int, bias: bool, small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Small heads with a bias that is read: few queries go to the decoding kernel, whose tiles are others."""
+    """Small heads with a bias tensor; few queries use the decoding kernel, which has other tiles."""
     hopper(monkeypatch)
 
     def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ def test_the_window_is_the_band(queries: int, keys: int, left: int | None, right
 def test_a_library_that_lacks_a_part_is_not_called(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, everything: None
 ) -> None:
-    """It is there, and imports something that is not: the site stays, and `doctor` says so."""
+    """It is installed, but imports something that is not: the site stays, and `doctor` says so."""
     (tmp_path / "half_there.py").write_text("import no_such_package\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     half = gates.Package("half-there", "half_there", "", "")
@@ -445,7 +445,7 @@ def test_tensors_split_by_batch_and_heads(dim: int | None, extra: bool, on_cpu: 
 
 
 class Recorder:
-    """A library's module that notes how it was called."""
+    """A library's module that records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []

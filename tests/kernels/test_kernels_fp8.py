@@ -46,7 +46,7 @@ def uneven(heads: int, scales: list[float]) -> Tensor:
 
 
 def test_balanced_scales_have_one_product() -> None:
-    """Heads of very different size: each keeps its precision, and one number undoes all scales."""
+    """Heads of very different magnitude: each keeps its precision, and one number undoes all scales."""
     q, k = uneven(4, [1e-3, 2e-3, 50.0, 60.0]), uneven(2, [20.0, 1e-2])
     *turned, descale = fp8.balanced(q.transpose(1, 2), k.transpose(1, 2))
     q8, k8 = (t.transpose(1, 2) for t in turned)
@@ -94,7 +94,7 @@ def of_flash3(
 def test_what_the_libraries_are_given(
     library: str, heads_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Operators that compute exactly give the attention of the inputs, up to their rounding."""
+    """With exact operators, the result is the attention of the inputs, up to their rounding."""
     monkeypatch.setattr(torch.ops.fusepass, "fp8_cudnn", of_cudnn)
     monkeypatch.setattr(torch.ops.fusepass, "fp8_flash3", of_flash3)
     sizes = ([1e-3, 2e-3, 0.5, 0.6], [2.0, 0.1], [3.0, 1e3])
@@ -112,7 +112,7 @@ def test_what_the_libraries_are_given(
 @pytest.mark.parametrize("library", ["cudnn", "flash3"])
 @pytest.mark.parametrize("split", ["nothing", "batch", "heads"])
 def test_operators_split_by_batch_and_heads(library: str, split: str, mesh: Any) -> None:
-    """DTensor runs them on the parts: the scales of flash-attn 3 are split like what they scale."""
+    """DTensor runs them on shards: the scales of flash-attn 3 are sharded like their tensors."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     flash._shard_once()

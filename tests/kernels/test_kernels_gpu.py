@@ -65,7 +65,7 @@ def test_inference_under_inductor(kernel: str, name: str) -> None:
 @pytest.mark.parametrize("kernel", ["flex", "flash4"])
 @pytest.mark.parametrize("junk", [math.nan, 0.0, -math.inf])
 def test_unwritten_memory_is_not_read(kernel: str, junk: float) -> None:
-    """Rows without keys are told by the log-sum-exp, written without gradients only if asked for."""
+    """The log-sum-exp identifies rows without keys; without gradients it is written only on request."""
     need(kernel)
     case = CASES["padding on the left"]
     inputs, fused = case.inputs(), compiled(case.program, kernel, "inductor")
@@ -97,7 +97,7 @@ def test_no_copies_of_sequence_major_tensors(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", ["auto", "sdpa", "flash4", "flex"])
 @pytest.mark.parametrize("grads", [False, True])
 def test_cuda_graphs(kernel: str, grads: bool) -> None:
-    """``torch.compile`` takes a mode or options, not both: the pass comes by ``enabled``."""
+    """``torch.compile`` takes a mode or options, not both, so the pass is switched on by ``enabled``."""
     need(kernel)
     case = CASES["causal"]
     exact = call(case.program, case.inputs(), torch.float64, grads)
@@ -191,7 +191,7 @@ def test_tables_of_a_padding_follow_the_data(kernel: str, grads: bool) -> None:
 
 
 def test_one_that_breaks_its_process_is_a_row_and_others_are_measured() -> None:
-    """A bias of more than 2**32 elements: refused with a reason, or measured; and the rest goes on."""
+    """A bias of more than 2**32 elements is refused with a reason, or computed correctly."""
     work = bench.jobs(["bias", "full"], [16384], [128], ["forward"], ["flex", "sdpa"], repeats=2)
     rows = {(r.variant, r.contender): r for r in bench.run(work, workers=2)}
     assert "counts in 32 bits" in rows["bias", "flex"].problem

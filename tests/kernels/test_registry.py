@@ -1,4 +1,4 @@
-"""Kernels of other packages: registered, chosen, refused, shown, found, and safe as they stand."""
+"""Kernels of other packages: registered, chosen, refused, shown, found, and safe by default."""
 
 import json
 import logging
@@ -46,7 +46,7 @@ GATE = Gate("mine", (torch.float32, torch.float64))
 
 
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
-    """Scales and masks by SDPA, which stands for a library."""
+    """Scales and masks by SDPA, as a stand-in for a library."""
     scale, x = scaled(site, build, operands(site, build))
     mask = conjunction(site, build, site.spec.masks) if site.spec.masks else None
     call = torch.ops.aten.scaled_dot_product_attention.default

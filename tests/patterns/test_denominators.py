@@ -1,4 +1,4 @@
-"""Softmaxes written out: which denominators are the row sum of the exponentials, and which are not."""
+"""Softmaxes that are written out: which denominators are the row sum of the exponentials."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ FUSED: dict[str, tuple[Program, str]] = {
 }
 
 
-def given() -> dict[str, Tensor]:
+def random_inputs() -> dict[str, Tensor]:
     return dict(zip("qkv", torch.randn(3, B, H, N, D), strict=True))
 
 
@@ -74,7 +74,7 @@ def given() -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", FUSED)
 def test_a_row_sum(name: str, train: bool) -> None:
     program, words = FUSED[name]
-    inputs = given()
+    inputs = random_inputs()
     got = checking.call(checking.compiled(program), inputs, grads=train)
     assert got.site.fused and str(got.site.spec).endswith(f"{words})"), got.site
     eager = checking.call(program, inputs, grads=train)
@@ -136,7 +136,7 @@ STAYS: dict[str, tuple[Program, str | None]] = {
 @pytest.mark.parametrize("name", STAYS)
 def test_another_denominator_stays(name: str) -> None:
     program, words = STAYS[name]
-    inputs = given()
+    inputs = random_inputs()
     got = checking.call(checking.compiled(program), inputs)
     assert not any(site.fused for site in got.sites)
     if words is not None:
@@ -155,7 +155,7 @@ def test_a_maximum_of_more_than_the_row_lets_hidden_rows_vanish(dims: tuple[int,
         e = (s - s.amax(dims, keepdim=True)).exp()
         return (e / total(e)) @ v
 
-    inputs = given()
+    inputs = random_inputs()
     got, want = checking.call(checking.compiled(program, "reference", "eager"), inputs), program(**inputs)
     assert got.site.fused is (dims == (-1,))
     torch.testing.assert_close(got.out, want, equal_nan=True)

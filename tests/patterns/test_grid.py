@@ -1,4 +1,4 @@
-"""The property grid: programs over all axes are recognised as what they were made of, fused, and right."""
+"""The property grid: programs over all axes are recognised as what they were made from, and fused rightly."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def grid() -> list[Program]:
 
 
 def must_fuse(p: Program) -> bool:
-    """Does a kernel of torch say exactly this, without gradients?"""
+    """Can a kernel of torch express exactly this, without gradients?"""
     if p.softcap == "none" and p.fill != "-1e4" and p.apply != "multiplied":
         return True
     return p.after == "none" and p.build != "buffer" and BANDS.issuperset(p.masks)
 
 
 def check(p: Program, kernel: str, grads: bool = False) -> checking.Run:
-    """The numbers of a program under one kernel, against eager and float64."""
+    """Compare a program's numbers under one kernel with eager and float64."""
     given = programs.inputs(p)
     eager = checking.call(programs.function(p), given, grads=grads)
     exact = checking.call(programs.function(p, exact=True), given, torch.float64, grads)
@@ -66,7 +66,7 @@ def check(p: Program, kernel: str, grads: bool = False) -> checking.Run:
 
 
 def explained(p: Program) -> str:
-    """For messages: the program itself."""
+    """The program's text, for messages."""
     return f"{p}\n{programs.source(p)}"
 
 

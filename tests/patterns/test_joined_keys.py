@@ -1,4 +1,4 @@
-"""Keys in several tensors: scored apart, normalised together, multiplied with their values apart."""
+"""Keys in several tensors: scored separately, normalised together, multiplied with their own values."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_joined(name: str, dtype: torch.dtype, grads: bool) -> None:
 
 
 def prompt_apart(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The prompt's softmax is its own, with a gate, and its keys are beside the others."""
+    """The prompt has its own softmax with a gate, and its keys are next to the others."""
     w = q @ torch.cat([a, k], 2).mT * 0.3
     near = w[..., M:] + q.new_full((N, N), -INF).triu(1)
     gate = a.mean((2, 3), keepdim=True).tanh()

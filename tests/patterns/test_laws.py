@@ -40,7 +40,7 @@ def every_rule() -> list[Any]:
 
 
 def applied(rule: Rule) -> tuple[Term, Scope, list[Found]]:
-    """The rule on its example, one fresh axis a dimension; the last one stands for the keys."""
+    """The rule on its example, with one new axis per dimension; the last one stands for the keys."""
     root = rule.example()
     scope = Scope(AxisSpace(Facts()), views=RULES.layout)
     index = tuple(scope.space.new_axis("x", n) for n in root.shape)
@@ -61,7 +61,7 @@ def softmax(x: Tensor, dims: list[int], sink: Tensor | None = None) -> Tensor:
 
 
 def after(layer: Found, grid: Grid, scope: Scope) -> Tensor:
-    """What a layer says the term is."""
+    """The value of the term according to a layer."""
     match layer:
         case Peel(inner, None | Cast()):  # the evaluator does not round
             return grid.term(inner)

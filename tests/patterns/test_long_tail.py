@@ -172,7 +172,7 @@ class RelativeKeys(Base):
 
 
 class Decomposed(Base):
-    """Rows and columns of an image apart, on scores viewed as ``[.., h, w, h, w]`` (arXiv 2112.01526)."""
+    """Separate rows and columns of an image, on scores viewed as ``[.., h, w, h, w]`` (arXiv 2112.01526)."""
 
     side = 4
     shape = (B, side * side, WIDTH)
@@ -249,7 +249,7 @@ class Blocks(Base):
 
 
 class LookBack(Base):
-    """Each block also sees the block before it; what is seen goes by positions, -1 being none."""
+    """Each block also sees the block before it; visibility goes by positions, where -1 is none."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         blocks = N // 4
@@ -264,7 +264,7 @@ class LookBack(Base):
 
 
 class Strided(Base):
-    """Every third token attends to its like."""
+    """Every third token attends to the tokens of its class."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (rearrange(t, "b h (n s) d -> b h s n d", s=3) for t in (q, k, v))
@@ -361,7 +361,7 @@ class HeadsLast(Base):
 
 
 class Grouped(Base):
-    """Groups of query heads beside their key heads, filled in place."""
+    """Groups of query heads next to their key heads, filled in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.project(x).split([WIDTH, WIDTH, WIDTH], -1)
@@ -414,7 +414,7 @@ class Differential(Base):
 
 
 class GatedSum(Base):
-    """Two patterns of attention, each head between them by a gate that is a softmax itself."""
+    """Two patterns of attention, mixed in each head by a gate that is itself a softmax."""
 
     sites = 2
 

@@ -1,4 +1,4 @@
-"""Laws of masks: what a condition says of values, conjunctions and disjunctions, rows that see themselves."""
+"""Laws of masks: values under a condition, conjunctions and disjunctions, rows that see themselves."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_absorption(name: str) -> None:
 
 @pytest.mark.parametrize("fills", [(-INF, -INF), (-INF, LOWEST)])
 def test_an_additive_mask_chosen_by_a_third(fills: tuple[float, float]) -> None:
-    """Of one fill it is a mask; of two fills it stays a bias."""
+    """With one fill it is a mask; with two fills it stays a bias."""
 
     def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         i, j = ij()

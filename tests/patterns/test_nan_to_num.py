@@ -48,7 +48,7 @@ PROGRAMS: dict[str, tuple[Program, str]] = {
 }
 
 
-def given(broken: bool) -> dict[str, Tensor]:
+def random_inputs(broken: bool) -> dict[str, Tensor]:
     found = dict(zip("qkv", torch.randn(3, B, H, N, D), strict=True))
     if broken:
         found["k"][0, 0, 3, 2] = math.nan
@@ -66,7 +66,7 @@ SUNK = ("empty row", True)
 )
 def test_nan_to_num(name: str, kernel: str, train: bool, broken: bool) -> None:
     program, words = PROGRAMS[name]
-    inputs = given(broken)
+    inputs = random_inputs(broken)
     got = checking.call(checking.compiled(program, kernel), inputs, grads=train)
     assert got.site.fused and str(got.site.spec).endswith(f"float32; {words})"), got.site
     eager = checking.call(program, inputs, grads=train)

@@ -1,4 +1,4 @@
-"""Look-alikes: what is no attention, or may not be rewritten, stays, with the reason, and eager's numbers."""
+"""Look-alikes: what is not attention, or may not be rewritten, stays, with its reason and eager's numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests import checking
 B, H, Q, K, D = 2, 4, 5, 7, 8
 Case = Callable[..., Tensor]
 
-#: The reason that a user reads (a part of it), None where nothing is reported.
+#: A part of the reason that a user reads; None if nothing is reported.
 STAYS: dict[str, tuple[Case, str | None]] = {}
 
 
@@ -30,7 +30,7 @@ def stays(reason: str | None) -> Callable[[Case], Case]:
     return register
 
 
-def given() -> dict[str, Tensor]:
+def random_inputs() -> dict[str, Tensor]:
     """Query, key and value."""
     g = torch.Generator().manual_seed(0)
     shapes = {"q": (B, H, Q, D), "k": (B, H, K, D), "v": (B, H, K, D)}
@@ -388,7 +388,7 @@ def key_written_over_through_a_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @stays(_OVER)
 def key_cache_written_over_before_the_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A step that moves its cache on between the two products."""
+    """A step that advances its cache between the two products."""
     s = scores(q, k)
     k.copy_(torch.cat([k[:, :, 1:], q[:, :, :1]], 2))
     return torch.softmax(s, -1) @ v
@@ -418,8 +418,8 @@ def straight_through_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", STAYS)
 def test_stays_with_its_reason(name: str, kernel: str) -> None:
     case, reason = STAYS[name]
-    eager = checking.call(case, given())
-    got = checking.call(checking.compiled(case, kernel), given())
+    eager = checking.call(case, random_inputs())
+    got = checking.call(checking.compiled(case, kernel), random_inputs())
     fused = [s for s in got.sites if s.fused]
     assert not fused, f"fused as {fused[0].spec}:\n{inspect.getsource(case)}"
     checking.assert_identical(got.out, eager.out)
@@ -486,7 +486,7 @@ def row_of_the_scores_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def batch_mask_that_broadcasts_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A [B, K] mask meets [K', B, K] scores: it is no key padding."""
+    """A [B, K] mask is broadcast with [K', B, K] scores: it is not key padding."""
     s = torch.einsum("qd,kd->qk", q[0, 0, :B], k[0, 0])
     return torch.softmax(s.masked_fill(k[:, 0, :, 0] > 1, float("-inf")), -1) @ v[0, 0]
 
@@ -607,10 +607,10 @@ RIGHT: list[Case] = [
 @pytest.mark.parametrize("kernel", ["reference", "auto"])
 @pytest.mark.parametrize("case", RIGHT, ids=lambda case: case.__name__)
 def test_right_whether_fused_or_not(case: Case, kernel: str) -> None:
-    eager, exact = checking.call(case, given()), checking.call(case, given(), torch.float64)
-    inputs, mine = given(), given()
+    eager, exact = checking.call(case, random_inputs()), checking.call(case, random_inputs(), torch.float64)
+    inputs, mine = random_inputs(), random_inputs()
     case(**inputs)
-    got = checking.call(checking.compiled(case, kernel), given())
+    got = checking.call(checking.compiled(case, kernel), random_inputs())
     checking.compiled(case, kernel)(**mine)
     checking.assert_as_accurate(got.out, eager.out, exact.out)
     for name, tensor in inputs.items():
@@ -699,17 +699,21 @@ STOPPED: list[Case] = [
 @pytest.mark.parametrize("kernel", ["reference", "auto"])
 @pytest.mark.parametrize("case", STOPPED, ids=lambda case: case.__name__)
 def test_gradients_stop_where_eager_s_do(case: Case, kernel: str) -> None:
-    got = checking.call(checking.compiled(case, kernel), given(), grads=True)
-    eager, exact = (checking.call(case, given(), dtype, grads=True) for dtype in (None, torch.float64))
+    got = checking.call(checking.compiled(case, kernel), random_inputs(), grads=True)
+    eager, exact = (
+        checking.call(case, random_inputs(), dtype, grads=True) for dtype in (None, torch.float64)
+    )
     checking.assert_same_accuracy(got, eager, exact)
 
 
 def test_a_detached_maximum_is_still_a_softmax() -> None:
-    assert checking.call(checking.compiled(maximum_detached, "reference"), given(), grads=True).site.fused
+    assert checking.call(
+        checking.compiled(maximum_detached, "reference"), random_inputs(), grads=True
+    ).site.fused
 
 
 def test_nothing_is_reported_for_a_function_without_attention() -> None:
     def mlp(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return F.gelu(q @ k[0, 0].t()).mean(-1) + v.sum()
 
-    assert not checking.call(checking.compiled(mlp), given()).sites
+    assert not checking.call(checking.compiled(mlp), random_inputs()).sites

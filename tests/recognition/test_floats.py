@@ -1,4 +1,4 @@
-"""Laws of the reals that floats do not keep: each program equals eager, to the last NaN, fused or not."""
+"""Laws of the reals that fail in floats: each program equals eager, NaN included, fused or not."""
 
 from __future__ import annotations
 
@@ -336,14 +336,14 @@ def gradients_agree(program: Callable[..., Tensor], kernel: str, **constant: Ten
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-def whole(program: Scores) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def attention_with(program: Scores) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda q, k, v: program(q @ k.mT) @ v
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("program", FUSED)
 def test_attention_is_fused_and_right(program: Scores, kernel: str) -> None:
-    seen = agrees(whole(program), kernel)
+    seen = agrees(attention_with(program), kernel)
     if kernel in ("auto", "reference"):
         assert [s.fused for s in seen.sites] == [True], seen.sites
 
@@ -351,26 +351,26 @@ def test_attention_is_fused_and_right(program: Scores, kernel: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("program", UNSOUND)
 def test_a_look_alike_is_right_fused_or_not(program: Scores, kernel: str) -> None:
-    seen = agrees(whole(program), kernel)
+    seen = agrees(attention_with(program), kernel)
     if kernel == "sdpa":
         assert not any(s.fused and s.kind == "full" for s in seen.sites)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "auto"])
 def test_inductor_keeps_the_casts_of_scores(kernel: str) -> None:
-    agrees(whole(fill_that_overflows_in_half), kernel, "inductor")
+    agrees(attention_with(fill_that_overflows_in_half), kernel, "inductor")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nobody_sees_nan_in_a_hidden_key(kernel: str) -> None:
     keys = inputs()["k"].index_fill(2, torch.tensor([1]), NAN)
-    agrees(whole(lambda s: s.masked_fill(~KEYS, -INF).softmax(-1)), kernel, k=keys)
+    agrees(attention_with(lambda s: s.masked_fill(~KEYS, -INF).softmax(-1)), kernel, k=keys)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rows_of_nan_become_zero(kernel: str) -> None:
     queries = inputs()["q"].index_fill(2, torch.tensor([1]), NAN)
-    agrees(whole(lambda s: s.softmax(-1).nan_to_num(0.0)), kernel, q=queries)
+    agrees(attention_with(lambda s: s.softmax(-1).nan_to_num(0.0)), kernel, q=queries)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -473,7 +473,7 @@ def test_the_lowest_number_stays_finite_in_a_sink(kernel: str) -> None:
 def test_sizes_of_zero_and_one(kernel: str, queries: int, keys: int) -> None:
     given = inputs()
     agrees(
-        whole(lambda s: s.softmax(-1)), kernel,
+        attention_with(lambda s: s.softmax(-1)), kernel,
         q=given["q"][:, :, :queries], k=given["k"][:, :, :keys], v=given["v"][:, :, :keys],
     )  # fmt: skip
 
@@ -545,7 +545,7 @@ def test_sdpa_adds_masks_of_half_in_single_precision(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("low", [-INF, torch.finfo(torch.bfloat16).min])
 def test_a_sink_is_compared_with_sums_of_single_precision(kernel: str, low: float) -> None:
-    """Two fills of half precision, of which one hides whole rows: only their sinks are left."""
+    """Two fills of half precision, one of which hides whole rows: only their sinks are left."""
     least = torch.finfo(torch.bfloat16).min
 
     def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Golden texts: what is read of a program, and what is made of it, word for word.
+"""Golden texts: the expression read from a program and its specification, word for word.
 
-``UPDATE_GOLDEN=1 pytest tests/recognition/test_golden.py`` writes the files anew; read the difference before
-it is committed.  The texts come from ``torch.export`` before decomposition and hold nothing that depends on
-the version of PyTorch.
+``UPDATE_GOLDEN=1 pytest tests/recognition/test_golden.py`` rewrites the files; read the difference before you
+commit it.  The texts come from ``torch.export`` before decomposition and hold nothing that depends on the
+version of PyTorch.
 """
 
 from __future__ import annotations

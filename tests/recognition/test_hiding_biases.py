@@ -1,4 +1,4 @@
-"""A bias of unknown values that hides whole rows, beside a mask: in every order, with every fill.
+"""A bias of unknown values that hides whole rows, together with a mask: in every order, with every fill.
 
 Models add padding as `(1.0 - mask) * finfo.min` and hide the future by filling or adding.  A row that
 sees no key is then the mean of the values over the keys with the highest sum of fills, which depends on
@@ -56,7 +56,7 @@ def padding(side: str) -> Tensor:
 
 
 def spread(*fills: str) -> float:
-    """Rounding of a score beside the fills: those within reach leave the scores a few digits."""
+    """The rounding of a score next to the fills: fills within reach leave the scores a few digits."""
     return 1e-2 if "-1e4" in fills else 1e-5
 
 

@@ -21,7 +21,7 @@ LONG = 120  # steps of a chain, of several nodes each
 
 
 def chain(x: Tensor, steps: int = LONG) -> Tensor:
-    """Long, of mild functions of two tensors each."""
+    """A long chain of mild functions of two tensors each."""
     for n in range(steps):
         x = torch.sigmoid(x) * 0.5 + x * (1 - n / 1000)
     return x
@@ -208,7 +208,7 @@ def test_scores_that_were_written_to_are_found_behind_chains() -> None:
 
 
 def test_a_graph_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Together, the sites of a graph look at every node once, and not each at all that is behind it."""
+    """The sites of a graph together look at every node once, instead of each at everything behind it."""
     looked: list[Expr] = []
 
     def counted(made: Callable[..., Any]) -> Callable[..., Any]:

@@ -49,14 +49,14 @@ def onnx_specs(model: ir.Model) -> list[str]:
 
 
 def exported(program: Any, args: tuple[Any, ...]) -> ir.Model:
-    """The export as it comes, before any optimisation folds constants."""
+    """The plain export, before any optimisation folds constants."""
     made = torch.onnx.export(program, args, dynamo=True, opset_version=20, optimize=False, verbose=False)
     assert made is not None
     return made.model
 
 
 def torch_specs(program: Any, args: tuple[Any, ...]) -> list[str]:
-    """As :func:`onnx_specs`; ONNX has no writes, and scores that one loses resemble nothing there."""
+    """The same for PyTorch; ONNX has no writes, so sites whose scores a write loses are left out."""
     with collect() as seen:
         fusepass.fuse(torch.export.export(program, args), kernel="reference")
     found = [site.spec if site.fused else str(site.reason) for site in seen.sites]
@@ -122,7 +122,7 @@ def test_facts_of_named_dimensions() -> None:
 
 
 def test_dimensions_that_may_differ_are_not_broadcast() -> None:
-    """Sizes with different names may be equal, or one: nothing is concluded."""
+    """Sizes with different names may be equal, or 1: nothing can be concluded."""
     from onnx import TensorProto, helper
 
     a = helper.make_tensor_value_info("a", TensorProto.FLOAT, ["n", 4])

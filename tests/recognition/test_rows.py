@@ -1,4 +1,4 @@
-"""Rows that see no key, and where the causal diagonal starts: exactly what eager does, under every kernel."""
+"""Rows that see no key, and the start of the causal diagonal: exactly as in eager, under every kernel."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def inputs(kind: str, dtype: str, mask: str) -> dict[str, Tensor]:
 
 
 def possible(how: str, fill: str, dtype: str) -> bool:
-    """Is the fill a number of the dtype, and no product of zero and infinity?"""
+    """Does the dtype hold the fill, without a product of zero and infinity?"""
     if fill == "-inf":
         return how != "inverted"
     return not (dtype == "float16" and fill == "-1e9" and how != "inverted")
@@ -108,9 +108,9 @@ def cases() -> list[tuple[str, ...]]:
 
 
 def exact_of(given: dict[str, Tensor], case: tuple[str, ...]) -> Tensor:
-    """Float64 with the very fill of the low dtype, so that rows of fills only mean the same.
+    """Float64 with the exact fill of the low dtype, so that rows of fills alone have the same meaning.
 
-    A fill of -1e4 that is added shifts a row of fills without changing it, but for rounding.
+    A fill of -1e4 that is added shifts a row of fills without changing it, except for rounding.
     """
     mask, how, fill, after, _, _, dtype = case
     low = torch.float64 if fill == "-1e4" else getattr(torch, dtype)

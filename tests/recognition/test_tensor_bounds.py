@@ -1,4 +1,4 @@
-"""Comparisons of positions with a tensor: the tensor says where the mask lies, so it is no band.
+"""Comparisons of positions with a tensor: the tensor determines the mask, so it is not a band.
 
 Every static key/value cache does this: `arange(M) <= position`, with the position in a tensor.
 """
@@ -41,7 +41,7 @@ FILLS = (INF, torch.finfo(torch.float32).min, -1e4)
 
 
 def by_tensor(spec: str) -> bool:
-    """Is a tensor among what hides?"""
+    """Is a tensor among the things that hide?"""
     return "mask[" in spec or "key padding" in spec
 
 
@@ -60,7 +60,7 @@ def attention(name: str, fill: float) -> Callable[[Tensor, Tensor, Tensor, Tenso
 @pytest.mark.parametrize("queries", [1, M])
 @pytest.mark.parametrize("name", HIDDEN)
 def test_a_bound_in_a_tensor(name: str, queries: int, kernel: str) -> None:
-    """Whatever the tensor holds: the graph is the same, and so the results follow it."""
+    """The graph is the same whatever the tensor holds, and the results follow the tensor."""
     args = qkv(Q=queries, K=M)
     fill = FILLS[(list(HIDDEN).index(name) + queries) % len(FILLS)]
     (site,) = agrees(attention(name, fill), *args, torch.tensor(3), kernel=kernel).sites
@@ -93,7 +93,7 @@ def test_a_length_for_each_sequence(queries: int, kernel: str) -> None:
 
 
 def test_a_bound_that_is_a_number_is_a_band() -> None:
-    """The rule that was mended still names what it may name."""
+    """The rule still names what it may name."""
 
     def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         i, j = torch.arange(M)[:, None], torch.arange(M)[None, :]
@@ -132,7 +132,7 @@ WRITES: dict[str, Write] = {f.__name__: f for f in (index_copy, scatter, assign,
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("write", WRITES)
 def test_a_static_cache(write: str, queries: int, kernel: str) -> None:
-    """The cache is written, read, and left behind as in eager mode."""
+    """The cache is written, read, and left as in eager mode."""
 
     def step(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, at: Tensor) -> Tensor:
         WRITES[write](keys, k, at)

@@ -1,4 +1,4 @@
-"""autotune: what is measured is what would run, and the answer is remembered."""
+"""autotune: it measures what would run, and stores the result."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def mask(*atoms: Any) -> Mask:
 
 
 def samples(kernel: str = "k", launch: float = 0.1) -> list[Sample]:
-    """A kernel whose time a query is 3 + 0.1 a key, in milliseconds per million elements."""
+    """A kernel whose time per query is 3 + 0.1 per key, in milliseconds per million elements."""
     return [
         Sample(kernel, "full", 64, "forward", size, keys, t := (3 + 0.1 * keys) * size / 1e6, max(t, launch))
         for size in (1e6, 4e6) for keys in (128, 1024, 4096)
@@ -81,7 +81,7 @@ def test_of_several_measurements_the_fastest_counts() -> None:
 
 
 def test_what_every_call_takes_is_not_the_kernels() -> None:
-    """Of two slow launches the quicker is that of the compiled function around the kernel."""
+    """The quicker of two slow launches is that of the compiled function around the kernel."""
     made = Profile(("GPU",), {}, costs.curves([*samples("a", launch=40.0), *samples("b", launch=45.0)]))
     found = {c.kernel: c for c in made.curves}
     assert made.overhead("forward") == 40.0 and made.overhead("training") == 0.0
@@ -187,7 +187,7 @@ def test_pairs_are_counted(queries: int, keys: int, left: int | None, right: int
 
 
 def profile(**milliseconds: float) -> Profile:
-    """Kernels that take that long for the site of :func:`flattened`, in forward and training."""
+    """A profile with the given times for the site of :func:`flattened`, in forward and training."""
     size = 2 * 4 * 64 * (64 + 64) / 1e6
     return Profile(
         ("GPU",), {"device": "GPU"},
@@ -221,7 +221,7 @@ def test_of_equally_fast_kernels_the_first_of_the_list_is_taken(monkeypatch: pyt
     [(49.0, False, None), (512.0, False, 1.0), (49.0, True, 4.0), (512.0, True, 4.0)],
 )
 def test_biases_that_learn_are_a_kind_of_their_own(keys: float, measured: bool, want: float | None) -> None:
-    """Of few keys nothing is concluded from those that do not learn."""
+    """With few keys, measurements of biases that are not learned are not used for learned ones."""
     kinds = {"full+bias": 1.0} | ({"full+learned bias": 4.0} if measured else {})
     curves = (Curve("flex", kind, 64, "training", 0.0, ((1.0, ms), (1e3, ms))) for kind, ms in kinds.items())
     made = Profile(("GPU",), {}, tuple(curves))
@@ -285,9 +285,9 @@ MEASURED = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("p
 
 @pytest.mark.parametrize("place", MEASURED, ids=lambda place: place.stem)
 def test_what_is_chosen_is_what_was_measured_fastest(place: Path) -> None:
-    """Of everything measured, the shipped profile takes the fastest, or what loses a few percent to it.
+    """In all measured cases, the shipped profile picks the fastest kernel, or one a few percent slower.
 
-    On average: single measurements were disturbed, and of several the profile believes the fastest.
+    This holds on average: some measurements were disturbed, and the profile uses the fastest of several.
     """
     rows, about = bench.read_csv(place)
     made = next(p for f in costs.SHIPPED.glob("*.json") if about["device"] in (p := costs.load(f)).devices)

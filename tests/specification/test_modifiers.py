@@ -1,4 +1,4 @@
-"""Laws of every modifier, alone and with every other one around it: their classes are found, not listed."""
+"""Laws of every modifier, alone and combined with every other one; the classes are discovered, not listed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FILLS = (-INF, -1e9, -1e30, torch.finfo(torch.float32).min)
 
 
 def samples(of: Callable[..., Modifier]) -> list[Any]:
-    """Every sample of every class of a kind."""
+    """All samples of all classes of a kind."""
     drawn = [(kind, n, s) for kind in kinds(of) for n, s in enumerate(kind.samples(Draw(1)))]
     return [pytest.param(sample, id=f"{kind.__name__}{n}") for kind, n, sample in drawn]
 
@@ -53,7 +53,7 @@ def scores(seed: int = 0) -> Tensor:
 
 
 def broken() -> Tensor:
-    """Scores with a row that nothing is left of, and infinities in others."""
+    """Scores with one completely hidden row, and infinities in others."""
     s = scores(1)
     s[0, 1, 2] = math.nan
     s[1, 0, 3, 2], s[1, 2, 1, 4] = -INF, INF
@@ -244,7 +244,7 @@ def test_merged_scales_compute_the_same_scores(first: Sample) -> None:
 
 @pytest.mark.parametrize("first", SCORES, ids=lambda s: str(s[0]))
 def test_the_derivative_of_pairs_is_that_of_the_oracle(first: Sample) -> None:
-    """The chain rule through every two score modifiers, and through a weight modifier in turns."""
+    """The chain rule through all pairs of score modifiers, with weight modifiers taking turns."""
     after = [s.values[0] for s in samples(WeightModifier)]
     for n, second in enumerate(SCORES):
         mods, operands = joined(first, second, after[n % len(after)])
@@ -260,7 +260,7 @@ def test_the_derivative_of_pairs_is_that_of_the_oracle(first: Sample) -> None:
 
 @pytest.mark.parametrize("first", SCORES, ids=lambda s: str(s[0]))
 def test_a_mask_that_hides_leaves_no_weight(first: Sample) -> None:
-    """Whatever comes before and after it: a mask that is said to hide gives its pairs no weight."""
+    """A mask that is said to hide gives its pairs no weight, whatever comes before and after it."""
     draw = Draw(3)
     for fill, more in itertools.product(
         [-INF, -1e9, -1e30, -3.0, math.nan, INF], [(), *((s,) for s in SCORES)]

@@ -1,4 +1,4 @@
-"""What kernels declare to take, they compute; a new modifier and a new kernel are safe as they stand."""
+"""Kernels compute what they declare to take; a new modifier and a new kernel are safe by default."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ CAUSAL = (Band(None, 0),)
 
 
 def emit_toy(site: Site, build: Builder, target: Target) -> fx.Node:
-    """Scales and masks by SDPA, and nothing thought of but these."""
+    """Scales and masks by SDPA, written without a thought for anything else."""
     scale, x = scaled(site, build, operands(site, build))
     mask = conjunction(site, build, site.spec.masks) if site.spec.masks else None
     call = torch.nn.functional.scaled_dot_product_attention
@@ -153,7 +153,7 @@ def drawn(kind: type[Any], seed: int) -> list[Sample]:
 
 
 def emptied(mod: object, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The operands of a mask, where one query sees no key in one batch and another in the other."""
+    """The operands of a mask; in each batch another query sees no key."""
     if not isinstance(mod, Mask):
         return list(tensors)
     (tensor,) = tensors
@@ -221,7 +221,7 @@ def test_kernels_compute_the_weight_modifiers_that_they_take(weight: type[Any], 
 
 @pytest.fixture
 def clamp() -> Iterator[type[Any]]:
-    """A new score modifier with what it must have, and nothing more."""
+    """A new score modifier with only the required methods."""
 
     @dataclass(frozen=True)
     class Clamp(ScoreModifier):
@@ -264,7 +264,7 @@ def test_a_new_modifier_is_safe_as_it_stands(clamp: Any) -> None:
 
 
 def test_a_new_modifier_by_the_recipe_is_right(clamp: Any) -> None:
-    """A rule of a few lines: recognised, computed with its gradient by the reference, and by nobody else."""
+    """A rule of a few lines: the reference computes it with its gradient, and no other kernel takes it."""
 
     def bounds(node: Expr, op: str) -> tuple[int, float] | None:
         if node.op == op:
@@ -340,7 +340,7 @@ def test_rows_that_depend_on_numbers_are_left_to_the_reference(kernel: Kernel) -
 
 
 def test_a_sink_of_unknown_size_does_not_make_rows_seen() -> None:
-    """All keys hidden and a sink of minus infinity: NaN in eager, and whatever in a kernel."""
+    """All keys hidden and a sink of minus infinity: NaN in eager, undefined in a kernel."""
 
     def program(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, keep: Tensor) -> Tensor:
         s = (q @ k.mT).masked_fill(~keep[:, None, None, :], -INF)
@@ -357,7 +357,7 @@ def test_a_sink_of_unknown_size_does_not_make_rows_seen() -> None:
 
 
 def test_weights_kept_by_one_of_two_masks_are_no_zero() -> None:
-    """A query that causality and padding hide together keeps what the padding alone would leave it."""
+    """A query that causality and padding hide together gets the result that padding alone would give."""
 
     def program(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
         pad = ~keep[:, None, None, :]

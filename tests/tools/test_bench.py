@@ -1,4 +1,4 @@
-"""bench: variants are what they say, rows survive their file, profiles come from rows; all on the CPU."""
+"""bench: variants compute what they say, rows survive their file, profiles come from rows; on the CPU."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_measuring_in_processes_gives_the_same_rows() -> None:
 
 
 def test_contenders_of_a_case_are_measured_together() -> None:
-    """But for unfused attention, which is slow and takes much memory."""
+    """Except unfused attention, which is slow and takes much memory."""
     work = bench.jobs(["full"], [16, 32], [16], bench.MODES, ["auto", "compile", "sdpa", "hand"], **TINY)
     groups = bench.together(work)
     assert sorted(job.contender for group in groups for job in group) == sorted(j.contender for j in work)
@@ -243,7 +243,7 @@ def test_what_one_contender_takes_along_is_measured_again(monkeypatch: pytest.Mo
 
 
 def test_nothing_is_kept_of_a_case() -> None:
-    """Its tensors and recordings would fill the GPU beside the next ones."""
+    """Its tensors and recordings would otherwise fill the GPU."""
     (row,) = bench.run(bench.jobs(["full"], [16], [16], ["training"], ["eager"], **TINY))
     assert row.milliseconds and not any(type(o) is bench._Ready for o in gc.get_objects())
 
@@ -256,7 +256,7 @@ def test_steps_are_timed_in_turn() -> None:
 
 
 def test_on_a_gpu_the_order_of_turns_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clocks that only say 1 for the first step, 2 for the second and 3 for the third."""
+    """Clocks that return 1 for the first step, 2 for the second and 3 for the third."""
     turns: list[int] = []
     steps = [lambda: 1, lambda: 2, lambda: 3]
 
@@ -275,7 +275,7 @@ def test_on_a_gpu_the_order_of_turns_changes(monkeypatch: pytest.MonkeyPatch) ->
 def test_short_steps_are_recorded_several_times(
     milliseconds: float, recorded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the GPU's time of one, whatever the host needs to launch it."""
+    """By the GPU's time for one step, whatever the host needs to launch it."""
     made: list[int] = []
 
     def capture(step: Callable[[], object], times: int) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""doctor: an answer for every kernel, whatever the machine."""
+"""doctor: an answer for every kernel, on any machine."""
 
 import json
 from io import StringIO

@@ -1,4 +1,4 @@
-"""explain: what it shows, and that it leaves everything as it was."""
+"""explain: what it shows, and that it changes nothing."""
 
 import json
 

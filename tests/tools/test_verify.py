@@ -1,4 +1,4 @@
-"""verify: it passes what is right, fails what is wrong, and says by how much."""
+"""verify: it passes right results, fails wrong ones, and tells by how much."""
 
 import json
 import math

@@ -88,7 +88,7 @@ def upper_diagonal_hidden(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def method_where(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The method's receiver is what is kept, not the condition."""
+    """The receiver of the method is kept, not the condition."""
     s = q @ k.mT * SCALE
     s += torch.zeros(N, N).where(SEEN, torch.tensor(-1e9))
     return attention(s.where(SEEN, -INF), v)
@@ -172,7 +172,7 @@ def test_training(attend: Attend) -> None:
 
 
 def test_a_scale_written_into_the_query_stays_in_it() -> None:
-    """The tensor without it is gone."""
+    """The tensor without the new dimension no longer exists."""
     spec = fusepass.explain(Projected(query_scaled, False), *inputs().values()).sites[0].spec
     assert "scale" not in spec, spec
 

@@ -79,7 +79,7 @@ def written_through_reshape(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def view_of_a_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The layout is handed on by what is pointwise."""
+    """Pointwise operations pass the layout on."""
     return (attention(q, k, v) * 2 + 1).view(B, -1, D)
 
 
@@ -287,7 +287,7 @@ def values_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("program", [convolved, values_alone], ids=lambda f: f.__name__)
 def test_heads_with_strided_elements_take_sdpa(program: Program, train: bool) -> None:
-    """Fused kernels want the elements of a head side by side: three copies, and not another kernel."""
+    """Fused kernels need contiguous elements in each head: three copies, not another kernel."""
     inputs = dict(zip("qkv", channels_first(), strict=True))
     got = checking.call(checking.compiled(program), inputs, grads=train)
     eager, exact = (checking.call(program, inputs, dtype, grads=train) for dtype in (None, torch.float64))
@@ -299,7 +299,7 @@ def test_heads_with_strided_elements_take_sdpa(program: Program, train: bool) ->
 
 
 class Learned(nn.Module):
-    """A learned temperature, bias or both, and perhaps a softcap, which SDPA has not."""
+    """A learned temperature, bias or both, and perhaps a softcap, which SDPA does not have."""
 
     def __init__(self, how: str) -> None:
         super().__init__()

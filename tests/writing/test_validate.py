@@ -1,4 +1,4 @@
-"""Translation validation: a rule broken on purpose is caught, and right rewrites pass."""
+"""Translation validation: it catches a rule that is broken on purpose, and passes right rewrites."""
 
 import logging
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def twice_as_much(peel: Peel) -> Peel:
 
 
 def inside_out(peel: Peel) -> Peel:
-    """A mask rule that takes hidden for visible."""
+    """A mask rule that confuses hidden with visible."""
     mask = peel.modifier
     return replace(peel, modifier=replace(mask, attends=not mask.attends)) if isinstance(mask, Mask) else peel
 
@@ -146,7 +146,7 @@ def like_ones(x: Tensor) -> Tensor:
 
 
 def off_by(roundings: float) -> Callable[[Tensor], Tensor]:
-    """One element is wrong by so many units in the last place."""
+    """One element is wrong by this many units in the last place."""
 
     def almost(x: Tensor) -> Tensor:
         out = torch.ones_like(x)
@@ -178,7 +178,7 @@ def test_twice_the_error_of_the_original_is_allowed(ours: float, passes: bool) -
 
 
 def hidden(value: float) -> Callable[[Tensor], Tensor]:
-    """One element is no finite number."""
+    """One element is not finite."""
 
     def with_hole(x: Tensor) -> Tensor:
         out = torch.ones_like(x)
