@@ -116,7 +116,7 @@ def _length(values: _Side) -> Size | None:
     return values.node.shape[values.labels.index("d0")] if "d0" in values.labels else None
 
 
-def taken_apart(product: Expr) -> list[Expr]:
+def split_softmaxes(product: Expr) -> list[Expr]:
     """``cat(w1, w2) . v = w1 . v[:m] + w2 . v[m:]``: separate softmaxes, such as that of a prompt with a gate
     (Zhang et al., LLaMA-Adapter, arXiv 2303.16199); the product itself where its weights are one tensor."""
     for position in (0, 1):

@@ -40,7 +40,7 @@ def holds_softmax(node: Expr) -> bool:
     return False
 
 
-def holders(node: Expr) -> list[int]:
+def weight_sides(node: Expr) -> list[int]:
     """The arguments that may be the weights: of several with exponentials, those as large as the node.
 
     A factor may be made of exponentials too, as in the differential transformer (arXiv 2410.05258), but it is
@@ -98,7 +98,7 @@ def keep(term: Term, scope: Scope) -> Peel | None:
     if term.expr.op != "where":
         return None
     condition = term.argument(0)
-    weights = holders(term.expr)
+    weights = weight_sides(term.expr)
     for attends, kept, other in ((True, 1, 2), (False, 2, 1)):
         if kept in weights:
             if number(term.expr.args[other], scope) != 0.0:
@@ -118,7 +118,7 @@ def weight_scale(term: Term, scope: Scope) -> Peel | None:
         return Peel(term.argument(0), WeightScale(1.0 / divisor))
     if node.op != "mul":
         return None
-    for position in holders(node):
+    for position in weight_sides(node):
         factor, other = number(node.args[1 - position], scope), term.argument(1 - position)
         if factor is not None:
             return Peel(term.argument(position), WeightScale(factor))
@@ -135,7 +135,7 @@ def parts(weights: Expr) -> list[tuple[int, Expr]]:
     Raises:
         Refuse: one dropout is applied to a sum of softmaxes; two kernels cannot draw the same one.
     """
-    carriers = holders(weights)
+    carriers = weight_sides(weights)
     if weights.op in ("add", "sub") and len(carriers) == 2:
         sign = -1 if weights.op == "sub" else 1
         left, right = ([(s, _as_wide(w, weights)) for s, w in parts(a)] for a in weights.args)

@@ -124,7 +124,7 @@ class OnnxBuilder(Layouts[ir.Value]):
         producer = value.producer()
         if producer is None:
             return self.graph.initializers.get(value.name or "") is value
-        return _stands(value) and self.written.placed[producer] <= self.reader.order[self.anchor]
+        return _is_present(value) and self.written.placed[producer] <= self.reader.order[self.anchor]
 
     def constant(self, value: Any, dtype: torch.dtype) -> ir.Value:
         """A small constant as an initializer; equal ones are written once."""
@@ -216,10 +216,10 @@ class OnnxBuilder(Layouts[ir.Value]):
     def _source(self, size: sympy.Symbol) -> tuple[ir.Value, int]:
         """A value with a dimension of this size that can be read here, and the number of that dimension."""
         source = self.reader.sources.get(size)
-        if source is not None and (value := self._now(source[0])) is not None:
+        if source is not None and (value := self._current(source[0])) is not None:
             return value, source[1]
         for value, meaning in self.reader.meaning.items():
-            found = None if meaning is None or size not in meaning.shape else self._now(value)
+            found = None if meaning is None or size not in meaning.shape else self._current(value)
             if meaning is not None and found is not None:
                 return found, meaning.shape.index(size)
         raise CannotEmit(f"no tensor in front of the site has the size {size}")
@@ -236,14 +236,14 @@ class OnnxBuilder(Layouts[ir.Value]):
     def home(self, node: Expr) -> ir.Value | None:
         """The value in the graph that holds an expression and can be read here."""
         held = self.reader.home.get(node)
-        return None if held is None else self._now(held)
+        return None if held is None else self._current(held)
 
-    def _now(self, value: ir.Value) -> ir.Value | None:
+    def _current(self, value: ir.Value) -> ir.Value | None:
         """The value that now stands for a value of the graph; None if it comes later or was removed."""
         if not self.readable(value):
             return None
         value = self.written.replaced.get(value, value)
-        return value if _stands(value) else None
+        return value if _is_present(value) else None
 
     def as_tensor(self, node: Expr) -> ir.Value:
         """A value that holds an expression."""
@@ -371,7 +371,7 @@ class OnnxBuilder(Layouts[ir.Value]):
         return self.call("Slice", [value, *bounds], tuple(shape), self.dtype_of(value))
 
 
-def _stands(value: ir.Value) -> bool:
+def _is_present(value: ir.Value) -> bool:
     """Is a value still in the graph: computed by a node, an input or a constant?"""
     producer = value.producer()
     return producer is None or producer.graph is not None

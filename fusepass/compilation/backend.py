@@ -96,7 +96,7 @@ def compile_fused(
     recompile = Recompile(options, compiler)
     result = guards.Guarded(held, compiled, original.module, recompile, places)
     if stored:
-        result.keep_as(gm)
+        result.store_as(gm)
     return result
 
 

@@ -131,7 +131,7 @@ class Guarded(SerializableCallable):
         if not changed:
             return self._fused(*args)
         self._learn(args, changed)
-        return self._otherwise(args, changed)(*args)
+        return self._original_callable(args, changed)(*args)
 
     def _learn(self, args: Sequence[Any], changed: list[int]) -> None:
         for at, snapshot in self._guards.snapshots:
@@ -141,7 +141,7 @@ class Guarded(SerializableCallable):
                 if at in self._places:
                     note_place(self._places[at])
 
-    def _otherwise(self, args: Sequence[Any], changed: list[int]) -> Compiled:
+    def _original_callable(self, args: Sequence[Any], changed: list[int]) -> Compiled:
         """The callable that runs the original graph, if no arguments overlap."""
         if self._recompile is None or _has_regions(self._original):
             self._warn("the original graph runs, uncompiled")
@@ -191,7 +191,7 @@ class Guarded(SerializableCallable):
         """What ``serialize_compile_artifacts`` wrote."""
         return cls.from_stored(data)
 
-    def keep_as(self, gm: fx.GraphModule) -> None:
+    def store_as(self, gm: fx.GraphModule) -> None:
         """Make PyTorch store this object, not its parts, for the graph that Dynamo knows as ``gm``.
 
         If it cannot be stored, nothing is: Dynamo then leaves the function out of its cache.

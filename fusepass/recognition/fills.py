@@ -26,8 +26,8 @@ from fusepass.specification.attention import (
     ScaleBy,
     ScoreModifier,
     absorbs,
-    fates,
-    holds_less,
+    fills_after,
+    is_less_precise,
     merge_scales,
 )
 
@@ -197,7 +197,7 @@ class Fills:
         assert isinstance(floor, Floor)
         before, rest = scores[:at], self._floored(scores[at + 1 :])
         infinite = [n for n, m in enumerate(before) if isinstance(m, Mask) and m.fill == -math.inf]
-        if any(level != -math.inf for n in infinite for level in fates(before, n, -math.inf)):
+        if any(level != -math.inf for n in infinite for level in fills_after(before, n, -math.inf)):
             return (*before, floor, *rest)
         before = [self._refilled(m, floor.bound) if isinstance(m, Mask) else m for m in before]
         kept = [] if all(isinstance(m, (Scale, Mask)) for m in before) else [floor]
@@ -237,7 +237,7 @@ class Fills:
             return "fills overflow together"
         if len(finite) < len(under) and any(map(_is_infinite, after)):
             return "infinite ones are added to them"
-        levels = fates((mod, *after), 0, mod.low)
+        levels = fills_after((mod, *after), 0, mod.low)
         if under and any(level is not None and -math.inf < level < lowest for level in levels):
             return "overflow when they are scaled"
         return None
@@ -318,7 +318,7 @@ def _stays_low(scores: Sequence[ScoreModifier], at: int) -> bool:
     """Do scores that the mask at a position fills stay low through all later modifiers?"""
     mask = scores[at]
     assert isinstance(mask, Mask)
-    levels = [mask.fill, *fates(scores, at, mask.fill)]
+    levels = [mask.fill, *fills_after(scores, at, mask.fill)]
     return all(level is not None and level <= SMALL for level in levels)
 
 
@@ -331,13 +331,15 @@ def _vanishes(scores: Sequence[ScoreModifier], at: int) -> bool:
     """Is the exponential of scores that the mask at a position fills zero, in every dtype?"""
     mask = scores[at]
     assert isinstance(mask, Mask)
-    *_, level = (mask.fill, *fates(scores, at, mask.fill))
+    *_, level = (mask.fill, *fills_after(scores, at, mask.fill))
     return level is not None and level < VANISHING
 
 
 def without_exact_casts(mods: Sequence[ScoreModifier], product: torch.dtype) -> list[ScoreModifier]:
     """Drops the casts before the first one that is less precise than the product; the rest are kept."""
-    less = (n for n, m in enumerate(mods) if isinstance(m, Cast) and holds_less(DTYPES[m.dtype], product))
+    less = (
+        n for n, m in enumerate(mods) if isinstance(m, Cast) and is_less_precise(DTYPES[m.dtype], product)
+    )
     first = next(less, len(mods))
     return [m for n, m in enumerate(mods) if n >= first or not isinstance(m, Cast)]
 

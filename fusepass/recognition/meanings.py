@@ -26,7 +26,7 @@ from fusepass.specification.attention import (
     ScoreModifier,
     WeightModifier,
     WeightScale,
-    holds_less,
+    is_less_precise,
 )
 
 
@@ -66,7 +66,7 @@ class Meanings:
             factor = const(mod.factor, opmath(dtype))  # neither truncated to integers nor rounded to half
             scaled = Term(pointwise("mul", term.expr, factor, dtype=dtype), term.index)
         hidden = visibility.additive_mask(self.formulas, self.formulas.lift(scaled), term.expr.dtype)
-        wide = mod.dtype if mod.dtype and holds_less(self.computed, DTYPES[mod.dtype]) else ""
+        wide = mod.dtype if mod.dtype and is_less_precise(self.computed, DTYPES[mod.dtype]) else ""
         if hidden is None:
             if intervals.absorbs_from_above(scaled.expr, scope.contents, scope.facts):
                 raise Refuse("a bias raises scores so far that others are absorbed", term.expr)

@@ -17,7 +17,7 @@ from fusepass.expressions.contents import Contents
 from fusepass.expressions.index import Affine, AxisSpace, Facts, Size
 from fusepass.expressions.ir import Expr, expr
 from fusepass.patterns import heads
-from fusepass.patterns.joined import JOINED, joined, taken_apart
+from fusepass.patterns.joined import JOINED, joined, split_softmaxes
 from fusepass.patterns.layout import LAYOUT
 from fusepass.patterns.products import PRODUCTS, factors, normalised_late
 from fusepass.patterns.scores import SCORES, holds_product
@@ -26,7 +26,18 @@ from fusepass.patterns.weights import WEIGHTS, holds_softmax, parts
 from fusepass.recognition.fills import Fills, without_empty
 from fusepass.recognition.meanings import Meanings
 from fusepass.recognition.operands import chain_of, check_operands
-from fusepass.rules.engine import STEP_LIMIT, Core, Peel, Product, Refuse, Rule, Scope, Term, always, applied
+from fusepass.rules.engine import (
+    STEP_LIMIT,
+    Core,
+    Peel,
+    Product,
+    Refuse,
+    Rule,
+    Scope,
+    Term,
+    always,
+    apply_first,
+)
 from fusepass.rules.site import Roles, Site
 from fusepass.specification.attention import (
     Attention,
@@ -34,7 +45,7 @@ from fusepass.specification.attention import (
     ScoreModifier,
     Sink,
     WeightModifier,
-    holds_less,
+    is_less_precise,
     merge_scales,
 )
 
@@ -146,7 +157,7 @@ def recognise_sum(
 def _pieces(anchor: Expr) -> list[tuple[int, Expr]]:
     """The products whose signed sum ``anchor`` is, because its weights are a sum."""
     if anchor.op == "dot":
-        if len(apart := taken_apart(anchor)) > 1:
+        if len(apart := split_softmaxes(anchor)) > 1:
             return [(1, piece) for piece in apart]
         for position, operand in enumerate(anchor.args):
             if holds_softmax(operand) and len(summands := parts(operand)) > 1:
@@ -188,7 +199,7 @@ class _Reading:
             self._extent(self.summed[0]), core.scores.expr.shape[core.dim]
         ):
             raise Refuse("the softmax runs over more keys than are summed with the values", core.scores.expr)
-        rounds = holds_less(core.dtype, core.scores.expr.dtype)
+        rounds = is_less_precise(core.dtype, core.scores.expr.dtype)
         self.scope.sunk = core.sink is not None or core.form == "bare" or rounds
         found = self._peel_scores(core.scores, [])
         if isinstance(found, Miss):
@@ -208,7 +219,9 @@ class _Reading:
         for _ in range(STEP_LIMIT):
             if term.expr.op == "cast":
                 rounded.append(term.expr.dtype)
-            found = applied((*self.rules.softmax, *self.rules.weights, *self.rules.layout), term, self.scope)
+            found = apply_first(
+                (*self.rules.softmax, *self.rules.weights, *self.rules.layout), term, self.scope
+            )
             if not found:
                 return None
             layer = found[0]
@@ -243,7 +256,7 @@ class _Reading:
                 term.expr,
             )
         self.scope.above = mods
-        found = applied((*self.rules.products, *self.rules.layout, *self.rules.scores), term, self.scope)
+        found = apply_first((*self.rules.products, *self.rules.layout, *self.rules.scores), term, self.scope)
         miss: Miss | None = None
         for layer in found:
             if isinstance(layer, Product):

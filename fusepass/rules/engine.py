@@ -180,7 +180,7 @@ class Scope:
         return bool(self.space.resolve(self.keys).axes & over)
 
 
-def applied(rules: Sequence[Rule], term: Term, scope: Scope) -> list[Found]:
+def apply_first(rules: Sequence[Rule], term: Term, scope: Scope) -> list[Found]:
     """The result of the first rule that applies to a term; empty where none does."""
     for candidate in rules:
         found = candidate.apply(term, scope)

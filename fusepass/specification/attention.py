@@ -114,7 +114,7 @@ class Attention:
         last one decides: no later one undoes what it hides.
         """
         at = max(n for n, mod in enumerate(self.scores) if mod == mask)
-        levels = [mask.fill, *fates(self.scores, at, mask.fill)]
+        levels = [mask.fill, *fills_after(self.scores, at, mask.fill)]
         return all(n is not None and negligible(n, self.score_dtype) for n in levels)
 
     @property
@@ -133,7 +133,7 @@ class Attention:
         mask = self.scores[at]
         assert isinstance(mask, Mask)
         after = [m for m in self.scores[at + 1 :] if not isinstance(m, Mask) or m.additive]
-        levels = [mask.fill, *fates((mask, *after), 0, mask.fill)]
+        levels = [mask.fill, *fills_after((mask, *after), 0, mask.fill)]
         return all(n is not None and negligible(n, self.score_dtype) for n in levels)
 
     def is_causal(self, offset: object = 0) -> bool:
@@ -201,7 +201,7 @@ def _merged(mods: Sequence[ScoreModifier]) -> tuple[ScoreModifier, ...]:
     return tuple(m for m in out if m != Scale(1.0))
 
 
-def fates(scores: Sequence[ScoreModifier], at: int, fill: float) -> Iterator[float | None]:
+def fills_after(scores: Sequence[ScoreModifier], at: int, fill: float) -> Iterator[float | None]:
     """The value of a score that modifier ``at`` sets to ``fill``, after each of the modifiers that follow.
 
     The sequence ends with None where the value is no longer known.
@@ -216,10 +216,10 @@ def fates(scores: Sequence[ScoreModifier], at: int, fill: float) -> Iterator[flo
 
 def rounds_softmax(softmax_dtype: torch.dtype, operands: torch.dtype) -> bool:
     """Is a softmax computed in a narrower dtype than its operands have?"""
-    return holds_less(softmax_dtype, operands)
+    return is_less_precise(softmax_dtype, operands)
 
 
-def holds_less(dtype: torch.dtype, other: torch.dtype) -> bool:
+def is_less_precise(dtype: torch.dtype, other: torch.dtype) -> bool:
     """Is a dtype less precise than another one, or does it overflow earlier?"""
     mine, theirs = torch.finfo(dtype), torch.finfo(other)
     return mine.eps > theirs.eps or mine.max < theirs.max
@@ -261,7 +261,7 @@ def _keeps_levels(spec: Attention) -> bool:
         added_in = DTYPES[mask.dtype] if mask.dtype else added_in
         if mask.additive and not absorbs(mask.fill, added_in, USUAL_SCORES * max(scale, 1.0)):
             return False
-        for mod, after in zip(spec.scores[at + 1 :], fates(spec.scores, at, mask.fill), strict=False):
+        for mod, after in zip(spec.scores[at + 1 :], fills_after(spec.scores, at, mask.fill), strict=False):
             own = isinstance(mod, Mask) or (isinstance(mod, Bias) and (mod.hides or mask.additive))
             if level is None or not (own or mod.keeps_level(level, dtype)):
                 return False
@@ -336,7 +336,7 @@ def reference(
 __all__ = [
     "Atom", "Attention", "Band", "Bias", "Cast", "Chunk", "Dense", "Document", "Dropout", "Finite", "Floor",
     "Keep", "KeyGate", "KeyPadding", "Mask", "Modifier", "Prefix", "Scale", "ScaleBy", "ScoreModifier",
-    "Sink", "SoftCap", "WeightModifier", "WeightScale", "ZeroEmptyRows", "absorbs", "empty_rows", "fates",
-    "finite", "holds_less", "intersect", "kinds", "merge_scales", "negligible", "one_level", "reference",
-    "rounds_softmax", "softmax",
+    "Sink", "SoftCap", "WeightModifier", "WeightScale", "ZeroEmptyRows", "absorbs", "empty_rows",
+    "fills_after", "finite", "intersect", "is_less_precise", "kinds", "merge_scales", "negligible", "one_level",
+    "reference", "rounds_softmax", "softmax",
 ]  # fmt: skip

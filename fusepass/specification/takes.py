@@ -26,7 +26,7 @@ from fusepass.specification.attention import (
     ZeroEmptyRows,
     absorbs,
     empty_rows,
-    fates,
+    fills_after,
     negligible,
     one_level,
     rounds_softmax,
@@ -142,7 +142,7 @@ class Takes:
 
     def _same_fate(self, spec: Attention, at: int, mask: Mask) -> bool:
         """Does the lowest fill that can be written end as the same number as the fill itself?"""
-        theirs, ours = (list(fates(spec.scores, at, fill)) for fill in (mask.fill, self.lowest))
+        theirs, ours = (list(fills_after(spec.scores, at, fill)) for fill in (mask.fill, self.lowest))
         return bool(theirs) and theirs[-1] is not None and theirs[-1] == ours[-1]
 
     def _rows(self, spec: Attention, training: bool) -> str | None:

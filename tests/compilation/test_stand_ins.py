@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusepass
-from fusepass.dialects.torch.nodes import is_pytorchs, stand_in
+from fusepass.dialects.torch.nodes import is_pytorchs, replaced_function
 from fusepass.reports.collector import Collector
 from tests.capture import close, compiled, dynamo_graph, qkv
 
@@ -181,4 +181,4 @@ def test_functions_are_known_by_themselves_and_not_by_their_names() -> None:
         assert is_pytorchs(function)
     for borrowed in (functools.wraps(F.softmax)(lambda *a: a), functools.partial(F.softmax), quantised):
         assert not is_pytorchs(borrowed)
-    assert stand_in(F.multi_head_attention_forward) is None  # type: ignore[arg-type]
+    assert replaced_function(F.multi_head_attention_forward) is None  # type: ignore[arg-type]

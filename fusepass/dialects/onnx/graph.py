@@ -227,8 +227,8 @@ class OnnxReader:
             self.sources,
             self.home,
         )
-        self._guarded(call, self._know)
-        made = self._guarded(call, self._meaning)
+        self._read_safely(call, self._record_numbers)
+        made = self._read_safely(call, self._meaning)
         parts = made if isinstance(made, tuple) else (made,)
         for position, value in enumerate(node.outputs):
             part = parts[position] if position < len(parts) else None
@@ -236,7 +236,7 @@ class OnnxReader:
                 part = _numbers(self.known[value])
             self._bind(value, part if part is not None else self._opaque(value))
 
-    def _guarded(self, call: Call, read: Callable[[Call], T]) -> T | None:
+    def _read_safely(self, call: Call, read: Callable[[Call], T]) -> T | None:
         """The answer of ``read`` for a node; a fault costs only that node."""
         try:
             return read(call)
@@ -256,7 +256,7 @@ class OnnxReader:
 
     # -- integers ----------------------------------------------------------------------------
 
-    def _know(self, call: Call) -> None:
+    def _record_numbers(self, call: Call) -> None:
         found = self._numbers(call)
         if found is not None and len(onnx_sizes.elements(found)) <= _MOST:
             self.known[call.node.outputs[0]] = found

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fusepass.dialects.torch.nodes import is_pytorchs, size_of, stand_in, value_of
+from fusepass.dialects.torch.nodes import is_pytorchs, replaced_function, size_of, value_of
 from fusepass.host.faults import first_line, strict
 from fusepass.host.surroundings import graph_context
 
@@ -95,7 +95,7 @@ def _reaching_output(graph: fx.Graph) -> set[fx.Node]:
 def _expand(call: fx.Node, steps: Callable[..., Any], live: set[fx.Node]) -> Expansion | str:
     if not all(u.target is operator.getitem and isinstance(u.args[1], int) for u in call.users):
         return "its results are passed on as a tuple"
-    if name := stand_in(call.target, steps.__code__.co_names):  # type: ignore[arg-type]
+    if name := replaced_function(call.target, steps.__code__.co_names):  # type: ignore[arg-type]
         return f"it calls '{name}', which somebody has replaced by another function"
     before = set(call.graph.nodes)
     try:

@@ -331,7 +331,7 @@ def _observed(node: fx.Node) -> list[fx.Node]:
     mode = next((m for v in values if (m := getattr(v, "fake_mode", None)) is not None), None)
     if mode is None or len(values) < len(operands):
         return operands
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _apart(value_of(n)))
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _alias(value_of(n)))
     try:
         with mode, torch.no_grad(), _Watch() as watch:
             node.target(*args, **kwargs)  # type: ignore[operator]
@@ -340,7 +340,7 @@ def _observed(node: fx.Node) -> list[fx.Node]:
     return [n for n, v in zip(operands, values, strict=True) if _storage(v)[1] in watch.found]
 
 
-def _apart(value: Any) -> Any:
+def _alias(value: Any) -> Any:
     """The same memory as another tensor, whose metadata may be changed."""
     return value.detach() if isinstance(value, Tensor) else value
 

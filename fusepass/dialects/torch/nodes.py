@@ -57,7 +57,7 @@ def is_pytorchs(function: Any) -> bool:
     return isinstance(function, _BUILT_IN)
 
 
-def stand_in(function: types.FunctionType, others: Iterable[str] = ()) -> str | None:
+def replaced_function(function: types.FunctionType, others: Iterable[str] = ()) -> str | None:
     """The name of a function that one of PyTorch's functions calls and that somebody has replaced, or None.
 
     Args:

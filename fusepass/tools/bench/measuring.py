@@ -149,7 +149,7 @@ def _spread(
     if workers > 1 and groups:
         limit = None if end is None else end - time.monotonic()
         patience = PATIENCE * max(map(len, groups))
-        spread(groups, apart, _taken_along, workers, keep, limit, patience)
+        spread(groups, apart, _failed_with, workers, keep, limit, patience)
         return
     for group in groups:
         if end is None or time.monotonic() < end:
@@ -170,7 +170,7 @@ PATIENCE = 180.0
 _LOST = "not measured: "
 
 
-def _taken_along(group: list[Job], why: str) -> list[tuple[Job, Row]]:
+def _failed_with(group: list[Job], why: str) -> list[tuple[Job, Row]]:
     return [(job, replace(_row(job), problem=f"{_LOST}{why}")) for job in group]
 
 

@@ -117,12 +117,12 @@ class Pool(Generic[J, R]):
         while self.left or any(w.job is not None for w in self.workers):
             if self.limit is not None and time.monotonic() > self.limit:
                 self.left.clear()
-            self._staff(count)
+            self._start_workers(count)
             self._assign()
             for pipe in wait([w.pipe for w in self.workers], timeout=0.2):
                 worker = next((w for w in self.workers if w.pipe is pipe), None)
                 if worker is not None:
-                    self._hear(worker)
+                    self._handle_message(worker)
             self._time(count)
 
     def end(self) -> None:
@@ -131,15 +131,15 @@ class Pool(Generic[J, R]):
             worker.end()
         self.workers.clear()
 
-    def _staff(self, count: int) -> None:
+    def _start_workers(self, count: int) -> None:
         late = self.limit is not None and time.monotonic() > self.limit + _GRACE
         for worker in list(self.workers):
             if late and worker.job is not None:
-                self._bury(worker, "cut off by the limit")
+                self._end_worker(worker, "cut off by the limit")
             elif worker.state == "works" and time.monotonic() - worker.since > self.patience:
-                self._bury(worker, f"took more than {self.patience:.0f} s to compile or run")
+                self._end_worker(worker, f"took more than {self.patience:.0f} s to compile or run")
             elif worker.state == "idle" and (not self.left or worker.jobs >= _JOBS):
-                self._bury(worker)
+                self._end_worker(worker)
         while len(self.workers) < min(count, len(self.left) + sum(w.job is not None for w in self.workers)):
             self.workers.append(_Worker(self.measure))
 
@@ -151,12 +151,12 @@ class Pool(Generic[J, R]):
                 with contextlib.suppress(OSError):
                     worker.pipe.send(worker.job)
 
-    def _hear(self, worker: _Worker[J]) -> None:
+    def _handle_message(self, worker: _Worker[J]) -> None:
         """Handle one message of a process."""
         try:
             kind, content = worker.pipe.recv()
         except (EOFError, OSError):
-            self._bury(worker, "the measuring process died")
+            self._end_worker(worker, "the measuring process died")
             return
         worker.since = time.monotonic()
         worker.state = "waits" if kind == "wants" else "idle"
@@ -165,7 +165,7 @@ class Pool(Generic[J, R]):
             result, broken = content
             self._keep(result)
             if broken:
-                self._bury(worker)
+                self._end_worker(worker)
 
     def _time(self, count: int) -> None:
         """Let the waiting processes be timed one by one, while the others pause."""
@@ -184,9 +184,9 @@ class Pool(Generic[J, R]):
                 worker.pipe.send(True)
             while worker.state == "times":
                 if not worker.pipe.poll(self.patience / 2):
-                    self._bury(worker, "took too long to time")
+                    self._end_worker(worker, "took too long to time")
                     break
-                self._hear(worker)
+                self._handle_message(worker)
                 if worker.state == "waits":  # a second timed section of the same job
                     worker.state = "times"
                     worker.pipe.send(True)
@@ -194,7 +194,7 @@ class Pool(Generic[J, R]):
             worker.send(signal.SIGCONT)
             worker.since += time.monotonic() - began
 
-    def _bury(self, worker: _Worker[J], why: str = "") -> None:
+    def _end_worker(self, worker: _Worker[J], why: str = "") -> None:
         """Kill a process; its job has failed."""
         job = worker.job
         worker.job = None
