@@ -337,6 +337,6 @@ __all__ = [
     "Atom", "Attention", "Band", "Bias", "Cast", "Chunk", "Dense", "Document", "Dropout", "Finite", "Floor",
     "Keep", "KeyGate", "KeyPadding", "Mask", "Modifier", "Prefix", "Scale", "ScaleBy", "ScoreModifier",
     "Sink", "SoftCap", "WeightModifier", "WeightScale", "ZeroEmptyRows", "absorbs", "empty_rows",
-    "fills_after", "finite", "intersect", "is_less_precise", "kinds", "merge_scales", "negligible", "one_level",
-    "reference", "rounds_softmax", "softmax",
+    "fills_after", "finite", "intersect", "is_less_precise", "kinds", "merge_scales", "negligible",
+    "one_level", "reference", "rounds_softmax", "softmax",
 ]  # fmt: skip
