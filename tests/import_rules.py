@@ -38,7 +38,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "exporters": (
         "host", "expressions", "specification", "rules", "dialects", "recognition", "writing.layouts",
-        "reports", "compilation.fusing",
+        "reports", "compilation.fusing", "compilation.site_pass",
     ),
     "tools": ("host", "kernels", "selection", "reports", "compilation"),
 }  # fmt: skip
