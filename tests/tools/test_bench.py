@@ -339,6 +339,6 @@ MEASURED = {
 
 @pytest.mark.parametrize("page", MEASURED)
 def test_a_measured_page_is_what_the_command_writes(page: str) -> None:
-    root, results = Path(__file__).parent.parent, f"benchmarks/results/{MEASURED[page]}.csv"
+    root, results = Path(__file__).parents[2], f"benchmarks/results/{MEASURED[page]}.csv"
     written = bench_report.markdown(*bench.read_csv(root / results), results)
     assert written == (root / f"docs/{page}.md").read_text(encoding="utf-8")
