@@ -439,12 +439,12 @@ def finish_rows(
     policy = empty_rows(spec)
     opaque = any(isinstance(m, Bias) for m in fills)
     if policy == "zero" and any(isinstance(w, Keep) and w.implied for w in spec.weights):
-        zero = build.number(0.0, out)
+        cleared = build.number(0.0, out)
         if not opaque:
-            return build.op("where", rows.seen, out, zero)
+            return build.op("where", rows.seen, out, cleared)
         kept = build.op("any", conjunction(site, build, spec.masks), -1, True)
         lost = build.op("where", build.op("isfinite", rows.top), out, build.number(math.nan, out))
-        return build.op("where", kept, lost, zero)  # what a bias alone hides is not zeroed
+        return build.op("where", kept, lost, cleared)  # what a bias alone hides is not zeroed
     if target.training and policy != "zero" and 0 < len(additive) < len(fills):
         raise Refused("gradients of rows that see no key under masks that are added and masks that are not")
     if target.training and (opaque or any(math.isfinite(m.fill) for m in additive if isinstance(m, Mask))):
