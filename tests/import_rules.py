@@ -38,7 +38,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "exporters": (
         "host", "expressions", "specification", "rules", "dialects", "recognition", "writing.layouts",
-        "reports", "compilation.fusing",
+        "reports", "compilation.fusing", "compilation.site_pass",
     ),
     "tools": ("host", "kernels", "selection", "reports", "compilation"),
 }  # fmt: skip
@@ -65,8 +65,8 @@ LATE = (
 #: Options are checked where torch is not loaded.
 LATE_TORCH = "fusepass.host.config"
 
-#: Rooms that are only about expressions: no graphs, no formats, and of torch only dtypes.
-ABSTRACT = ("rules", "patterns")
+#: Rooms and modules that are only about expressions: no graphs, no formats, and of torch only dtypes.
+ABSTRACT = ("rules", "patterns", "compilation.site_pass")
 
 
 @dataclass(frozen=True)
@@ -203,8 +203,9 @@ def _faults(
         allowed = [room, *ROOMS[room]]
         if not within(target, *(f"fusepass.{one}" for one in allowed)):
             yield f"imports {name}: {room} may not use {of}"
-    if target is None and room in ABSTRACT and not _is_abstract(name):
-        yield f"imports {name}: {room} may use the standard library, sympy, and torch for its dtypes"
+    abstract = within(module, *(f"fusepass.{one}" for one in ABSTRACT))
+    if target is None and abstract and not _is_abstract(name):
+        yield f"imports {name}: {module} may use the standard library, sympy, and torch for its dtypes"
 
 
 def _may_be_late(module: str, name: str, target: str | None, at_top: Mapping[str, list[str]]) -> bool:

@@ -81,6 +81,7 @@ MASKS, SDPA = "fusepass.patterns.masks", "fusepass.kernels.sdpa"
         (MASKS, "import torch.nn.functional", "torch for its dtypes"),
         (MASKS, "from torch import fx", "torch for its dtypes"),
         (ENGINE, "import importlib\nimportlib.import_module('onnx')", "torch for its dtypes"),
+        ("fusepass.compilation.site_pass", "from torch import fx", "torch for its dtypes"),
         (MASKS, "from fusepass.kernels import sdpa", "patterns may not use kernels"),
         (MASKS, "from ..kernels.sdpa import emit", "patterns may not use kernels"),
         (SDPA, "from fusepass.writing.emit import Builder\nimport onnx", None),

@@ -290,7 +290,7 @@ class OnnxBuilder(Layouts[ir.Value]):
     # -- operations --------------------------------------------------------------------------
 
     def op(self, name: str, *args: Any, **kwargs: Any) -> ir.Value:
-        """The operations that :class:`Layouts` uses."""
+        """The operations that layouts and sums use."""
         if name == "reshape":
             return self.reshape(args[0], args[1])
         if name == "permute":
@@ -299,6 +299,8 @@ class OnnxBuilder(Layouts[ir.Value]):
             return self.expand(args[0], args[1])
         if name == "slice":
             return self.cut(*args)
+        if name in ("neg", "add", "sub"):
+            return self.pointwise(_SAME[name], *args)
         raise CannotEmit(f"'{name}' has no counterpart in ONNX here")
 
     def pointwise(self, name: str, *values: ir.Value) -> ir.Value:

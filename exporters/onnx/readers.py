@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import onnx_ir as ir
 
+from fusepass.compilation.site_pass import Shared
 from fusepass.dialects.onnx.graph import OnnxReader
-from fusepass.exporters.onnx.operators import Operator, Target
 from fusepass.expressions.ir import POINTWISE, VIEWS, Expr
-from fusepass.recognition.recognize import recognise_sum
 from fusepass.recognition.resemblance import products_behind
 from fusepass.rules.site import Site
 
@@ -27,29 +24,27 @@ class Readers:
     Args:
         reader: knows the meanings of the graph's nodes.
         live: the nodes that an output depends on.
-        operators, target: the operators that may replace sites.
     """
 
-    def __init__(
-        self, reader: OnnxReader, live: set[ir.Node], operators: Sequence[Operator], target: Target
-    ) -> None:
-        self.reader, self.live, self.operators, self.target = reader, live, operators, target
-        self.graph = reader.graph
-        self._sharing: dict[ir.Node, Expr | None] = {}
+    def __init__(self, reader: OnnxReader, live: set[ir.Node]) -> None:
+        self.reader, self.live, self.graph = reader, live, reader.graph
 
-    def outside(self, site: Site, anchor: ir.Node, meaning: Expr) -> ir.Node | None:
-        """A live node, not on a path to the anchor, for which scores or weights must be computed."""
-        found = (self._of_product(site, product, anchor) for product in self._scores(site, meaning))
+    def outside(self, site: Site, anchor: ir.Node, shared: Shared[ir.Node]) -> ir.Node | None:
+        """A live node, not on a path to the anchor, for which scores or weights must be computed.
+
+        A node that multiplies the same weights with other values does not count if an operator computes that
+        too (``shared`` gives its scores): exporters compute equal weights once, even if the model computes
+        them for every product.
+        """
+        meaning, products = self.reader.meaning[anchor.outputs[0]], [site.product]
+        if meaning is not None and site.product not in self.reader.home:
+            products = products_behind(meaning)  # keys in several tensors
+        found = (self._of_product(site, product, anchor, shared) for product in products)
         return next(filter(None, found), None)
 
-    def _scores(self, site: Site, anchor: Expr) -> list[Expr]:
-        """The products of queries and keys: several, if the keys are in several tensors."""
-        if site.product in self.reader.home:
-            return [site.product]
-        return products_behind(anchor)
-
-    def _of_product(self, site: Site, product: Expr, anchor: ir.Node) -> ir.Node | None:
-        """A live node, not on a path to the anchor, for which the scores or weights must be computed."""
+    def _of_product(
+        self, site: Site, product: Expr, anchor: ir.Node, shared: Shared[ir.Node]
+    ) -> ir.Node | None:
         held = self.reader.home.get(product)
         todo = [] if held is None else [held]
         result = self.reader.meaning[anchor.outputs[0]]
@@ -64,29 +59,13 @@ class Readers:
                     continue
                 seen.add(user)
                 meaning = self.reader.meaning.get(user.outputs[0])
-                if meaning is result or self._shares(user, site):
+                if meaning is result or shared(user) is site.product:
                     continue  # it has the same meaning, or is fused as well
                 light = meaning is not None and (meaning.op in _LIGHT or user in within)
                 if user.graph is not self.graph or not light:
                     return user
                 todo.extend(user.outputs)
         return None
-
-    def _shares(self, user: ir.Node, site: Site) -> bool:
-        """Is a node the product of a site's weights with other values, which an operator can compute too?
-
-        Exporters compute equal weights once even if the model computes them for every product.
-        """
-        meaning = self.reader.meaning.get(user.outputs[0])
-        if meaning is None or meaning.op != "dot" or user.graph is not self.graph:
-            return False
-        if user not in self._sharing:
-            found = recognise_sum(meaning, self.reader.facts_of(meaning), contents=self.reader.contents)
-            self._sharing[user] = None
-            if isinstance(found, list) and len(found) == 1:
-                refused = (o.refuse(found[0][1].spec, self.target) for o in self.operators)
-                self._sharing[user] = found[0][1].product if None in refused else None
-        return self._sharing[user] is site.product
 
     def products_of(self, anchor: ir.Node) -> set[ir.Node]:
         """The products, and their sums, that an anchor normalises or sums, if it is not a product itself."""

@@ -1,4 +1,4 @@
-"""The pass: read a graph, recognise its sites, choose a kernel for each, write it in.
+"""The pass over PyTorch's graphs: what :class:`.site_pass.SitePass` asks of one, and its inner graphs.
 
 The graph outside a fused site is not touched.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +17,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fusepass.compilation.inner import inner_compiler
 from fusepass.compilation.profiler_ranges import ROUNDS, annotate
-from fusepass.dialects.torch.composites import Expansion, expand_all
+from fusepass.compilation.site_pass import Made, Rejected, Shared, SiteGraph, SitePass, Summands, Withdrawn
+from fusepass.dialects.torch.composites import expand_all
 from fusepass.dialects.torch.graph import Known, Reader
 from fusepass.dialects.torch.memory import live_nodes
 from fusepass.dialects.torch.nodes import operation, value_of
@@ -31,8 +31,8 @@ from fusepass.kernels import FP8, KERNELS, Kernel, Refused, Target, named, round
 from fusepass.kernels.base import may_empty_rows
 from fusepass.kernels.gates import library_refuses
 from fusepass.kernels.reference import rounds as rounds_scores
-from fusepass.recognition.recognize import RULES, Miss, Rules, as_product, factors, recognise_sum
-from fusepass.recognition.resemblance import of_activations, products_behind, softmaxes_behind, were_scores
+from fusepass.recognition.recognize import RULES, Miss, Rules, recognise_sum
+from fusepass.recognition.resemblance import of_activations, products_behind, were_scores
 from fusepass.reports.report import GraphReport, SiteReport, label_for, source_of
 from fusepass.rules.site import Site
 from fusepass.selection import autotune
@@ -44,8 +44,6 @@ from fusepass.writing.gradients import given_to, keep_for_backward, learns, tie
 from fusepass.writing.liveness import erase_dead, inner_products, outside_reader
 from fusepass.writing.strides import laid_out_as
 from fusepass.writing.validate import site_error
-
-log = logging.getLogger("fusepass")
 
 
 @clean_context()
@@ -74,7 +72,7 @@ def rewrite_graph(
     """
     start = time.perf_counter()
     report = GraphReport(nodes=0)
-    passes: dict[fx.GraphModule, _Pass] = {}
+    passes: dict[fx.GraphModule, _TorchGraph] = {}
     gradients, numbers = records_gradients(gm), itertools.count()
     for graph_module, call in graphs_of(gm):
         report.nodes += len(graph_module.graph.nodes)
@@ -84,9 +82,9 @@ def rewrite_graph(
         own_gradient = call is not None and call.own_gradient
         known = Known(constants or {}, static or {}, given, contents, own_gradient, gradients)
         around = None if call is None else (passes[call.outer].transforms, call.node)
-        one = _Pass(graph_module, options, rules, known, compiled, guarded, around, numbers)
+        one = _TorchGraph(graph_module, options, rules, known, compiled, guarded, around, numbers)
         passes[graph_module] = one
-        report.sites.extend(one.run())
+        report.sites.extend(one.fuse())
         report.notes.extend(one.reader.faults.notes)
         static = None  # those are inputs of the outermost graph
     fused = [module for module, one in passes.items() if one.replaced]
@@ -99,11 +97,13 @@ def rewrite_graph(
     return report
 
 
+_Made = Made[fx.Node, Builder]
+
 #: What may lie between a softmax and the product with the values.
 _PEELED = VIEWS | {"cast", "dropout", "nan_to_num", "where", "mul", "div"}
 
 
-class _Pass:
+class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
     """One graph."""
 
     def __init__(
@@ -111,50 +111,30 @@ class _Pass:
         guarded: bool, around: tuple[Transforms, fx.Node] | None, numbers: Iterator[int],
     ) -> None:  # fmt: skip
         self.gm, self.options, self.rules, self.known = gm, options, rules, known
-        self.compiled, self.guarded, self.around, self.numbers = compiled, guarded, around, numbers
+        self.compiled, self.guarded, self.numbers = compiled, guarded, numbers
         self.graph = gm.graph
         self.replaced: dict[fx.Node, fx.Node] = {}
-        self.settled: set[Expr] = set()
         self.shared: dict[Any, Any] = {}
-        self.sharing: dict[fx.Node, Expr | None] = {}
         self.overtaken: set[Any] = set()
-
-    def run(self) -> list[SiteReport]:
-        """Every site's report, in program order."""
-        expansions, stay = expand_all(self.graph)
-        self.transforms = Transforms(self.graph, self.around)
-        self.reader = Reader(self.graph, self.gm, self.known)
+        self.expansions, self.unexpanded = expand_all(self.graph)
+        self.transforms = Transforms(self.graph, around)
+        self.reader = Reader(self.graph, gm, known)
         self.live = live_nodes(self.graph, self.reader.memory)
-        reports = [self._report(call, None, reason=reason) for call, reason in stay]
-        for node in list(self.graph.nodes):
-            meaning = self.reader.defined.get(node)
-            if node not in self.live or not isinstance(meaning, Expr):
-                continue
-            late = as_product(meaning)
-            if self.reader.definer[meaning] is not node or (late is None and not factors(meaning)):
-                continue
-            self.reader.contents.begin()
-            found = self._recognised(node, late or meaning)
-            if late is not None and not isinstance(found, list):
-                continue
-            if found is not None:
-                if late is not None:
-                    inner = {n.name for n in inner_products(self.reader, node)}
-                    reports = [r for r in reports if r.node not in inner or (r.fused and meaning.op != "add")]
-                reports.extend(self._settle(node, found))
-        reports.extend(self._left_over())
-        self._close(expansions)
+
+    def fuse(self) -> list[SiteReport]:
+        """Every site's report, in program order."""
+        one = SitePass(self)
+        reports = [one.report(call, None, reason=reason) for call, reason in self.unexpanded] + one.run()
+        for expansion in self.expansions:  # the steps of a call stay where something in them was fused
+            if expansion.used_outside() or any(n in self.replaced for n in expansion.steps):
+                expansion.accept()
+            else:
+                expansion.revert()
         if self.replaced:
             erase_dead(self.graph, self.reader.memory, self.live, self.replaced)
             self.graph.lint()
             self.gm.recompile()
         return reports
-
-    def _recognised(self, node: fx.Node, meaning: Expr) -> list[tuple[int, Site]] | Miss | None:
-        """Is ``meaning``, which is that of ``node``, attention?"""
-        reader = self.reader
-        readable = functools.partial(reader.readable, until=node)
-        return recognise_sum(meaning, reader.facts, self.rules, reader.contents, readable)
 
     def assumed(self) -> list[str]:
         """The placeholders whose elements sites rely on."""
@@ -185,113 +165,45 @@ class _Pass:
         found = ([n.name for n in placeholders if s in memory.of(n)] for s in storages)
         return sorted(filter(None, found))
 
-    def _close(self, expansions: list[Expansion]) -> None:
-        """Keep the steps of a call where something in them was fused."""
-        for expansion in expansions:
-            if expansion.used_outside() or any(n in self.replaced for n in expansion.steps):
-                expansion.accept()
-            else:
-                expansion.revert()
+    # -- what the pass asks -------------------------------------------------------------------
 
-    # -- one site ----------------------------------------------------------------------------
+    def read(self) -> Iterator[tuple[fx.Node, Expr]]:
+        for node in list(self.graph.nodes):
+            meaning = self.reader.defined.get(node)
+            if node in self.live and isinstance(meaning, Expr) and self.reader.definer[meaning] is node:
+                self.reader.contents.begin()
+                yield node, meaning
 
-    def _settle(self, node: fx.Node, found: list[tuple[int, Site]] | Miss) -> list[SiteReport]:
-        self.settled.update(softmaxes_behind(self.reader.defined[node]))
-        if isinstance(found, Miss):
-            return [self._report(node, None, reason=found.reason)]
-        sites = [site for _, site in found]
-        if self.known.given and any(s.product not in self.reader.definer for s in sites):
-            return [self._report(node, s, reason="its scores are computed in another graph") for s in sites]
-        for site in sites:
-            reader = self._outside_reader(node, site)
-            if reader is not None:
-                return [self._report(node, s, reason=_also_read(reader)) for s in sites]
-        if reason := _REBOUND if self.reader.memory.rebinds else self.transforms.refuse(node):
-            return [self._report(node, s, reason=reason) for s in sites]
+    def name_and_source(self, node: fx.Node) -> tuple[str, str | None]:
+        return node.name, source_of(node)
+
+    def recognised(self, node: fx.Node, product: Expr | None = None) -> Summands | Miss | None:
+        meaning, reader = product or self.reader.defined.get(node), self.reader
+        if not isinstance(meaning, Expr):
+            return None
+        readable = functools.partial(reader.readable, until=node)
+        return recognise_sum(meaning, reader.facts, self.rules, reader.contents, readable)
+
+    def inner(self, node: fx.Node) -> set[str]:
+        return {n.name for n in inner_products(self.reader, node)}
+
+    def settled(
+        self, node: fx.Node, sites: Sequence[Site], shared: Shared[fx.Node]
+    ) -> tuple[str | None, str] | None:
+        if reason := self._refusal(node, sites, shared):
+            return None, reason
         native = self.options.precision == "native" and self.options.kernel != "reference"
-        if len(sites) == 1 and native and as_good(node, sites[0], self._target(node, sites[0])):
-            return [self._report(node, sites[0], "sdpa", reason="a call to SDPA already; nothing to improve")]
-        return self._fuse(node, found)
-
-    def _outside_reader(self, node: fx.Node, site: Site) -> fx.Node | None:
-        """Who else needs the scores or weights; those of joined keys are products in several nodes."""
-        products = [site.product]
-        if site.product not in self.reader.definer:
-            products = products_behind(self.reader.defined[node])
-        for product in products:
-            shares = functools.partial(self._shares, product, site)
-            reader = outside_reader(self.reader, self.live, product, node, shares)
-            if reader is not None:
-                return reader
+        if len(sites) == 1 and native and as_good(node, sites[0], self._target(node)):
+            return "sdpa", "a call to SDPA already; nothing to improve"
         return None
 
-    def _shares(self, product: Expr, site: Site, user: fx.Node) -> bool:
-        """Is a node the product of a site's weights with other values, for which a kernel serves as well?
+    def serves(self, node: fx.Node, site: Site) -> bool:
+        asked, target = named(self.options.kernel), self._target(node)
+        kernels = KERNELS if asked is None else (asked,)
+        return any(k.refuse(site.spec, target) is None for k in kernels)
 
-        Not where weights are dropped: both products see the same ones dropped.
-        """
-        meaning = self.reader.defined.get(user)
-        if not isinstance(meaning, Expr) or not factors(meaning) or site.spec.dropout:
-            return False
-        if user not in self.sharing:
-            found = self._recognised(user, meaning)
-            self.sharing[user] = None
-            if isinstance(found, list) and len(found) == 1:
-                other, target = found[0][1], self._target(user, found[0][1])
-                asked = named(self.options.kernel)
-                kernels = KERNELS if asked is None else (asked,)
-                if any(k.refuse(other.spec, target) is None for k in kernels):
-                    self.sharing[user] = other.product
-        return self.sharing[user] is product
-
-    def _fuse(self, node: fx.Node, parts: list[tuple[int, Site]]) -> list[SiteReport]:
-        """Write the first kernel that serves, for every summand; all of them or none."""
-        target = self._target(node, parts[0][1])
-        rejected: list[list[tuple[str, str]]] = [[] for _ in parts]
-        while True:
-            made: list[tuple[fx.Node, Builder, str]] = []
-            for (_, site), so_far in zip(parts, rejected, strict=True):
-                choice = self._write(node, site, target, so_far)
-                if choice is None:
-                    break
-                made.append(choice)
-            if len(made) < len(parts):
-                for _, build, _ in reversed(made):
-                    build.discard()
-                return [self._stays(node, s, r) for (_, s), r in zip(parts, rejected, strict=True)]
-            overtaken = overtaken_by([n for _, build, _ in made for n in build.made], self.reader, node)
-            if overtaken and not self.guarded:
-                for _, build, _ in reversed(made):
-                    build.discard()
-                return [self._report(node, site, reason=_MAY_OVERLAP) for _, site in parts]
-            out = self._summed(node, [sign for sign, _ in parts], made)
-            if target.training:
-                out = tie(made[-1][1], out, [n for _, build, _ in made for n in build.made])
-            rounded = any(rounds(kernel) for _, _, kernel in made)
-            error = None if rounded else self._validated(parts[0][1], node, out)
-            if error is None or error <= 1.0:
-                self._replace(node, made[-1][1].written_where(node, out))
-                self.overtaken |= overtaken
-                return [
-                    self._report(
-                        node, site, kernel, _aside(r), r, error, self._named(node, site, build, kernel)
-                    )
-                    for (_, site), (_, build, kernel), r in zip(parts, made, rejected, strict=True)
-                ]
-            reason = f"validation: its error is {error:.3g} times what is allowed"
-            for (_, site), (_, build, kernel), so_far in reversed(
-                list(zip(parts, made, rejected, strict=True))
-            ):
-                build.discard()
-                so_far.append((kernel, reason))
-                log.warning("fusepass: site '%s' stays: %s (%s)", node.name, reason, site.spec)
-
-    def _write(
-        self, node: fx.Node, site: Site, target: Target, rejected: list[tuple[str, str]]
-    ) -> tuple[fx.Node, Builder, str] | None:
-        """The result, builder and name of the first kernel that serves; reasons go to ``rejected``."""
-        asked = {name for name, _ in rejected}
-
+    def write(self, node: fx.Node, site: Site, rejected: Rejected) -> _Made | None:
+        asked, target = {name for name, _ in rejected}, self._target(node)
         measure = functools.partial(self._fastest, node, site, target)
         learned = self._learned(node, site) if target.training else frozenset()
         for kernel in candidates(node, site, target, self.options, learned, measure):
@@ -302,9 +214,59 @@ class _Pass:
                 continue
             written = self._written(node, site, kernel, target)
             if not isinstance(written, str):
-                return *written, kernel.name
+                return Made(*written, kernel.name, _aside(rejected))
             rejected.append((kernel.name, written))
         return None
+
+    def place(self, node: fx.Node, sites: Sequence[Site], made: Sequence[_Made], out: fx.Node) -> None:
+        build, nodes = made[-1].build, [n for one in made for n in one.build.made]
+        overtaken = overtaken_by(nodes, self.reader, node)
+        if overtaken and not self.guarded:
+            raise Withdrawn(_MAY_OVERLAP)
+        if self._target(node).training:
+            out = tie(build, out, nodes)
+        exact = self.options.validate and not any(rounds(one.kernel) for one in made)
+        error = site_error(node, out) if exact else None
+        if error is not None and not error <= 1.0:
+            raise Withdrawn(f"validation: its error is {error:.3g} times what is allowed", wrong=True)
+        out = build.written_where(node, out)
+        node.replace_all_uses_with(out, propagate_meta=False)
+        self.reader.memory.stand_in(out, node)
+        self.replaced[node] = out
+        self.reader.contents.keep()
+        self.overtaken |= overtaken
+        for site, one in zip(sites, made, strict=True):
+            one.error, one.label = error, self._label(node, site, one)
+
+    def stays(self, site: Site, rejected: Rejected) -> str | None:
+        if rounds_scores(site.spec):
+            self.gm.meta[ROUNDS] = True
+        return rejected.pop()[1] if rejected and rejected[-1][0] == UNFUSED else None
+
+    def left_over(self, settled: set[Expr]) -> Iterator[tuple[fx.Node, str]]:
+        for node, meaning in self.read():
+            if meaning.op != "softmax" or meaning in settled:
+                continue
+            settled.add(meaning)
+            if of_activations(meaning.args[0]):
+                yield node, self._why_alone(node)
+            elif were_scores(meaning, self.reader.before):
+                yield node, _LOST
+
+    # -- one site ----------------------------------------------------------------------------
+
+    def _refusal(self, node: fx.Node, sites: Sequence[Site], shared: Shared[fx.Node]) -> str | None:
+        """Why sites stay, whatever the kernel."""
+        if self.known.given and any(s.product not in self.reader.definer for s in sites):
+            return "its scores are computed in another graph"
+        for site in sites:
+            held = site.product in self.reader.definer  # of joined keys there are several products
+            also = (lambda user: None) if site.spec.dropout else shared  # both see the same weights dropped
+            for product in [site.product] if held else products_behind(self.reader.defined[node]):
+                reader = outside_reader(self.reader, self.live, product, node, also)
+                if reader is not None:
+                    return _also_read(reader)
+        return _REBOUND if self.reader.memory.rebinds else self.transforms.refuse(node)
 
     def _fastest(self, node: fx.Node, site: Site, target: Target, kernels: Sequence[Kernel]) -> str | None:
         """The name of the kernel that was measured fastest for a site."""
@@ -348,96 +310,19 @@ class _Pass:
                 f"{unknown.cond} is not known before it runs, and PyTorch asks (torch._check can promise it)"
             )
 
-    def _summed(self, node: fx.Node, signs: list[int], made: list[tuple[fx.Node, Builder, str]]) -> fx.Node:
-        """The signed sum of several results; its nodes belong to the last builder."""
-        build, total = made[-1][1], made[0][0]
-        if signs[0] < 0:
-            total = build.op("neg", total)
-        for sign, (out, _, _) in zip(signs[1:], made[1:], strict=True):
-            total = build.op("add" if sign > 0 else "sub", total, out)
-        return total
-
-    def _stays(self, node: fx.Node, site: Site, rejected: list[tuple[str, str]]) -> SiteReport:
-        if rounds_scores(site.spec):
-            self.gm.meta[ROUNDS] = True
-        if rejected and rejected[-1][0] == UNFUSED:
-            return self._report(node, site, reason=rejected[-1][1], rejected=rejected[:-1])
-        reason = "; ".join(dict.fromkeys(f"{n}: {r}" for n, r in rejected))
-        return self._report(node, site, reason=reason or "another of the summands stays", rejected=rejected)
-
-    def _target(self, node: fx.Node, site: Site) -> Target:
+    def _target(self, node: fx.Node) -> Target:
         value = value_of(node)
         training = self.known.gradients and bool(getattr(value, "requires_grad", False))
         aten = isinstance(node.target, torch._ops.OpOverload)
         requested = self.options.kernel not in ("auto", "autotune")
         return Target(value.device.type, training, aten, requested, self.options.precision, self.compiled)
 
-    def _validated(self, site: Site, node: fx.Node, out: fx.Node) -> float | None:
-        """The replacement's error relative to what is allowed, or None where validation is off."""
-        if not self.options.validate:
-            return None
-        return site_error(node, out)
-
-    def _named(self, node: fx.Node, site: Site, build: Builder, kernel: str) -> str:
+    def _label(self, node: fx.Node, site: Site, made: _Made) -> str:
         """The label that the nodes of a fused site get."""
         number = next(self.numbers)
-        label = label_for(number, site.spec.kind(), kernel, source_of(node))
-        annotate(build.made, number, label, self.compiled)
+        label = label_for(number, site.spec.kind(), made.kernel, source_of(node))
+        annotate(made.build.made, number, label, self.compiled)
         return label
-
-    def _replace(self, node: fx.Node, out: fx.Node) -> None:
-        node.replace_all_uses_with(out, propagate_meta=False)
-        self.reader.memory.stand_in(out, node)
-        self.replaced[node] = out
-        self.reader.contents.keep()
-
-    # -- reporting ---------------------------------------------------------------------------
-
-    def _report(
-        self,
-        node: fx.Node,
-        site: Site | None,
-        kernel: str | None = None,
-        reason: str | None = None,
-        rejected: Sequence[tuple[str, str]] = (),
-        max_error: float | None = None,
-        label: str | None = None,
-    ) -> SiteReport:
-        spec = "" if site is None else str(site.spec)
-        kind = "" if site is None else site.spec.kind()
-        return SiteReport(
-            node.name,
-            kernel is not None,
-            spec,
-            kind,
-            kernel,
-            reason,
-            source_of(node),
-            tuple(rejected),
-            max_error,
-            label,
-        )
-
-    def _left_over(self) -> list[SiteReport]:
-        """Softmaxes of products that no product with values was found for."""
-        reports = []
-        for node in list(self.graph.nodes):
-            meaning = self.reader.defined.get(node)
-            if (
-                node not in self.live
-                or not isinstance(meaning, Expr)
-                or meaning.op != "softmax"
-                or meaning in self.settled
-            ):
-                continue
-            self.settled.add(meaning)
-            if self.reader.definer[meaning] is not node:
-                continue
-            if of_activations(meaning.args[0]):
-                reports.append(self._report(node, None, reason=self._why_alone(node)))
-            elif were_scores(meaning, self.reader.before):
-                reports.append(self._report(node, None, reason=_LOST))
-        return reports
 
     def _why_alone(self, node: fx.Node) -> str:
         """What happens to weights that reach no product with values."""
@@ -510,16 +395,8 @@ def as_good(node: fx.Node, site: Site, target: Target) -> bool:
         return False
     if target.training and may_empty_rows(site.spec, target):
         return True
-    given = (
-        dict(
-            zip(
-                ("q", "k", "v", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
-                node.args,
-                strict=False,
-            )
-        )
-        | node.kwargs
-    )
+    names = ("q", "k", "v", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
     drops_mask = (
         given.get("attn_mask") is not None
         and site.spec.sink is None

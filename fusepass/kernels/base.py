@@ -20,15 +20,12 @@ from fusepass.specification.attention import (
     Attention,
     Band,
     Bias,
-    Finite,
-    Floor,
     Keep,
     KeyGate,
     KeyPadding,
     Mask,
     Scale,
     ScaleBy,
-    SoftCap,
     WeightModifier,
     WeightScale,
     ZeroEmptyRows,
@@ -368,7 +365,9 @@ def with_infinite_rows(site: Site, build: Builder, target: Target, out: fx.Node)
     if any(isinstance(w, ZeroEmptyRows) for w in spec.weights):
         return out
     after = spec.scores[max(n for n, m in enumerate(spec.scores) if isinstance(m, Bias) and m.hides) :]
-    if any(isinstance(m, (SoftCap, Floor, Finite)) for m in after):
+    if any(
+        m.hidden(-math.inf) != -math.inf for m in after if not isinstance(m, (Scale, ScaleBy, Bias, Mask))
+    ):
         return out  # minus infinity becomes a finite number
     top = build.op("amax", _levels(site, build), [-1], True)
     if sink is not None:
@@ -442,9 +441,14 @@ def finish_rows(
     fills = hiders(spec)
     additive = [m for m in fills if isinstance(m, Bias) or m.additive]
     policy = empty_rows(spec)
-    if policy == "zero" and any(isinstance(w, Keep) and w.implied for w in spec.weights):
-        return build.op("where", rows.seen, out, build.number(0.0, out))
     opaque = any(isinstance(m, Bias) for m in fills)
+    if policy == "zero" and any(isinstance(w, Keep) and w.implied for w in spec.weights):
+        cleared = build.number(0.0, out)
+        if not opaque:
+            return build.op("where", rows.seen, out, cleared)
+        kept = build.op("any", conjunction(site, build, spec.masks), -1, True)
+        lost = build.op("where", build.op("isfinite", rows.top), out, build.number(math.nan, out))
+        return build.op("where", kept, lost, cleared)  # what a bias alone hides is not zeroed
     if target.training and policy != "zero" and 0 < len(additive) < len(fills):
         raise Refused("gradients of rows that see no key under masks that are added and masks that are not")
     if target.training and (opaque or any(math.isfinite(m.fill) for m in additive if isinstance(m, Mask))):

@@ -237,8 +237,7 @@ def empty_rows(spec: Attention) -> str:
     infinite = any(m.fill == -math.inf for m in spec.masks)
     for weight in spec.weights:
         if isinstance(weight, Keep) and weight.implied and not (weight.product and infinite):
-            biased = any(isinstance(m, Bias) and m.hides for m in spec.scores)  # which hides what is kept
-            return "zero" if weight.covers and not biased else "unknown"
+            return "zero" if weight.covers else "unknown"
     if not infinite:
         return "mean"
     return "zero" if any(isinstance(w, ZeroEmptyRows) for w in spec.weights) else "nan"

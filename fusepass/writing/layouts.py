@@ -33,6 +33,10 @@ class Layouts(ABC, Generic[N]):
         """Write a named operation."""
 
     @abstractmethod
+    def discard(self) -> None:
+        """Take back everything that was written."""
+
+    @abstractmethod
     def size(self, size: Size) -> Any:
         """An integer, or the graph's representation of a symbolic size."""
 

@@ -26,16 +26,16 @@ def outside_reader(
     live: set[fx.Node],
     product: Expr,
     anchor: fx.Node,
-    shares: Callable[[fx.Node], bool] = lambda user: False,
+    shared: Callable[[fx.Node], Expr | None] = lambda user: None,
 ) -> fx.Node | None:
     """A live node, not on a path to ``anchor``, for which the scores or weights must still be computed.
 
     If ``anchor`` only normalises a product with the values, or sums several, those products are on the path.
-    ``shares`` identifies readers that will no longer need them either.
+    ``shared`` gives the scores of a reader that will no longer need them either.
     """
     inner = inner_products(reader, anchor)
     for node in _computing(reader, product, anchor, inner):
-        found = _reader_of(reader, live, node, anchor, inner, product, shares)
+        found = _reader_of(reader, live, node, anchor, inner, product, shared)
         if found is not None:
             return found
     return None
@@ -106,7 +106,7 @@ def _reader_of(
     anchor: fx.Node,
     inner: set[fx.Node],
     product: Expr,
-    shares: Callable[[fx.Node], bool],
+    shared: Callable[[fx.Node], Expr | None],
     limit: int = 400,
 ) -> fx.Node | None:
     seen, todo = {start}, [start]
@@ -122,7 +122,7 @@ def _reader_of(
                 or _passes_on(reader, user, product)
                 or _is_light(reader, user, reader.defined.get(user))
             )
-            if not light and shares(user):
+            if not light and shared(user) is product:
                 seen.add(user)
                 continue
             if not light or len(seen) > limit:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fusepass.__main__ import main
-from fusepass.compilation.rewrite import _Pass
+from fusepass.compilation.rewrite import _TorchGraph, rewrite_graph
 from fusepass.host.config import Options
 from fusepass.kernels import flex_blocks
 from fusepass.selection import clock as bench_clock
@@ -44,17 +44,15 @@ def test_a_variant_is_recognised_as_its_kind(name: str, monkeypatch: pytest.Monk
     for learned in variant.learns:
         given[learned].requires_grad_()
     kinds: list[str] = []
-    settle = _Pass._settle
+    settled = _TorchGraph.settled
 
-    def watched(self, node, found):  # type: ignore[no-untyped-def]
-        for _, site in found:
+    def watched(self, node, sites, shared):  # type: ignore[no-untyped-def]
+        for site in sites:
             kinds.append(kind_of(site.spec, flex_blocks.thin_biases(site), self._learned(node, site)))
-        return settle(self, node, found)
+        return settled(self, node, sites, shared)
 
-    monkeypatch.setattr(_Pass, "_settle", watched)
+    monkeypatch.setattr(_TorchGraph, "settled", watched)
     graph = dynamo_graph(variant.program, *given.values(), dynamic=False)
-    from fusepass.compilation.rewrite import rewrite_graph
-
     rewrite_graph(graph, Options(kernel="reference"))
     assert kinds == [variant.kind]
 
@@ -341,6 +339,6 @@ MEASURED = {
 
 @pytest.mark.parametrize("page", MEASURED)
 def test_a_measured_page_is_what_the_command_writes(page: str) -> None:
-    root, results = Path(__file__).parent.parent, f"benchmarks/results/{MEASURED[page]}.csv"
+    root, results = Path(__file__).parents[2], f"benchmarks/results/{MEASURED[page]}.csv"
     written = bench_report.markdown(*bench.read_csv(root / results), results)
     assert written == (root / f"docs/{page}.md").read_text(encoding="utf-8")
