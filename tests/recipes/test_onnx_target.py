@@ -51,9 +51,7 @@ def test_what_its_row_lacks_is_refused_with_a_reason(tmp_path: Path) -> None:
     report = exported(sharpened(Attention(bias=True)), path, drawn(), target="toy")
     (site,) = report.graph.sites
     assert not site.fused and site.reason == "Attention: Toy's importer reads no bias"
-    with pytest.raises(
-        ValueError, match="opset 22 has no Attention operator; use 23, 24"
-    ):
+    with pytest.raises(ValueError, match="opset 22 has no Attention operator; use 23, 24"):
         fusepass.export_onnx(Attention(), (drawn(),), path, target="toy", opset=22)
 
 
