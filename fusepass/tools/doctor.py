@@ -19,6 +19,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table
 
+from fusepass.host.kernel_names import LIBRARIES
 from fusepass.kernels.gates import GATES, Capability, capability_refuses, installed, library_refuses
 from fusepass.kernels.registry import Registered, registered
 
@@ -215,17 +216,14 @@ def _reference(machine: Machine) -> Answer:
     return True, "the plain mathematics, for checking; slow"
 
 
-_ANSWERS: dict[str, Callable[[Machine], Answer]] = {
+#: Kernels whose answer is not that of their package.
+_OWN: dict[str, Callable[[Machine], Answer]] = {
     "sdpa": _sdpa,
     "cudnn": _cudnn,
-    "flash2": _library("flash2"),
-    "flash3": _library("flash3"),
-    "flash4": _library("flash4"),
     "flex": _flex,
-    "flex_flash": _library("flex_flash"),
-    "fp8": _library("fp8"),
     "reference": _reference,
 }
+_ANSWERS = {name: _OWN.get(name) or _library(name) for name in (*LIBRARIES, "fp8", "reference")}
 
 
 def _torch_file(file: str) -> bool:
