@@ -172,12 +172,13 @@ def _cudnn(machine: Machine) -> Answer:
 
 
 def _library(kernel: str) -> Callable[[Machine], "Answer"]:
-    """The answer of a kernel that is a package: the GPU first, then whether it is installed."""
+    """The answer of a kernel by its gate: the GPU first, then whether its package is installed."""
 
     def answer(machine: Machine) -> Answer:
-        package = GATES[kernel].package
-        assert package is not None
-        refusal, found = _refusal(kernel, machine), installed(package)
+        package, refusal = GATES[kernel].package, _refusal(kernel, machine)
+        if package is None:
+            return refusal is None, refusal or "part of torch"
+        found = installed(package)
         version = machine.packages.get(package.name, "of unknown version")
         state = (
             f"{package.name} {version}" if found else f"{package.name} is not installed: {package.install}"

@@ -54,7 +54,7 @@ def test_what_its_row_lacks_is_refused_with_a_reason(tmp_path: Path) -> None:
 
 
 def test_without_its_row_it_is_unknown(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown target 'toy'; accepted are onnx, ort, tensorrt"):
+    with pytest.raises(ValueError, match="unknown target 'toy'; accepted are onnx, ort"):
         fusepass.export_onnx(Attention(), (drawn(),), tmp_path / "model.onnx", target="toy")
 
 
