@@ -30,7 +30,8 @@ def _(x: Tensor, bound: float) -> Tensor:
 
 
 def called(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return cap(q @ k.mT * 0.5, 5.0).softmax(-1) @ v
+    out: Tensor = cap(q @ k.mT * 0.5, 5.0).softmax(-1) @ v
+    return out
 
 
 def by_name(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ def _line(operation: str, x: Any, y: Any, operands: list[str]) -> Expr | None:
     return None
 
 
-SHAPES = {"q": (2, 4, 6, 8), "k": (2, 4, 6, 8), "v": (2, 4, 6, 8)}
+SHAPES: dict[str, tuple[int, ...]] = {"q": (2, 4, 6, 8), "k": (2, 4, 6, 8), "v": (2, 4, 6, 8)}
 
 
 def test_what_a_front_end_reads_is_recognised() -> None:

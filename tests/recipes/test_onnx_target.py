@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import pytest
+import torch
+from torch import Tensor, nn
 
 import fusepass
 from fusepass.exporters.onnx.attention import ATTENTION
 from fusepass.exporters.onnx.operators import Target
 from fusepass.exporters.onnx.targets import TARGETS
 from fusepass.specification.attention import Bias, SoftCap
+from tests.exporters.test_onnx_export import Cached
+from tests.exporters.test_onnx_rotary import Rotated
 from tests.import_rules import ROOT, python_files
 from tests.onnx_models import Attention, drawn, exported, nodes, sharpened
 
@@ -65,6 +70,43 @@ def test_a_capability_decides(
     """The same model and another row."""
     monkeypatch.setitem(TARGETS, "toy", replace(TOY, lacks=lacks))
     assert exported(sharpened(Attention(cap=5.0)), tmp_path / "m.onnx", drawn(), target="toy").fused == fused
+
+
+class Lengths(nn.Module):
+    """Keys from a length on are hidden."""
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        hidden = torch.arange(x.shape[2]) >= lengths[:, None]
+        return (x @ x.mT * 0.3).masked_fill(hidden[:, None, None], -torch.inf).softmax(-1) @ x
+
+
+#: Capability -> a model that is written in another way without it, and its arguments.
+ASKED: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]]] = {
+    "caches": (Cached, lambda: (*torch.randn(3, 2, 2, 4, 8), *torch.randn(2, 2, 2, 3, 8))),
+    "lengths": (Lengths, lambda: (torch.randn(2, 2, 6, 8), torch.tensor([4, 6]))),
+    "causal_with_mask": (lambda: Attention(causal=True, window=3), lambda: (drawn(),)),
+    "mild_fills": (lambda: Attention(causal=True, window=3).half(), lambda: (drawn().half(),)),
+    "rotary": (lambda: Rotated(even=True), lambda: (torch.randn(2, 3, 5, 8), torch.arange(5)[None])),
+}
+
+
+@pytest.mark.parametrize("capability", ASKED)
+def test_every_capability_is_asked(capability: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With it and without it a model becomes another file; twice with it, the same."""
+    model, inputs = ASKED[capability]
+    made, given = sharpened(model()), inputs()
+
+    def written(has: bool) -> bytes:
+        row = replace(Target("toy", "Toy's importer", (ATTENTION,)), **{capability: has})
+        monkeypatch.setitem(TARGETS, "toy", row)
+        exported(made, tmp_path / "model.onnx", *given, target="toy")
+        return (tmp_path / "model.onnx").read_bytes()
+
+    assert written(True) == written(True) != written(False)
+
+
+def test_every_capability_has_such_a_model() -> None:
+    assert set(ASKED) == {f.name for f in fields(Target) if f.default is True}
 
 
 #: Who may know a target by its name: the table.
