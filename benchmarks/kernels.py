@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from fusepass.host.kernel_names import LIBRARIES
 from fusepass.kernels.gates import runs_here
 from fusepass.selection.machine import machine
 from fusepass.tools.bench import measuring as bench
@@ -110,7 +111,7 @@ def main() -> int:
     results, grid = ROOT / "benchmarks" / "results", (arguments.lengths, arguments.head_dims)
     console = Console(width=None if Console().is_terminal else 150)
     if arguments.part in ("all", "profile"):
-        here = [k for k in bench.NAMED if runs_here(k, "cuda")]
+        here = [k for k in LIBRARIES if runs_here(k, "cuda")]
         kernels = arguments.kernels.split(",") if arguments.kernels else here
         rows = measure(
             profile_jobs(*grid, arguments.repeats, kernels, arguments.variants, not arguments.kernels),

@@ -45,12 +45,8 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 def refuse(spec: Attention, target: Target) -> str | None:
     """Why Attention cannot compute ``spec``."""
-    if target.opset < 23:
-        return f"Attention needs opset 23, and the model has {target.opset}"
     if spec.dtype not in _FLOATS:
         return f"it does not compute in {str(spec.dtype).removeprefix('torch.')}"
-    if target.name == "tensorrt" and softcap_of(spec):
-        return "TensorRT's importer does not read a softcap"
     return None
 
 
@@ -58,23 +54,23 @@ def emit(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
     """Write the operator."""
     spec = site.spec
     sunk = spec.sink is not None
-    takes_cache = target.name != "tensorrt" and not sunk and not has_gates(spec)
+    takes_cache = target.caches and not sunk and not has_gates(spec)
     cache = find_cache(site, build) if takes_cache else None
     factor, x = scaled(site, build, gated(site, build, laid_out(site, build)))
     dtype = build.dtype_of(x.q)
     offset = 0 if cache is None else cache.length
     causal = spec.is_causal(offset) and not sunk
-    lengths = find_lengths(site) if _takes_lengths(target) and cache is None and not sunk else None
+    lengths = find_lengths(site) if target.takes_lengths and cache is None and not sunk else None
     counts: ir.Value | None = None
     if lengths is not None:
         counts, x, extra = of_lengths(site, build, lengths, x)
     else:
-        mild = not sunk and target.name != "tensorrt"
+        mild = not sunk and target.mild_fills
         extra = Added(None) if causal else added_mask(site, build, dtype, boolean=not sunk, mild=mild)
     if sunk:
         x, extra = _sunk(site, build, x, extra)
     else:
-        beside = lengths is None and target.name != "tensorrt" and not extra.mute
+        beside = lengths is None and target.causal_with_mask and not extra.mute
         causal = causal or (beside and _hides_later(spec, offset))
     x = replace(x, q=muted(build, extra, x.q))
     out = _call(site, build, x, extra.mask, _attributes(spec, factor, causal, dtype), cache, counts)
@@ -87,11 +83,6 @@ def _hides_later(spec: Attention, offset: Size) -> bool:
     """Do the masks hide every key after ``i + offset``, for the query at ``i``?"""
     rights = [a.right for a in spec.atoms if isinstance(a, Band) and a.right is not None]
     return any(sympy.expand(sympy.sympify(right) - offset).is_nonpositive for right in rights)
-
-
-def _takes_lengths(target: Target) -> bool:
-    """Do the operator's inputs include lengths of the keys?"""
-    return target.opset >= 24 and target.name != "tensorrt"
 
 
 def _sunk(site: Site, build: OnnxBuilder, x: Operands, extra: Added) -> tuple[Operands, Added]:
@@ -146,4 +137,4 @@ def _call(
     return out
 
 
-ATTENTION = Operator("Attention", CAPPED, emit, refuse)
+ATTENTION = Operator("Attention", CAPPED, emit, refuse, since=23)

@@ -65,7 +65,7 @@ def emit_masked(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
     """Write MultiHeadAttention if Attention would need a mask."""
     if not has_gates(site.spec) and find_cache(site, build) is not None:
         raise Refused("Attention takes the cache as it is")
-    if target.opset >= 24 and find_lengths(site) is not None:
+    if target.takes_lengths and find_lengths(site) is not None:
         raise Refused("Attention takes the lengths as they are")
     return emit_mha(site, build, target)
 

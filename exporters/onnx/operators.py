@@ -1,29 +1,63 @@
-"""What a target offers: its operators in order of preference, and the question each answers."""
+"""What a target is, in capabilities, and what an operator is: the question it answers, and its writing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
 
 import onnx_ir as ir
 
 from fusepass.exporters.onnx.builder import OnnxBuilder
 from fusepass.rules.site import Site
-from fusepass.specification.attention import Attention
+from fusepass.specification.attention import Attention, Modifier
 from fusepass.specification.takes import Takes
 
 
 @dataclass(frozen=True)
 class Target:
-    """The runtime that a model is written for.
+    """A runtime that models are written for: one row of the table in :mod:`.targets`.
+
+    The defaults are those of a runtime that reads all that the operators specify.
 
     Attributes:
-        name: ``"onnx"``, ``"ort"`` or ``"tensorrt"``.
-        opset: the version of ``ai.onnx`` that the model imports.
+        name: what ``target=`` calls it.
+        reader: who reads its files, as reasons say it.
+        operators: what it is offered, in order of preference.
+        opset: the version of ``ai.onnx`` that the model imports; in the table, the one that models get.
+        lacks: the kinds of modifiers that it does not read, whatever operator computes them.
+        caches: does it read the past keys and values of Attention, and write the present ones?
+        lengths: does it read the lengths of the keys, ``nonpad_kv_seqlen``?
+        causal_with_mask: does it read ``is_causal`` beside a mask?
+        mild_fills: are masks faster with fills just above the lowest number of their dtype?
+        rotary: does it have RotaryEmbedding?
     """
 
     name: str
-    opset: int
+    reader: str
+    operators: tuple[Operator, ...]
+    _: KW_ONLY
+    opset: int = 24
+    lacks: tuple[type[Modifier], ...] = ()
+    caches: bool = True
+    lengths: bool = True
+    causal_with_mask: bool = True
+    mild_fills: bool = True
+    rotary: bool = True
+
+    @property
+    def since(self) -> int:
+        """The oldest version of ``ai.onnx`` in which it has an operator; 0 for any."""
+        return min(operator.since for operator in self.operators)
+
+    @property
+    def takes_lengths(self) -> bool:
+        """Does Attention, in the model's version, have an input for the lengths of the keys?"""
+        return self.lengths and self.opset >= 24
+
+    def refuse(self, spec: Attention) -> str | None:
+        """None, or which modifier it does not read."""
+        missing = (m for m in spec.modifiers if isinstance(m, self.lacks))
+        return next((f"{self.reader} reads no {type(m).__name__.lower()}" for m in missing), None)
 
 
 def nothing_more(spec: Attention, target: Target) -> str | None:
@@ -41,15 +75,24 @@ class Operator:
         emit: writes the nodes and returns the result in the layout of the one it replaces, or raises
             :class:`fusepass.exporters.onnx.operands.Refused`.
         more: the reason for which it refuses one that it takes.
+        since: the version of ``ai.onnx`` that brought it; 0 for an operator of another domain.
     """
 
     name: str
     takes: Takes
     emit: Callable[[Site, OnnxBuilder, Target], ir.Value]
     more: Callable[[Attention, Target], str | None] = nothing_more
+    since: int = 0
 
     def refuse(self, spec: Attention, target: Target) -> str | None:
         """None, or why it does not compute ``spec``, from the specification alone."""
         if spec.dropout:
             return "the weights are dropped out: export the model in eval mode"
-        return self.takes.refuse(spec) or self.more(spec, target)
+        return next(filter(None, self._reasons(spec, target)), None)
+
+    def _reasons(self, spec: Attention, target: Target) -> Iterator[str | None]:
+        yield self.takes.refuse(spec)
+        if target.opset < self.since:
+            yield f"{self.name} needs opset {self.since}, and the model has {target.opset}"
+        yield self.more(spec, target)
+        yield target.refuse(spec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Never
 
@@ -27,7 +28,7 @@ from fusepass.exporters.onnx.leftover import softmaxes
 from fusepass.exporters.onnx.operators import Target
 from fusepass.exporters.onnx.opsets import infer, raise_opset
 from fusepass.exporters.onnx.rewriting import fuse_model
-from fusepass.exporters.onnx.targets import OPERATORS, checked_target, fused_operators
+from fusepass.exporters.onnx.targets import checked_target, fused_operators
 from fusepass.exporters.reports import Check, ExportReport
 from fusepass.exporters.staging import ModelError, staged
 from fusepass.host.config import refuse_others
@@ -78,7 +79,7 @@ def optimize_onnx(
     have = check_opset(model)
     say("fusing attention")
     model, notes = _raised(model, path_in, aim, have, opset)
-    report = fuse(model, Target(aim.name, check_opset(model)))
+    report = fuse(model, replace(aim, opset=check_opset(model)))
     pin_ir_version(model)
     found = ExportReport(
         str(path_out),
@@ -109,11 +110,11 @@ def optimize_onnx(
 def _raised(
     model: ir.Model, path: str | os.PathLike[str], aim: Target, have: int, asked: int | None
 ) -> tuple[ir.Model, list[str]]:
-    """The model at the version that the target's operators need; ONNX Runtime's own need none."""
+    """The model at the target's version, or as it was where the target has an operator for every version."""
     try:
         raise_opset(model, aim.opset if asked is None else asked)
     except ModelError as error:
-        if aim.name != "ort" or asked is not None:
+        if aim.since > 0 or asked is not None:
             raise
         return read(path), [f"kept at opset {have}: {error}"]
     return model, []
@@ -128,7 +129,7 @@ def fuse(model: ir.Model, target: Target) -> GraphReport:
             InlinePass()(model)
         except Exception as error:
             raise ModelError(f"the model's functions cannot be inlined: {root(error)}") from error
-    report = fuse_model(model, target, OPERATORS[target.name], infer(model))
+    report = fuse_model(model, target, target.operators, infer(model))
     publish(report)
     return report
 

@@ -1,8 +1,9 @@
-"""The runtimes that models are written for, and what each is offered."""
+"""The runtimes that models are written for, one row each. No other file of the exporter knows their names."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from difflib import get_close_matches
 
 import onnx_ir as ir
@@ -11,16 +12,22 @@ from fusepass.exporters.onnx.attention import ATTENTION
 from fusepass.exporters.onnx.contrib import MASKED_HALF, MULTI_HEAD
 from fusepass.exporters.onnx.files import NEWEST_OPSET
 from fusepass.exporters.onnx.grouped import GROUP_QUERY
-from fusepass.exporters.onnx.operators import Operator, Target
+from fusepass.exporters.onnx.operators import Target
+from fusepass.specification.attention import SoftCap
 
-#: Operators in order of preference.
-OPERATORS: dict[str, tuple[Operator, ...]] = {
-    "onnx": (ATTENTION,),
-    "ort": (GROUP_QUERY, MASKED_HALF, ATTENTION, MULTI_HEAD),
-    "tensorrt": (ATTENTION,),
-}
-#: The operator set of a model that names none.
-DEFAULT_OPSET = 24
+#: Every target by its name.
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("onnx", "ONNX", (ATTENTION,)),
+        Target("ort", "ONNX Runtime", (GROUP_QUERY, MASKED_HALF, ATTENTION, MULTI_HEAD)),
+        # Source: importAttention of onnx-tensorrt, and the documentation of TensorRT's IAttention.
+        Target(
+            "tensorrt", "TensorRT's importer", (ATTENTION,), lacks=(SoftCap,), caches=False, lengths=False,
+            causal_with_mask=False, mild_fills=False, rotary=False,
+        ),
+    )
+}  # fmt: skip
 #: Operators that are attention, or a part of it.
 FUSED = frozenset(
     "Attention GroupQueryAttention MultiHeadAttention RotaryEmbedding PackedMultiHeadAttention "
@@ -34,16 +41,20 @@ def checked_target(name: str, opset: int | None) -> Target:
     Raises:
         ValueError: an unknown target, or a version of the operators that it cannot have.
     """
-    if name not in OPERATORS:
-        near = get_close_matches(name, OPERATORS, n=1)
+    if name not in TARGETS:
+        near = get_close_matches(name, TARGETS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"unknown target {name!r}; accepted are {', '.join(OPERATORS)}{hint}")
-    version = DEFAULT_OPSET if opset is None else opset
+        raise ValueError(f"unknown target {name!r}; accepted are {', '.join(TARGETS)}{hint}")
+    row = TARGETS[name]
+    version = row.opset if opset is None else opset
     if not isinstance(version, int) or isinstance(version, bool) or not 18 <= version <= NEWEST_OPSET:
         raise ValueError(f"opset {version!r}; expected a number from 18 to {NEWEST_OPSET}")
-    if name != "ort" and version < 23:
-        raise ValueError(f"opset {version} has no Attention operator; use 23, 24 or newer, or target='ort'")
-    return Target(name, version)
+    if version < row.since:
+        first = " or ".join(o.name for o in row.operators if o.since == row.since)
+        others = (f"target={t.name!r}" for t in TARGETS.values() if t.since <= version)
+        newer = f"use {row.since}, {row.since + 1} or newer"
+        raise ValueError(f"opset {version} has no {first} operator; {', or '.join((newer, *others))}")
+    return replace(row, opset=version)
 
 
 def fused_operators(model: ir.Model) -> dict[str, int]:

@@ -18,18 +18,9 @@ from fusepass.host.faults import first_line, strict
 
 log = logging.getLogger("fusepass")
 
-KERNELS = (
-    "auto",
-    "autotune",
-    "sdpa",
-    "cudnn",
-    "flash2",
-    "flash3",
-    "flash4",
-    "flex",
-    "flex_flash",
-    "reference",
-)
+#: Fusepass's kernels, apart from the plain mathematics.
+LIBRARIES = ("sdpa", "cudnn", "flash2", "flash3", "flash4", "flex", "flex_flash")
+KERNELS = ("auto", "autotune", *LIBRARIES, "reference")
 
 GROUP, VARIABLE = "fusepass.kernels", "FUSEPASS_KERNELS"
 
@@ -69,4 +60,6 @@ def _load(what: str, load: Callable[[], object]) -> None:
         log.warning("fusepass: %s: its kernels are not available: %s", what, first_line(error), exc_info=True)
 
 
-__all__ = ["GROUP", "KERNELS", "REGISTERED", "VARIABLE", "accepted_kernels", "look_for_packages"]
+__all__ = [
+    "GROUP", "KERNELS", "LIBRARIES", "REGISTERED", "VARIABLE", "accepted_kernels", "look_for_packages",
+]  # fmt: skip

@@ -19,6 +19,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table
 
+from fusepass.host.kernel_names import LIBRARIES
 from fusepass.kernels.gates import GATES, Capability, capability_refuses, installed, library_refuses
 from fusepass.kernels.registry import Registered, registered
 
@@ -171,12 +172,13 @@ def _cudnn(machine: Machine) -> Answer:
 
 
 def _library(kernel: str) -> Callable[[Machine], "Answer"]:
-    """The answer for a kernel from a library: first about the GPU, then about the package."""
+    """The answer of a kernel by its gate: the GPU first, then whether its package is installed."""
 
     def answer(machine: Machine) -> Answer:
-        package = GATES[kernel].package
-        assert package is not None
-        refusal, found = _refusal(kernel, machine), installed(package)
+        package, refusal = GATES[kernel].package, _refusal(kernel, machine)
+        if package is None:
+            return refusal is None, refusal or "part of torch"
+        found = installed(package)
         version = machine.packages.get(package.name, "of unknown version")
         state = (
             f"{package.name} {version}" if found else f"{package.name} is not installed: {package.install}"
@@ -215,17 +217,14 @@ def _reference(machine: Machine) -> Answer:
     return True, "plain mathematics, for checking; slow"
 
 
-_ANSWERS: dict[str, Callable[[Machine], Answer]] = {
+#: Kernels whose answer is not that of their package.
+_OWN: dict[str, Callable[[Machine], Answer]] = {
     "sdpa": _sdpa,
     "cudnn": _cudnn,
-    "flash2": _library("flash2"),
-    "flash3": _library("flash3"),
-    "flash4": _library("flash4"),
     "flex": _flex,
-    "flex_flash": _library("flex_flash"),
-    "fp8": _library("fp8"),
     "reference": _reference,
 }
+_ANSWERS = {name: _OWN.get(name) or _library(name) for name in (*LIBRARIES, "fp8", "reference")}
 
 
 def _torch_file(file: str) -> bool:

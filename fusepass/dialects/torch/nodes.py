@@ -109,13 +109,17 @@ def size_of(value: Any) -> Any:
 
 
 def operation(node: fx.Node) -> tuple[str, bool]:
-    """The operation's name, and whether it writes into its first argument."""
+    """The operation's name, and whether it writes into its first argument.
+
+    An operator of another library is known by its whole name, ``library::name``, if there is a handler of it.
+    """
+    if (whole := _of_library(node.target)) is not None:
+        writes = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        return whole if whole in HANDLERS and not writes else "", writes
     if node.op == "call_method":
         name = _METHODS.get(str(node.target), str(node.target))
     elif isinstance(node.target, torch._ops.OpOverload):
         name = node.target._schema.name.split("::")[-1]
-        if node.target.namespace not in ("aten", "prims"):
-            return "", node.target._schema.is_mutable
     elif node.op == "call_function":
         name = getattr(node.target, "__name__", "")
         if node.target is getattr and len(node.args) == 2:
@@ -131,6 +135,18 @@ def operation(node: fx.Node) -> tuple[str, bool]:
     if name.endswith("_") and not name.endswith("__") and name not in HANDLERS:
         return name[:-1], True
     return name, False
+
+
+def _of_library(target: Any) -> str | None:
+    """The whole name of an operator of ``torch.ops`` that is not PyTorch's own; None for anything else."""
+    match target:
+        case torch._ops.OpOverload():
+            whole: str = target._schema.name
+        case torch._ops.OpOverloadPacket():
+            whole = target._qualified_op_name
+        case _:
+            return None
+    return None if whole.split("::")[0] in ("aten", "prims") else whole
 
 
 @functools.cache

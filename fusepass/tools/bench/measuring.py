@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusepass.host.kernel_names import LIBRARIES
 from fusepass.kernels.registry import registered
 from fusepass.reports.collector import Collector, collect
 from fusepass.selection.clock import first_line, in_turn, peak, recorded
@@ -37,7 +38,6 @@ from fusepass.tools.bench.pool import Exclusive, alone, spread
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 HEAD_DIMS = (64, 128, 256)
-NAMED = ("sdpa", "cudnn", "flash2", "flash3", "flash4", "flex", "flex_flash")
 MODES = ("forward", "training")
 
 
@@ -87,8 +87,8 @@ class Row:
 
 
 def by_name() -> tuple[str, ...]:
-    """The kernels that can be measured by name: built-in ones, and those of other packages."""
-    return (*NAMED, *registered())
+    """The kernels that are measured by name: those of fusepass, and those of other packages."""
+    return (*LIBRARIES, *registered())
 
 
 def jobs(
@@ -102,7 +102,7 @@ def jobs(
         if not (variant.backward if mode == "training" else variant.forward):
             continue
         for contender in contenders:
-            if contender in NAMED and contender not in variant.kernels.split():
+            if contender in LIBRARIES and contender not in variant.kernels.split():
                 continue
             if contender.startswith(("hand ", "repaired ", "prepared ")) and contender not in variant.hand:
                 continue
@@ -401,7 +401,6 @@ __all__ = [
     "HEAD_DIMS",
     "LENGTHS",
     "MODES",
-    "NAMED",
     "Job",
     "Row",
     "jobs",

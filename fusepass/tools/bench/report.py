@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from fusepass.host.kernel_names import LIBRARIES
 from fusepass.selection import costs
 from fusepass.selection.work import UNFUSED
 from fusepass.tools.bench import measuring as bench
@@ -66,8 +67,8 @@ def lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
 
 
 def of_packages(rows: Sequence[Row]) -> list[str]:
-    """The contenders that are kernels of other packages; each gets its own column."""
-    known = ("eager", "compile", "auto", *bench.NAMED)
+    """The contenders that are kernels of other packages: each has a column of its own."""
+    known = ("eager", "compile", "auto", *LIBRARIES)
     return [
         name for name in dict.fromkeys(r.contender for r in rows) if name not in known and " " not in name
     ]

@@ -1,0 +1,1 @@
+"""The steps of docs/recipes, walked with toys."""
