@@ -92,7 +92,7 @@ class _OnnxGraph(SiteGraph[ir.Node, ir.Value, OnnxBuilder]):
         self.written = Written(reader, setting.opsets.get("", 1), setting.names)
         self.live = live(self.graph)
         self.readers = Readers(reader, self.live)
-        if self.target.name != "tensorrt":
+        if self.target.rotary:
             self._rotate()
 
     # -- what the pass asks -------------------------------------------------------------------
