@@ -246,7 +246,7 @@ def test_a_wrong_registration(name: str, more: dict[str, Any], words: str) -> No
 
 def test_a_name_is_registered_once() -> None:
     register()
-    with pytest.raises(ValueError, match=r"tests\.test_registry has registered this name.*replace=True"):
+    with pytest.raises(ValueError, match=r"kernels\.test_registry has registered this name.*replace=True"):
         register()
     register(replace=True)
 
