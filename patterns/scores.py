@@ -24,10 +24,13 @@ from fusepass.expressions.ir import (
 from fusepass.patterns import examples as eg
 from fusepass.rules.engine import Peel, Refuse, Rule, Scope, Term, rule
 from fusepass.specification.attention import (
+    Absolute,
     Bias,
     Cast,
+    Clamp,
     Finite,
     Floor,
+    LeakyReLU,
     Mask,
     Scale,
     ScaleBy,
@@ -235,17 +238,15 @@ def bias(term: Term, scope: Scope) -> list[Peel] | None:
 
 @rule("mask: where(m, x, fill)", lambda: pointwise("where", eg.bits(), eg.scores(), eg.number(-math.inf)))
 def mask(term: Term, scope: Scope) -> Peel | None:
-    """Hidden scores replaced by a constant."""
+    """Scores replaced by a constant, which hides them if it is low enough: kernels ask the specification."""
     if term.expr.op != "where":
         return None
     _, yes, no = term.expr.args
     for attends, kept, filler in ((True, 1, no), (False, 2, yes)):
         fill = number(filler, scope)
         if fill is not None and holds_product(term.expr.args[kept]):
-            if not fill <= -1e3:
-                raise Refuse(
-                    f"hidden scores are set to {fill:g}, which leaves them visible to the softmax", term.expr
-                )
+            if not fill < math.inf:
+                raise Refuse(f"some scores are set to {fill:g}", term.expr)
             return Peel(term.argument(kept), Mask(scope.slot(term.argument(0)), fill, False, attends))
     if holds_product(yes) or holds_product(no):
         raise Refuse("where() chooses between the scores and another tensor, not a constant fill", term.expr)
@@ -255,15 +256,75 @@ def mask(term: Term, scope: Scope) -> Peel | None:
 @rule("floor: max(x, c)", lambda: eg.binary("max", eg.scores(), eg.number(-1e300)))
 def floor(term: Term, scope: Scope) -> Peel | None:
     """A clamp from below at a negligible number: it only turns -inf fills into finite ones."""
-    if term.expr.op != "max":
+    found = _bounded(term, "max", scope)
+    if found is None or not negligible(found[1], term.expr.dtype):
         return None
-    for position in (0, 1):
-        bound = number(term.expr.args[1 - position], scope)
-        if bound is not None and holds_product(term.expr.args[position]):
-            if not negligible(bound, term.expr.dtype):
-                raise Refuse(f"the scores are clamped from below at {bound:g}", term.expr)
-            return Peel(term.argument(position), Floor(bound))
+    return Peel(found[0], Floor(found[1]))
+
+
+@rule("clamp: max(x, c), min(x, c)", lambda: eg.binary("min", eg.scores(), eg.number(0.5)))
+def clamp(term: Term, scope: Scope) -> Peel | None:
+    """A clamp within reach of the scores, from either side."""
+    if (found := _bounded(term, "max", scope)) is not None:
+        return Peel(found[0], Clamp(found[1], math.inf))
+    if (found := _bounded(term, "min", scope)) is not None:
+        return Peel(found[0], Clamp(-math.inf, found[1]))
     return None
+
+
+def _bounded(term: Term, op: str, scope: Scope) -> tuple[Term, float] | None:
+    """The scores and the number of which ``op`` takes one; None where the number is NaN."""
+    if term.expr.op == op:
+        for position in (0, 1):
+            bound = number(term.expr.args[1 - position], scope)
+            if bound is not None and bound == bound and holds_product(term.expr.args[position]):
+                return term.argument(position), bound
+    return None
+
+
+@rule("relu(x)", lambda: pointwise("relu", eg.scores()))
+def rectifier(term: Term, scope: Scope) -> Peel | None:
+    """Negative scores become zero."""
+    return Peel(term.argument(0), LeakyReLU(0.0)) if term.expr.op == "relu" else None
+
+
+def _leaky() -> Expr:
+    x = eg.scores()
+    slope = pointwise("mul", x, const(0.2, torch.float64), dtype=x.dtype)
+    return pointwise(
+        "where", pointwise("gt", x, const(0.0, x.dtype), dtype=torch.bool), x, slope, dtype=x.dtype
+    )
+
+
+@rule("leaky relu: where(x > 0, x, c * x)", _leaky)
+def leaky_rectifier(term: Term, scope: Scope) -> Peel | None:
+    """Negative scores times a constant; also as ``max(x, c * x)`` with a constant between zero and one."""
+    node = term.expr
+    if node.op == "where" and node.args[0].op == "gt":
+        _, yes, no = node.args
+        positive = node.args[0].args[0] is yes and number(node.args[0].args[1], scope) == 0
+        slope = _multiple(no, yes, scope) if positive else None
+        return None if slope is None else Peel(term.argument(1), LeakyReLU(slope))
+    if node.op == "max":
+        for position in (0, 1):
+            slope = _multiple(node.args[1 - position], node.args[position], scope)
+            if slope is not None and 0 < slope < 1:
+                return Peel(term.argument(position), LeakyReLU(slope))
+    return None
+
+
+def _multiple(node: Expr, of: Expr, scope: Scope) -> float | None:
+    """The finite constant that a node is ``of`` times."""
+    if node.op != "mul" or not holds_product(of):
+        return None
+    factors = (number(node.args[1 - n], scope) for n in (0, 1) if node.args[n] is of)
+    return next((f for f in factors if f is not None and math.isfinite(f)), None)
+
+
+@rule("abs(x)", lambda: pointwise("abs", eg.scores()))
+def absolute(term: Term, scope: Scope) -> Peel | None:
+    """The sizes of the scores."""
+    return Peel(term.argument(0), Absolute()) if term.expr.op == "abs" else None
 
 
 def _cleaned() -> Expr:
@@ -279,4 +340,7 @@ def finite(term: Term, scope: Scope) -> Peel | None:
     return Peel(term.argument(0), Finite(*map(float, term.expr.attrs)))
 
 
-SCORES: tuple[Rule, ...] = (cast, softcap, scale, mask, shift, bias, scale_by, floor, finite)
+SCORES: tuple[Rule, ...] = (
+    cast, softcap, scale, leaky_rectifier, mask, shift, bias, scale_by, floor, clamp, rectifier, absolute,
+    finite,
+)  # fmt: skip

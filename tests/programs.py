@@ -49,7 +49,7 @@ class Program:
     product: str = "matmul"
     scale: str = "mul"
     bias: str = "none"
-    softcap: str = "none"
+    function: str = "none"
     mask: str = "none"
     build: str = "arange"
     apply: str = "masked_fill"
@@ -245,13 +245,23 @@ _BIASES = {
     "sum": ("(bias_h + bias_ij)", "hij"),
 }
 
+#: Functions of the scores, and the words of the specification.
+_FUNCTIONS: dict[str, tuple[str, str]] = {
+    "none": ("", ""),
+    "tanh": (f"s = torch.tanh(s / {CAP}) * {CAP}", f"softcap {CAP:g}"),
+    "relu": ("s = F.relu(s)", "relu"),
+    "leaky": ("s = F.leaky_relu(s, 0.1)", "leaky relu 0.1"),
+    "abs": ("s = s.abs()", "abs"),
+    "clamp": ("s = s.clamp(-0.5, 0.5)", "clamp -0.5 to inf, clamp -inf to 0.5"),
+}
+
 AXES: dict[str, tuple[str, ...]] = {
     "layout": ("4d", "bshd", "packed", "kt", "3d", "5d", "einsum", "einsum out", "vpt", TRANSPOSED),
     "heads": ("equal", "interleave", "expand", "reshape", "repeat", "single", "grouped view"),
     "product": tuple(_SCORES),
     "scale": tuple(_SCALES),
     "bias": tuple(_BIASES),
-    "softcap": ("none", "tanh"),
+    "function": tuple(_FUNCTIONS),
     "mask": (*("none", *_MASKS), "causal+padding", "window+padding", "causal+document", "causal+chunk"),
     "build": ("arange", "tril", "triu", "buffer", "difference"),
     "apply": tuple(_APPLIED),
@@ -388,8 +398,8 @@ def _modified(p: Program) -> Iterator[str]:
 
 def _scores(p: Program) -> Iterator[str]:
     yield _in_place(p, _SCALES[p.scale][1].format(**_numbers()))
-    if p.softcap == "tanh":
-        yield f"s = torch.tanh(s / {CAP}) * {CAP}"
+    if p.function != "none":
+        yield _FUNCTIONS[p.function][0]
     if p.bias != "none":
         yield f"bias = {_fitted(p, _BIASES[p.bias][0], len(_letters(p)) > 2)}"
         yield _in_place(p, "s = s + bias.to(s.dtype)")
@@ -511,7 +521,7 @@ def words(p: Program) -> list[str]:
     said = [f"Q={p.sizes.Q}", f"K={p.sizes.K}"]
     reached = p.fill != "-1e4" or p.apply not in _ADDITIVE
     said += [_WORDS[x](p.sizes) for x in p.masks if reached and (p.build != "buffer" or x != "causal")]
-    said += [f"softcap {CAP:g}"] if p.softcap != "none" else []
+    said += [_FUNCTIONS[p.function][1]]
     said += [f"bias[{_letters(p)}]"] if p.bias != "none" else []
     said += [f"H={p.sizes.H} G={p.kv_heads}"] if p.layout != "5d" and p.heads != "equal" else []
     said += [f"dropout {P_DROP:g}"] if p.dropout == "training" else []

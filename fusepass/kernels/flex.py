@@ -45,10 +45,13 @@ from fusepass.kernels.flex_operators import flex_attention
 from fusepass.kernels.gates import gate_refuses
 from fusepass.rules.site import Site
 from fusepass.specification.attention import (
+    Absolute,
     Attention,
     Bias,
+    Clamp,
     Finite,
     Floor,
+    LeakyReLU,
     Mask,
     Modifier,
     Scale,
@@ -177,8 +180,9 @@ def emit_flash(site: Site, build: Builder, target: Target) -> fx.Node:
 
 
 TAKES = Takes(
-    ((Scale, ScaleBy, SoftCap, Bias, Mask, Floor, Finite),), AROUND, sink=True, learned=(Modifier,),
-    factors="pairs", fills="written", lowest=flex_operators.EXTREME, rows="levels", hiding_biases=True,
+    ((Scale, ScaleBy, SoftCap, Bias, Mask, Floor, Finite, Clamp, LeakyReLU, Absolute),), AROUND, sink=True,
+    learned=(Modifier,), factors="pairs", fills="written", lowest=flex_operators.EXTREME, rows="levels",
+    hiding_biases=True,
 )  # fmt: skip
 OF_FORMULAS = replace(TAKES, scores=((Scale, ScaleBy, SoftCap, Bias, Mask),), sink=False, fills="hidden")
 FLEX = Kernel("flex", TAKES, emit, refuse)

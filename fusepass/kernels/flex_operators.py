@@ -14,7 +14,19 @@ from torch import Tensor
 from fusepass.host.surroundings import settings
 from fusepass.kernels import formula as fm
 from fusepass.kernels.blocks import BLOCK
-from fusepass.specification.attention import Bias, Finite, Floor, Mask, Scale, ScaleBy, SoftCap, finite
+from fusepass.specification.attention import (
+    Absolute,
+    Bias,
+    Clamp,
+    Finite,
+    Floor,
+    LeakyReLU,
+    Mask,
+    Scale,
+    ScaleBy,
+    SoftCap,
+    finite,
+)
 from fusepass.specification.program import Program, decode
 
 LOWEST = torch.finfo(torch.float32).min / 2
@@ -90,6 +102,8 @@ def _apply(mod: Any, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, 
             return s + representable(_element(captured[slot], at) * factor)
         case Floor(bound):
             return torch.maximum(s, torch.full_like(s, max(bound, torch.finfo(torch.float32).min)))
+        case Clamp() | LeakyReLU() | Absolute():
+            return mod.apply(s, ())
         case Finite(nan, low, high):
             return finite(s, nan, max(low, EXTREME), min(high, -EXTREME))
         case Mask():

@@ -34,10 +34,13 @@ from fusepass.specification.atoms import (
 )
 from fusepass.specification.modifiers import Modifier, ScoreModifier, WeightModifier, kinds
 from fusepass.specification.score_modifiers import (
+    Absolute,
     Bias,
     Cast,
+    Clamp,
     Finite,
     Floor,
+    LeakyReLU,
     Mask,
     Scale,
     ScaleBy,
@@ -333,9 +336,9 @@ def reference(
 
 
 __all__ = [
-    "Atom", "Attention", "Band", "Bias", "Cast", "Chunk", "Dense", "Document", "Dropout", "Finite", "Floor",
-    "Keep", "KeyGate", "KeyPadding", "Mask", "Modifier", "Prefix", "Scale", "ScaleBy", "ScoreModifier",
-    "Sink", "SoftCap", "WeightModifier", "WeightScale", "ZeroEmptyRows", "absorbs", "empty_rows",
-    "fills_after", "finite", "intersect", "is_less_precise", "kinds", "merge_scales", "negligible",
-    "one_level", "reference", "rounds_softmax", "softmax",
+    "Absolute", "Atom", "Attention", "Band", "Bias", "Cast", "Chunk", "Clamp", "Dense", "Document", "Dropout",
+    "Finite", "Floor", "Keep", "KeyGate", "KeyPadding", "LeakyReLU", "Mask", "Modifier", "Prefix", "Scale",
+    "ScaleBy", "ScoreModifier", "Sink", "SoftCap", "WeightModifier", "WeightScale", "ZeroEmptyRows",
+    "absorbs", "empty_rows", "fills_after", "finite", "intersect", "is_less_precise", "kinds", "merge_scales",
+    "negligible", "one_level", "reference", "rounds_softmax", "softmax",
 ]  # fmt: skip

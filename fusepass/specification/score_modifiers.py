@@ -307,6 +307,76 @@ class Finite(ScoreModifier):
         return [(cls(0.5, -2.0, 2.0), ()), (cls(0.0, -1e30, 1e30), ())]
 
 
+@dataclass(frozen=True)
+class Clamp(ScoreModifier):
+    """``min(max(s, low), high)``; either bound may be infinite."""
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"clamp {self.low:.4g} to {self.high:.4g}"
+
+    def apply(self, x: Tensor, operands: Tensors) -> Tensor:
+        most = torch.finfo(x.dtype).max
+        return x.clamp(*(n if math.isinf(n) else min(max(n, -most), most) for n in (self.low, self.high)))
+
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
+        inside = (before >= self.low) & (before <= self.high)
+        return torch.where(inside, grad, torch.zeros_like(grad))
+
+    def hidden(self, fill: float) -> float | None:
+        return min(max(fill, self.low), self.high)
+
+    @classmethod
+    def samples(cls, draw: Draw) -> list[Sample]:
+        return [(cls(-0.25, 0.5), ()), (cls(-math.inf, 0.25), ()), (cls(-0.5, math.inf), ())]
+
+
+@dataclass(frozen=True)
+class LeakyReLU(ScoreModifier):
+    """``s`` where it is positive, ``slope * s`` elsewhere; a slope of zero is the plain rectifier."""
+
+    slope: float
+
+    def __str__(self) -> str:
+        return f"leaky relu {self.slope:.4g}" if self.slope else "relu"
+
+    def apply(self, x: Tensor, operands: Tensors) -> Tensor:
+        return torch.where(x > 0, x, x * self.slope) if self.slope else x.relu()
+
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
+        return torch.where(before > 0, grad, grad * self.slope if self.slope else torch.zeros_like(grad))
+
+    def hidden(self, fill: float) -> float | None:
+        return fill if fill > 0 else fill * self.slope if self.slope else 0.0
+
+    @classmethod
+    def samples(cls, draw: Draw) -> list[Sample]:
+        return [(cls(0.0), ()), (cls(0.2), ()), (cls(-0.5), ())]
+
+
+@dataclass(frozen=True)
+class Absolute(ScoreModifier):
+    """``abs(s)``."""
+
+    def __str__(self) -> str:
+        return "abs"
+
+    def apply(self, x: Tensor, operands: Tensors) -> Tensor:
+        return x.abs()
+
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
+        return grad * before.sign()
+
+    def hidden(self, fill: float) -> float | None:
+        return abs(fill)
+
+    @classmethod
+    def samples(cls, draw: Draw) -> list[Sample]:
+        return [(cls(), ())]
+
+
 def finite(s: Tensor, nan: float, low: float, high: float) -> Tensor:
     """``nan_to_num(s, nan, high, low)``, with the numbers clamped to the range of the dtype of ``s``."""
     most = torch.finfo(s.dtype).max

@@ -34,7 +34,7 @@ PROGRAMS = {
     "transposed": Program(layout="transposed", mask="causal"),
     "alibi": Program(bias="alibi", mask="causal"),
     "t5": Program(bias="t5"),
-    "softcap": Program(softcap="tanh", mask="window"),
+    "softcap": Program(function="tanh", mask="window"),
     "document": Program(mask="causal+document"),
     "written out": Program(softmax="safe", mask="causal"),
     "buffer": Program(mask="causal", build="buffer"),

@@ -14,6 +14,10 @@ from tests.programs import AXES, CROSS, NARROW, SQUARE, Program
 HONEST = (
     "plain mathematics is what the graph has already",
     "it has no 'softcap",
+    "it has no 'relu",
+    "it has no 'leaky relu",
+    "it has no 'abs",
+    "it has no 'clamp",
     "comes after",
     "multiplied by a tensor that varies over the keys",
     "within reach of real scores",
@@ -49,7 +53,7 @@ def grid() -> list[Program]:
 
 def must_fuse(p: Program) -> bool:
     """Can a kernel of torch express exactly this, without gradients?"""
-    if p.softcap == "none" and p.fill != "-1e4" and p.apply != "multiplied":
+    if p.function == "none" and p.fill != "-1e4" and p.apply != "multiplied":
         return True
     return p.after == "none" and p.build != "buffer" and BANDS.issuperset(p.masks)
 
@@ -92,7 +96,7 @@ SMALL = {
     "heads": ("equal", "interleave", "expand", "single"),
     "scale": ("mul", "q", "tensor", "0-d"),
     "bias": ("none", "head", "t5", "alibi"),
-    "softcap": ("none", "tanh"),
+    "function": ("none", "tanh", "relu", "leaky", "abs", "clamp"),
     "mask": ("none", "causal", "padding", "window"),
     "apply": ("masked_fill", "additive", "additive where", "setitem", "where"),
     "softmax": ("function", "float32", "safe"),
@@ -104,7 +108,7 @@ SMALL = {
 @pytest.mark.parametrize("p", programs.pairwise(SMALL, seed=1), ids=str)
 def test_gradients(p: Program, kernel: str) -> None:
     run = check(p, kernel, grads=True)
-    if kernel == "reference" or (p.softcap == p.bias == "none" and "t" not in p.scale):
+    if kernel == "reference" or (p.function == p.bias == "none" and "t" not in p.scale):
         assert run.site.fused, f"{run.site.reason}\n{explained(p)}"
 
 

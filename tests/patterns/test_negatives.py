@@ -230,16 +230,6 @@ def exponentials_without_a_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.exp(scores(q, k)) @ v
 
 
-@stays("'relu'")
-def softmax_of_relu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.softmax(torch.relu(scores(q, k)), -1) @ v
-
-
-@stays("no rule peels")
-def clamped_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.softmax(scores(q, k).clamp(-2, 2), -1) @ v
-
-
 @stays("'pow'")
 def squared_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores(q, k) ** 2, -1) @ v
@@ -312,16 +302,6 @@ def denominator_plus_a_value_of_the_scores(q: Tensor, k: Tensor, v: Tensor) -> T
 
 def later(n: int = Q, m: int = K) -> Tensor:
     return torch.ones(n, m, dtype=torch.bool).triu(1)
-
-
-@stays("leaves them visible")
-def mask_filled_with_zero(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.softmax(scores(q, k).masked_fill(later(), 0.0), -1) @ v
-
-
-@stays("leaves them visible")
-def mask_filled_with_a_large_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.softmax(-scores(q, k).masked_fill(later(), 1e9), -1) @ v
 
 
 @stays("another tensor")

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, fx
 
 from fusepass.compilation.rewrite import rewrite_graph
+from fusepass.expressions.ir import pointwise
 from fusepass.host.config import Options
 from fusepass.kernels import KERNELS, REFERENCE
 from fusepass.patterns import examples as eg
-from fusepass.patterns.scores import holds_product, number
+from fusepass.patterns.scores import number
 from fusepass.recognition.recognize import RULES
 from fusepass.reports.report import SiteReport
 from fusepass.rules.engine import Peel, Rule, Scope, Term, rule
@@ -33,60 +34,54 @@ MASK = Mask(0, -INF, atoms=(Band(None, 0),))
 
 
 @pytest.fixture
-def clamp() -> Iterator[Any]:
+def squash() -> Iterator[Any]:
     """Step 1: a class, as if it had been written a minute ago, with no more than it must say."""
 
     @dataclass(frozen=True)
-    class Clamp(ScoreModifier):
-        """``min(max(s, low), high)``."""
+    class Squash(ScoreModifier):
+        """``height * sigmoid(s)``."""
 
-        low: float
-        high: float
+        height: float
 
         def __str__(self) -> str:
-            return f"clamp {self.low:g} {self.high:g}"
+            return f"squash {self.height:g}"
 
         def apply(self, x: Tensor, operands: Tensors) -> Tensor:
-            return x.clamp(self.low, self.high)
+            return self.height * x.sigmoid()
 
         def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
-            return grad.masked_fill((before < self.low) | (before > self.high), 0.0)
+            return grad * self.height * before.sigmoid() * (1 - before.sigmoid())
 
         @classmethod
         def samples(cls, draw: Draw) -> list[Sample]:
-            return [(cls(-0.5, 0.75), ())]
+            return [(cls(2.0), ())]
 
-    yield Clamp
-    del KINDS["Clamp"]
+    yield Squash
+    del KINDS["Squash"]
     decode.cache_clear()  # its texts name the class
 
 
 @pytest.fixture
-def clamped(clamp: Any) -> Rule:
+def squashed(squash: Any) -> Rule:
     """Step 2: a rule, an identity with an example."""
 
-    def bounded(term: Term, op: str, scope: Scope) -> tuple[Term, float] | None:
-        for position in (0, 1) if term.expr.op == op else ():
-            bound = number(term.expr.args[1 - position], scope)
-            if bound is not None and holds_product(term.expr.args[position]):
-                return term.argument(position), bound
+    @rule(
+        "squash: c * sigmoid(x)",
+        lambda: eg.binary("mul", pointwise("sigmoid", eg.scores()), eg.number(2.0)),
+    )
+    def squashed(term: Term, scope: Scope) -> Peel | None:
+        """A height above zero, on either side of the product."""
+        for position in (0, 1) if term.expr.op == "mul" else ():
+            height = number(term.expr.args[1 - position], scope)
+            if height is not None and height > 0 and term.expr.args[position].op == "sigmoid":
+                return Peel(term.argument(position).argument(0), squash(height))
         return None
 
-    @rule(
-        "clamp: min(max(x, low), high)",
-        lambda: eg.binary("min", eg.binary("max", eg.scores(), eg.number(-0.5)), eg.number(0.5)),
-    )
-    def clamped(term: Term, scope: Scope) -> Peel | None:
-        """Bounds on both sides, the lower one applied first."""
-        high = bounded(term, "min", scope)
-        low = None if high is None else bounded(high[0], "max", scope)
-        return None if high is None or low is None else Peel(low[0], clamp(low[1], high[1]))
-
-    return clamped
+    return squashed
 
 
 def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    s = ((q @ k.mT).clamp(-0.5, 0.75) * 8.0).masked_fill(torch.ones(6, 6).triu(1) > 0, -INF)
+    s = ((q @ k.mT).sigmoid() * 2.0 * 8.0).masked_fill(torch.ones(6, 6).triu(1) > 0, -INF)
     return s.softmax(-1) @ v
 
 
@@ -101,9 +96,9 @@ def rewritten(kernel: str, *rules: Rule) -> tuple[SiteReport, fx.GraphModule]:
 # ------------------------------------------------------------ the class
 
 
-def test_the_class_obeys_every_law_of_modifiers(clamp: Any) -> None:
+def test_the_class_obeys_every_law_of_modifiers(squash: Any) -> None:
     """Those of tests/specification/test_modifiers.py, alone and around every other modifier."""
-    for sample in clamp.samples(Draw(1)):
+    for sample in squash.samples(Draw(1)):
         laws_of_modifiers.test_a_modifier_is_frozen_data_that_says_what_it_is(sample)
         laws_of_modifiers.test_a_program_reads_back_what_was_written_and_computes_it(sample)
         laws_of_modifiers.test_a_shift_of_rows_cancels_where_it_says_so(sample)
@@ -119,9 +114,9 @@ def test_the_class_obeys_every_law_of_modifiers(clamp: Any) -> None:
         laws_of_modifiers.test_a_mask_that_hides_leaves_no_weight(sample)
 
 
-def test_what_it_does_not_say_is_assumed_safely(clamp: Any) -> None:
-    mod = clamp(-0.5, 0.75)
-    assert clamp in kinds(ScoreModifier) and merge_scales([mod, Scale(3.0)]) == (mod, Scale(3.0))
+def test_what_it_does_not_say_is_assumed_safely(squash: Any) -> None:
+    mod = squash(2.0)
+    assert squash in kinds(ScoreModifier) and merge_scales([mod, Scale(3.0)]) == (mod, Scale(3.0))
     assert merge_scales([Scale(2.0), Bias(0), mod, Scale(3.0)]) == (Scale(2.0), Bias(0), mod, Scale(3.0))
     assert spec_of([mod, MASK]).is_causal()
     assert not spec_of([MASK, mod]).is_causal() and not spec_of([MASK, mod]).hides(MASK)
@@ -130,14 +125,14 @@ def test_what_it_does_not_say_is_assumed_safely(clamp: Any) -> None:
     assert Scope(space=None, above=[Scale(2.0)]).shifts_cancel()  # type: ignore[arg-type]
 
 
-def test_kernels_that_do_not_name_it_refuse_it(clamp: Any) -> None:
-    mod = clamp(-0.5, 0.75)
+def test_kernels_that_do_not_name_it_refuse_it(squash: Any) -> None:
+    mod = squash(2.0)
     for kernel, device in itertools.product(KERNELS, ("cpu", "cuda")):
         for scores in ([mod], [mod, Scale(3.0)], [MASK, mod]):
             refused = kernel.refuse(spec_of(scores), replace(CPU, device=device))
             assert (refused is None) == (kernel is REFERENCE), kernel.name
         if kernel is not REFERENCE:
-            assert "it has no 'clamp -0.5 0.75'" in str(kernel.takes.refuse(spec_of([mod])))
+            assert "it has no 'squash 2'" in str(kernel.takes.refuse(spec_of([mod])))
 
 
 @pytest.mark.parametrize(
@@ -150,39 +145,39 @@ def test_kernels_that_do_not_name_it_refuse_it(clamp: Any) -> None:
     ],
 )
 def test_a_class_that_says_what_is_not_so_breaks_a_law(
-    clamp: Any, member: str, wrong: Any, monkeypatch: pytest.MonkeyPatch
+    squash: Any, member: str, wrong: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clamp, member, wrong)
+    monkeypatch.setattr(squash, member, wrong)
     with pytest.raises(AssertionError):
-        test_the_class_obeys_every_law_of_modifiers(clamp)
+        test_the_class_obeys_every_law_of_modifiers(squash)
 
 
 # ------------------------------------------------------------ the rule
 
 
-def test_the_rule_obeys_every_law_of_rules(clamped: Rule) -> None:
+def test_the_rule_obeys_every_law_of_rules(squashed: Rule) -> None:
     """Those of tests/patterns/test_laws.py."""
-    laws_of_rules.test_a_rule_says_its_law_and_what_it_does("scores", clamped)
-    laws_of_rules.test_a_rule_applies_to_its_own_example("scores", clamped)
-    laws_of_rules.test_a_rule_ignores_what_does_not_concern_it("scores", clamped)
+    laws_of_rules.test_a_rule_says_its_law_and_what_it_does("scores", squashed)
+    laws_of_rules.test_a_rule_applies_to_its_own_example("scores", squashed)
+    laws_of_rules.test_a_rule_ignores_what_does_not_concern_it("scores", squashed)
     for seed in laws_of_rules.SEEDS:
-        laws_of_rules.test_a_rule_is_an_identity("scores", clamped, seed)
+        laws_of_rules.test_a_rule_is_an_identity("scores", squashed, seed)
 
 
-def test_a_rule_that_is_no_identity_breaks_a_law(clamp: Any, clamped: Rule) -> None:
+def test_a_rule_that_is_no_identity_breaks_a_law(squash: Any, squashed: Rule) -> None:
     def wrong(term: Term, scope: Scope) -> Peel | None:
-        """Forgets a bound."""
-        found = clamped.apply(term, scope)
-        return Peel(found.inner, clamp(-INF, 0.5)) if isinstance(found, Peel) else None
+        """Takes another height."""
+        found = squashed.apply(term, scope)
+        return Peel(found.inner, squash(0.5)) if isinstance(found, Peel) else None
 
     with pytest.raises(AssertionError):
-        test_the_rule_obeys_every_law_of_rules(replace(clamped, apply=wrong))
+        test_the_rule_obeys_every_law_of_rules(replace(squashed, apply=wrong))
 
 
 @pytest.mark.parametrize("kernel", ["reference", "auto"])
-def test_a_site_is_recognised_and_computed_with_its_gradients(clamped: Rule, kernel: str) -> None:
-    site, graph = rewritten(kernel, clamped)
-    assert "clamp -0.5 0.75, scale 8, causal" in site.spec and site.kernel == "reference"
+def test_a_site_is_recognised_and_computed_with_its_gradients(squashed: Rule, kernel: str) -> None:
+    site, graph = rewritten(kernel, squashed)
+    assert "squash 2, scale 8, causal" in site.spec and site.kernel == "reference"
     args = qkv()
     letters = [n.target[2] for n in graph.graph.find_nodes(op="placeholder")]  # L_q_
     mine, theirs = ([t.clone().requires_grad_() for t in args] for _ in range(2))
@@ -194,11 +189,11 @@ def test_a_site_is_recognised_and_computed_with_its_gradients(clamped: Rule, ker
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_a_kernel_asked_for_by_name_says_why_the_site_stays(clamped: Rule) -> None:
-    site, _ = rewritten("flex", clamped)
-    assert not site.fused and site.reason == "flex: it has no 'clamp -0.5 0.75'"
+def test_a_kernel_asked_for_by_name_says_why_the_site_stays(squashed: Rule) -> None:
+    site, _ = rewritten("flex", squashed)
+    assert not site.fused and site.reason == "flex: it has no 'squash 2'"
 
 
 def test_without_the_rule_the_site_stays() -> None:
     site, _ = rewritten("reference")
-    assert not site.fused and "min" in str(site.reason)
+    assert not site.fused and "sigmoid" in str(site.reason)

@@ -6,7 +6,7 @@ import torch
 
 from fusepass.dialects.handlers import HANDLERS, Handler, Result, Value, arg_exprs, handles, in_common
 from fusepass.expressions.arithmetic import COMPARISONS
-from fusepass.expressions.ir import Expr, cast, const, converted, expr, is_integer, pointwise
+from fusepass.expressions.ir import Expr, cast, const, converted, expr, is_integer, opmath, pointwise
 
 _SAME = {
     "neg": "neg", "negative": "neg", "logical_not": "not", "abs": "abs", "absolute": "abs", "exp": "exp",
@@ -122,6 +122,16 @@ def _where_method(r: Result, x: Expr, condition: Value, other: Value = None) -> 
 @handles("masked_fill")
 def _masked_fill(r: Result, x: Expr, mask: Expr, value: Value) -> Expr | None:
     return _where(r, mask, value, x)
+
+
+@handles("leaky_relu")
+def _leaky_relu(r: Result, x: Expr, negative_slope: Value = 0.01, inplace: bool = False) -> Expr | None:
+    """Written out, as PyTorch's documentation defines it."""
+    if not isinstance(negative_slope, (int, float)):
+        return None
+    low = pointwise("mul", x, const(float(negative_slope), opmath(x.dtype)), dtype=x.dtype)
+    positive = pointwise("gt", x, const(0.0, x.dtype), dtype=torch.bool)
+    return pointwise("where", positive, x, low, dtype=r.dtype)
 
 
 @handles("clamp", "clip")

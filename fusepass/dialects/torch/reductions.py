@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from fusepass.dialects.handlers import (
@@ -16,7 +18,7 @@ from fusepass.dialects.handlers import (
 )
 from fusepass.dialects.torch.views import slice_dim
 from fusepass.expressions.index import simplify_size
-from fusepass.expressions.ir import Expr, cast, expr, pointwise
+from fusepass.expressions.ir import Expr, cast, const, expr, opmath, pointwise
 
 
 def _dims(dim: Value, rank: int) -> tuple[int, ...] | None:
@@ -39,7 +41,7 @@ def _reduce(op: str) -> Handler:
     return handler
 
 
-HANDLERS["sum"] = _reduce("sum")
+HANDLERS["sum"] = _total = _reduce("sum")
 HANDLERS["amax"] = _reduce("amax")
 HANDLERS["logsumexp"] = _reduce("logsumexp")
 
@@ -68,9 +70,23 @@ def _diff(
     )
 
 
+@handles("mean")
+def _mean(r: Result, x: Expr, dim: Value = None, keepdim: bool = False, **kw: Value) -> Expr | None:
+    dims = _dims(kw.get("axis", dim), x.rank)
+    sizes = [x.shape[d] for d in dims or ()]
+    total = None if dims is None else _total(r, x, dims, keepdim)
+    if not isinstance(total, Expr) or not all(isinstance(n, int) for n in sizes) or 0 in sizes:
+        return None
+    return pointwise("div", total, const(float(math.prod(sizes)), opmath(r.dtype)), dtype=r.dtype)
+
+
 def _extreme(op: str) -> Handler:
-    def handler(r: Result, x: Expr, other: Expr) -> Expr:
-        return pointwise(op, x, other, dtype=r.dtype)  # max(dim) returns two results: the reader handles it
+    def handler(r: Result, x: Expr, other: Value = None) -> Expr | None:
+        if other is None and op == "max":
+            return reshape(expr("amax", (x,), (tuple(range(x.rank)),), (1,) * x.rank, r.dtype), r.shape)
+        if not isinstance(other, Expr):
+            return None  # max(dim) returns two results: the reader handles it
+        return pointwise(op, x, other, dtype=r.dtype)
 
     return handler
 

@@ -1,0 +1,135 @@
+"""Scores through functions of themselves, and shifts of them that the softmax cancels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusepass import report
+from tests import checking  # noqa: F401  (faults of the pass are raised)
+
+Scores = Callable[[Tensor], Tensor]
+DIAGONAL = torch.eye(6, dtype=torch.bool)
+
+
+def hidden_later(s: Tensor) -> Tensor:
+    return s.masked_fill(torch.ones(6, 6).triu(1) > 0, -math.inf)
+
+
+#: What is recognised -> spellings of it.
+FUNCTIONS: dict[str, list[Scores]] = {
+    "clamp -0.5 to inf, clamp -inf to 0.7": [
+        lambda s: s.clamp(-0.5, 0.7),
+        lambda s: torch.minimum(torch.maximum(s, torch.tensor(-0.5)), torch.tensor(0.7)),
+    ],
+    "clamp 0.1 to inf": [lambda s: s.clamp_min(0.1), lambda s: s.clip(min=0.1)],
+    "relu": [F.relu, torch.relu, lambda s: F.relu(s.clone(), inplace=True)],
+    "leaky relu 0.2": [
+        lambda s: F.leaky_relu(s, 0.2),
+        lambda s: torch.where(s > 0, s, 0.2 * s),
+        lambda s: torch.maximum(s, s * 0.2),
+    ],
+    "abs": [torch.abs, lambda s: s.abs_()],
+    "abs, scale -2": [lambda s: -2 * s.abs()],
+    "relu, causal": [lambda s: hidden_later(F.relu(s))],
+    "causal, clamp -3 to inf": [lambda s: hidden_later(s).clamp(min=-3)],
+    "mask[ij]": [
+        lambda s: s.masked_fill(DIAGONAL, -100.0),
+        lambda s: torch.where(DIAGONAL, 0.0, s),
+        lambda s: s.masked_fill(DIAGONAL, 2.5),
+    ],
+    "": [
+        lambda s: s - s.max(),
+        lambda s: s - s.detach().max(),
+        lambda s: s - s.amax((-2, -1), keepdim=True),
+        lambda s: s - s.mean(-1, keepdim=True),
+        lambda s: s - s.mean(-1, keepdim=True).detach(),
+        lambda s: s - s.mean(),
+    ],
+}
+
+#: Programs that are no function of one score, or no shift of whole rows.
+OTHERS: list[Scores] = [
+    lambda s: torch.where(s > 0.5, s, 0.2 * s),
+    lambda s: torch.where(s > 0, s, 0.2 * s.mT),
+    lambda s: torch.maximum(s, s.mT),
+    lambda s: torch.maximum(s, s * 3),
+    lambda s: s - s.mean(-2, keepdim=True),
+    lambda s: s.masked_fill(DIAGONAL, math.inf),
+    lambda s: -s.masked_fill(DIAGONAL, 1e9),
+    lambda s: s.masked_fill(DIAGONAL, -math.inf) - s.masked_fill(DIAGONAL, -math.inf).mean(-1, keepdim=True),
+    lambda s: (s - s.mean(-1, keepdim=True)).relu(),
+]
+
+
+def result(scores: Scores, given: list[Tensor], call: Callable[..., Any] | None = None) -> list[Tensor]:
+    """The attention of some scores, and the gradients of queries, keys and values."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scores(q @ k.mT / 2).softmax(-1) @ v
+
+    args = [t.clone().requires_grad_() for t in given]
+    out = (call(attention) if call else attention)(*args)
+    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out))
+    return [out.detach(), *(t.grad for t in args if t.grad is not None)]
+
+
+def compared(scores: Scores, kernel: str, dynamic: bool) -> report.Collector:
+    """Compares with eager by float64: its errors may be doubled."""
+    draw = torch.Generator().manual_seed(3)
+    given = [torch.randn(2, 2, 6, 8, generator=draw) for _ in range(3)]
+    torch._dynamo.reset()
+    options: Any = {"inner": "aot_eager", "kernel": kernel}
+    with report.collect() as seen:
+        fused = result(
+            scores, given, lambda f: torch.compile(f, backend="fusepass", options=options, dynamic=dynamic)
+        )
+    eager, exact = result(scores, given), result(scores, [t.double() for t in given])
+    for mine, theirs, truth in zip(fused, eager, exact, strict=True):
+        places = truth.isfinite()
+        assert torch.equal(mine.isfinite(), places)
+        error = (theirs.double() - truth)[places].abs().max() if places.any() else torch.tensor(0.0)
+        torch.testing.assert_close(mine.double()[places], truth[places], rtol=0, atol=2 * error.item() + 2e-6)
+    return seen
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+@pytest.mark.parametrize(
+    ("words", "scores"), [(words, each) for words, spellings in FUNCTIONS.items() for each in spellings]
+)
+def test_a_function_of_a_score_is_recognised(words: str, scores: Scores, kernel: str, dynamic: bool) -> None:
+    if dynamic and "mean" in getattr(getattr(scores, "__code__", None), "co_names", ()):
+        pytest.skip("a mean over an unknown number of keys is not read")
+    (site,) = compared(scores, kernel, dynamic).sites
+    assert site.fused, site.reason
+    assert f"scale 0.5, {words})".replace(", )", ")") in site.spec
+
+
+@pytest.mark.parametrize("scores", OTHERS)
+def test_what_is_none_is_right(scores: Scores) -> None:
+    compared(scores, "reference", False)
+
+
+def test_flex_computes_each_in_inference() -> None:
+    for words in ("relu", "leaky relu 0.2", "abs", "clamp 0.1 to inf"):
+        scores = FUNCTIONS[words][0]
+        q, k, v = (torch.randn(2, 2, 6, 8, generator=torch.Generator().manual_seed(n)) for n in range(3))
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores = scores) -> Tensor:
+            return scores(q @ k.mT).softmax(-1) @ v
+
+        torch._dynamo.reset()
+        with report.collect() as seen:
+            fast: Any = torch.compile(
+                attention, backend="fusepass", options={"kernel": "flex", "inner": "eager"}
+            )
+            got = fast(q, k, v)
+        assert [s.kernel for s in seen.sites] == ["flex"], [s.reason for s in seen.sites]
+        torch.testing.assert_close(got, attention(q, k, v))
