@@ -249,7 +249,7 @@ _BIASES = {
 _FUNCTIONS: dict[str, tuple[str, str]] = {
     "none": ("", ""),
     "tanh": (f"s = torch.tanh(s / {CAP}) * {CAP}", f"softcap {CAP:g}"),
-    "relu": ("s = F.relu(s)", "relu"),
+    "relu": ("s = 1.0 * F.relu(s)", "relu"),
     "leaky": ("s = F.leaky_relu(s, 0.1)", "leaky relu 0.1"),
     "abs": ("s = s.abs()", "abs"),
     "clamp": ("s = s.clamp(-0.5, 0.5)", "clamp -0.5 to inf, clamp -inf to 0.5"),

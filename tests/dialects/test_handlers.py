@@ -131,7 +131,7 @@ UNKNOWN: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "a width for several": ("pad", (X, 1), {}),
     "a triangle of a number": ("triu", (3,), {}),
     "the larger of numbers": ("max", (3, X), {}),
-    "a maximum of one tensor": ("max", (X,), {}),
+    "a minimum of one tensor": ("min", (X,), {}),
     "an index that is no tuple": ("index", (X, MASK), {}),
     "grouped heads of unknown number": (
         "scaled_dot_product_attention",

@@ -73,8 +73,9 @@ def _diff(
 @handles("mean")
 def _mean(r: Result, x: Expr, dim: Value = None, keepdim: bool = False, **kw: Value) -> Expr | None:
     dims = _dims(kw.get("axis", dim), x.rank)
-    sizes = [x.shape[d] for d in dims or ()]
-    total = None if dims is None else _total(r, x, dims, keepdim)
+    if dims is None or not x.rank:
+        return None
+    sizes, total = [x.shape[d] for d in dims], _total(r, x, dims, keepdim)
     if not isinstance(total, Expr) or not all(isinstance(n, int) for n in sizes) or 0 in sizes:
         return None
     return pointwise("div", total, const(float(math.prod(sizes)), opmath(r.dtype)), dtype=r.dtype)
