@@ -153,8 +153,10 @@ def attn_mask(site: Site, build: Builder, target: Target, x: Operands) -> fx.Nod
 def _as_operand(site: Site, build: Builder, target: Target, total: fx.Node, dtype: torch.dtype) -> fx.Node:
     """Everything that is added to the scores, including a sink, in the dtype that the call takes."""
     extra = site.spec.added
-    large = len(extra) > 1 or any(isinstance(m, Bias) and m.hides for m in extra)
-    if large and build.value(total).dtype.itemsize > dtype.itemsize:
+    wide = build.value(total).dtype
+    overflows = 2 * torch.finfo(dtype).max < torch.finfo(wide).max  # not in bfloat16
+    large = len(extra) > 1 or (overflows and any(isinstance(m, Bias) and m.hides for m in extra))
+    if large and wide.itemsize > dtype.itemsize:
         total = _lifted(build, total)
     total = build.cast(total, dtype)
     opaque = target.device != "cpu" and any(isinstance(m, Bias) for m in extra)
