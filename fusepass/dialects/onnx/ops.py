@@ -147,6 +147,15 @@ def _clip(c: Call, x: Expr, low: Expr | None = None, high: Expr | None = None) -
     return out
 
 
+@handles("LeakyRelu")
+def _leaky_relu(c: Call, x: Expr) -> Expr | None:
+    low = _pointwise(c, "mul", x, const(float(c.attr("alpha", 0.01)), x.dtype), dtype=x.dtype)
+    positive = _pointwise(c, "gt", x, const(0.0, x.dtype), dtype=torch.bool)
+    if low is None or positive is None:
+        return None
+    return _pointwise(c, "where", positive, x, low, dtype=x.dtype)
+
+
 @handles("And")
 def _and(c: Call, a: Expr, b: Expr) -> Expr | None:
     made = _pointwise(c, "and", a, b, dtype=torch.bool)
@@ -205,7 +214,7 @@ def _unread(c: Call, x: Expr, *_: Expr | None) -> Expr:
 
 
 for _name in (
-    "LayerNormalization Gelu Erf Elu LeakyRelu Softplus Softsign HardSigmoid HardSwish Mish Selu PRelu Celu "
+    "LayerNormalization Gelu Erf Elu Softplus Softsign HardSigmoid HardSwish Mish Selu PRelu Celu "
     "Floor Ceil Round Sign Cos Sin RMSNormalization GroupNormalization InstanceNormalization "
     "BatchNormalization LpNormalization Swish SimplifiedLayerNormalization"
 ).split():
