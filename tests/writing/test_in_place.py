@@ -220,7 +220,7 @@ def written_by_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 STAYS: dict[Attend, str] = {
     query_written_after: "written over",
-    diagonal_visible: "visible",
+    diagonal_visible: "within reach",
     diagonal_read: "scores or weights",
     written_by_positions: "written to",
 }
