@@ -26,9 +26,12 @@ from fusepass.specification.attention import (
     ScaleBy,
     ScoreModifier,
     absorbs,
+    dtype_of_sum,
+    fill_levels,
     fills_after,
     is_less_precise,
     merge_scales,
+    rounds_scores,
 )
 
 #: In a dtype that holds this number, exponentials of usual scores do not overflow.
@@ -131,7 +134,7 @@ class Fills:
             return False
         if isinstance(mod, Bias):
             fill = -self.meanings.constants(mod) / abs(mod.factor) if mod.factor else 0.0
-            inexact = -fill * torch.finfo(written.dtype).eps > 1 / 16
+            inexact = rounds_scores(-fill, written.dtype)
         else:
             fill, inexact = mod.fill, mod.additive
         return inexact and math.isfinite(fill) and not absorbs(fill, written.dtype, USUAL_SCORES * scale)
@@ -144,14 +147,15 @@ class Fills:
             dtypes: of the scores, and of the softmax.
         """
         for at, mod in enumerate(scores):
-            most = self.meanings.constants(mod) if isinstance(mod, Bias) and not mod.hides else 0.0
-            if most <= USUAL_SCORES:
+            if (
+                not isinstance(mod, Bias)
+                or mod.hides
+                or (most := self.meanings.constants(mod)) <= USUAL_SCORES
+            ):
                 continue
-            for mask in scores[at + 1 :]:
-                if isinstance(mask, Mask) and mask.additive:
-                    wide = next((d for d in dtypes if mask.fill >= torch.finfo(d).min), torch.float64)
-                    if not absorbs(mask.fill, DTYPES[mask.dtype] if mask.dtype else wide, most):
-                        return mod  # type: ignore[return-value]
+            after = (m for m in scores[at + 1 :] if isinstance(m, Mask) and m.additive)
+            if not all(absorbs(m.fill, dtype_of_sum(m, *dtypes), most) for m in after):
+                return mod
         return None
 
     def _overflown(self, mod: ScoreModifier, *dtypes: torch.dtype) -> ScoreModifier:
@@ -304,8 +308,8 @@ class Fills:
 
     def _is_exact(self, mod: Bias) -> bool:
         """Are all its constants so small that subtracting a log-sum-exp of their size loses no precision?"""
-        most = max(SMALL, 1 / (16 * torch.finfo(self.core.scores.expr.dtype).eps))
-        return self.meanings.constants(mod) <= most
+        most = self.meanings.constants(mod)
+        return most <= SMALL or not rounds_scores(most, self.core.scores.expr.dtype)
 
     def finite_sink(self) -> bool:
         """Is there a sink, learned or constant, that is a finite number of ordinary size?"""
@@ -316,10 +320,7 @@ class Fills:
 
 def _stays_low(scores: Sequence[ScoreModifier], at: int) -> bool:
     """Do scores that the mask at a position fills stay low through all later modifiers?"""
-    mask = scores[at]
-    assert isinstance(mask, Mask)
-    levels = [mask.fill, *fills_after(scores, at, mask.fill)]
-    return all(level is not None and level <= SMALL for level in levels)
+    return all(level is not None and level <= SMALL for level in fill_levels(scores, at))
 
 
 def _is_infinite(mod: ScoreModifier) -> bool:
@@ -329,9 +330,7 @@ def _is_infinite(mod: ScoreModifier) -> bool:
 
 def _vanishes(scores: Sequence[ScoreModifier], at: int) -> bool:
     """Is the exponential of scores that the mask at a position fills zero, in every dtype?"""
-    mask = scores[at]
-    assert isinstance(mask, Mask)
-    *_, level = (mask.fill, *fills_after(scores, at, mask.fill))
+    *_, level = fill_levels(scores, at)
     return level is not None and level < VANISHING
 
 

@@ -27,6 +27,7 @@ from fusepass.specification.attention import (
     WeightModifier,
     WeightScale,
     is_less_precise,
+    rounds_scores,
 )
 
 
@@ -71,8 +72,7 @@ class Meanings:
             if intervals.absorbs_from_above(scaled.expr, scope.contents, scope.facts):
                 raise Refuse("a bias raises scores so far that others are absorbed", term.expr)
             hides = masks.may_hide(term.expr, scope.contents, scope.facts)
-            coarse = self.constants(mod) * torch.finfo(self.computed).eps > 1 / 16
-            kept = wide if hides or coarse else ""
+            kept = wide if hides or rounds_scores(self.constants(mod), self.computed) else ""
             return replace(mod, axes=self.letters(term), hides=hides, dtype=kept)
         atoms = self._atoms(hidden.attends)
         return Mask(self.scope.slot(scaled), hidden.fill, True, True, atoms, wide)

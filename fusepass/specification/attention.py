@@ -116,9 +116,7 @@ class Attention:
         real scores, is NaN, is not low at all, or is undone by a later modifier.  Of several equal masks the
         last one decides: no later one undoes what it hides.
         """
-        at = max(n for n, mod in enumerate(self.scores) if mod == mask)
-        levels = [mask.fill, *fills_after(self.scores, at, mask.fill)]
-        return all(n is not None and negligible(n, self.score_dtype) for n in levels)
+        return self._stays_hidden(self.scores, max(n for n, mod in enumerate(self.scores) if mod == mask))
 
     @property
     def unseen_rows(self) -> bool:
@@ -128,16 +126,14 @@ class Attention:
         some pairs to the earlier mask, and it is not certain to show any.
         """
         return not self.rows_seen and any(
-            self._hides_alone(at) for at, mod in enumerate(self.scores) if isinstance(mod, Mask)
+            self._stays_hidden((mod, *filter(_replaces_nothing, self.scores[at + 1 :])), 0)
+            for at, mod in enumerate(self.scores)
+            if isinstance(mod, Mask)
         )
 
-    def _hides_alone(self, at: int) -> bool:
-        """Would the mask at a position hide pairs for good if no later mask replaced scores?"""
-        mask = self.scores[at]
-        assert isinstance(mask, Mask)
-        after = [m for m in self.scores[at + 1 :] if not isinstance(m, Mask) or m.additive]
-        levels = [mask.fill, *fills_after((mask, *after), 0, mask.fill)]
-        return all(n is not None and negligible(n, self.score_dtype) for n in levels)
+    def _stays_hidden(self, scores: Sequence[ScoreModifier], at: int) -> bool:
+        """Are the scores that the mask at a position fills too low to count, through all later modifiers?"""
+        return all(n is not None and negligible(n, self.score_dtype) for n in fill_levels(scores, at))
 
     def is_causal(self, offset: object = 0) -> bool:
         """Is the whole visibility ``j <= i + offset``, with no other term added to the scores?"""
@@ -217,6 +213,30 @@ def fills_after(scores: Sequence[ScoreModifier], at: int, fill: float) -> Iterat
         fill = after
 
 
+def fill_levels(scores: Sequence[ScoreModifier], at: int) -> Iterator[float | None]:
+    """The fill of the mask at a position, and its values after each of the modifiers that follow."""
+    mask = scores[at]
+    assert isinstance(mask, Mask)
+    yield mask.fill
+    yield from fills_after(scores, at, mask.fill)
+
+
+def _replaces_nothing(mod: ScoreModifier) -> bool:
+    return not isinstance(mod, Mask) or mod.additive
+
+
+def dtype_of_sum(mask: Mask, *dtypes: torch.dtype) -> torch.dtype:
+    """The dtype that an additive mask is added in: its own, or the first of some that holds its fill."""
+    if mask.dtype:
+        return DTYPES[mask.dtype]
+    return next((d for d in dtypes if mask.fill >= torch.finfo(d).min), torch.float64)
+
+
+def rounds_scores(size: float, dtype: torch.dtype) -> bool:
+    """Does adding a number of this size to a score round it by more than a sixteenth?"""
+    return size * torch.finfo(dtype).eps > 1 / 16
+
+
 def rounds_softmax(softmax_dtype: torch.dtype, operands: torch.dtype) -> bool:
     """Is a softmax computed in a narrower dtype than its operands have?"""
     return is_less_precise(softmax_dtype, operands)
@@ -259,8 +279,7 @@ def _keeps_levels(spec: Attention) -> bool:
         if not isinstance(mask, Mask):
             continue
         level: float | None = mask.fill
-        added_in = spec.dtype if mask.fill >= torch.finfo(spec.dtype).min else dtype
-        added_in = DTYPES[mask.dtype] if mask.dtype else added_in
+        added_in = dtype_of_sum(mask, spec.dtype, dtype)
         if mask.additive and not absorbs(mask.fill, added_in, USUAL_SCORES * max(scale, 1.0)):
             return False
         for mod, after in zip(spec.scores[at + 1 :], fills_after(spec.scores, at, mask.fill), strict=False):
@@ -339,6 +358,7 @@ __all__ = [
     "Absolute", "Atom", "Attention", "Band", "Bias", "Cast", "Chunk", "Clamp", "Dense", "Document", "Dropout",
     "Finite", "Floor", "Keep", "KeyGate", "KeyPadding", "LeakyReLU", "Mask", "Modifier", "Prefix", "Scale",
     "ScaleBy", "ScoreModifier", "Sink", "SoftCap", "WeightModifier", "WeightScale", "ZeroEmptyRows",
-    "absorbs", "empty_rows", "fills_after", "finite", "intersect", "is_less_precise", "kinds", "merge_scales",
-    "negligible", "one_level", "reference", "rounds_softmax", "softmax",
+    "absorbs", "dtype_of_sum", "empty_rows", "fill_levels", "fills_after", "finite", "intersect",
+    "is_less_precise", "kinds", "merge_scales", "negligible", "one_level", "reference", "rounds_scores",
+    "rounds_softmax", "softmax",
 ]  # fmt: skip
