@@ -129,7 +129,7 @@ def fuse(model: ir.Model, target: Target) -> GraphReport:
             InlinePass()(model)
         except Exception as error:
             raise ModelError(f"the model's functions cannot be inlined: {root(error)}") from error
-    report = fuse_model(model, target, target.operators, infer(model))
+    report = fuse_model(model, target, infer(model))
     publish(report)
     return report
 

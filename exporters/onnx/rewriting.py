@@ -20,7 +20,7 @@ from fusepass.exporters.onnx.builder import OnnxBuilder, Written
 from fusepass.exporters.onnx.edits import all_names, erase_dead, inner_graphs, live
 from fusepass.exporters.onnx.leftover import left_over
 from fusepass.exporters.onnx.operands import Refused
-from fusepass.exporters.onnx.operators import Operator, Target
+from fusepass.exporters.onnx.operators import Target
 from fusepass.exporters.onnx.readers import Readers
 from fusepass.expressions.index import AxisSpace
 from fusepass.expressions.ir import Expr
@@ -34,7 +34,6 @@ from fusepass.writing.layouts import CannotEmit
 def fuse_model(
     model: ir.Model,
     target: Target,
-    operators: Sequence[Operator],
     shapes: Mapping[str, Sequence[Any]] | None = None,
 ) -> GraphReport:
     """Fuse the attention sites of a model in place, those of its inner graphs included.
@@ -42,13 +41,12 @@ def fuse_model(
     Args:
         model: the model; its nodes are in topological order.
         target: the runtime to write for.
-        operators: the target's operators in order of preference.
         shapes: what shape inference found out, by the name of the value.
     """
     start = time.perf_counter()
     report = GraphReport(nodes=0)
     names = all_names(model.graph)
-    setting = _Setting(model.opset_imports, target, operators, shapes or {}, names, report)
+    setting = _Setting(model.opset_imports, target, shapes or {}, names, report)
     _fuse_graph(model.graph, setting, None, None)
     report.seconds = time.perf_counter() - start
     return report
@@ -60,7 +58,6 @@ class _Setting:
 
     opsets: dict[str, int]
     target: Target
-    operators: Sequence[Operator]
     shapes: Mapping[str, Sequence[Any]]
     names: set[str | None]
     report: GraphReport
@@ -87,7 +84,7 @@ class _OnnxGraph(SiteGraph[ir.Node, ir.Value, OnnxBuilder]):
 
     def __init__(self, reader: OnnxReader, setting: _Setting) -> None:
         self.reader, self.opsets = reader, setting.opsets
-        self.target, self.operators = setting.target, setting.operators
+        self.target = setting.target
         self.graph = reader.graph
         self.written = Written(reader, setting.opsets.get("", 1), setting.names)
         self.live = live(self.graph)
@@ -134,10 +131,10 @@ class _OnnxGraph(SiteGraph[ir.Node, ir.Value, OnnxBuilder]):
         return None
 
     def serves(self, node: ir.Node, site: Site) -> bool:
-        return any(o.refuse(site.spec, self.target) is None for o in self.operators)
+        return any(o.refuse(site.spec, self.target) is None for o in self.target.operators)
 
     def write(self, node: ir.Node, site: Site, rejected: Rejected) -> _Made | None:
-        for operator in self.operators:
+        for operator in self.target.operators:
             reason = operator.refuse(site.spec, self.target)
             if reason is None:
                 build = OnnxBuilder(self.written, node, site.space)
