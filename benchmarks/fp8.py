@@ -27,8 +27,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fusepass.host.libraries import FLASH3, FRONTEND
 from fusepass.kernels import fp8, fp8_ops
-from fusepass.kernels.gates import FLASH3, FRONTEND, installed
+from fusepass.kernels.gates import installed
 from fusepass.selection import clock as bench_clock
 from fusepass.selection.machine import machine
 

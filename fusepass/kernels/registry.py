@@ -15,8 +15,9 @@ from torch._ops import HigherOrderOperator, OpOverload
 from fusepass.dialects.torch.nodes import size_of
 from fusepass.host.faults import first_line, strict
 from fusepass.host.kernel_names import KERNELS, REGISTERED, look_for_packages
+from fusepass.host.libraries import GATES, Gate
 from fusepass.kernels.base import Kernel, Refused, Target
-from fusepass.kernels.gates import GATES, Gate, gate_refuses
+from fusepass.kernels.gates import gate_refuses
 from fusepass.rules.site import Site
 from fusepass.specification.attention import Attention
 from fusepass.specification.takes import Takes

@@ -29,7 +29,7 @@ def window(spec: Attention, target: Target, dtype: torch.dtype) -> tuple[int | N
     have, sizes = gates.capability(), (spec.head_dim, spec.value_dim)
     if target.device != "cuda" or target.aten or have is None or have[0] not in _MAJORS:
         return None
-    if dtype not in gates.HALF or TAKES.refuse(spec) is not None:
+    if dtype not in (torch.float16, torch.bfloat16) or TAKES.refuse(spec) is not None:
         return None
     if sizes[0] != sizes[1] or not isinstance(sizes[0], int) or sizes[0] % 8 or sizes[0] > 256:
         return None

@@ -20,7 +20,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from fusepass.host.kernel_names import LIBRARIES
-from fusepass.kernels.gates import GATES, Capability, capability_refuses, installed, library_refuses
+from fusepass.host.libraries import GATES
+from fusepass.kernels.gates import Capability, capability_refuses, installed, library_refuses
 from fusepass.kernels.registry import Registered, registered
 
 
@@ -108,14 +109,14 @@ def _limits(name: str) -> tuple[str, str, str]:
     if gate is None:
         return "any", "any", "any"
     gpus = "any" if gate.majors is None else ", ".join(f"{m}.x" for m in gate.majors)
-    short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+    short = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
     multiples = f", ×{gate.step}" if gate.step > 1 else ""
     sizes = f"{gate.least}…{gate.head_dims or ''}{multiples}"
     if not gate.backward:
         sizes += "; forward only"
     elif gate.backward_dims != gate.head_dims:
         sizes += f"; backward …{gate.backward_dims}"
-    return gpus, " ".join(short.get(d, str(d).removeprefix("torch.")) for d in gate.dtypes), sizes
+    return gpus, " ".join(short.get(d, d) for d in gate.dtype_names()), sizes
 
 
 def _machine() -> Machine:
