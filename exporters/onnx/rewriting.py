@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from fusepass.compilation.site_pass import Made, Rejected, Shared, SiteGraph, SitePass, Summands
+from fusepass.compilation.site_pass import Rejected, Replacement, Shared, SiteGraph, SitePass, Summands
 from fusepass.dialects.onnx.graph import OnnxReader
 from fusepass.exporters.onnx import rotary as onnx_rotary
 from fusepass.exporters.onnx.builder import OnnxBuilder, Written
@@ -76,7 +76,7 @@ def _fuse_graph(
             _fuse_graph(inner, setting, reader, node)
 
 
-_Made = Made[ir.Value, OnnxBuilder]
+_Replacement = Replacement[ir.Value, OnnxBuilder]
 
 
 class _OnnxGraph(SiteGraph[ir.Node, ir.Value, OnnxBuilder]):
@@ -133,29 +133,31 @@ class _OnnxGraph(SiteGraph[ir.Node, ir.Value, OnnxBuilder]):
     def serves(self, node: ir.Node, site: Site) -> bool:
         return any(o.refuse(site.spec, self.target) is None for o in self.target.operators)
 
-    def write(self, node: ir.Node, site: Site, rejected: Rejected) -> _Made | None:
+    def write(self, node: ir.Node, site: Site, rejected: Rejected) -> _Replacement | None:
         for operator in self.target.operators:
             reason = operator.refuse(site.spec, self.target)
             if reason is None:
                 build = OnnxBuilder(self.written, node, site.space)
                 try:
-                    return Made(operator.emit(site, build, self.target), build, operator.name)
+                    return Replacement(operator.emit(site, build, self.target), build, operator.name)
                 except (Refused, CannotEmit) as refusal:
                     build.discard()
                     reason = str(refusal)
             rejected.append((operator.name, reason))
         return None
 
-    def place(self, node: ir.Node, sites: Sequence[Site], made: Sequence[_Made], out: ir.Value) -> None:
+    def place(
+        self, node: ir.Node, sites: Sequence[Site], written: Sequence[_Replacement], out: ir.Value
+    ) -> None:
         self._replace(node, out)
-        for one in made:
+        for one in written:
             for old, new in one.build.presents:
                 self._take_present(node, old, new)
-            for inserted in one.build.made:
+            for inserted in one.build.new_nodes:
                 if inserted.domain:
                     self.opsets.setdefault(inserted.domain, 1)
 
-    def again(self, node: ir.Node, meaning: Expr) -> None:
+    def reuse(self, node: ir.Node, meaning: Expr) -> None:
         self._replace(node, self.written.replaced[self.reader.home[meaning]])
 
     def left_over(self, settled: set[Expr]) -> Iterator[tuple[ir.Node, str]]:
@@ -197,18 +199,18 @@ class _OnnxGraph(SiteGraph[ir.Node, ir.Value, OnnxBuilder]):
         erase_dead(self.graph, node)
 
     def _copied(self, node: ir.Node, out: ir.Value) -> ir.Value:
-        made = ir.node("Identity", [out])
-        made.outputs[0].type, made.outputs[0].shape = out.type, out.shape
-        made.outputs[0].name = self.written.name("fusepass/copy")
-        self.graph.insert_before(node, made)
-        return made.outputs[0]
+        copy = ir.node("Identity", [out])
+        copy.outputs[0].type, copy.outputs[0].shape = out.type, out.shape
+        copy.outputs[0].name = self.written.name("fusepass/copy")
+        self.graph.insert_before(node, copy)
+        return copy.outputs[0]
 
     def _take_present(self, node: ir.Node, old: ir.Value, new: ir.Value) -> None:
         """The present state of a cache stands for the joined tensor, where everything reads it later."""
         producer = old.producer()
         after = self.reader.order[node]
-        late = all(self.reader.order.get(u, after + 1) > after for u in old.consumers())
-        if producer is None or not late:
+        read_later = all(self.reader.order.get(u, after + 1) > after for u in old.consumers())
+        if producer is None or not read_later:
             return
         name = old.name
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

@@ -176,10 +176,8 @@ def _wrong_result(site: Site, build: Builder, out: fx.Node) -> str | None:
 
 def _no_operator(build: Builder) -> str | None:
     """Why what was written cannot stand in an exported graph; None if it can."""
-    written = {
-        node.target for node in build.made if not isinstance(node.target, (OpOverload, HigherOrderOperator))
-    }
-    for target in written:
+    targets = {node.target for node in build.new_nodes}
+    for target in (t for t in targets if not isinstance(t, (OpOverload, HigherOrderOperator))):
         if getattr(target, "__module__", "") != "_operator":  # arithmetic of sizes
             name = getattr(target, "__qualname__", str(target))
             return f"exported graphs hold operators of torch.ops, and it writes a call of '{name}'"

@@ -32,7 +32,7 @@ class Call:
         """Is the body the forward of a function that defines its own gradient?"""
         return _name(self.node) == _OWN_GRADIENT and _bodies(self.outer, self.node)[0] is self.body
 
-    def given(self, reader: Reader) -> dict[str, Expr]:
+    def operand_meanings(self, reader: Reader) -> dict[str, Expr]:
         """The meanings of the body's placeholders in the outer graph, which ``reader`` reads.
 
         The result is empty unless the operator is known to pass its operands one by one: it has a single body
@@ -46,12 +46,12 @@ class Call:
         placeholders = self.body.graph.find_nodes(op="placeholder")
         if len(operands) != len(placeholders):
             return {}
-        given = {}
+        meanings = {}
         for placeholder, node in zip(placeholders, operands, strict=True):
             meaning = reader.defined.get(node) if isinstance(node, fx.Node) else None
             if isinstance(meaning, Expr) and isinstance(node, fx.Node) and not reader.was_written(node):
-                given[placeholder.name] = meaning
-        return given
+                meanings[placeholder.name] = meaning
+        return meanings
 
 
 def graphs_of(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, Call | None]]:
