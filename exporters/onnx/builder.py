@@ -55,12 +55,12 @@ class Written:
 
     def name(self, stem: str) -> str:
         """A name that is new in the model."""
-        found, count = stem, 1
-        while found in self.names:
+        name, count = stem, 1
+        while name in self.names:
             count += 1
-            found = f"{stem}_{count}"
-        self.names.add(found)
-        return found
+            name = f"{stem}_{count}"
+        self.names.add(name)
+        return name
 
 
 class OnnxBuilder(Layouts[ir.Value]):
@@ -220,9 +220,9 @@ class OnnxBuilder(Layouts[ir.Value]):
         if source is not None and (value := self._current(source[0])) is not None:
             return value, source[1]
         for value, meaning in self.reader.meaning.items():
-            found = None if meaning is None or size not in meaning.shape else self._current(value)
-            if meaning is not None and found is not None:
-                return found, meaning.shape.index(size)
+            current = None if meaning is None or size not in meaning.shape else self._current(value)
+            if meaning is not None and current is not None:
+                return current, meaning.shape.index(size)
         raise CannotEmit(f"no tensor in front of the site has the size {size}")
 
     # -- tensors -----------------------------------------------------------------------------

@@ -112,11 +112,11 @@ class _OnnxGraph(SiteGraph[ir.Node, ir.Value, OnnxBuilder]):
         if meaning is None or (product or meaning).op != "dot" or node.graph is not self.graph:
             return None
         facts = self.reader.facts_of(meaning)
-        found = recognise_sum(product or meaning, facts, contents=self.reader.contents)
-        behind = softmaxes_behind(meaning) if isinstance(found, Miss) else set()
+        parts = recognise_sum(product or meaning, facts, contents=self.reader.contents)
+        behind = softmaxes_behind(meaning) if isinstance(parts, Miss) else set()
         if behind and all(e.op == "exp" and not of_activations(e.args[0]) for e in behind):
             return None  # an activation function that is made of an exponential
-        return found
+        return parts
 
     def inner(self, node: ir.Node) -> set[str]:
         return {p.outputs[0].name for p in self.readers.products_of(node)}
@@ -169,15 +169,15 @@ class _OnnxGraph(SiteGraph[ir.Node, ir.Value, OnnxBuilder]):
         """Rotary embeddings become one operator each, where the operator set has it."""
         for node in list(self.reader.order):
             meaning = self.reader.meaning.get(node.outputs[0]) if node in self.live else None
-            found = None if meaning is None else onnx_rotary.rotated(meaning)
-            if meaning is None or found is None or self.reader.home[meaning] is not node.outputs[0]:
+            rotation = None if meaning is None else onnx_rotary.rotated(meaning)
+            if meaning is None or rotation is None or self.reader.home[meaning] is not node.outputs[0]:
                 continue
             build = OnnxBuilder(self.written, node, AxisSpace(self.reader.facts))
-            if not onnx_rotary.tabled(build, found):
+            if not onnx_rotary.tabled(build, rotation):
                 continue
-            self.written.rotations[meaning] = found
+            self.written.rotations[meaning] = rotation
             try:
-                out = onnx_rotary.write(build, found) if self.target.opset >= 23 else None
+                out = onnx_rotary.write(build, rotation) if self.target.opset >= 23 else None
             except CannotEmit:
                 out = None
             if out is None:

@@ -170,8 +170,8 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         if assumed and memory.external & memory.all_written:
             storages |= memory.external & memory.all_written
             storages.update(*(memory.of(n) for n in placeholders if n.name in assumed))
-        found = ([n.name for n in placeholders if s in memory.of(n)] for s in storages)
-        return sorted(filter(None, found))
+        names = ([n.name for n in placeholders if s in memory.of(n)] for s in storages)
+        return sorted(filter(None, names))
 
     # -- what the pass asks -------------------------------------------------------------------
 
@@ -290,13 +290,13 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
 
     def _learned(self, node: fx.Node, site: Site) -> frozenset[int]:
         """The slots of biases that are made of something that needs a gradient."""
-        found = set()
+        slots = set()
         for mod in site.spec.scores:
             if isinstance(mod, Bias):
                 homes = (self.reader.home(e, node) for e in walk(site.operands[mod.slot].expr))
                 if any(requires_grad(home) for home in homes if home is not None):
-                    found.add(mod.slot)
-        return frozenset(found)
+                    slots.add(mod.slot)
+        return frozenset(slots)
 
     def _try_kernel(
         self, node: fx.Node, site: Site, kernel: Kernel, target: Target
@@ -386,14 +386,14 @@ def overtaken_by(new_nodes: Sequence[fx.Node], reader: Reader, anchor: fx.Node) 
     Each is known to be one memory or another in this call alone.
     """
     memory, end = reader.memory, reader.order[anchor]
-    found: set[Any] = set()
+    overtaken: set[Any] = set()
     for node in tensors_read_by(new_nodes):
         mine = memory.of(node) & memory.external
         since = reader.order.get(node, end)
         others = (reader.storages_written(since, end) & memory.external) - mine
         if mine and others:
-            found |= mine | others
-    return found
+            overtaken |= mine | others
+    return overtaken
 
 
 def as_good(node: fx.Node, site: Site, target: Target) -> bool:

@@ -52,9 +52,9 @@ def look_for_packages() -> None:
 
 def _load(what: str, load: Callable[[], object]) -> None:
     try:
-        found = load()
-        if callable(found):
-            found()
+        loaded = load()
+        if callable(loaded):
+            loaded()
     except Exception as error:
         if strict():
             raise

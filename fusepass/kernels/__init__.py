@@ -58,8 +58,8 @@ def named(name: str) -> Kernel | None:
     """The kernel of a name, built in or registered; None for names such as "auto", which choose a kernel."""
     if name in BY_NAME or name in ("auto", "autotune"):
         return BY_NAME.get(name)
-    found = registry.registered().get(name)
-    return None if found is None else found.kernel
+    registration = registry.registered().get(name)
+    return None if registration is None else registration.kernel
 
 
 def rounds(name: str) -> bool:

@@ -99,8 +99,8 @@ def takes_tables(device: str) -> bool:
 def _with_tables(site: Site, build: Builder, target: Target, options: dict[str, Any]) -> fx.Node | None:
     if not takes_tables(target.device) or not flex_blocks.mendable(site):
         return None
-    made = flex_blocks.plan(site, build)
-    return None if made is None else flex_blocks.emit(site, build, target, made, options)
+    plan = flex_blocks.plan(site, build)
+    return None if plan is None else flex_blocks.emit(site, build, target, plan, options)
 
 
 def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:

@@ -109,8 +109,8 @@ def hadamard(size: int, like: Tensor) -> Tensor:
     for shift in range(size.bit_length() - 1):
         parity = parity ^ (bits >> shift)
     signs: Tensor = 1 - 2 * (parity & 1)
-    found: Tensor = (signs * size**-0.5).to(like.dtype)
-    return found
+    rotation: Tensor = (signs * size**-0.5).to(like.dtype)
+    return rotation
 
 
 def library() -> str:

@@ -170,8 +170,8 @@ def _wrong_result(site: Site, build: Builder, out: fx.Node) -> str | None:
     if fits and value.dtype is spec.out_dtype:
         return None
     sizes = ", ".join(map(str, wanted))
-    made = f"{list(value.shape)} of {value.dtype}"
-    return f"its result is {made}, and a site needs [B, H, Q, Dv] = [{sizes}] of {spec.out_dtype}"
+    written = f"{list(value.shape)} of {value.dtype}"
+    return f"its result is {written}, and a site needs [B, H, Q, Dv] = [{sizes}] of {spec.out_dtype}"
 
 
 def _no_operator(build: Builder) -> str | None:

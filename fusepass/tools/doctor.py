@@ -98,7 +98,7 @@ PACKAGES = (
 def diagnose() -> Diagnosis:
     """This machine, and every kernel's answer to it."""
     machine = _machine()
-    answers = {**_ANSWERS, **{name: _of_package(found) for name, found in registered().items()}}
+    answers = {**_ANSWERS, **{name: _of_package(registration) for name, registration in registered().items()}}
     kernels = tuple(KernelStatus(name, *answer(machine), *_limits(name)) for name, answer in answers.items())
     return Diagnosis(machine, kernels)
 
@@ -155,13 +155,13 @@ def _flex(machine: Machine) -> Answer:
             return False, "needs triton to generate the kernel: pip install triton"
         return True, "FlexAttention, a Triton kernel generated for each site"
     compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
-    found = next((path for name in compilers if name and (path := shutil.which(name))), None)
-    if found is None:
+    compiler = next((path for name in compilers if name and (path := shutil.which(name))), None)
+    if compiler is None:
         return (
             False,
             "on a CPU FlexAttention needs a C++ compiler, and none is on the PATH (g++, clang++, CXX)",
         )
-    return True, f"FlexAttention for CPUs, compiled with {found}; inference only"
+    return True, f"FlexAttention for CPUs, compiled with {compiler}; inference only"
 
 
 def _cudnn(machine: Machine) -> Answer:
@@ -179,28 +179,28 @@ def _library(kernel: str) -> Callable[[Machine], "Answer"]:
         package, refusal = GATES[kernel].package, _refusal(kernel, machine)
         if package is None:
             return refusal is None, refusal or "part of torch"
-        found = installed(package)
+        there = installed(package)
         version = machine.packages.get(package.name, "of unknown version")
         state = (
-            f"{package.name} {version}" if found else f"{package.name} is not installed: {package.install}"
+            f"{package.name} {version}" if there else f"{package.name} is not installed: {package.install}"
         )
         if refusal:
-            return False, f"{refusal}; {state}" + (" is installed" if found else "")
-        if found and (broken := library_refuses(kernel)):
+            return False, f"{refusal}; {state}" + (" is installed" if there else "")
+        if there and (broken := library_refuses(kernel)):
             return False, broken
-        return found, state
+        return there, state
 
     return answer
 
 
-def _of_package(found: Registered) -> Callable[[Machine], Answer]:
+def _of_package(registration: Registered) -> Callable[[Machine], Answer]:
     """The answer for a registered kernel: what its gate says, and who registered it."""
 
     def answer(machine: Machine) -> Answer:
-        unasked = "`auto` may choose it" if found.by_auto else "by name only"
-        state = f"registered by {found.module}; {unasked}"
-        name = found.kernel.name
-        if found.gate.package is not None:
+        unasked = "`auto` may choose it" if registration.by_auto else "by name only"
+        state = f"registered by {registration.module}; {unasked}"
+        name = registration.kernel.name
+        if registration.gate.package is not None:
             runs, why = _library(name)(machine)
             return runs, f"{why}; {state}"
         refusal = _refusal(name, machine)
