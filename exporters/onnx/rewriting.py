@@ -1,4 +1,4 @@
-"""The pass over ONNX graphs: what :class:`.site_pass.SitePass` asks of one, and its inner graphs.
+"""The pass over ONNX graphs, inner graphs included: the answers to what :class:`.site_pass.SitePass` asks.
 
 The graph outside a fused site is not touched.
 """
@@ -41,7 +41,7 @@ def fuse_model(
     Args:
         model: the model; its nodes are in topological order.
         target: the runtime to write for.
-        shapes: what shape inference found out, by the name of the value.
+        shapes: the shapes that inference found, by the name of the value.
     """
     start = time.perf_counter()
     report = GraphReport(nodes=0)
@@ -54,7 +54,7 @@ def fuse_model(
 
 @dataclass(frozen=True)
 class _Setting:
-    """What all graphs of a model share; ``names`` are those that are taken."""
+    """What all graphs of a model share; ``names`` are in use already."""
 
     opsets: dict[str, int]
     target: Target
@@ -206,7 +206,7 @@ class _OnnxGraph(SiteGraph[ir.Node, ir.Value, OnnxBuilder]):
         return copy.outputs[0]
 
     def _take_present(self, node: ir.Node, old: ir.Value, new: ir.Value) -> None:
-        """The present state of a cache stands for the joined tensor, where everything reads it later."""
+        """Let a cache's present state stand for the joined tensor, if all that read it come later."""
         producer = old.producer()
         after = self.reader.order[node]
         read_later = all(self.reader.order.get(u, after + 1) > after for u in old.consumers())
@@ -225,7 +225,7 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<functio
 
 
 def source_of(node: ir.Node) -> str | None:
-    """Where the model says it, from what PyTorch's exporter noted, or the node's name."""
+    """The line of the model, which PyTorch's exporter noted; otherwise the node's name."""
     frames = list(_FRAME.finditer(node.metadata_props.get("pkg.torch.onnx.stack_trace", "")))
     if frames:
         last = frames[-1]

@@ -96,7 +96,7 @@ class Original:
             module.recompile()
 
     def module(self) -> fx.GraphModule:
-        """The original as a separate module, whose nodes keep nothing but their source lines."""
+        """The original as a separate module, whose nodes keep only their source lines."""
         root: fx.GraphModule | None = None
         for name, module, graph in self._saved:
             bare = copy.deepcopy(graph)

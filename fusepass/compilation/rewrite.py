@@ -1,4 +1,4 @@
-"""The pass over PyTorch's graphs: what :class:`.site_pass.SitePass` asks of one, and its inner graphs.
+"""The pass over PyTorch's graphs, inner graphs included: answers what :class:`.site_pass.SitePass` asks.
 
 The graph outside a fused site is not touched.
 """
@@ -222,7 +222,7 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
                 continue
             written = self._try_kernel(node, site, kernel, target)
             if not isinstance(written, str):
-                return Replacement(*written, kernel.name, _aside(rejected))
+                return Replacement(*written, kernel.name, _precision_note(rejected))
             rejected.append((kernel.name, written))
         return None
 
@@ -335,7 +335,7 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         return label
 
     def _why_alone(self, node: fx.Node) -> str:
-        """What happens to weights that reach no product with values."""
+        """Why weights reach no product with values."""
         if self.known.own_gradient:
             return (
                 "the softmax is in a torch.autograd.Function, and a kernel would not compute its own gradient"
@@ -375,15 +375,15 @@ def _also_read(reader: fx.Node) -> str:
     return f"its scores or weights are also read by '{operation(reader)[0] or reader.name}'"
 
 
-def _aside(rejected: Sequence[tuple[str, str]]) -> str | None:
-    """What is worth knowing of a fused site: why it is not in the precision that was asked for."""
+def _precision_note(rejected: Sequence[tuple[str, str]]) -> str | None:
+    """A note on a fused site: why it does not have the precision that was asked for."""
     return next((f"not in FP8: {reason}" for name, reason in rejected if name == FP8.name), None)
 
 
 def overtaken_by(new_nodes: Sequence[fx.Node], reader: Reader, anchor: fx.Node) -> set[Any]:
-    """Storages of arguments of which one is written to before new nodes read another, which was read earlier.
+    """Storages of arguments: one is read later than in the original, after another was written to.
 
-    Each is known to be one memory or another in this call alone.
+    That they are separate memory is known for this call only.
     """
     memory, end = reader.memory, reader.order[anchor]
     overtaken: set[Any] = set()

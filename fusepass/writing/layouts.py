@@ -20,7 +20,7 @@ Groups = Sequence[Sequence[str]]
 
 
 class CannotEmit(Exception):
-    """A tensor that cannot be made from those of the graph, with a reason for the user."""
+    """Raised for a tensor that cannot be made from those of the graph, with a reason for the user."""
 
 
 class Layouts(ABC, Generic[N]):

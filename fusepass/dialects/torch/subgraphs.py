@@ -79,13 +79,13 @@ def recompute_nothing(gm: fx.GraphModule, fused: Collection[fx.GraphModule]) -> 
     for module in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
         for node in module.graph.find_nodes(op="call_function", target=tag_activation_checkpoint):
             inside = (m for body in _bodies(module, node) for m in body.modules())
-            if any(m in fused for m in inside) and not _learns(value_of(node)):
+            if any(m in fused for m in inside) and not _may_require_grad(value_of(node)):
                 node.target = wrap
                 node.kwargs = tag_activation_checkpoint.divide_kwargs(node.kwargs)[1]
                 module.recompile()
 
 
-def _learns(value: Any) -> bool:
+def _may_require_grad(value: Any) -> bool:
     """Does a gradient flow to a result, or may it?"""
     tensors = [t for t in pytree.tree_leaves(value) if not isinstance(t, (int, float, torch.SymInt))]
     return any(t is None or t.requires_grad for t in tensors)
