@@ -147,7 +147,10 @@ def _names(node: ast.AST, package: str) -> Iterator[str]:
 
 def _imports(node: ast.AST) -> bool:
     """Is this a function that imports what its argument names?"""
-    return isinstance(node, (ast.Name, ast.Attribute)) and ast.unparse(node).split(".")[-1] in IMPORTERS
+    match node:
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return name in IMPORTERS
+    return False
 
 
 def computes_names(source: str) -> int:
