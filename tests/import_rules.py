@@ -120,11 +120,11 @@ def imports(source: str, module: str = "", is_package: bool = False) -> Iterator
     """
     tree = ast.parse(source)
     package = module if is_package else module.rpartition(".")[0]
-    late = _inside(tree, lambda n: isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+    functions = _inside(tree, lambda n: isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
     types = _inside(tree, lambda n: isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test))
     for node in ast.walk(tree):
         for name in _names(node, package):
-            yield Import(name, getattr(node, "lineno", 0), id(node) in late, id(node) in types)
+            yield Import(name, getattr(node, "lineno", 0), id(node) in functions, id(node) in types)
 
 
 def _inside(tree: ast.AST, which: Callable[[ast.AST], bool]) -> set[int]:

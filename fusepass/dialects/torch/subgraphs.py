@@ -94,8 +94,8 @@ def _may_require_grad(value: Any) -> bool:
 def _bodies(module: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
     """The graph modules among a higher-order operator's arguments."""
     named = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
-    found = [getattr(module, str(name), None) for name in named]
-    return [m for m in found if isinstance(m, fx.GraphModule)]
+    modules = [getattr(module, str(name), None) for name in named]
+    return [m for m in modules if isinstance(m, fx.GraphModule)]
 
 
 def _name(node: fx.Node) -> str:

@@ -29,7 +29,7 @@ def command(arguments: argparse.Namespace) -> int:
         about = machine(arguments.device) | {"dtype": arguments.dtype}
         results = [(_measure(arguments, console, about), about)]
         console.print(f"{len(results[0][0])} measurements in {arguments.out}", highlight=False)
-    rows, about = [row for found, _ in results for row in found], results[-1][1]
+    rows, about = [row for measured, _ in results for row in measured], results[-1][1]
     if arguments.profile or arguments.profile_to:
         profile = bench_report.profile_of(rows, about)
         place = arguments.profile_to or costs.place_of(about["device"])

@@ -319,9 +319,9 @@ def _contender(job: Job, variant: Variant) -> tuple[Callable[..., Tensor], Calla
         if seen.graphs:
             out: Tensor = compiled(**inputs)
             return out
-        with collect() as found:
+        with collect() as reports:
             out = compiled(**inputs)
-        seen.graphs.extend(found.graphs)
+        seen.graphs.extend(reports.graphs)
         return out
 
     def kernel() -> str:
