@@ -90,7 +90,7 @@ def plan(site: Site, build: Builder) -> Plan | None:
 
     Masks hide for good: nothing after the first of them may bring a hidden score back.
     """
-    spec, planned = site.spec, Plan(site)
+    spec, made = site.spec, Plan(site)
     masked = False
     biased = any(isinstance(m, Bias) for m in spec.scores)
     if biased and any(m.fill != -math.inf for m in spec.masks):
@@ -103,23 +103,22 @@ def plan(site: Site, build: Builder) -> Plan | None:
                 masked = True
                 if not spec.hides(mod):
                     return None
-                planned.visible.append(_visible(planned.of_masks, mod))
+                made.visible.append(_visible(made.of_masks, mod))
             elif isinstance(mod, Scale) and position == 0:
-                planned.scale = mod.factor
+                made.scale = mod.factor
             elif isinstance(mod, (Scale, SoftCap)):
-                step = ["scale", mod.factor] if isinstance(mod, Scale) else ["softcap", mod.cap]
-                planned.scores.append(step)
+                made.scores.append(["scale", mod.factor] if isinstance(mod, Scale) else ["softcap", mod.cap])
             elif isinstance(mod, Finite):
-                planned.scores.append(["finite", mod.nan, mod.low, mod.high])
+                made.scores.append(["finite", mod.nan, mod.low, mod.high])
             elif isinstance(mod, Bias):
-                planned.scores.append(["add", _value(planned.of_scores, mod.slot, build), mod.factor])
+                made.scores.append(["add", _value(made.of_scores, mod.slot, build), mod.factor])
             elif isinstance(mod, ScaleBy):
-                planned.scores.append(["times", _value(planned.of_scores, mod.slot, build)])
+                made.scores.append(["times", _value(made.of_scores, mod.slot, build)])
             else:
                 return None
         except fm.Unwritable:
             return None
-    return planned
+    return made
 
 
 def _value(writer: fm.Writer, slot: int, build: Builder) -> Any:
