@@ -26,6 +26,7 @@ from fusepass.compilation.site_pass import (
     Summands,
     Withdrawn,
 )
+from fusepass.compilation.unread import Unread, note_on_break
 from fusepass.dialects.torch.composites import expand_all
 from fusepass.dialects.torch.graph import Known, Reader
 from fusepass.dialects.torch.memory import live_nodes
@@ -40,7 +41,13 @@ from fusepass.kernels.base import may_empty_rows
 from fusepass.kernels.gates import library_refuses
 from fusepass.kernels.reference import rounds as rounds_scores
 from fusepass.recognition.recognize import RULES, Miss, Rules, recognise_sum
-from fusepass.recognition.resemblance import of_activations, products_behind, were_scores
+from fusepass.recognition.resemblance import (
+    are_scores,
+    of_activations,
+    products_behind,
+    unpeeled,
+    were_scores,
+)
 from fusepass.reports.report import GraphReport, SiteReport, label_for, source_of
 from fusepass.rules.site import Site
 from fusepass.selection import autotune
@@ -94,6 +101,7 @@ def rewrite_graph(
         passes[graph_module] = one
         report.sites.extend(one.fuse())
         report.notes.extend(one.reader.faults.notes)
+        report.notes.extend(filter(None, [note_on_break(graph_module, one.reader)]))
         static = None  # those are inputs of the outermost graph
     fused = [module for module, one in passes.items() if one.replaced]
     if fused:
@@ -254,6 +262,7 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         return rejected.pop()[1] if rejected and rejected[-1][0] == UNFUSED else None
 
     def left_over(self, settled: set[Expr]) -> Iterator[tuple[fx.Node, str]]:
+        unread = Unread(self.reader, self.live)
         for node, meaning in self.read():
             if meaning.op != "softmax" or meaning in settled:
                 continue
@@ -262,6 +271,12 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
                 yield node, self._why_alone(node)
             elif were_scores(meaning, self.reader.before):
                 yield node, _LOST
+            elif are_scores(meaning.args[0]):
+                step = unpeeled(meaning.args[0])
+                yield node, f"its scores go through '{step}', which no rule takes from them"
+            elif reason := unread.behind_softmax(meaning):
+                yield node, reason
+        yield from unread.between_products()
 
     # -- one site ----------------------------------------------------------------------------
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from fusepass.expressions.ir import Expr
+from fusepass.recognition.dense import dense_terms
 from fusepass.recognition.recognize import Miss, as_product, factors
 from fusepass.recognition.resemblance import softmaxes_behind
-from fusepass.reports.report import SiteReport
+from fusepass.reports.report import DenseTerm, SiteReport
 from fusepass.rules.site import Site
 from fusepass.writing.layouts import Layouts
 
@@ -134,7 +135,8 @@ class SitePass(Generic[N, V, B]):
         spec, kind = ("", "") if site is None else (str(site.spec), site.spec.kind())
         name, source = self.graph.name_and_source(node)
         fused, others = kernel is not None, tuple(rejected)
-        return SiteReport(name, fused, spec, kind, kernel, reason, source, others, error, label)
+        dense = () if site is None else tuple(DenseTerm(*term) for term in dense_terms(site))
+        return SiteReport(name, fused, spec, kind, kernel, reason, source, others, error, label, dense)
 
     def _settle(self, node: N, meaning: Expr, recognised: Summands | Miss) -> list[SiteReport]:
         self._settled |= softmaxes_behind(meaning)

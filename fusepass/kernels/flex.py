@@ -29,6 +29,7 @@ from fusepass.kernels.base import (
     Refused,
     Rows,
     Target,
+    absorbed,
     after_weights,
     all_operands,
     finish_rows,
@@ -113,7 +114,7 @@ def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
         original = x = without_hidden_keys(site, build, target, x)
         rows = rows_of(site, build, build.value(x.q).dtype)
         scale = math.prod(m.factor for m in spec.scores if isinstance(m, Scale))
-        x = Operands(muted(build, rows, x.q), x.k, x.v)
+        x = absorbed(site, build, target, rows, x)
         spec, tensors = _with_levels(site, build, rows)
     else:
         tensors = all_operands(site, build, bands=True)

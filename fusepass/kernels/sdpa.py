@@ -26,6 +26,7 @@ from fusepass.kernels.base import (
     Refused,
     Rows,
     Target,
+    absorbed,
     after_weights,
     conjunction,
     finish_rows,
@@ -85,7 +86,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
         mask = attn_mask(site, build, target, x)
     else:
         rows = rows_of(site, build, build.value(x.q).dtype)
-        x = Operands(muted(build, rows, x.q), x.k, x.v)
+        x = absorbed(site, build, target, rows, x)
         mask = _levels_and_biases(site, build, rows, build.value(x.q).dtype)
     if spec.sink is not None:
         x, mask = _with_sink(site, build, target, x, mask)
@@ -153,7 +154,7 @@ def attn_mask(site: Site, build: Builder, target: Target, x: Operands) -> fx.Nod
 def _as_operand(site: Site, build: Builder, target: Target, total: fx.Node, dtype: torch.dtype) -> fx.Node:
     """Everything that is added to the scores, including a sink, in the dtype that the call takes."""
     extra = site.spec.added
-    wide = build.value(total).dtype
+    wide = torch.promote_types(build.value(total).dtype, dtype)
     overflows = 2 * torch.finfo(dtype).max < torch.finfo(wide).max  # not in bfloat16
     large = len(extra) > 1 or (overflows and any(isinstance(m, Bias) and m.hides for m in extra))
     if large and wide.itemsize > dtype.itemsize:
@@ -268,7 +269,8 @@ def _forms(site: Site, build: Builder, x: Operands) -> Iterator[tuple[Operands, 
 
     Each form writes its nodes only when the iterator reaches it, so unneeded forms leave no nodes.
     """
-    grouped, head_dim, width = bool(site.roles.group), site.spec.head_dim, site.spec.value_dim
+    grouped, width = bool(site.roles.group), site.spec.value_dim
+    head_dim = size_of(build.value(x.q).shape[3])
     forms: list[tuple[Operands, int | None]] = [(x, None)]
     yield x, grouped, None
     dense = _dense(build, x)
