@@ -243,22 +243,35 @@ class Walk:
     def score(self, steps: Sequence[Any], s: Value) -> tuple[Value, list[Value]]:
         """The modified score, and the derivative of each step; None is one."""
         slopes: list[Value] = []
-        for kind, given, *more in steps:
-            slope: Value = None
-            if kind == "scale":
-                s, slope = s * given, given
-            elif kind == "softcap":
-                curve = self.cute.math.tanh(s / given, fastmath=True)
-                s, slope = given * curve, 1.0 - curve * curve
-            elif kind == "add":
-                s = s + self._added(given, more[0], s)
-            elif kind == "times":
-                slope = self._as(self._real(self.value(given)), self.cutlass.Float32, s)
-                s = s * slope
-            else:
-                raise ValueError(f"flash-attn 4: unknown step {kind!r}")
+        for step in steps:
+            s, slope = self._step(step, s)
             slopes.append(slope)
         return s, slopes
+
+    def _step(self, step: Any, s: Value) -> tuple[Value, Value]:
+        """A score after one step, and the step's derivative; None is one."""
+        match step:
+            case "scale", factor:
+                return s * factor, factor
+            case "softcap", cap:
+                curve = self.cute.math.tanh(s / cap, fastmath=True)
+                return cap * curve, 1.0 - curve * curve
+            case "clamp", low, high:
+                inside = self._and(operator.ge(*self._alike(s, low)), operator.le(*self._alike(s, high)))
+                return self._max(self._min(s, high), low), self._where(inside, 1.0, 0.0)
+            case "leaky_relu", slope:
+                positive = operator.gt(*self._alike(s, 0.0))
+                s = self._where(positive, s, s * slope) if slope else self._max(s, 0.0)
+                return s, self._where(positive, 1.0, float(slope))
+            case ("abs",):
+                above, below = (compare(*self._alike(s, 0.0)) for compare in (operator.gt, operator.lt))
+                return self._abs(s), self._where(above, 1.0, self._where(below, -1.0, 0.0))
+            case "add", formula, factor:
+                return s + self._added(formula, factor, s), None
+            case "times", formula:
+                slope = self._as(self._real(self.value(formula)), self.cutlass.Float32, s)
+                return s * slope, slope
+        raise ValueError(f"flash-attn 4: unknown step {step[0]!r}")
 
     def _added(self, formula: Formula, factor: float, like: Value) -> Value:
         """A bias as float32; the lowest finite numbers are raised, and hide just as much."""

@@ -33,10 +33,13 @@ from fusepass.kernels import formula as fm
 from fusepass.kernels.base import AROUND, IN_GRAPH, Operands, Refused, Target, after_weights, operands
 from fusepass.rules.site import Site
 from fusepass.specification.attention import (
+    Absolute,
     Attention,
     Band,
     Bias,
+    Clamp,
     KeyPadding,
+    LeakyReLU,
     Mask,
     Scale,
     ScaleBy,
@@ -199,8 +202,8 @@ torch.library.register_autograd(
 
 #: What formulas can compute, judged by the specification alone.
 TAKES = Takes(
-    ((Scale, ScaleBy, SoftCap, Bias, Mask),), AROUND, learned=IN_GRAPH, factors="pairs", rows="one level",
-    hiding_biases=True,
+    ((Scale, ScaleBy, SoftCap, Clamp, LeakyReLU, Absolute, Bias, Mask),), AROUND, learned=IN_GRAPH,
+    factors="pairs", rows="one level", hiding_biases=True,
 )  # fmt: skip
 #: The same, plus what the library computes itself: it has sinks.
 OR_NATIVE = replace(TAKES, sink=True, learned=(*IN_GRAPH, Sink))

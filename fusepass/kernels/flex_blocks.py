@@ -41,12 +41,16 @@ from fusepass.rules.engine import Term
 from fusepass.rules.site import Site
 from fusepass.rules.visibility import additive_mask
 from fusepass.specification.attention import (
+    Absolute,
     Attention,
     Bias,
+    Clamp,
     Finite,
+    LeakyReLU,
     Mask,
     Scale,
     ScaleBy,
+    ScoreModifier,
     SoftCap,
     empty_rows,
     one_level,
@@ -106,10 +110,8 @@ def plan(site: Site, build: Builder) -> Plan | None:
                 made.visible.append(_visible(made.of_masks, mod))
             elif isinstance(mod, Scale) and position == 0:
                 made.scale = mod.factor
-            elif isinstance(mod, (Scale, SoftCap)):
-                made.scores.append(["scale", mod.factor] if isinstance(mod, Scale) else ["softcap", mod.cap])
-            elif isinstance(mod, Finite):
-                made.scores.append(["finite", mod.nan, mod.low, mod.high])
+            elif (step := _step(mod)) is not None:
+                made.scores.append(step)
             elif isinstance(mod, Bias):
                 made.scores.append(["add", _value(made.of_scores, mod.slot, build), mod.factor])
             elif isinstance(mod, ScaleBy):
@@ -119,6 +121,24 @@ def plan(site: Site, build: Builder) -> Plan | None:
         except fm.Unwritable:
             return None
     return made
+
+
+def _step(mod: ScoreModifier) -> list[Any] | None:
+    """A function of the score alone, as a step of a formula; None for other modifiers."""
+    match mod:
+        case Scale(factor):
+            return ["scale", factor]
+        case SoftCap(cap):
+            return ["softcap", cap]
+        case Clamp(low, high):
+            return ["clamp", low, high]
+        case LeakyReLU(slope):
+            return ["leaky_relu", slope]
+        case Absolute():
+            return ["abs"]
+        case Finite(nan, low, high):
+            return ["finite", nan, low, high]
+    return None
 
 
 def _value(writer: fm.Writer, slot: int, build: Builder) -> Any:

@@ -184,24 +184,28 @@ def block_attention(
     return results[0], results[1]
 
 
-def _scored(mod: Any, s: Tensor, at: dict[str, Tensor], captured: tuple[Tensor, ...]) -> Tensor:
-    kind, given, *more = mod
-    if kind == "scale":
-        s = s * given
-    elif kind == "softcap":
-        s = given * torch.tanh(s / given)
-    elif kind == "add":
-        added = fm.evaluate(given, at, captured)
-        added = added if more[0] == 1 else added * more[0]
-        s = s + (representable(added) if fm.may_hide(given, LOWEST) else added)
-    elif kind == "times":
-        s = s * fm.evaluate(given, at, captured)
-    elif kind == "finite":
-        low, high = (max(min(end, -EXTREME), EXTREME) for end in more)
-        s = finite(s, given, low, high)
-    else:
-        raise ValueError(f"FlexAttention program: unknown step {mod!r}")
-    return s
+def _scored(mod: tuple[Any, ...], s: Tensor, at: dict[str, Tensor], captured: tuple[Tensor, ...]) -> Tensor:
+    match mod:
+        case "scale", factor:
+            return Scale(factor).apply(s, ())
+        case "softcap", cap:
+            return SoftCap(cap).apply(s, ())
+        case "clamp", low, high:
+            return Clamp(low, high).apply(s, ())
+        case "leaky_relu", slope:
+            return LeakyReLU(slope).apply(s, ())
+        case ("abs",):
+            return s.abs()
+        case "add", formula, factor:
+            added = fm.evaluate(formula, at, captured)
+            added = added if factor == 1 else added * factor
+            return s + (representable(added) if fm.may_hide(formula, LOWEST) else added)
+        case "times", formula:
+            return s * fm.evaluate(formula, at, captured)
+        case "finite", nan, *ends:
+            low, high = (max(min(end, -EXTREME), EXTREME) for end in ends)
+            return finite(s, nan, low, high)
+    raise ValueError(f"FlexAttention program: unknown step {mod!r}")
 
 
 def representable(added: Tensor) -> Tensor:
