@@ -234,6 +234,8 @@ def emit(
     plan = flex_blocks.plan(site, build)
     if plan is None:
         raise Refused("its modifiers have no formula")
+    if plan.hides_rows and target.training:
+        raise Refused("in training a bias may hide all keys of a query")
     window = band(site.spec)
     native = not isinstance(window, str)
     visible = None if native else plan.conjunction

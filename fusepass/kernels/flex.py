@@ -101,7 +101,9 @@ def _with_tables(site: Site, build: Builder, target: Target, options: dict[str, 
     if not takes_tables(target.device) or not flex_blocks.mendable(site):
         return None
     plan = flex_blocks.plan(site, build)
-    return None if plan is None else flex_blocks.emit(site, build, target, plan, options)
+    if plan is None or (plan.hides_rows and target.training):
+        return None
+    return flex_blocks.emit(site, build, target, plan, options)
 
 
 def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
@@ -176,7 +178,7 @@ def emit_flash(site: Site, build: Builder, target: Target) -> fx.Node:
     """The same as :func:`emit`, with ``BACKEND="FLASH"`` and block tables only."""
     out = _with_tables(site, build, target, {"BACKEND": "FLASH"})
     if out is None:
-        raise Refused("its modifiers have no formula")
+        raise Refused("its modifiers have no formula, or in training a bias may hide all keys of a query")
     return build.cast(after_weights(site, build, out), site.spec.out_dtype)
 
 

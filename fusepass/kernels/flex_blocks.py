@@ -36,7 +36,7 @@ from fusepass.kernels.blocks import (
     table_shapes,
     tables_op,
 )
-from fusepass.kernels.flex_operators import block_attention
+from fusepass.kernels.flex_operators import LOWEST, block_attention
 from fusepass.rules.engine import Term
 from fusepass.rules.site import Site
 from fusepass.rules.visibility import additive_mask
@@ -64,12 +64,16 @@ SMALL_HEAD_DIM = SMALL_TILE = 64
 
 @dataclass
 class Plan:
-    """A specification as formulas."""
+    """A specification as formulas.
+
+    ``hides_rows``: a bias of unknown contents may hide whole rows, whose gradients no log-sum-exp tells.
+    """
 
     site: Site
     scale: float = 1.0
     scores: list[Any] = field(default_factory=list)
     visible: list[Any] = field(default_factory=list)
+    hides_rows: bool = False
 
     def __post_init__(self) -> None:
         self.of_scores, self.of_masks = fm.Writer(self.site), fm.Writer(self.site)
@@ -113,7 +117,9 @@ def plan(site: Site, build: Builder) -> Plan | None:
             elif (step := _step(mod)) is not None:
                 made.scores.append(step)
             elif isinstance(mod, Bias):
-                made.scores.append(["add", _value(made.of_scores, mod.slot, build), mod.factor])
+                value = _value(made.of_scores, mod.slot, build)
+                made.hides_rows |= mod.hides and fm.may_hide(value, LOWEST)
+                made.scores.append(["add", value, mod.factor])
             elif isinstance(mod, ScaleBy):
                 made.scores.append(["times", _value(made.of_scores, mod.slot, build)])
             else:
