@@ -253,29 +253,29 @@ def fused_calls(graph: torch.fx.Graph) -> int:
     return sum(any(name in str(node.target) for name in FUSED) for node in calls)
 
 
-def counting(found: Counter[str]) -> Compiler:
+def counting(counts: Counter[str]) -> Compiler:
     """An inner backend that counts sites in the ATen graph and then runs it unchanged."""
     from torch._dynamo.backends.common import aot_autograd
 
-    return aot_autograd(fw_compiler=lambda gm, inputs: counted(found, gm))
+    return aot_autograd(fw_compiler=lambda gm, inputs: counted(counts, gm))
 
 
-def inductor_passes(found: Counter[str]) -> Compiler:
+def inductor_passes(counts: Counter[str]) -> Compiler:
     """TorchInductor up to its lowering: its graph passes run, but no code is generated."""
     from torch._inductor.compile_fx import compile_fx
 
     def inner_compile(gm: torch.fx.GraphModule, inputs: Any, **_: Any) -> Any:
-        return counted(found, gm)
+        return counted(counts, gm)
 
     return lambda gm, inputs: compile_fx(gm, inputs, inner_compile=inner_compile)
 
 
-def counted(found: Counter[str], gm: torch.fx.GraphModule) -> Any:
+def counted(counts: Counter[str], gm: torch.fx.GraphModule) -> Any:
     """The graph as a callable; its sites are counted."""
     from torch._functorch._aot_autograd.utils import make_boxed_func
 
-    found["sites"] += written_out(gm.graph)
-    found["calls"] += fused_calls(gm.graph)
+    counts["sites"] += written_out(gm.graph)
+    counts["calls"] += fused_calls(gm.graph)
     return make_boxed_func(gm.forward)
 
 
@@ -343,12 +343,12 @@ def compiled(
 
 def by_inductor(model: Model, inputs: Inputs, plain: Counter[str]) -> int | None:
     """The number of sites that TorchInductor's own patterns fuse; None if it fails."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     try:
-        compiled(model, inductor_passes(found), inputs)
+        compiled(model, inductor_passes(counts), inputs)
     except Exception:
         return None
-    return found["calls"] - plain["calls"]
+    return counts["calls"] - plain["calls"]
 
 
 def by_fusepass(model: Model, inputs: Inputs, expected: list[torch.Tensor]) -> Row:
@@ -356,11 +356,11 @@ def by_fusepass(model: Model, inputs: Inputs, expected: list[torch.Tensor]) -> R
     from fusepass.compilation.backend import fusepass
     from fusepass.reports.collector import collect
 
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     with collect() as collector:
-        results, _ = compiled(model, fusepass, inputs, options={"inner": counting(found)})
+        results, _ = compiled(model, fusepass, inputs, options={"inner": counting(counts)})
     return {
-        "left": found["sites"],
+        "left": counts["sites"],
         "kinds": dict(Counter(site.kind for site in collector.fused)),
         "kernels": dict(Counter(site.kernel for site in collector.fused)),
         "reasons": dict(Counter(site.reason for site in collector.left)),
@@ -422,8 +422,8 @@ def with_inductor_too(row: Row, options: argparse.Namespace) -> Row | None:
     if options.inner == "inductor" or options.no_inductor or not large:
         return None
     settings = {"inner": "inductor", "no_inductor": True}
-    found = in_process(row["family"], argparse.Namespace(**vars(options) | settings))
-    return row | {INDUCTORS: {key: found[key] for key in SECONDS}} if "sites" in found else None
+    compared = in_process(row["family"], argparse.Namespace(**vars(options) | settings))
+    return row | {INDUCTORS: {key: compared[key] for key in SECONDS}} if "sites" in compared else None
 
 
 def in_process(family: str, options: argparse.Namespace) -> Row:
@@ -522,15 +522,15 @@ def totals(rows: list[Row]) -> str:
 def rich_table(rows: list[Row]) -> Table:
     """The table for a terminal."""
     colours = {"fused": "green", "left": "yellow", "wrong": "bold red"}
-    made = Table(title="Attention sites of eager transformers models", header_style="bold")
+    table = Table(title="Attention sites of eager transformers models", header_style="bold")
     for head in HEADS:
-        made.add_column(head, justify="left" if head in ("family", "recognised as", "kernels") else "right")
+        table.add_column(head, justify="left" if head in ("family", "recognised as", "kernels") else "right")
     for row in rows:
         if row.get("sites"):
             line = [escape(cell) for cell in cells(row)]
             line[2] = f"[{colours.get(verdict(row), 'white')}]{line[2]}[/]"
-            made.add_row(*line)
-    return made
+            table.add_row(*line)
+    return table
 
 
 def versions(inner: str) -> str:

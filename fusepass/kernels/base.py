@@ -202,11 +202,11 @@ def score_operand(site: Site, build: Builder, slot: int) -> Any:
     """A modifier's tensor, ``[B | 1, H | 1, Q | 1, K | 1]``."""
     r = site.roles
     term = site.operands[slot]
-    made = build.tensor(term.expr)
+    operand = build.tensor(term.expr)
     if term.expr.rank == 0 and (
-        not isinstance(made, fx.Node) or not isinstance(build.value(made), torch.Tensor)
+        not isinstance(operand, fx.Node) or not isinstance(build.value(operand), torch.Tensor)
     ):
-        return made  # a number
+        return operand  # a number
     groups = (r.batch, r.heads, r.query, r.key)
     laid = build.layout(build.reach(term, site.scope), groups, full=False)
     if term.expr.rank == 0 and build.value(laid).dtype is torch.float64:
@@ -254,12 +254,12 @@ def all_operands(site: Site, build: Builder, bands: bool = False) -> list[fx.Nod
 
 def tensor_operand(site: Site, build: Builder, slot: int) -> fx.Node:
     """A modifier's operand as a tensor: a number becomes one without dimensions."""
-    made = score_operand(site, build, slot)
-    if isinstance(made, fx.Node) and isinstance(build.value(made), torch.Tensor):
-        return made
+    operand = score_operand(site, build, slot)
+    if isinstance(operand, fx.Node) and isinstance(build.value(operand), torch.Tensor):
+        return operand
     dtype, device = site.operands[slot].expr.dtype, build.value(build.anchor).device
     dtype = dtype if dtype is torch.bool else opmath(site.spec.dtype)
-    return build.op("scalar_tensor", made, dtype=dtype, device=device)
+    return build.op("scalar_tensor", operand, dtype=dtype, device=device)
 
 
 def after_weights(site: Site, build: Builder, out: fx.Node) -> fx.Node:

@@ -54,7 +54,7 @@ def unwritable(formula: Formula) -> str | None:
     if kind in ("floordiv", "mod") and not _is_count(*formula[1:]):
         return f"{kind} of a number that may be negative"
     parts = (formula[1],) if kind == "cast" else formula[1:]
-    return next((found for part in parts if (found := unwritable(part)) is not None), None)
+    return next((unwritten for part in parts if (unwritten := unwritable(part)) is not None), None)
 
 
 def _is_count(x: Formula, y: Formula) -> bool:
@@ -93,8 +93,8 @@ class Walk:
             return _ARITHMETIC[kind](*self._alike(*given))
         if kind in _COMPARISONS:
             return _COMPARISONS[kind](*self._alike(*given))
-        found: Value = getattr(self, f"_{kind}")(*given)
-        return found
+        result: Value = getattr(self, f"_{kind}")(*given)
+        return result
 
     def _index(self, constant: int, terms: Any) -> Value:
         total: Value = None
@@ -113,11 +113,11 @@ class Walk:
         where = [self._index(constant, terms) for constant, terms in indices] or [0]
         lanes = next((self.cute.size(w.shape) for w in where if not isinstance(w, int)), 1)
         given = [w if isinstance(w, int) else self._scalars(w) for w in where]
-        found = self.cute.make_rmem_tensor(lanes, tensor.element_type)
+        loaded = self.cute.make_rmem_tensor(lanes, tensor.element_type)
         for lane in range(lanes):
             at = tuple(g if isinstance(g, int) else g[lane] for g in given)
-            found[lane] = tensor[at if len(at) > 1 else at[0]]
-        out = found.load()
+            loaded[lane] = tensor[at if len(at) > 1 else at[0]]
+        out = loaded.load()
         return out.to(self.cutlass.Float32) if self._is_float(out) else out
 
     def _scalars(self, value: Value) -> Any:
@@ -324,8 +324,8 @@ def mask_mod(visible: Formula, first: int) -> Callable[..., Any]:
 
     def seen(b, h, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
         walk = Walk(_letters(b, h, q_idx, kv_idx), (aux_tensors or ())[first:])
-        found = walk.truth(walk.value(visible))
-        return walk._blank(kv_idx, found) if isinstance(found, bool) else found
+        visibility = walk.truth(walk.value(visible))
+        return walk._blank(kv_idx, visibility) if isinstance(visibility, bool) else visibility
 
     return _with_identity(seen, visible, first)
 

@@ -100,10 +100,10 @@ def takes_tables(device: str) -> bool:
 def _with_tables(site: Site, build: Builder, target: Target, options: dict[str, Any]) -> fx.Node | None:
     if not takes_tables(target.device) or not flex_blocks.mendable(site):
         return None
-    made = flex_blocks.plan(site, build)
-    if made is None or (made.hides_rows and target.training):
+    plan = flex_blocks.plan(site, build)
+    if plan is None or (plan.hides_rows and target.training):
         return None
-    return flex_blocks.emit(site, build, target, made, options)
+    return flex_blocks.emit(site, build, target, plan, options)
 
 
 def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:

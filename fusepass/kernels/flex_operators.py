@@ -58,8 +58,8 @@ def flex_attention(
 
     blocks = _create_empty_block_mask(q, k).as_tuple()
     chosen = kernel_options(q) | dict(fm.read(options))
-    found = operator(q, k, v, score_mod, blocks, scale, chosen, tuple(tensors), ())
-    return found[0]
+    results = operator(q, k, v, score_mod, blocks, scale, chosen, tuple(tensors), ())
+    return results[0]
 
 
 def kernel_options(q: Tensor) -> dict[str, Any]:
@@ -174,14 +174,14 @@ def block_attention(
 
     if tables:
         lengths, size = (q.shape[2], k.shape[2]), (BLOCK, BLOCK)
-        made: Any = BlockMask
+        block_mask: Any = BlockMask
         by_queries = tables[4:] or tables[:4]
-        blocks = made(lengths, *tables[:4], *by_queries, BLOCK_SIZE=size, mask_mod=mask_mod).as_tuple()
+        blocks = block_mask(lengths, *tables[:4], *by_queries, BLOCK_SIZE=size, mask_mod=mask_mod).as_tuple()
     else:
         blocks = _create_empty_block_mask(q, k).as_tuple()
     chosen = kernel_options(q) | dict(fm.read(options))
-    found = operator(q, k, v, score_mod, blocks, scale, chosen, tuple(score_tensors), tuple(mask_tensors))
-    return found[0], found[1]
+    results = operator(q, k, v, score_mod, blocks, scale, chosen, tuple(score_tensors), tuple(mask_tensors))
+    return results[0], results[1]
 
 
 def _scored(mod: tuple[Any, ...], s: Tensor, at: dict[str, Tensor], captured: tuple[Tensor, ...]) -> Tensor:

@@ -271,16 +271,16 @@ def _forms(site: Site, build: Builder, x: Operands) -> Iterator[tuple[Operands, 
     """
     grouped, width = bool(site.roles.group), site.spec.value_dim
     head_dim = size_of(build.value(x.q).shape[3])
-    made: list[tuple[Operands, int | None]] = [(x, None)]
+    forms: list[tuple[Operands, int | None]] = [(x, None)]
     yield x, grouped, None
     dense = _dense(build, x)
     if dense is not None:
-        made = [(dense, None)]
+        forms = [(dense, None)]
         yield dense, grouped, None
     if head_dim != width and isinstance(head_dim, int) and isinstance(width, int):
-        made.append((_same_width(build, made[0][0], head_dim, width), width))
-        yield made[-1][0], grouped, width
-    for form, cut in made if grouped else ():
+        forms.append((_same_width(build, forms[0][0], head_dim, width), width))
+        yield forms[-1][0], grouped, width
+    for form, cut in forms if grouped else ():
         yield _repeated(site, build, form), False, cut
 
 

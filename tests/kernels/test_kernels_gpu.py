@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import fusepass
+from fusepass.host.libraries import FLASH3, FRONTEND, GATES
 from fusepass.kernels import blocks, fp8
-from fusepass.kernels.gates import FLASH3, FRONTEND, GATES, installed, machine_refuses
+from fusepass.kernels.gates import installed, machine_refuses
 from fusepass.tools.bench import measuring as bench
 from fusepass.tools.bench.cases import VARIANTS
 from tests.attention_cases import CASES, Case, full

@@ -29,7 +29,7 @@ log = logging.getLogger("fusepass")
 
 def expand_all(graph: fx.Graph) -> tuple[list[Expansion], list[tuple[fx.Node, str]]]:
     """Write out every composite call; the second list has the calls that stay, with their reasons."""
-    found = list(written_out(graph))
+    expansions = list(written_out(graph))
     stay: list[tuple[fx.Node, str]] = []
     calls = [n for n in graph.nodes if n.op == "call_function" and n.target in COMPOSITES]
     calls = [n for n in calls if is_pytorchs(n.target)]
@@ -38,10 +38,10 @@ def expand_all(graph: fx.Graph) -> tuple[list[Expansion], list[tuple[fx.Node, st
         expansion = _expand(call, COMPOSITES[call.target], live)
         if isinstance(expansion, Expansion):
             expansion.engage()
-            found.append(expansion)
+            expansions.append(expansion)
         else:
             stay.append((call, expansion))
-    return found, stay
+    return expansions, stay
 
 
 def _reaching_output(graph: fx.Graph) -> set[fx.Node]:
@@ -70,8 +70,8 @@ def _expand(call: fx.Node, steps: Callable[..., Any], live: set[fx.Node]) -> Exp
     if isinstance(results, str):
         _erase_new(call.graph, before)
         return results
-    made = [n for n in call.graph.nodes if n not in before]
-    return Expansion(call, made, tuple(r.node if isinstance(r, fx.Proxy) else None for r in results))
+    new_nodes = [n for n in call.graph.nodes if n not in before]
+    return Expansion(call, new_nodes, tuple(r.node if isinstance(r, fx.Proxy) else None for r in results))
 
 
 def _written(
@@ -112,11 +112,11 @@ def _argument(value: Any, tracer: Any) -> Any:
     return fx.Proxy(value, tracer)
 
 
-def _give_values(call: fx.Node, made: list[fx.Node], mode: Any) -> None:
+def _give_values(call: fx.Node, steps: list[fx.Node], mode: Any) -> None:
     """Compute the fake values of new nodes."""
     key = "example_value" if "example_value" in call.meta else "val"
     with graph_context(), mode:
-        for node in made:
+        for node in steps:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
             if node.op == "call_method":
                 node.meta[key] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
