@@ -65,6 +65,8 @@ class Unread:
         for leaf in self.reader.definer:
             if leaf.op == "input" and (node := self._unread(leaf)) is not None:
                 origin = _origin(node)
+                if isinstance(origin.target, torch._ops.HigherOrderOperator):
+                    continue  # the graph that it runs has a report of its own
                 may_normalise = _is_foreign(origin) or operation(origin)[0] in _NORMALISES
                 if may_normalise and self._reads_scores(node, leaf):
                     yield leaf, origin
