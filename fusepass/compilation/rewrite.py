@@ -257,12 +257,12 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
 
     def _refusal(self, node: fx.Node, sites: Sequence[Site], shared: Shared[fx.Node]) -> str | None:
         """Why sites stay, whatever the kernel."""
-        if self.known.given and any(s.product not in self.reader.definer for s in sites):
+        if self.known.given and any(p not in self.reader.definer for s in sites for p in s.products):
             return "its scores are computed in another graph"
         for site in sites:
-            held = site.product in self.reader.definer  # of joined keys there are several products
-            also = (lambda user: None) if site.spec.dropout else shared  # both see the same weights dropped
-            for product in [site.product] if held else products_behind(self.reader.defined[node]):
+            held = all(p in self.reader.definer for p in site.products)  # those of joined keys are not
+            also = (lambda user: ()) if site.spec.dropout else shared  # both see the same weights dropped
+            for product in site.products if held else products_behind(self.reader.defined[node]):
                 reader = outside_reader(self.reader, self.live, product, node, also)
                 if reader is not None:
                     return _also_read(reader)
@@ -300,7 +300,7 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         try:
             out = build.restore(kernel.write(site, build, target), _result_groups(site), site.out)
             out = laid_out_as(build, node, out)
-            return (keep_for_backward(build, site.product, out) if target.training else out), build
+            return (keep_for_backward(build, site.products, out) if target.training else out), build
         except (Refused, CannotEmit) as refusal:
             build.discard()
             return str(refusal)

@@ -9,7 +9,7 @@ of PyTorch's or ONNX's; tests/compilation/test_site_pass.py does.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -18,6 +18,7 @@ from fusepass.recognition.recognize import Miss, as_product, factors
 from fusepass.recognition.resemblance import softmaxes_behind
 from fusepass.reports.report import SiteReport
 from fusepass.rules.site import Site
+from fusepass.selection.forms import forms
 from fusepass.writing.layouts import Layouts
 
 log = logging.getLogger("fusepass")
@@ -28,7 +29,7 @@ B = TypeVar("B", bound=Layouts[Any])  # what writes nodes
 
 Summands = list[tuple[int, Site]]  # signs and sites: one, mostly
 Rejected = list[tuple[str, str]]  # kernels that do not serve a site, and the reasons
-Shared = Callable[[N], Expr | None]  # the score product of the site that a node is, if a kernel serves that
+Shared = Callable[[N], Collection[Expr]]  # the score products of the site that a node is, if a kernel serves that
 
 
 class Withdrawn(Exception):
@@ -100,7 +101,7 @@ class SitePass(Generic[N, V, B]):
         self.graph = graph
         self._settled: set[Expr] = set()
         self._fused: dict[Expr, tuple[Site, str]] = {}
-        self._shared: dict[N, Expr | None] = {}
+        self._shared: dict[N, Collection[Expr]] = {}
 
     def run(self) -> list[SiteReport]:
         """Every site's report, in program order; then the softmaxes that nothing came of."""
@@ -137,19 +138,32 @@ class SitePass(Generic[N, V, B]):
         self._settled |= softmaxes_behind(meaning)
         if isinstance(found, Miss):
             return [self.report(node, None, reason=found.reason)]
-        sites = [site for _, site in found]
-        if said := self.graph.settled(node, sites, self._score_product):
-            return [self.report(node, site, *said) for site in sites]
-        return self._fuse(node, meaning, found)
+        tried: list[list[SiteReport]] = []
+        for parts in forms(found):
+            tried.append(self._settle_as(node, meaning, parts))
+            if all(r.fused for r in tried[-1]):
+                return tried[-1]
+        return tried[0]
 
-    def _score_product(self, node: N) -> Expr | None:
-        """The score product of the site that a node computes, if a kernel serves it; looked for once."""
+    def _settle_as(self, node: N, meaning: Expr, parts: Summands) -> list[SiteReport]:
+        """One form of a site: fused, or why it stays."""
+        sites = [site for _, site in parts]
+        if said := self.graph.settled(node, sites, self._score_products):
+            return [self.report(node, site, *said) for site in sites]
+        return self._fuse(node, meaning, parts)
+
+    def _score_products(self, node: N) -> Collection[Expr]:
+        """The score products of the site that a node computes, if a kernel serves it; looked for once."""
         if node not in self._shared:
             found = self.graph.recognised(node)
-            self._shared[node] = None
-            if isinstance(found, list) and len(found) == 1 and self.graph.serves(node, found[0][1]):
-                self._shared[node] = found[0][1].product
+            self._shared[node] = ()
+            if isinstance(found, list) and len(found) == 1 and self._serves(node, found):
+                self._shared[node] = found[0][1].products
         return self._shared[node]
+
+    def _serves(self, node: N, found: Summands) -> bool:
+        """Is there a kernel that takes the site in one of its forms?"""
+        return any(self.graph.serves(node, parts[0][1]) for parts in forms(found))
 
     def _fuse(self, node: N, meaning: Expr, parts: Summands) -> list[SiteReport]:
         """Write the first kernel that serves, for every summand; all of them or none."""

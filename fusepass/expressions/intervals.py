@@ -93,6 +93,8 @@ class Ranges:
     def _of(self, node: Expr) -> Interval | None:
         if node.dtype.is_complex:
             return None
+        if node in self.contents.ordinary:
+            return -self.scale.learned, self.scale.learned
         if node.op in _BITS or node.dtype is torch.bool:
             return _TRUTH
         if node.op in ("const", "iota", "affine", "input"):
@@ -133,8 +135,6 @@ class Ranges:
             if self.scale.integer is not None:
                 low, high = max(low, -self.scale.integer), min(high, self.scale.integer)
             return low, high
-        if node in self.contents.ordinary:
-            return -self.scale.learned, self.scale.learned
         return None
 
     def _affine(self, index: Affine) -> Interval | None:
