@@ -238,7 +238,8 @@ class _Reading:
         self.scope.sunk = core.sink is not None or core.form == "bare" or rounds
         found = self._peel_scores(core.scores, [])
         if isinstance(found, Miss):
-            return found
+            differences = squares_differences(core.scores.expr)
+            return replace(found, reason=_DIFFERENCES) if differences else found
         return self._finish(core, self._summed(core, found), mods)
 
     def _extent(self, axis: Affine) -> Size:
