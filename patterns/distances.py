@@ -38,7 +38,13 @@ def squared_root(term: Term, scope: Scope) -> Peel | None:
     ``torch.cdist``; the derivative of a root that is written out is not a number there.
     """
     root = term.argument(0) if _squares(term.expr) else None
-    return None if root is None or root.expr.op != "sqrt" else distance.apply(root.argument(0), scope)  # type: ignore[return-value]
+    while root is not None and root.expr.op != "sqrt":
+        root = scope.step(root)
+    bounded = None if root is None else root.argument(0)
+    inner = None if bounded is None else _distance(bounded, scope)
+    if bounded is None or inner is None:
+        return None
+    return Peel(bounded if inner.alone else inner.term)
 
 
 def _squares(node: Expr) -> bool:
@@ -49,9 +55,32 @@ def _squares(node: Expr) -> bool:
 
 @rule("max(|q - k|^2, 0) = |q - k|^2", lambda: pointwise("max", _squared(), eg.number(0.0)))
 def distance(term: Term, scope: Scope) -> Peel | None:
-    """A squared distance is negative only by rounding, where it is nearly zero."""
+    """A squared distance is negative only by rounding, where it is nearly zero.
+
+    Within one tensor every point is at no distance from itself.  There the bound keeps rounding errors out of
+    gradients, and stays.
+    """
+    inner = _distance(term, scope)
+    return None if inner is None or inner.alone else Peel(inner.term)
+
+
+@dataclass(frozen=True)
+class _Distance:
+    """A squared distance, and whether it is between the points of a single tensor."""
+
+    term: Term
+    alone: bool
+
+
+def _distance(term: Term, scope: Scope) -> _Distance | None:
+    """The ``d`` of ``max(d, 0)``, if it is a squared distance."""
     inner = _not_negative(term, scope)
-    return Peel(inner) if inner is not None and _is_squared_distance(inner, scope) else None
+    if inner is None:
+        return None
+    whole = _apart(inner.expr, scope)
+    inner = inner if whole is None else Term(whole, inner.index)
+    alone = _is_squared_distance(inner, scope)
+    return None if alone is None else _Distance(inner, alone)
 
 
 def _not_negative(term: Term, scope: Scope) -> Term | None:
@@ -65,6 +94,61 @@ def _not_negative(term: Term, scope: Scope) -> Term | None:
     return None
 
 
+def _apart(node: Expr, scope: Scope) -> Expr | None:
+    """``[a, x, 1] . [b, 1, y] = a . b + x + y``: a product of concatenated features, in which ones are no
+    features, as the sum of its parts.
+
+    PyTorch decomposes ``cdist`` into such a product.
+    """
+    first, second = (_parts(node, n) if node.op == "dot" else None for n in (0, 1))
+    if first is None or second is None or len(first[0]) != len(second[0]):
+        return None
+    (left, la), (right, lb) = first, second
+    out, total = str(node.attrs[2]), None
+    for a, b in zip(left, right, strict=True):
+        if number(b, scope) == 1:
+            part = _spread(a, la, out)
+        elif number(a, scope) == 1:
+            part = _spread(b, lb, out)
+        else:
+            same = all(m == n for m, n in zip(_sizes(a, la, lb, out), _sizes(b, lb, la, out), strict=True))
+            part = expr("dot", (a, b), (la, lb, out), node.shape, node.dtype) if same else None
+        if part is None:
+            return None
+        total = part if total is None else pointwise("add", total, part, dtype=node.dtype)
+    return total
+
+
+def _parts(product: Expr, position: int) -> tuple[tuple[Expr, ...], str] | None:
+    """The parts of an operand that is concatenated over the only axis that is summed, and their labels."""
+    node, labels = product.args[position], str(product.attrs[position])
+    summed = set(labels) - set(str(product.attrs[2]))
+    if node.op == "permute":
+        dims: tuple[int, ...] = node.attrs[0]
+        labels = "".join(labels[dims.index(d)] for d in range(len(dims)))
+        node = node.args[0]
+    if node.op != "cat" or len(summed) != 1 or labels[int(node.attrs[0])] not in summed:
+        return None
+    return node.args, labels
+
+
+def _sizes(node: Expr, labels: str, others: str, out: str) -> list[object]:
+    """The sizes of an operand's summed axes."""
+    return [n for n, label in zip(node.shape, labels, strict=True) if label in others and label not in out]
+
+
+def _spread(node: Expr, labels: str, out: str) -> Expr | None:
+    """A tensor with a single feature, laid out like the product."""
+    if any(n != 1 for n, label in zip(node.shape, labels, strict=True) if label not in out):
+        return None
+    order = tuple(labels.index(label) for label in out if label in labels)
+    order += tuple(d for d, label in enumerate(labels) if label not in out)
+    shape = tuple(node.shape[labels.index(label)] if label in labels else 1 for label in out)
+    if order != tuple(range(node.rank)):
+        node = expr("permute", (node,), (order,), tuple(node.shape[d] for d in order), node.dtype)
+    return expr("reshape", (node,), (), shape, node.dtype)
+
+
 @dataclass(frozen=True)
 class _Operand:
     """A tensor whose multiple is multiplied or squared: its element, and the axis that is summed."""
@@ -74,11 +158,14 @@ class _Operand:
     axis: str
 
 
-def _is_squared_distance(term: Term, scope: Scope) -> bool:
-    """Is it a positive multiple of ``|q|^2 + |k|^2 - 2 q.k``, of the same ``q`` and ``k`` throughout?"""
+def _is_squared_distance(term: Term, scope: Scope) -> bool | None:
+    """Is it a positive multiple of ``|q|^2 + |k|^2 - 2 q.k``, of the same ``q`` and ``k`` throughout?
+
+    None where it is not; otherwise, whether ``q`` and ``k`` are one tensor.
+    """
     found = summands(term.expr, scope)
     if len(found) != 3:
-        return False
+        return None
     squares: list[tuple[float, _Operand]] = []
     products: list[tuple[float, _Operand, _Operand]] = []
     for factor, leaf in found:
@@ -86,22 +173,24 @@ def _is_squared_distance(term: Term, scope: Scope) -> bool:
         if (square := square_below(at, scope)) is not None:
             operand = _operand(square[0], square[1], scope)
             if operand is None:
-                return False
+                return None
             squares.append((factor * operand.factor**2, operand))
         elif (product := product_below(at, scope)) is not None:
             pair = [_operand(t, product[0].axes, scope) for t in (product[0].left, product[0].right)]
             if pair[0] is None or pair[1] is None:
-                return False
+                return None
             products.append((factor * pair[0].factor * pair[1].factor, pair[0], pair[1]))
     if len(squares) != 2 or len(products) != 1:
-        return False
+        return None
     weight, *sides = products[0]
     if weight >= 0 or any(c != -weight / 2 for c, _ in squares):
-        return False
+        return None
     (_, a), (_, b) = squares
     q, k = sides
     alike = _same(a, q, scope) and _same(b, k, scope)
-    return alike or (_same(a, k, scope) and _same(b, q, scope))
+    if not alike and not (_same(a, k, scope) and _same(b, q, scope)):
+        return None
+    return q.term.expr is k.term.expr
 
 
 def _operand(term: Term, axes: tuple[Affine, ...], scope: Scope) -> _Operand | None:

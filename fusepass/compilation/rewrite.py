@@ -257,7 +257,8 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
 
     def _refusal(self, node: fx.Node, sites: Sequence[Site], shared: Shared[fx.Node]) -> str | None:
         """Why sites stay, whatever the kernel."""
-        if self.known.given and not all(p in self.reader.definer for s in sites for p in self._scores_of(node, s)):
+        scores = [p for site in sites for p in self._scores_of(node, site)]
+        if self.known.given and not all(p in self.reader.definer for p in scores):
             return "its scores are computed in another graph"
         for site in sites:
             also = (lambda user: ()) if site.spec.dropout else shared  # both see the same weights dropped

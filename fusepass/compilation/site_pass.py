@@ -29,7 +29,7 @@ B = TypeVar("B", bound=Layouts[Any])  # what writes nodes
 
 Summands = list[tuple[int, Site]]  # signs and sites: one, mostly
 Rejected = list[tuple[str, str]]  # kernels that do not serve a site, and the reasons
-Shared = Callable[[N], Collection[Expr]]  # the score products of the site that a node is, if a kernel serves that
+Shared = Callable[[N], Collection[Expr]]  # the score products of a node that a kernel serves
 
 
 class Withdrawn(Exception):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fusepass.expressions.index import Affine, Size, prod, simplify_size
-from fusepass.expressions.ir import Expr, Shape, cast, const, expr, opmath, pointwise
+from fusepass.expressions.ir import Expr, Shape, const, expr, opmath, pointwise
 from fusepass.recognition.operands import chain_of
 from fusepass.rules.engine import Product, Scope, Term
 
@@ -129,10 +129,10 @@ def _side(
     for one in sorted((p for p in picked if p is not None), key=lambda p: -len(p[1])):
         outer += [a for a in one[1] if a not in outer]
     laid = []
-    for n, (one, inner) in enumerate(zip(picked, features, strict=True)):
-        if one is None:
+    for n, (found, inner) in enumerate(zip(picked, features, strict=True)):
+        if found is None:
             return None
-        node = _laid_out(scope, one[0], outer, inner)
+        node = _laid_out(scope, found[0], outer, inner)
         laid.append(node if factors is None else _multiplied(node, factors[n]))
     shape = (*(scope.space.sizes[a] for a in outer), scope.space.sizes[feature.terms[0][0]])
     whole = expr("cat", tuple(laid), (len(outer),), shape, laid[0].dtype)
@@ -159,9 +159,7 @@ def _laid_out(scope: Scope, term: Term, outer: Sequence[str], inner: Sequence[st
     """A tensor with a dimension for each of the outer axes, and one for the features."""
     sizes = scope.space.sizes
     flat = [
-        a
-        for i, n in zip(term.index, term.expr.shape, strict=True)
-        for a in scope.space.digits(i, n) or ()
+        a for i, n in zip(term.index, term.expr.shape, strict=True) for a in scope.space.digits(i, n) or ()
     ]
     order = [*(a for a in outer if a in flat), *inner]
     node = _reshaped(term.expr, tuple(sizes[a] for a in flat))

@@ -1,9 +1,9 @@
 """Laws of sums in the scores.
 
-* Several products over the same pairs are one: ``a.c + b.d = [a, b].[c, d]``, where ``[a, b]`` are the features
-  of both (absorbed latent attention, DeepSeek-AI, arXiv 2405.04434).
-* A term that does not vary over the keys cancels in the softmax: of a squared distance ``|q|^2 + |k|^2 - 2 q.k``
-  a key bias is left.
+* Several products over the same pairs are one: ``a.c + b.d = [a, b].[c, d]``, where ``[a, b]`` are the
+  features of both (absorbed latent attention, DeepSeek-AI, arXiv 2405.04434).
+* A term that does not vary over the keys cancels in the softmax: of a squared distance
+  ``|q|^2 + |k|^2 - 2 q.k`` a key bias is left.
 
 In floats: a product is accumulated in float32 or wider, and the sum of two is rounded once instead of three
 times.  A term that cancels has to be of ordinary size.
@@ -112,8 +112,10 @@ class Sums:
         found = [square_below(leaf, self.scope) for leaf in leaves]
         if not any(found):
             return
-        products = [scores.product, *(p[0] for t in leaves if (p := product_below(t, self.scope)) is not None)]
-        operands = {e for p in products if p.left != p.right for t in (p.left, p.right) for e in self._through(t)}
+        others = (product_below(t, self.scope) for t in leaves)
+        products = [scores.product, *(p[0] for p in others if p is not None)]
+        pairs = [(p.left, p.right) for p in products if p.left != p.right]
+        operands = {e for pair in pairs for t in pair for e in self._through(t)}
         for leaf, square in zip(leaves, found, strict=True):
             if square is not None and operands.intersection(self._through(square[0])):
                 self.scope.contents.ordinary.add(leaf.expr)
@@ -161,9 +163,7 @@ class Sums:
             return None
         outside: list[ScoreModifier] = [] if found.scale == 1.0 else [Scale(found.scale)]
         products = tuple(dict.fromkeys(p.node for p in parts))
-        return Summed(
-            [*outside, *mods], found.product, found.node, products, found.copied, found.spared
-        )
+        return Summed([*outside, *mods], found.product, found.node, products, found.copied, found.spared)
 
     def _taken(self, mod: Bias, scale: float, parts: list[Part]) -> Bias | None:
         """What is left of a bias without the products that it holds, which are added to the parts."""
@@ -177,12 +177,15 @@ class Sums:
         return self._rest(mod, taken)
 
     def _fits(self, product: Product) -> bool:
-        """Does one operand vary over the keys and not the queries, and the other over the queries alone?"""
+        """Does one operand vary over the keys and not the queries, and the other over the queries alone?
+
+        A single query is no axis.
+        """
         sides = [self.scope.axes(t) for t in (product.left, product.right)]
         keys = self.scope.space.resolve(self.scope.keys).axes
         queries = self.scope.finest(frozenset(self.roles.query))
         over_keys, over_queries = ([bool(side & axes) for side in sides] for axes in (keys, queries))
-        return sum(over_keys) == sum(over_queries) == 1 and over_keys != over_queries
+        return sum(over_keys) == 1 and (not queries or over_queries == [not over for over in over_keys])
 
     def _part(self, product: Product, node: Expr, factor: float) -> Part:
         left, right = product.left, product.right

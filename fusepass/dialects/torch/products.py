@@ -150,9 +150,9 @@ _FEW_POINTS = 25
 
 @handles("cdist", "_cdist_forward")
 def _cdist(r: Result, x: Expr, y: Expr, p: Value = 2.0, compute_mode: Value = None) -> Expr | None:
-    """Euclidean distances ``[..., P, R]`` of ``[..., P, D]`` and ``[..., R, D]``, where products compute them.
+    """Euclidean distances ``[..., P, R]`` of ``[..., P, D]`` and ``[..., R, D]``, by products or differences.
 
-    Elsewhere the differences are squared and summed, which is more exact (documentation of ``torch.cdist``).
+    With few points differences are squared and summed, which is more exact (see ``torch.cdist``).
     """
     if p != 2 or x.dtype is not r.dtype or y.dtype is not r.dtype:
         return None
