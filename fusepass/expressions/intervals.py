@@ -26,7 +26,7 @@ from fusepass.expressions.ir import VIEWS, Expr, is_integer, opmath, rounded_to
 
 Interval = tuple[float, float]
 
-__all__ = ["LEAST", "Interval", "Ranges", "absorbs_from_above", "is_ordinary", "range_of"]
+__all__ = ["LEAST", "Interval", "Ranges", "absorbs_from_above", "holds_fill", "is_ordinary", "range_of"]
 
 _BITS = frozenset("lt le gt ge eq ne and or xor not isnan isinf".split())
 _TRUTH: Interval = (0.0, 1.0)
@@ -149,7 +149,7 @@ class Ranges:
 
     def _product(self, node: Expr) -> Interval | None:
         """A matrix product, whose operands are finite by assumption unless a fill is written into them."""
-        if any(map(_holds_fill, node.args)):
+        if any(map(holds_fill, node.args)):
             return None
         return -self.scale.learned, self.scale.learned
 
@@ -270,7 +270,7 @@ def absorbs_from_above(node: Expr, contents: Contents, facts: Facts) -> bool:
     return found is not None and found[1] >= FILL
 
 
-def _holds_fill(operand: Expr) -> bool:
+def holds_fill(operand: Expr) -> bool:
     """Is an operand made from an infinite number, NaN or a fill, leaving matrix products aside?"""
     todo, seen = [operand], {operand}
     while todo:

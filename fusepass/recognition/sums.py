@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fusepass.expressions.index import Size
-from fusepass.expressions.intervals import is_ordinary
+from fusepass.expressions.intervals import holds_fill, is_ordinary
 from fusepass.expressions.ir import DTYPES, Expr, const, is_constant, opmath, pointwise
 from fusepass.patterns.sums import product_below, square_below, summands, without
 from fusepass.recognition.concatenation import Part, joined_product
@@ -31,7 +31,6 @@ from fusepass.specification.attention import (
     Mask,
     Scale,
     ScoreModifier,
-    absorbs,
 )
 
 
@@ -145,18 +144,21 @@ class Sums:
             return None
         parts, dtypes = [self._part(scores.product, scores.node, 1.0)], {self.low, scores.node.dtype}
         mods: list[ScoreModifier] = []
-        scale = 1.0
+        scale, lowest = 1.0, -math.inf
         for at, mod in enumerate(scores.modifiers):
             if isinstance(mod, Scale):
                 scale *= mod.factor
             if isinstance(mod, Cast):
                 dtypes.add(DTYPES[mod.dtype])
-            if not _lets_pass(mod, dtypes) or scale == 0 or not math.isfinite(scale):
+            if isinstance(mod, Mask):
+                lowest = max(lowest, mod.fill)
+            largest = _most_absorbed(lowest, dtypes)
+            if largest == 0 or not _lets_pass(mod) or scale == 0 or not math.isfinite(scale):
                 mods += scores.modifiers[at:]
                 break
             kept: ScoreModifier | None = mod
             if isinstance(mod, Bias):
-                kept = self._taken(mod, scale, parts)
+                kept = self._taken(mod, scale, largest, parts)
             mods += [] if kept is None else [kept]
         found = joined_product(self.scope, parts, self.low) if len(parts) > 1 else None
         if found is None:
@@ -165,13 +167,21 @@ class Sums:
         products = tuple(dict.fromkeys(p.node for p in parts))
         return Summed([*outside, *mods], found.product, found.node, products, found.copied, found.spared)
 
-    def _taken(self, mod: Bias, scale: float, parts: list[Part]) -> Bias | None:
-        """What is left of a bias without the products that it holds, which are added to the parts."""
+    def _taken(self, mod: Bias, scale: float, largest: float, parts: list[Part]) -> Bias | None:
+        """What is left of a bias without the products that it holds, which are added to the parts.
+
+        Args:
+            mod: the bias.
+            scale: the factor that the first product has by then.
+            largest: the largest factor of a product that the masks before it absorb.
+            parts: the products so far.
+        """
         term, taken = self.scope.operands[mod.slot], set()
         for factor, leaf in summands(term.expr, self.scope):
             below = product_below(term.of(leaf), self.scope)
             relative = factor * mod.factor / scale
-            if below is not None and self._fits(below[0]) and math.isfinite(relative) and relative != 0:
+            usual = 0 < abs(factor * mod.factor) <= largest and math.isfinite(relative)
+            if below is not None and usual and self._fits(below[0]):
                 parts.append(self._part(*below, relative))
                 taken.add(leaf)
         return self._rest(mod, taken)
@@ -179,8 +189,10 @@ class Sums:
     def _fits(self, product: Product) -> bool:
         """Does one operand vary over the keys and not the queries, and the other over the queries alone?
 
-        A single query is no axis.
+        A single query is no axis.  Fills that are multiplied are masks, and no features.
         """
+        if holds_fill(product.left.expr) or holds_fill(product.right.expr):
+            return False
         sides = [self.scope.axes(t) for t in (product.left, product.right)]
         keys = self.scope.space.resolve(self.scope.keys).axes
         queries = self.scope.finest(frozenset(self.roles.query))
@@ -194,11 +206,15 @@ class Sums:
         return Part(left, right, product.axes, node, factor)
 
 
-def _lets_pass(mod: ScoreModifier, dtypes: Collection[torch.dtype]) -> bool:
-    """Is ``M(x) + p = M(x + p)`` for a product ``p`` of usual size, up to a scale?"""
-    if isinstance(mod, Mask):
-        return all(absorbs(mod.fill, dtype, USUAL_SCORES) for dtype in dtypes)
-    return isinstance(mod, (Scale, Bias)) or (isinstance(mod, Cast) and not mod.narrow)
+def _lets_pass(mod: ScoreModifier) -> bool:
+    """Is ``M(x) + p = M(x + p)`` for a product ``p`` that its fill absorbs, up to a scale?"""
+    return isinstance(mod, (Scale, Bias, Mask)) or (isinstance(mod, Cast) and not mod.narrow)
+
+
+def _most_absorbed(fill: float, dtypes: Collection[torch.dtype]) -> float:
+    """The largest factor of a product of usual size that leaves a fill as it is; 0 if that is below one."""
+    usual = (-fill * torch.finfo(dtype).eps / 2 / USUAL_SCORES for dtype in dtypes)
+    return largest if (largest := min(usual)) > 1 else 0.0
 
 
 def whole(modifiers: Sequence[ScoreModifier], product: Product, node: Expr) -> Summed:

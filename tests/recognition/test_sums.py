@@ -357,3 +357,24 @@ def test_terms_of_whole_rows_that_do_not_cancel_stay(above: str) -> None:
 
     (site,) = check(program, "reference", torch.float32, True, False)
     assert site.fused and "bias[bhij]" in site.spec, site.spec
+
+
+@pytest.mark.parametrize(("factor", "joins"), [(1.0, True), (1e4, False)])
+def test_a_mask_before_it_absorbs_the_product(factor: float, joins: bool) -> None:
+    """In a row that the mask hides, a large product that is added to the fill would be left of the scores."""
+
+    def program(q: Any, k: Any, v: Any, a: Any, b: Any) -> Any:
+        rows = torch.arange(S)[:, None] < 3
+        return ((q @ k.mT).masked_fill(rows, -1e10) + (a @ b.mT) * factor).softmax(-1) @ v
+
+    (site,) = check(program, "reference", torch.float32, False, False)
+    assert ("bias" not in site.spec) is joins, site.spec
+
+
+def test_a_mask_that_is_multiplied_is_no_feature() -> None:
+    def program(q: Any, k: Any, v: Any, a: Any) -> Any:
+        hides = torch.where(a[..., :1] > 0, 0.0, -1e9)
+        return (q @ k.mT + torch.ones_like(hides) @ hides.mT).softmax(-1) @ v
+
+    (site,) = check(program, "reference", torch.float32, False, False)
+    assert "D=8 Dv=8" in site.spec, site.spec
