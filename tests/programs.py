@@ -243,7 +243,10 @@ _BIASES = {
     "t5": (f"table[({_J} - {_I}).clamp(-3, 3) + 3].permute(2, 0, 1)", "hij"),
     "embedding": (f"F.embedding(({_J} - {_I}).clamp(-3, 3) + 3, table).permute(2, 0, 1)[None]", "hij"),
     "sum": ("(bias_h + bias_ij)", "hij"),
+    "product": ("pos_q @ pos_k.mT", "bij"),
 }
+#: the features of that product
+FEATURES = 3
 
 #: Functions of the scores, and the words of the specification.
 _FUNCTIONS: dict[str, tuple[str, str]] = {
@@ -412,13 +415,15 @@ def _scores(p: Program) -> Iterator[str]:
 def _fitted(p: Program, text: str, whole: bool) -> str:
     """A tensor over [B, H, Q, K] brought to the layout of the scores."""
     if p.layout == TRANSPOSED:
-        return f"({text}).transpose(-2, -1)" if whole or "bias_b" in text else f"({text}).mT"
+        return (
+            f"({text}).transpose(-2, -1)" if whole or "bias_b" in text or "pos_q" in text else f"({text}).mT"
+        )
     if (p.layout == "5d" or p.heads == "grouped view") and any(x in text for x in _PER_BATCH):
         return f"({text}).unsqueeze(1)"
     return text
 
 
-_PER_BATCH = ("pad[", "lengths[", "prefix[", "labels[", "dense", "bias_b", "tril[")
+_PER_BATCH = ("pad[", "lengths[", "prefix[", "labels[", "dense", "bias_b", "tril[", "pos_q")
 
 
 def _in_place(p: Program, line: str) -> str:
@@ -473,6 +478,8 @@ def _extras(p: Program, g: torch.Generator) -> dict[str, Tensor]:
         "bias_h": torch.randn(s.H, s.Q, s.K, generator=g),
         "bias_b": torch.randn(s.B, 1, s.Q, s.K, generator=g),
         "bias_ij": torch.randn(s.Q, s.K, generator=g),
+        "pos_q": torch.randn(s.B, 1, s.Q, FEATURES, generator=g),
+        "pos_k": torch.randn(s.B, 1, s.K, FEATURES, generator=g),
         "slopes": torch.rand(s.H, generator=g),
         "table": torch.randn(7, s.H, generator=g),
         "pad": torch.arange(s.K) < lengths[:, None],
@@ -522,10 +529,18 @@ def words(p: Program) -> list[str]:
     reached = p.fill != "-1e4" or p.apply not in _ADDITIVE
     said += [_WORDS[x](p.sizes) for x in p.masks if reached and (p.build != "buffer" or x != "causal")]
     said += [_FUNCTIONS[p.function][1]]
-    said += [f"bias[{_letters(p)}]"] if p.bias != "none" else []
+    if p.bias == "product":
+        said += [f"D={p.sizes.D + FEATURES}"] if _joins(p) else []
+    elif p.bias != "none":
+        said.append(f"bias[{_letters(p)}]")
     said += [f"H={p.sizes.H} G={p.kv_heads}"] if p.layout != "5d" and p.heads != "equal" else []
     said += [f"dropout {P_DROP:g}"] if p.dropout == "training" else []
     return [word for word in said if word]
+
+
+def _joins(p: Program) -> bool:
+    """Is a second product certain to be joined to the first: by constants, in a dtype that keeps them?"""
+    return p.function == "none" and p.dtype == "float32" and p.scale not in ("tensor", "0-d")
 
 
 # ---------------------------------------------------------------------------------------- covers

@@ -36,8 +36,8 @@ class Readers:
         too (``shared`` gives its scores): exporters compute equal weights once, even if the model computes
         them for every product.
         """
-        meaning, products = self.reader.meaning[anchor.outputs[0]], [site.product]
-        if meaning is not None and site.product not in self.reader.home:
+        meaning, products = self.reader.meaning[anchor.outputs[0]], list(site.products)
+        if meaning is not None and not all(p in self.reader.home for p in products):
             products = products_behind(meaning)  # keys in several tensors
         outsiders = (self._of_product(site, product, anchor, shared) for product in products)
         return next(filter(None, outsiders), None)
@@ -59,7 +59,7 @@ class Readers:
                     continue
                 seen.add(user)
                 meaning = self.reader.meaning.get(user.outputs[0])
-                if meaning is result or shared(user) is site.product:
+                if meaning is result or product in shared(user):
                     continue  # it has the same meaning, or is fused as well
                 light = meaning is not None and (meaning.op in _LIGHT or user in within)
                 if user.graph is not self.graph or not light:

@@ -282,16 +282,28 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
 
     def _refusal(self, node: fx.Node, sites: Sequence[Site], shared: Shared[fx.Node]) -> str | None:
         """Why sites stay, whatever the kernel."""
-        if self.known.meanings and any(s.product not in self.reader.definer for s in sites):
+        scores = [p for site in sites for p in self._scores_of(node, site)]
+        if self.known.meanings and not all(p in self.reader.definer for p in scores):
             return "its scores are computed in another graph"
         for site in sites:
-            held = site.product in self.reader.definer  # of joined keys there are several products
-            also = (lambda user: None) if site.spec.dropout else shared  # both see the same weights dropped
-            for product in [site.product] if held else products_behind(self.reader.defined[node]):
+            also = (lambda user: ()) if site.spec.dropout else shared  # both see the same weights dropped
+            for product in self._scores_of(node, site):
                 reader = outside_reader(self.reader, self.live, product, node, also)
                 if reader is not None:
                     return _also_read(reader)
         return _REBOUND if self.reader.memory.rebinds else self.transforms.refuse(node)
+
+    def _scores_of(self, node: fx.Node, site: Site) -> Sequence[Expr]:
+        """The products of a site that nodes hold; for one within a call, the call's result."""
+        meaning, held = self.reader.defined[node], self.reader.definer
+        if all(p in held for p in site.products) or not isinstance(meaning, Expr):
+            return site.products
+        inside = {p for p in site.products if p not in held}
+        found = [p for p in site.products if p in held]
+        for part in walk(meaning):
+            if part not in inside and any(a in inside for a in part.args):
+                (found.append if part in held else inside.add)(part)
+        return found or products_behind(meaning)  # of joined keys there are several
 
     def _fastest(self, node: fx.Node, site: Site, target: Target, kernels: Sequence[Kernel]) -> str | None:
         """The name of the kernel that was measured fastest for a site."""
@@ -325,7 +337,7 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         try:
             out = build.restore(kernel.write(site, build, target), _result_groups(site), site.out)
             out = laid_out_as(build, node, out)
-            return (keep_for_backward(build, site.product, out) if target.training else out), build
+            return (keep_for_backward(build, site.products, out) if target.training else out), build
         except (Refused, CannotEmit) as refusal:
             build.discard()
             return str(refusal)

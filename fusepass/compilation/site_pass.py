@@ -9,7 +9,7 @@ not be tested without a graph of PyTorch's or ONNX's, as tests/compilation/test_
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -19,6 +19,7 @@ from fusepass.recognition.recognize import Miss, as_product, factors
 from fusepass.recognition.resemblance import softmaxes_behind
 from fusepass.reports.report import DenseTerm, SiteReport
 from fusepass.rules.site import Site
+from fusepass.selection.forms import forms
 from fusepass.writing.layouts import Layouts
 
 log = logging.getLogger("fusepass")
@@ -29,7 +30,7 @@ B = TypeVar("B", bound=Layouts[Any])  # what writes nodes
 
 Summands = list[tuple[int, Site]]  # signs and sites: one, mostly
 Rejected = list[tuple[str, str]]  # kernels that do not serve a site, and the reasons
-Shared = Callable[[N], Expr | None]  # the score product of the site that a node is, if a kernel serves that
+Shared = Callable[[N], Collection[Expr]]  # the score products of a node that a kernel serves
 
 
 class Withdrawn(Exception):
@@ -104,7 +105,7 @@ class SitePass(Generic[N, V, B]):
         self.graph = graph
         self._settled: set[Expr] = set()
         self._fused: dict[Expr, tuple[Site, str]] = {}
-        self._shared: dict[N, Expr | None] = {}
+        self._shared: dict[N, Collection[Expr]] = {}
 
     def run(self) -> list[SiteReport]:
         """Reports on all sites, in program order, and then on the softmaxes that became no site."""
@@ -142,19 +143,32 @@ class SitePass(Generic[N, V, B]):
         self._settled |= softmaxes_behind(meaning)
         if isinstance(recognised, Miss):
             return [self.report(node, None, reason=recognised.reason)]
-        sites = [site for _, site in recognised]
-        if answer := self.graph.settled(node, sites, self._score_product):
-            return [self.report(node, site, *answer) for site in sites]
-        return self._fuse(node, meaning, recognised)
+        tried: list[list[SiteReport]] = []
+        for parts in forms(recognised):
+            tried.append(self._settle_as(node, meaning, parts))
+            if all(r.fused for r in tried[-1]):
+                return tried[-1]
+        return tried[0]
 
-    def _score_product(self, node: N) -> Expr | None:
-        """The score product of the site that a node computes, if a kernel serves it; looked up once."""
+    def _settle_as(self, node: N, meaning: Expr, parts: Summands) -> list[SiteReport]:
+        """One form of a site: fused, or why it stays."""
+        sites = [site for _, site in parts]
+        if answer := self.graph.settled(node, sites, self._score_products):
+            return [self.report(node, site, *answer) for site in sites]
+        return self._fuse(node, meaning, parts)
+
+    def _score_products(self, node: N) -> Collection[Expr]:
+        """The score products of the site that a node computes, if a kernel serves it; looked up once."""
         if node not in self._shared:
             parts = self.graph.recognised(node)
-            self._shared[node] = None
-            if isinstance(parts, list) and len(parts) == 1 and self.graph.serves(node, parts[0][1]):
-                self._shared[node] = parts[0][1].product
+            self._shared[node] = ()
+            if isinstance(parts, list) and len(parts) == 1 and self._serves(node, parts):
+                self._shared[node] = parts[0][1].products
         return self._shared[node]
+
+    def _serves(self, node: N, found: Summands) -> bool:
+        """Is there a kernel that takes the site in one of its forms?"""
+        return any(self.graph.serves(node, parts[0][1]) for parts in forms(found))
 
     def _fuse(self, node: N, meaning: Expr, parts: Summands) -> list[SiteReport]:
         """For every summand, write the first kernel that serves; if one has none, write nothing."""

@@ -26,7 +26,7 @@ from fusepass.expressions.ir import VIEWS, Expr, is_integer, opmath, rounded_to
 
 Interval = tuple[float, float]
 
-__all__ = ["LEAST", "Interval", "Ranges", "absorbs_from_above", "is_ordinary", "range_of"]
+__all__ = ["LEAST", "Interval", "Ranges", "absorbs_from_above", "holds_fill", "is_ordinary", "range_of"]
 
 _BITS = frozenset("lt le gt ge eq ne and or xor not isnan isinf".split())
 _TRUTH: Interval = (0.0, 1.0)
@@ -93,6 +93,8 @@ class Ranges:
     def _of(self, node: Expr) -> Interval | None:
         if node.dtype.is_complex:
             return None
+        if node in self.contents.ordinary:
+            return -self.scale.learned, self.scale.learned
         if node.op in _BITS or node.dtype is torch.bool:
             return _TRUTH
         if node.op in ("const", "iota", "affine", "input"):
@@ -133,8 +135,6 @@ class Ranges:
             if self.scale.integer is not None:
                 low, high = max(low, -self.scale.integer), min(high, self.scale.integer)
             return low, high
-        if node in self.contents.ordinary:
-            return -self.scale.learned, self.scale.learned
         return None
 
     def _affine(self, index: Affine) -> Interval | None:
@@ -149,7 +149,7 @@ class Ranges:
 
     def _product(self, node: Expr) -> Interval | None:
         """A matrix product, whose operands are finite by assumption unless a fill is written into them."""
-        if any(map(_holds_fill, node.args)):
+        if any(map(holds_fill, node.args)):
             return None
         return -self.scale.learned, self.scale.learned
 
@@ -270,7 +270,7 @@ def absorbs_from_above(node: Expr, contents: Contents, facts: Facts) -> bool:
     return interval is not None and interval[1] >= FILL
 
 
-def _holds_fill(operand: Expr) -> bool:
+def holds_fill(operand: Expr) -> bool:
     """Is an operand made from an infinite number, NaN or a fill, leaving matrix products aside?"""
     todo, seen = [operand], {operand}
     while todo:

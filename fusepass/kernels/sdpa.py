@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusepass.dialects.torch.nodes import size_of
+from fusepass.expressions.index import Size
 from fusepass.kernels import torch_flash
 from fusepass.kernels.base import (
     AROUND,
@@ -251,7 +252,7 @@ def _call(
     }
     given = {k: v for k, v in kwargs.items() if v not in (None, False, 0.0)}
     out = build.call(CALL, y.q, y.k, y.v, **given)
-    return out if cut is None else build.op("slice", out, 3, 0, cut, 1)
+    return out if cut is None else build.op("slice", out, 3, 0, build.size(cut), 1)
 
 
 def _as_written(build: Builder, node: fx.Node) -> fx.Node:
@@ -264,21 +265,22 @@ def _as_written(build: Builder, node: fx.Node) -> fx.Node:
     return build.call(stored_op, node) if turned else node
 
 
-def _forms(site: Site, build: Builder, x: Operands) -> Iterator[tuple[Operands, bool, int | None]]:
+def _forms(site: Site, build: Builder, x: Operands) -> Iterator[tuple[Operands, bool, Size | None]]:
     """Ways to write the call, cheapest first: operands, grouped heads, the width to cut the result to.
 
     Each form writes its nodes only when the iterator reaches it, so unneeded forms leave no nodes.
     """
     grouped, width = bool(site.roles.group), site.spec.value_dim
     head_dim = size_of(build.value(x.q).shape[3])
-    forms: list[tuple[Operands, int | None]] = [(x, None)]
+    forms: list[tuple[Operands, Size | None]] = [(x, None)]
     yield x, grouped, None
     dense = _dense(build, x)
     if dense is not None:
         forms = [(dense, None)]
         yield dense, grouped, None
-    if head_dim != width and isinstance(head_dim, int) and isinstance(width, int):
-        forms.append((_same_width(build, forms[0][0], head_dim, width), width))
+    ordered = site.space.facts.at_most(width, head_dim) or site.space.facts.at_most(head_dim, width)
+    if head_dim != width and ordered:
+        forms.append((_same_width(site, build, forms[0][0], head_dim), width))
         yield forms[-1][0], grouped, width
     for form, cut in forms if grouped else ():
         yield _repeated(site, build, form), False, cut
@@ -337,11 +339,12 @@ def _why_math(site: Site, build: Builder, target: Target, mask: fx.Node | None, 
     return f"{where} {dtype} with head sizes {sizes[0]} and {sizes[1]}"
 
 
-def _same_width(build: Builder, x: Operands, head_dim: int, value_dim: int) -> Operands:
+def _same_width(site: Site, build: Builder, x: Operands, head_dim: Size) -> Operands:
     """Pad the narrower of keys and values with zeros, which add nothing to a product."""
-    missing = [0, abs(head_dim - value_dim)]
-    if head_dim > value_dim:
-        return Operands(x.q, x.k, build.op("pad", x.v, missing))
+    width = site.spec.value_dim
+    if site.space.facts.at_most(width, head_dim):
+        return Operands(x.q, x.k, build.op("pad", x.v, [0, build.size(head_dim - width)]))
+    missing = [0, build.size(width - head_dim)]
     return Operands(build.op("pad", x.q, missing), build.op("pad", x.k, missing), x.v)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from fusepass.expressions.ir import Expr, scalar_of
@@ -42,13 +44,13 @@ def chain_of(
     return factors, chain
 
 
-def check_operands(scope: Scope, spec: Attention, product: Expr) -> None:
+def check_operands(scope: Scope, spec: Attention, products: Collection[Expr]) -> None:
     """Refuse a modifier that is computed from the scores: they would be computed a second time."""
     for slot in slots(spec):
         todo, seen = [scope.operands[slot].expr], set()
         while todo:
             node = todo.pop()
-            if node is product:
+            if node in products:
                 raise Refuse(
                     "a mask, bias or factor of the scores is computed from the scores themselves", node
                 )

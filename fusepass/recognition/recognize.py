@@ -17,6 +17,7 @@ from fusepass.expressions.contents import Contents
 from fusepass.expressions.index import Affine, AxisSpace, Facts, Size
 from fusepass.expressions.ir import Expr, expr
 from fusepass.patterns import heads
+from fusepass.patterns.distances import DISTANCES, squares_differences
 from fusepass.patterns.joined import JOINED, joined, split_softmaxes
 from fusepass.patterns.layout import LAYOUT
 from fusepass.patterns.products import PRODUCTS, factors, normalised_late
@@ -26,6 +27,7 @@ from fusepass.patterns.weights import WEIGHTS, holds_softmax, parts
 from fusepass.recognition.fills import Fills, without_empty
 from fusepass.recognition.meanings import Meanings
 from fusepass.recognition.operands import chain_of, check_operands
+from fusepass.recognition.sums import Summed, Sums, whole
 from fusepass.rules.engine import (
     STEP_LIMIT,
     Core,
@@ -41,6 +43,7 @@ from fusepass.rules.engine import (
 from fusepass.rules.site import Roles, Site
 from fusepass.specification.attention import (
     Attention,
+    Bias,
     Scale,
     ScoreModifier,
     Sink,
@@ -56,12 +59,14 @@ class Rules:
 
     layout: tuple[Rule, ...] = LAYOUT
     products: tuple[Rule, ...] = PRODUCTS
-    scores: tuple[Rule, ...] = (*SCORES, *JOINED)
+    scores: tuple[Rule, ...] = (*DISTANCES, *SCORES, *JOINED)
     softmax: tuple[Rule, ...] = SOFTMAX
     weights: tuple[Rule, ...] = WEIGHTS
 
 
 RULES = Rules()
+
+_DIFFERENCES = "the scores are squared differences, which are more exact than products of the two"
 
 
 @dataclass(frozen=True)
@@ -104,21 +109,47 @@ def recognise(
         if not holds_softmax(operand):
             continue
         known = contents or Contents()
-        scope = Scope(AxisSpace(facts), views=rules.layout, contents=known, readable=readable)
-        index = tuple(scope.space.new_axis("x", n) for n in anchor.shape)
-        out = Term(anchor, index)
-        product = next((p for r in rules.products if isinstance(p := r.apply(out, scope), Product)), None)
-        if product is None:
-            continue
-        weights, values = (product.left, product.right) if position == 0 else (product.right, product.left)
-        try:
-            found = _Reading(scope, rules, out, weights, values, product.axes).run()
-        except Refuse as refusal:
-            found = Miss(refusal.reason, refusal.at or anchor, tuple(scope.trace))
+
+        def scope(known: Contents = known) -> Scope:
+            return Scope(AxisSpace(facts), views=rules.layout, contents=known, readable=readable)
+
+        found = _read(anchor, position, scope, rules)
         if isinstance(found, Site):
             return found
         miss = miss or found
     return miss
+
+
+def _read(anchor: Expr, position: int, scope: Callable[[], Scope], rules: Rules) -> Site | Miss | None:
+    """Read a product whose operand at a position holds the weights.
+
+    Where products are added, it is read twice: with one product of concatenated features, and with the others
+    as biases.
+    """
+    found, joins = _read_once(anchor, position, scope(), rules, True)
+    if not joins:
+        return found
+    apart, _ = _read_once(anchor, position, scope(), rules, False)
+    if not isinstance(found, Site):
+        return apart
+    return replace(found, apart=apart) if isinstance(apart, Site) else found
+
+
+def _read_once(
+    anchor: Expr, position: int, scope: Scope, rules: Rules, joins: bool
+) -> tuple[Site | Miss | None, bool]:
+    """What was read, and whether products were joined."""
+    index = tuple(scope.space.new_axis("x", n) for n in anchor.shape)
+    out = Term(anchor, index)
+    product = next((p for r in rules.products if isinstance(p := r.apply(out, scope), Product)), None)
+    if product is None:
+        return None, False
+    weights, values = (product.left, product.right) if position == 0 else (product.right, product.left)
+    reading = _Reading(scope, rules, out, weights, values, product.axes, joins)
+    try:
+        return reading.run(), reading.joined
+    except Refuse as refusal:
+        return Miss(refusal.reason, refusal.at or anchor, tuple(scope.trace)), reading.joined
 
 
 def as_product(node: Expr) -> Expr | None:
@@ -173,10 +204,12 @@ class _Reading:
     """One attempt, from the weights to the specification."""
 
     def __init__(
-        self, scope: Scope, rules: Rules, out: Term, weights: Term, values: Term, summed: tuple[Affine, ...]
-    ) -> None:
+        self, scope: Scope, rules: Rules, out: Term, weights: Term, values: Term, summed: tuple[Affine, ...],
+        joins: bool,
+    ) -> None:  # fmt: skip
         self.scope, self.rules, self.out = scope, rules, out
-        self.weights, self.values, self.summed = weights, values, summed
+        self.weights, self.values, self.summed, self.joins = weights, values, summed, joins
+        self.joined = False
         self.steps = 0
 
     def run(self) -> Site | Miss | None:
@@ -194,6 +227,8 @@ class _Reading:
                 "the softmax runs over another axis than the one summed with the values", core.scores.expr
             )
         if not holds_product(core.scores.expr):
+            if squares_differences(core.scores.expr):
+                raise Refuse(_DIFFERENCES, core.scores.expr)
             return None  # a softmax of something else: routing, pooling with learned scores
         if not single and not self.scope.facts.equal(
             self._extent(self.summed[0]), core.scores.expr.shape[core.dim]
@@ -203,8 +238,9 @@ class _Reading:
         self.scope.sunk = core.sink is not None or core.form == "bare" or rounds
         found = self._peel_scores(core.scores, [])
         if isinstance(found, Miss):
-            return found
-        return self._finish(core, found, mods)
+            differences = squares_differences(core.scores.expr)
+            return replace(found, reason=_DIFFERENCES) if differences else found
+        return self._finish(core, self._summed(core, found), mods)
 
     def _extent(self, axis: Affine) -> Size:
         """The length of an axis."""
@@ -294,7 +330,19 @@ class _Reading:
 
     # -- understanding -----------------------------------------------------------------------
 
-    def _finish(self, core: Core, found: _Scores, weights: list[WeightModifier]) -> Site:
+    def _summed(self, core: Core, found: _Scores) -> Summed:
+        """The scores without terms that cancel, and their sum of products as one, where it is joined."""
+        scores = whole(found.modifiers, found.product, found.node)
+        if not any(isinstance(m, Bias) for m in found.modifiers):
+            return scores
+        query, key = self._query_and_key(found.product)
+        sums = Sums(self.scope, self._roles(core, found.product, query, key), self.out.expr.dtype)
+        scores = sums.without_rows(scores)
+        one = sums.joined(scores) if self.joins else None
+        self.joined = one is not None
+        return one or scores
+
+    def _finish(self, core: Core, found: Summed, weights: list[WeightModifier]) -> Site:
         scope, low = self.scope, self.out.expr.dtype
         query, key = self._query_and_key(found.product)
         query_scales, query_chain = chain_of(scope, query, low)
@@ -327,10 +375,10 @@ class _Reading:
         )  # fmt: skip
         kept = tuple(w for m in weights if (w := meanings.weight(m, spec)) is not None)
         spec = replace(spec, weights=kept)
-        check_operands(scope, spec, found.node)
+        check_operands(scope, spec, found.products)
         return Site(
             spec, roles, scope.space, query_chain, key_chain, value_chain, scope.operands, self.out,
-            found.node, scope,
+            found.node, scope, found.products, found.copied, found.spared,
         )  # fmt: skip
 
     def _query_and_key(self, product: Product) -> tuple[Term, Term]:

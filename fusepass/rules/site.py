@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fusepass.expressions.index import AxisSpace
+from fusepass.expressions.index import AxisSpace, Size
 from fusepass.expressions.ir import Expr
 from fusepass.rules.engine import Scope, Term
 from fusepass.specification.attention import Attention
@@ -42,6 +42,12 @@ class Site:
 
     ``query``, ``keys`` and ``values`` list the tensors that may serve, from the operand of the product
     inwards through its views; every element of the operand is an element of each of them.
+
+    Attributes:
+        products: the products that ``product`` is the sum of: itself, unless features are concatenated.
+        copied: how many elements are copied to concatenate features.
+        spared: how many elements the products have that would be stored as biases otherwise.
+        apart: the same site with those products as biases.
     """
 
     spec: Attention
@@ -54,6 +60,13 @@ class Site:
     out: Term
     product: Expr
     scope: Scope
+    products: tuple[Expr, ...] = ()
+    copied: Size = 0
+    spared: Size = 0
+    apart: Site | None = None
+
+    def __post_init__(self) -> None:
+        self.products = self.products or (self.product,)
 
     @property
     def trace(self) -> list[str]:

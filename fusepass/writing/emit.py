@@ -46,7 +46,7 @@ _ATEN: dict[str, Any] = {
     "relu": aten.relu.default, "cat": aten.cat.default, "detach": aten.detach.default,
     "amax": aten.amax.default, "isfinite": aten.isfinite.default,
     "isnan": aten.isnan.default, "all": aten.all.dim, "matmul": aten.matmul.default,
-    "clone": aten.clone.default, "sum": aten.sum.default,
+    "clone": aten.clone.default, "sum": aten.sum.default, "sum_over": aten.sum.dim_IntList,
     "transpose": aten.transpose.int, "div_number": aten.div.Scalar, "contiguous": aten.contiguous.default,
 }  # fmt: skip
 _POINTWISE = {
@@ -262,6 +262,8 @@ class Builder(Layouts[fx.Node]):
             dim, start, step = node.attrs
             end = start + node.shape[dim] * step
             return self.op("slice", self.as_tensor(node.args[0]), dim, self.size(start), self.size(end), step)
+        if node.op == "sum":
+            return self.op("sum_over", self.as_tensor(node.args[0]), list(node.attrs[0]), True)
         if node.op == "cat":
             return self.op("cat", [self.as_tensor(a) for a in node.args], node.attrs[0])
         if node.op == "iota" and node.rank == 1:
@@ -304,7 +306,10 @@ def _int(value: sympy.Expr) -> Size:
 @functools.cache
 def _packet(name: str) -> Callable[..., Any]:
     """The operator with all its overloads; a call chooses one by its arguments."""
-    renamed = {"eq_scalar": "eq", "mul_scalar": "mul", "div_number": "div", "pad": "constant_pad_nd"}
+    renamed = {
+        "eq_scalar": "eq", "mul_scalar": "mul", "div_number": "div", "pad": "constant_pad_nd",
+        "sum_over": "sum",
+    }  # fmt: skip
     packet: Callable[..., Any] = getattr(aten, renamed.get(name, name))
     return packet
 

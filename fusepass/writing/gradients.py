@@ -24,7 +24,7 @@ def requires_grad(node: fx.Node) -> bool:
     return bool(getattr(value_of(node), "requires_grad", False))
 
 
-def keep_for_backward(build: Builder, product: Expr, out: fx.Node) -> fx.Node:
+def keep_for_backward(build: Builder, products: Sequence[Expr], out: fx.Node) -> fx.Node:
     """Copy operands that the backward pass will read and the graph writes to later, and likewise the result.
 
     An opaque operator copies the operands, because TorchInductor replaces a plain copy of an argument by the
@@ -34,7 +34,7 @@ def keep_for_backward(build: Builder, product: Expr, out: fx.Node) -> fx.Node:
         CannotEmit: the original would not compute the right gradients either.
     """
     reader, end = build.reader, build.reader.order[build.anchor]
-    if _overwrites_what_is_kept(build, product):
+    if _overwrites_what_is_kept(build, products):
         raise CannotEmit("a tensor that the original keeps for its backward pass is written to afterwards")
     written = [
         n for n in tensors_read_by(build.new_nodes) if reader.written_between(reader.memory.of(n), end)
@@ -49,14 +49,14 @@ def keep_for_backward(build: Builder, product: Expr, out: fx.Node) -> fx.Node:
     return out
 
 
-def _overwrites_what_is_kept(build: Builder, product: Expr) -> bool:
+def _overwrites_what_is_kept(build: Builder, products: Sequence[Expr]) -> bool:
     """Is an operand of the original's products written to after autograd has kept it for the other one's
     gradient?
 
     In eager mode that is an error or, through ``.data``, a different gradient.
     """
     reader = build.reader
-    for node in (reader.definer.get(product), build.anchor):
+    for node in (*map(reader.definer.get, products), build.anchor):
         operands = [n for n in node.all_input_nodes if isinstance(value_of(n), Tensor)] if node else []
         for operand in operands:
             needed = any(requires_grad(n) for n in operands if n is not operand)

@@ -26,7 +26,7 @@ def outside_reader(
     live: set[fx.Node],
     product: Expr,
     anchor: fx.Node,
-    shared: Callable[[fx.Node], Expr | None] = lambda user: None,
+    shared: Callable[[fx.Node], Collection[Expr]] = lambda user: (),
 ) -> fx.Node | None:
     """A live node, not on a path to ``anchor``, for which the scores or weights must still be computed.
 
@@ -106,7 +106,7 @@ def _reader_of(
     anchor: fx.Node,
     inner: set[fx.Node],
     product: Expr,
-    shared: Callable[[fx.Node], Expr | None],
+    shared: Callable[[fx.Node], Collection[Expr]],
     limit: int = 400,
 ) -> fx.Node | None:
     seen, todo = {start}, [start]
@@ -122,7 +122,7 @@ def _reader_of(
                 or _passes_on(reader, user, product)
                 or _is_light(reader, user, reader.defined.get(user))
             )
-            if not light and shared(user) is product:
+            if not light and product in shared(user):
                 seen.add(user)
                 continue
             if not light or len(seen) > limit:

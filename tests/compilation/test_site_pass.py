@@ -83,7 +83,8 @@ class Table(SiteGraph[str, str, Notebook]):
         return {name for name, meaning in self.meanings.items() if meaning in self.meanings[node].args}
 
     def settled(self, node: str, sites: Sequence[Site], shared: Shared[str]) -> tuple[None, str] | None:
-        others = [r for r in self.readers if r != node and shared(r) not in [s.product for s in sites]]
+        products = {p for s in sites for p in s.products}
+        others = [r for r in self.readers if r != node and not products.intersection(shared(r))]
         return (None, f"read by {others[0]}") if others else None
 
     def serves(self, node: str, site: Site) -> bool:

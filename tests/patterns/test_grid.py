@@ -95,7 +95,7 @@ SMALL = {
     "layout": ("4d", "bshd", "3d", "einsum", programs.TRANSPOSED),
     "heads": ("equal", "interleave", "expand", "single"),
     "scale": ("mul", "q", "tensor", "0-d"),
-    "bias": ("none", "head", "t5", "alibi"),
+    "bias": ("none", "head", "t5", "alibi", "product"),
     "function": ("none", "tanh", "relu", "leaky", "abs", "clamp"),
     "mask": ("none", "causal", "padding", "window"),
     "apply": ("masked_fill", "additive", "additive where", "setitem", "where"),

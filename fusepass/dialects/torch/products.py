@@ -142,3 +142,54 @@ def einsum_labels(equation: str, ranks: list[int]) -> list[str] | None:
         )
     full = [t.replace("...", wide[len(wide) - n :] if n else "") for t, n in zip(terms, dots, strict=True)]
     return [*full, out.replace("...", wide)]
+
+
+#: With more points on a side than this, PyTorch computes Euclidean distances by products.
+_FEW_POINTS = 25
+
+
+@handles("cdist", "_cdist_forward")
+def _cdist(r: Result, x: Expr, y: Expr, p: Value = 2.0, compute_mode: Value = None) -> Expr | None:
+    """Euclidean distances ``[..., P, R]`` of ``[..., P, D]`` and ``[..., R, D]``, by products or differences.
+
+    With few points differences are squared and summed, which is more exact (see ``torch.cdist``).
+    """
+    if p != 2 or x.dtype is not r.dtype or y.dtype is not r.dtype:
+        return None
+    many = any(r.facts.at_most(_FEW_POINTS + 1, n) for n in r.shape[-2:])
+    if compute_mode in (1, "use_mm_for_euclid_dist"):
+        many = True
+    elif compute_mode not in (None, 0, "use_mm_for_euclid_dist_if_necessary"):
+        many = False
+    return _distances(r, x, y) if many else _differences(r, x, y)
+
+
+@handles("_euclidean_dist")
+def _distances(r: Result, x: Expr, y: Expr) -> Expr | None:
+    """``sqrt(max(|x|^2 + |y|^2 - 2 x.y, 0))``."""
+    batch = batch_labels(len(r.shape) - 2)
+    la, lb = (batch[len(batch) - (t.rank - 2) :] + c + "k" for t, c in ((x, "m"), (y, "n")))
+    product = dot(x, y, la, lb, batch + "mn", r)
+    rows, columns = _squares(x), _squares(y)
+    rows = reshape(rows, (*x.shape[:-1], 1))
+    columns = reshape(columns, (*y.shape[:-2], 1, y.shape[-2]))
+    squared = pointwise("add", rows, columns, dtype=r.dtype)
+    twice = pointwise("mul", product, const(2.0, r.dtype), dtype=r.dtype)
+    squared = pointwise("sub", squared, twice, dtype=r.dtype)
+    return pointwise("sqrt", pointwise("max", squared, const(0.0, r.dtype), dtype=r.dtype), dtype=r.dtype)
+
+
+def _squares(x: Expr) -> Expr:
+    """The sum of the squares over the last dimension, which is kept."""
+    square = pointwise("mul", x, x, dtype=x.dtype)
+    return expr("sum", (square,), ((x.rank - 1,),), (*x.shape[:-1], 1), x.dtype)
+
+
+def _differences(r: Result, x: Expr, y: Expr) -> Expr | None:
+    """``sqrt(sum((x - y)^2))``."""
+    left = reshape(x, (*x.shape[:-1], 1, x.shape[-1]))
+    right = reshape(y, (*y.shape[:-2], 1, *y.shape[-2:]))
+    difference = pointwise("sub", left, right, dtype=r.dtype)
+    square = pointwise("mul", difference, difference, dtype=r.dtype)
+    total = expr("sum", (square,), ((square.rank - 1,),), (*square.shape[:-1], 1), r.dtype)
+    return pointwise("sqrt", reshape(total, r.shape), dtype=r.dtype)
