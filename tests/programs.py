@@ -157,6 +157,8 @@ _APPLIED = {
     "additive where": "s = s + torch.where({m}, torch.zeros_like(s), {fill})",
     "iadd": "s += torch.zeros({m}.shape, dtype=s.dtype).masked_fill_({m}.logical_not(), {fill})",
     "setitem": "s[(~{m}).expand_as(s)] = {fill}",
+    "index_put": "s = s.index_put(((~{m}).expand_as(s),), torch.tensor({fill}, dtype=s.dtype))",
+    "index_put_": "s.index_put_(((~{m}).expand_as(s),), s.new_full((), {fill}))",
     "inverted": "s = s + (1.0 - {m}.to(s.dtype)) * {fill}",
     "subtracted": "s = s - (~{m}).to(s.dtype) * -{fill}",
     "multiplied": "s = s * {m} + (1.0 - {m}.to(s.dtype)) * {fill}",
@@ -183,18 +185,23 @@ _MASKS: dict[str, dict[str, str]] = {
         "triu": f"(~{_ONES}.triu(1))",
         "buffer": "tril[:, :, :n, :m]",
         "difference": f"(({_I} - {_J}) >= 0)",
+        "indices": f"{_ONES}.index_put(tuple(torch.triu_indices(n, m, 1)), torch.tensor(False))",
     },
     "offset": {
         "arange": f"({_J} <= {_I} + (m - n))",
         "tril": f"{_ONES}.tril(m - n)",
         "triu": f"(~torch.triu({_ONES}, diagonal=m - n + 1))",
         "difference": f"({_I} >= {_J} - (m - n))",
+        "indices": f"(~{_ONES}).index_put(tuple(torch.tril_indices(n, m, m - n)), torch.tensor(True))",
     },
     "window": {
         "arange": f"(({_J} <= {_I}) & ({_J} > {_I} - {WINDOW}))",
         "tril": f"{_ONES}.tril().triu({1 - WINDOW})",
         "triu": f"(~({_ONES}.triu(1) | {_ONES}.tril({-WINDOW})))",
         "difference": f"(({_I} - {_J} >= 0) & ({_I} - {_J} < {WINDOW}))",
+        "indices": (
+            f"{_ONES}.tril().index_put(tuple(torch.tril_indices(n, m, {-WINDOW})), torch.tensor(False))"
+        ),
     },
     "band": {
         "arange": f"(({_J} <= {_I} + 1) & ({_J} >= {_I} - {WINDOW}))",
@@ -263,7 +270,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "bias": tuple(_BIASES),
     "function": tuple(_FUNCTIONS),
     "mask": (*("none", *_MASKS), "causal+padding", "window+padding", "causal+document", "causal+chunk"),
-    "build": ("arange", "tril", "triu", "buffer", "difference"),
+    "build": ("arange", "tril", "triu", "buffer", "difference", "indices"),
     "apply": tuple(_APPLIED),
     "fill": tuple(_FILLS),
     "softmax": tuple(_SOFTMAXES),

@@ -19,14 +19,17 @@ from fusepass.expressions.ir import (
     POINTWISE,
     Expr,
     affine,
+    broadcast,
     const,
     converted,
     expr,
     folded,
     is_integer,
     scalar_of,
+    walk,
 )
 from fusepass.rules.engine import Scope, Term
+from fusepass.rules.positions import Solution, solve
 
 __all__ = ["FALSE", "TRUE", "Formulas", "against_zero", "index_of", "terms_of"]
 
@@ -74,6 +77,8 @@ class Formulas:
                 return self.lift(gathered)
         if node.op == "cat":
             return self._cat(term)
+        if node.op == "hit" and (named := self._hit(term)) is not None:
+            return named
         if node.op == "cumsum":
             counted = self._count(term)
             if counted is not None:
@@ -148,6 +153,86 @@ class Formulas:
         start, step = term.expr.attrs
         position = term.index[0] if term.index else Affine()
         return affine(position * step + start)
+
+    def _hit(self, term: Term) -> Expr | None:
+        """``exists n: i[n] = a and j[n] = b``, if that is solved for ``n``."""
+        wide = broadcast(*(a.shape for a in term.expr.args))
+        rows = Term(term.expr, tuple(self.space.new_axis("n", n) for n in wide))
+        listed = self._listed([self.lift(rows.of(a)) for a in term.expr.args])
+        if listed is None:
+            return None
+        masks, values = listed
+        indices = [self._within(v, n) for v, n in zip(values, term.expr.shape, strict=True)]
+        known = [i for i in indices if i is not None]
+        if len(known) < len(indices):
+            return None
+        gone = frozenset(row for row, _, _ in masks)
+        if any(self.space.resolve(i).axes & gone for i in known):
+            return None  # a list is read beside something else at the same positions
+        axes = frozenset().union(*(self.space.resolve(r).axes for r in rows.index)) - gone
+        axes |= frozenset(a for _, _, index in masks for i in index for a in i.axes)
+        found = solve(known, term.index, axes, self.space)
+        return None if found is None else self._at_solution(found, [(m, index) for _, m, index in masks])
+
+    def _listed(
+        self, values: list[Expr]
+    ) -> tuple[list[tuple[str, Expr, tuple[Affine, ...]]], list[Expr]] | None:
+        """Values in which what is read from the lists of masks' true elements is an index of the mask.
+
+        Returns:
+            For every list the axis of its position, the mask, and new indices into it; and the values.  None
+            if two lists are read at one position, or something else than a column.
+        """
+        found: dict[str, tuple[Expr, tuple[Affine, ...]]] = {}
+        known: dict[Expr, Expr] = {}
+        for load in dict.fromkeys(node for v in values for node in walk(v) if node.op == "load"):
+            if load.args[0].op != "nonzero":
+                continue
+            (row, column), (mask,) = map(self.space.resolve, load.attrs), load.args[0].args
+            if len(row.terms) != 1 or row.terms[0][1] != 1 or row.const != 0 or not column.is_const:
+                return None
+            axis = row.terms[0][0]
+            if axis not in found:
+                found[axis] = mask, tuple(self.space.new_axis("m", n) for n in mask.shape)
+            if found[axis][0] is not mask:
+                return None
+            known[load] = affine(found[axis][1][int(column.const)])
+        return [(a, *f) for a, f in found.items()], [self._substitute(v, known) for v in values]
+
+    def _within(self, value: Expr, size: Size) -> Affine | None:
+        """An index that is proved to be within a dimension; a negative one counts from its end."""
+        at = index_of(value)
+        reach = None if at is None else self.space.bounds(self.space.resolve(at))
+        if at is None or reach is None:
+            return None
+        at_most = self.scope.facts.at_most
+        if at_most(0, reach[0]) and at_most(reach[1], simplify_size(size - 1)):
+            return at
+        if at_most(simplify_size(-1 * size), reach[0]) and at_most(reach[1], -1):
+            return at + size
+        return None
+
+    def _at_solution(self, found: Solution, masks: list[tuple[Expr, tuple[Affine, ...]]]) -> Expr | None:
+        """Is the position among those of the index tensors?  None if that is not an expression of indices."""
+        zero = const(0, torch.int64)
+        inside = TRUE
+        for e in found.equations:
+            last = (self.space.sizes[e.axis] - 1) * e.step
+            ends = self._logic("and", (self.at_most_zero(e.value * -1), self.at_most_zero(e.value - last)))
+            whole = self.make("mod", (affine(e.value), const(e.step, torch.int64)), torch.int64)
+            even = TRUE if e.step == 1 else self.make("eq", (whole, zero), torch.bool)
+            inside = self._all("and", [inside, ends, even])
+        out, place = inside, found.place
+        for rest in found.zeros:
+            out = self._logic("and", (out, self.make("eq", (affine(rest), zero), torch.bool)))
+        for mask, index in masks:
+            if not all(i.axes <= place.keys() for i in index):
+                return None
+            listed = self.lift(Term(mask, tuple(place[i.terms[0][0]] if i.terms else i for i in index)))
+            if inside is not TRUE and any(node.op == "load" for node in walk(listed)):
+                return None  # it would be read out of bounds
+            out = self._logic("and", (out, listed))
+        return out
 
     def _gather(self, term: Term) -> Term | None:
         """``x[..., i, ...]`` whose index tensors are affine and provably within bounds."""
@@ -356,15 +441,15 @@ class Formulas:
         return expr(op, (a, b), (), (), torch.bool) if found is None else found
 
     def _absorbed(self, op: str, a: Expr, b: Expr) -> Expr | None:
-        """``a or (not a and b) = a or b``, ``a or b = b`` where ``a`` implies ``b``; ``and`` likewise."""
+        """``a or (not a and b) = a or b``; ``a or b = b`` where ``a`` implies ``b``; ``and`` likewise."""
         dual = "and" if op == "or" else "or"
         for x, y in ((a, b), (b, a)):
             terms, opposite = terms_of(y, dual), self._not(x)
             if opposite in terms:
                 rest = [t for t in terms if t is not opposite]
                 return self._logic(op, (x, self._all(dual, rest)))
-            if op == "or" and self.implies(x, y):
-                return y
+            if self.implies(x, y):
+                return y if op == "or" else x
         return None
 
     def _all(self, op: str, terms: list[Expr]) -> Expr:
