@@ -52,6 +52,7 @@ class Program:
     function: str = "none"
     mask: str = "none"
     build: str = "arange"
+    join: str = "and"
     apply: str = "masked_fill"
     fill: str = "-inf"
     softmax: str = "function"
@@ -224,6 +225,17 @@ _MASKS: dict[str, dict[str, str]] = {
     "dense": {"arange": "dense", "tril": "(dense_float > 0)"},
     "all": {"arange": f"({_J} >= 0)", "tril": _ONES},
 }
+#: conjunctions of two masks
+_JOINED = {
+    "and": "{} & {}",
+    "product": "{} * {}",
+    "product of floats": "({}.float() * {}.float() != 0)",
+    "minimum": "torch.minimum({}, {})",
+    "where": "torch.where({}, {}, False)",
+    "integers": "({}.int() & {}.int()).bool()",
+    "sum": "({}.long() + {}.long() == 2)",
+    "no disjunction": "(~(~{} | ~{}))",
+}
 #: what the recognised specification says about a mask
 _WORDS: dict[str, Callable[[Sizes], str]] = {
     "causal": lambda s: "causal",
@@ -271,6 +283,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "function": tuple(_FUNCTIONS),
     "mask": (*("none", *_MASKS), "causal+padding", "window+padding", "causal+document", "causal+chunk"),
     "build": ("arange", "tril", "triu", "buffer", "difference", "indices"),
+    "join": tuple(_JOINED),
     "apply": tuple(_APPLIED),
     "fill": tuple(_FILLS),
     "softmax": tuple(_SOFTMAXES),
@@ -302,6 +315,7 @@ def _fits(p: Program) -> bool:
 def _mask_fits(p: Program) -> bool:
     """Do meaning, construction, application and fill go together, in this dtype?"""
     overflows = p.dtype == "float16" and p.fill == "-1e9" and p.apply not in _FINITE_ONLY
+    alone = len(p.masks) < 2 and p.join != "and"
     lost = p.softmax in _WRITTEN_OUT and p.fill == "min" and p.apply in _ADDITIVE
     return not (
         p.build not in set().union(*(_MASKS[x] for x in p.masks))
@@ -309,11 +323,12 @@ def _mask_fits(p: Program) -> bool:
         or ("offset" in p.masks and p.sizes.K < p.sizes.Q)
         or overflows
         or lost
+        or alone
     )
 
 
 def _unmasked(p: Program) -> Program:
-    return replace(p, build="arange", apply="masked_fill", after="none", fill="-inf")
+    return replace(p, build="arange", join="and", apply="masked_fill", after="none", fill="-inf")
 
 
 def _letters(p: Program) -> str:
@@ -412,7 +427,8 @@ def _scores(p: Program) -> Iterator[str]:
         yield _in_place(p, "s = s + bias.to(s.dtype)")
     if p.masks:
         parts = [_MASKS[x].get(p.build, _MASKS[x]["arange"]) for x in p.masks]
-        yield f"visible = {_fitted(p, ' & '.join(parts), True)}"
+        both = parts[0] if len(parts) == 1 else _JOINED[p.join].format(*parts)
+        yield f"visible = {_fitted(p, both, True)}"
         yield _APPLIED[p.apply].format(m="visible", fill=_FILLS[p.fill])
 
 
@@ -586,9 +602,11 @@ def repaired(p: Program, fixed: frozenset[str] = frozenset()) -> Program:
     if p.layout == "3d" and p.product not in ("bmm", "baddbmm"):
         p = put(p, product="bmm")
     if not p.masks:
-        p = put(p, build="arange", apply="masked_fill", after="none", fill="-inf")
+        p = put(p, build="arange", join="and", apply="masked_fill", after="none", fill="-inf")
     elif p.build not in set().union(*(_MASKS[x] for x in p.masks)):
         p = put(p, build="arange")
+    if len(p.masks) < 2:
+        p = put(p, join="and")
     if p.fill == "-inf" and p.apply in _FINITE_ONLY:
         p = put(p, fill="-1e9")
     if p.heads == "grouped view":

@@ -407,6 +407,10 @@ class Reader:
         """The meanings of an operation with several results."""
         args, kwargs = self._values(node)
         x = args[0] if args else None
+        if name == "broadcast_tensors":
+            given = x if isinstance(x, tuple) else args
+            pairs = zip(given, value, strict=True)
+            return tuple(view("expand", a, shape_of(v)) if isinstance(a, Expr) else None for a, v in pairs)
         if not value or not isinstance(x, Expr):
             return None
         if not all(isinstance(v, torch.Tensor) for v in value if v is not None):
