@@ -122,7 +122,8 @@ def weight_scale(term: Term, scope: Scope) -> Peel | None:
         factor, other = number(node.args[1 - position], scope), term.argument(1 - position)
         if factor is not None:
             return Peel(term.argument(position), WeightScale(factor))
-        bits = other.argument(0) if other.expr.op == "cast" else other
+        is_cast = other.expr.op == "cast" and other.expr.dtype is not torch.bool
+        bits = other.argument(0) if is_cast else other
         if bits.expr.dtype is torch.bool:
             return Peel(term.argument(position), Keep(scope.slot(bits), True, product=True))
         return Peel(term.argument(position), WeightScale(1.0, scope.slot(other)))

@@ -156,6 +156,15 @@ class Evaluator:
                 return args[0][(slice(None),) * a[0] + tuple(args[1:])]
             case "dropout" if a[0] == 0:
                 return args[0]
+        return self._listed(node, args)
+
+    def _listed(self, node: Expr, args: list[Tensor]) -> Tensor:
+        if node.op == "nonzero":
+            return args[0].nonzero()
+        if node.op == "hit":
+            zeros = torch.zeros(self.shape(node), dtype=torch.bool)
+            return zeros.index_put(tuple(args), torch.tensor(True))
+        a: Any = node.attrs
         raise ValueError(f"no value for the operation {node.op!r} with {a}: it is random, or of scalar level")
 
 

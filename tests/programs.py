@@ -52,6 +52,7 @@ class Program:
     function: str = "none"
     mask: str = "none"
     build: str = "arange"
+    join: str = "and"
     apply: str = "masked_fill"
     fill: str = "-inf"
     softmax: str = "function"
@@ -157,6 +158,8 @@ _APPLIED = {
     "additive where": "s = s + torch.where({m}, torch.zeros_like(s), {fill})",
     "iadd": "s += torch.zeros({m}.shape, dtype=s.dtype).masked_fill_({m}.logical_not(), {fill})",
     "setitem": "s[(~{m}).expand_as(s)] = {fill}",
+    "index_put": "s = s.index_put(((~{m}).expand_as(s),), torch.tensor({fill}, dtype=s.dtype))",
+    "index_put_": "s.index_put_(((~{m}).expand_as(s),), s.new_full((), {fill}))",
     "inverted": "s = s + (1.0 - {m}.to(s.dtype)) * {fill}",
     "subtracted": "s = s - (~{m}).to(s.dtype) * -{fill}",
     "multiplied": "s = s * {m} + (1.0 - {m}.to(s.dtype)) * {fill}",
@@ -183,18 +186,23 @@ _MASKS: dict[str, dict[str, str]] = {
         "triu": f"(~{_ONES}.triu(1))",
         "buffer": "tril[:, :, :n, :m]",
         "difference": f"(({_I} - {_J}) >= 0)",
+        "indices": f"{_ONES}.index_put(tuple(torch.triu_indices(n, m, 1)), torch.tensor(False))",
     },
     "offset": {
         "arange": f"({_J} <= {_I} + (m - n))",
         "tril": f"{_ONES}.tril(m - n)",
         "triu": f"(~torch.triu({_ONES}, diagonal=m - n + 1))",
         "difference": f"({_I} >= {_J} - (m - n))",
+        "indices": f"(~{_ONES}).index_put(tuple(torch.tril_indices(n, m, m - n)), torch.tensor(True))",
     },
     "window": {
         "arange": f"(({_J} <= {_I}) & ({_J} > {_I} - {WINDOW}))",
         "tril": f"{_ONES}.tril().triu({1 - WINDOW})",
         "triu": f"(~({_ONES}.triu(1) | {_ONES}.tril({-WINDOW})))",
         "difference": f"(({_I} - {_J} >= 0) & ({_I} - {_J} < {WINDOW}))",
+        "indices": (
+            f"{_ONES}.tril().index_put(tuple(torch.tril_indices(n, m, {-WINDOW})), torch.tensor(False))"
+        ),
     },
     "band": {
         "arange": f"(({_J} <= {_I} + 1) & ({_J} >= {_I} - {WINDOW}))",
@@ -216,6 +224,17 @@ _MASKS: dict[str, dict[str, str]] = {
     "chunk": {"arange": f"({_I} // {CHUNK} == {_J} // {CHUNK})"},
     "dense": {"arange": "dense", "tril": "(dense_float > 0)"},
     "all": {"arange": f"({_J} >= 0)", "tril": _ONES},
+}
+#: conjunctions of two masks
+_JOINED = {
+    "and": "{} & {}",
+    "product": "{} * {}",
+    "product of floats": "({}.float() * {}.float() != 0)",
+    "minimum": "torch.minimum({}, {})",
+    "where": "torch.where({}, {}, False)",
+    "integers": "({}.int() & {}.int()).bool()",
+    "sum": "({}.long() + {}.long() == 2)",
+    "no disjunction": "(~(~{} | ~{}))",
 }
 #: what the recognised specification says about a mask
 _WORDS: dict[str, Callable[[Sizes], str]] = {
@@ -266,7 +285,8 @@ AXES: dict[str, tuple[str, ...]] = {
     "bias": tuple(_BIASES),
     "function": tuple(_FUNCTIONS),
     "mask": (*("none", *_MASKS), "causal+padding", "window+padding", "causal+document", "causal+chunk"),
-    "build": ("arange", "tril", "triu", "buffer", "difference"),
+    "build": ("arange", "tril", "triu", "buffer", "difference", "indices"),
+    "join": tuple(_JOINED),
     "apply": tuple(_APPLIED),
     "fill": tuple(_FILLS),
     "softmax": tuple(_SOFTMAXES),
@@ -298,6 +318,7 @@ def _fits(p: Program) -> bool:
 def _mask_fits(p: Program) -> bool:
     """Do meaning, construction, application and fill go together, in this dtype?"""
     overflows = p.dtype == "float16" and p.fill == "-1e9" and p.apply not in _FINITE_ONLY
+    alone = len(p.masks) < 2 and p.join != "and"
     lost = p.softmax in _WRITTEN_OUT and p.fill == "min" and p.apply in _ADDITIVE
     return not (
         p.build not in set().union(*(_MASKS[x] for x in p.masks))
@@ -305,11 +326,12 @@ def _mask_fits(p: Program) -> bool:
         or ("offset" in p.masks and p.sizes.K < p.sizes.Q)
         or overflows
         or lost
+        or alone
     )
 
 
 def _unmasked(p: Program) -> Program:
-    return replace(p, build="arange", apply="masked_fill", after="none", fill="-inf")
+    return replace(p, build="arange", join="and", apply="masked_fill", after="none", fill="-inf")
 
 
 def _letters(p: Program) -> str:
@@ -408,7 +430,8 @@ def _scores(p: Program) -> Iterator[str]:
         yield _in_place(p, "s = s + bias.to(s.dtype)")
     if p.masks:
         parts = [_MASKS[x].get(p.build, _MASKS[x]["arange"]) for x in p.masks]
-        yield f"visible = {_fitted(p, ' & '.join(parts), True)}"
+        both = parts[0] if len(parts) == 1 else _JOINED[p.join].format(*parts)
+        yield f"visible = {_fitted(p, both, True)}"
         yield _APPLIED[p.apply].format(m="visible", fill=_FILLS[p.fill])
 
 
@@ -594,9 +617,11 @@ def repaired(p: Program, fixed: frozenset[str] = frozenset()) -> Program:
     if p.layout == "3d" and p.product not in ("bmm", "baddbmm"):
         p = put(p, product="bmm")
     if not p.masks:
-        p = put(p, build="arange", apply="masked_fill", after="none", fill="-inf")
+        p = put(p, build="arange", join="and", apply="masked_fill", after="none", fill="-inf")
     elif p.build not in set().union(*(_MASKS[x] for x in p.masks)):
         p = put(p, build="arange")
+    if len(p.masks) < 2:
+        p = put(p, join="and")
     if p.fill == "-inf" and p.apply in _FINITE_ONLY:
         p = put(p, fill="-1e9")
     if p.heads == "grouped view":

@@ -43,10 +43,9 @@ POINTWISE = frozenset(
 )
 #: Operations that only rename elements.
 VIEWS = frozenset({"permute", "reshape", "expand", "slice", "select", "flip", "repeat"})
-#: Contractions, reductions and the rest.
-OTHERS = frozenset(
-    {"dot", "sum", "amax", "logsumexp", "softmax", "log_softmax", "dropout", "index", "cat", "cumsum"}
-)
+#: Contractions, reductions and the rest.  ``nonzero`` lists the indices of a mask's true elements;
+#: ``hit(i, j)[a, b]`` is true if ``i`` is ``a`` where ``j`` is ``b``, at some position of both.
+OTHERS = frozenset("dot sum amax logsumexp softmax log_softmax dropout index cat cumsum nonzero hit".split())
 #: Only in scalar formulas: an affine index, and one element of a tensor.
 SCALAR = frozenset({"affine", "load"})
 OPS = LEAVES | POINTWISE | VIEWS | OTHERS | SCALAR

@@ -7,6 +7,7 @@ to a product of queries and keys, gives every axis its role, and understands the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -373,6 +374,12 @@ class _Reading:
             operands=len(scope.operands),
             keys_exist=scope.facts.at_most(1, sizes["key"]),
         )  # fmt: skip
+        if not spec.rows_seen and spec.fills_stay_finite:
+            # A number that a mask writes counts beside infinite fills, however low it is.
+            infinite = [m for m in spec.hiding_alone if m.fill == -math.inf]
+            spec = replace(
+                spec, rows_seen=len(infinite) == len(spec.hiding_alone) and meanings.rows_seen(infinite)
+            )
         kept = tuple(w for m in weights if (w := meanings.weight(m, spec)) is not None)
         spec = replace(spec, weights=kept)
         check_operands(scope, spec, found.products)

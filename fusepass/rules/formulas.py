@@ -7,6 +7,7 @@ simplified.  Equal meanings give equal formulas, whatever the spelling.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import sympy
@@ -19,14 +20,17 @@ from fusepass.expressions.ir import (
     POINTWISE,
     Expr,
     affine,
+    broadcast,
     const,
     converted,
     expr,
     folded,
     is_integer,
     scalar_of,
+    walk,
 )
 from fusepass.rules.engine import Scope, Term
+from fusepass.rules.positions import Solution, solve
 
 __all__ = ["FALSE", "TRUE", "Formulas", "against_zero", "index_of", "terms_of"]
 
@@ -37,6 +41,12 @@ _INVERSE = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "e
 _GROWING = frozenset("neg abs add sub mul pow floordiv".split())
 #: Operations that tell zero from minus zero.
 _SIGNED = frozenset("div pow rsqrt floordiv mod".split())
+#: Operations on truth values, as logic.
+_TRUTH = {"mul": "and", "min": "and", "max": "or", "add": "or"}
+#: Operations that are brought into both of two choices between numbers: they may state a conjunction.
+_CHOOSING = frozenset("mul min max lt le gt ge eq ne".split())
+#: The most numbers that two choices together lead to.
+_MOST_CASES = 8
 #: Narrow integers that count positions are assumed to hold any length times a factor up to this.
 _FACTOR, _LENGTH = 1 << 6, 1 << 24
 
@@ -74,12 +84,32 @@ class Formulas:
                 return self.lift(gathered)
         if node.op == "cat":
             return self._cat(term)
+        if node.op == "dot" and (product := self._outer(term)) is not None:
+            return product
+        if node.op == "hit" and (named := self._hit(term)) is not None:
+            return named
         if node.op == "cumsum":
             counted = self._count(term)
             if counted is not None:
                 return counted
         below = self.scope.step(term)
         return self.load(term) if below is None else self.lift(below)
+
+    def _outer(self, term: Term) -> Expr | None:
+        """A matrix product that sums over nothing: the product of two elements."""
+        node = term.expr
+        left, right, out = node.attrs
+        pairs = [
+            list(zip(names, x.shape, strict=True)) for names, x in zip((left, right), node.args, strict=True)
+        ]
+        if any(size != 1 and name not in out for side in pairs for name, size in side):
+            return None
+        at = dict(zip(out, term.index, strict=True))
+        sides = (
+            self.lift(Term(x, tuple(Affine() if size == 1 else at[name] for name, size in side)))
+            for x, side in zip(node.args, pairs, strict=True)
+        )
+        return self.make("mul", tuple(sides), node.dtype)
 
     def _count(self, term: Term) -> Expr | None:
         """``cumsum`` of a constant integer: ``c * (i + 1)``."""
@@ -149,6 +179,86 @@ class Formulas:
         position = term.index[0] if term.index else Affine()
         return affine(position * step + start)
 
+    def _hit(self, term: Term) -> Expr | None:
+        """``exists n: i[n] = a and j[n] = b``, if that is solved for ``n``."""
+        wide = broadcast(*(a.shape for a in term.expr.args))
+        rows = Term(term.expr, tuple(self.space.new_axis("n", n) for n in wide))
+        listed = self._listed([self.lift(rows.of(a)) for a in term.expr.args])
+        if listed is None:
+            return None
+        masks, values = listed
+        indices = [self._within(v, n) for v, n in zip(values, term.expr.shape, strict=True)]
+        known = [i for i in indices if i is not None]
+        if len(known) < len(indices):
+            return None
+        gone = frozenset(row for row, _, _ in masks)
+        if any(self.space.resolve(i).axes & gone for i in known):
+            return None  # a list is read beside something else at the same positions
+        axes = frozenset().union(*(self.space.resolve(r).axes for r in rows.index)) - gone
+        axes |= frozenset(a for _, _, index in masks for i in index for a in i.axes)
+        found = solve(known, term.index, axes, self.space)
+        return None if found is None else self._at_solution(found, [(m, index) for _, m, index in masks])
+
+    def _listed(
+        self, values: list[Expr]
+    ) -> tuple[list[tuple[str, Expr, tuple[Affine, ...]]], list[Expr]] | None:
+        """Values in which what is read from the lists of masks' true elements is an index of the mask.
+
+        Returns:
+            For every list the axis of its position, the mask, and new indices into it; and the values.  None
+            if two lists are read at one position, or something else than a column.
+        """
+        found: dict[str, tuple[Expr, tuple[Affine, ...]]] = {}
+        known: dict[Expr, Expr] = {}
+        for load in dict.fromkeys(node for v in values for node in walk(v) if node.op == "load"):
+            if load.args[0].op != "nonzero":
+                continue
+            (row, column), (mask,) = map(self.space.resolve, load.attrs), load.args[0].args
+            if len(row.terms) != 1 or row.terms[0][1] != 1 or row.const != 0 or not column.is_const:
+                return None
+            axis = row.terms[0][0]
+            if axis not in found:
+                found[axis] = mask, tuple(self.space.new_axis("m", n) for n in mask.shape)
+            if found[axis][0] is not mask:
+                return None
+            known[load] = affine(found[axis][1][int(column.const)])
+        return [(a, *f) for a, f in found.items()], [self._substitute(v, known) for v in values]
+
+    def _within(self, value: Expr, size: Size) -> Affine | None:
+        """An index that is proved to be within a dimension; a negative one counts from its end."""
+        at = index_of(value)
+        reach = None if at is None else self.space.bounds(self.space.resolve(at))
+        if at is None or reach is None:
+            return None
+        at_most = self.scope.facts.at_most
+        if at_most(0, reach[0]) and at_most(reach[1], simplify_size(size - 1)):
+            return at
+        if at_most(simplify_size(-1 * size), reach[0]) and at_most(reach[1], -1):
+            return at + size
+        return None
+
+    def _at_solution(self, found: Solution, masks: list[tuple[Expr, tuple[Affine, ...]]]) -> Expr | None:
+        """Is the position among those of the index tensors?  None if that is not an expression of indices."""
+        zero = const(0, torch.int64)
+        inside = TRUE
+        for e in found.equations:
+            last = (self.space.sizes[e.axis] - 1) * e.step
+            ends = self._logic("and", (self.at_most_zero(e.value * -1), self.at_most_zero(e.value - last)))
+            whole = self.make("mod", (affine(e.value), const(e.step, torch.int64)), torch.int64)
+            even = TRUE if e.step == 1 else self.make("eq", (whole, zero), torch.bool)
+            inside = self._all("and", [inside, ends, even])
+        out, place = inside, found.place
+        for rest in found.zeros:
+            out = self._logic("and", (out, self.make("eq", (affine(rest), zero), torch.bool)))
+        for mask, index in masks:
+            if not all(i.axes <= place.keys() for i in index):
+                return None
+            listed = self.lift(Term(mask, tuple(place[i.terms[0][0]] if i.terms else i for i in index)))
+            if inside is not TRUE and any(node.op == "load" for node in walk(listed)):
+                return None  # it would be read out of bounds
+            out = self._logic("and", (out, listed))
+        return out
+
     def _gather(self, term: Term) -> Term | None:
         """``x[..., i, ...]`` whose index tensors are affine and provably within bounds."""
         x, *indices = term.expr.args
@@ -190,7 +300,11 @@ class Formulas:
             return known
         if op in ("and", "or", "not", "xor"):
             return self._logic(op, args)
-        for rewrite in (self._arithmetic, self._boolean_product, self._distribute, self._compare):
+        if op in _TRUTH and all(a.dtype is torch.bool for a in (*args, TRUE)) and dtype is torch.bool:
+            return self._logic(_TRUTH[op], args)
+        for rewrite in (
+            self._arithmetic, self._boolean_product, self._distribute, self._in_both, self._compare,
+        ):  # fmt: skip
             found = rewrite(op, args, dtype)
             if found is not None:
                 return found
@@ -224,7 +338,18 @@ class Formulas:
             return self._where(x.args[0], self._cast(x.args[1], dtype), self._cast(x.args[2], dtype), dtype)
         if x.dtype is torch.bool:
             return self._where(x, const(1, dtype), const(0, dtype), dtype)
+        if dtype is torch.bool and x.op == "mul" and self._never_wraps(x):
+            return self._logic("and", x.args)
         return expr("cast", (x,), (dtype,), (), dtype)
+
+    def _never_wraps(self, product: Expr) -> bool:
+        """Is a product of integers within the range of its dtype?  Then it is zero only where a factor is."""
+        sides = [self._ranges.of(a) for a in product.args]
+        if not is_integer(product.dtype) or None in sides:
+            return False
+        known = torch.iinfo(product.dtype)
+        ends = [a * b for a, b in itertools.product(*filter(None, sides))]
+        return known.min <= min(ends) and max(ends) <= known.max
 
     def _survives_cast(self, x: Expr, dtype: torch.dtype) -> bool:
         """Does an index value survive a cast?  Floats hold integers up to a bound exactly."""
@@ -270,6 +395,10 @@ class Formulas:
             return b
         if c.op == "not":
             return self._where(c.args[0], b, a, dtype)
+        if a.op == "where" and a.args[2] is b:
+            return self._where(self._logic("and", (c, a.args[0])), a.args[1], b, dtype)
+        if b.op == "where" and b.args[1] is a:
+            return self._where(self._logic("or", (c, b.args[0])), a, b.args[2], dtype)
         if dtype is torch.bool:
             if a is TRUE:
                 return self._logic("or", (c, b))
@@ -356,15 +485,15 @@ class Formulas:
         return expr(op, (a, b), (), (), torch.bool) if found is None else found
 
     def _absorbed(self, op: str, a: Expr, b: Expr) -> Expr | None:
-        """``a or (not a and b) = a or b``, ``a or b = b`` where ``a`` implies ``b``; ``and`` likewise."""
+        """``a or (not a and b) = a or b``; ``a or b = b`` where ``a`` implies ``b``; ``and`` likewise."""
         dual = "and" if op == "or" else "or"
         for x, y in ((a, b), (b, a)):
             terms, opposite = terms_of(y, dual), self._not(x)
             if opposite in terms:
                 rest = [t for t in terms if t is not opposite]
                 return self._logic(op, (x, self._all(dual, rest)))
-            if op == "or" and self.implies(x, y):
-                return y
+            if self.implies(x, y):
+                return y if op == "or" else x
         return None
 
     def _all(self, op: str, terms: list[Expr]) -> Expr:
@@ -402,6 +531,7 @@ class Formulas:
         """``where(c, 1, 0) * x = where(c, x, 0)`` of finite numbers."""
         if op != "mul":
             return None
+        args = tuple(self._cast(a, dtype) if a.dtype is torch.bool else a for a in args)
         for a, b in (args, args[::-1]):
             if (
                 a.op == "where"
@@ -419,7 +549,7 @@ class Formulas:
         if len(chosen) != 1 or any(a.op != "const" for i, a in enumerate(args) if i != chosen[0]):
             return None
         c, yes, no = args[chosen[0]].args
-        if "const" not in (yes.op, no.op):
+        if "const" not in (yes.op, no.op) and _cases(args[chosen[0]]) > _MOST_CASES:
             return None
         if op == "nan_to_num":
             return None
@@ -428,6 +558,25 @@ class Formulas:
             for x in (yes, no)
         ]
         return self._where(c, branches[0], branches[1], dtype)
+
+    def _in_both(self, op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
+        """``f(where(c, a, b), y) = where(c, f(a, y), f(b, y))``, if ``y`` chooses between numbers as well.
+
+        Sums of floats stay sums, except where they are compared: masks are added.
+        """
+        if op in _INVERSE and any(a.op == "add" for a in args):
+            sums = [self._cases_of_both("add", a.args, a.dtype) if a.op == "add" else a for a in args]
+            return None if None in sums else self.make(op, tuple(sums), dtype)  # type: ignore[arg-type]
+        both = op in _CHOOSING or (op == "add" and is_integer(dtype))
+        return self._cases_of_both(op, args, dtype) if both else None
+
+    def _cases_of_both(self, op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
+        if not all(a.op == "where" for a in args) or math.prod(map(_cases, args)) > _MOST_CASES:
+            return None
+        c, yes, no = args[0].args
+        return self._where(
+            c, self.make(op, (yes, args[1]), dtype), self.make(op, (no, args[1]), dtype), dtype
+        )
 
     def _compare(self, op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
         if op not in _INVERSE:
@@ -496,6 +645,13 @@ class Formulas:
             if self.scope.facts.at_most(1, reach[0]):
                 return FALSE
         return expr("le", (affine(e), const(0, torch.int64)), (), (), torch.bool)
+
+
+def _cases(node: Expr) -> int:
+    """How many numbers a formula chooses between; more than is allowed if it is anything else."""
+    if node.op == "where":
+        return _cases(node.args[1]) + _cases(node.args[2])
+    return 1 if node.op == "const" else _MOST_CASES + 1
 
 
 def _reduced(e: Affine) -> Affine:

@@ -125,10 +125,24 @@ class Attention:
         Only masks that hide on their own count.  A later mask that replaces scores is ignored: it may leave
         some pairs to the earlier mask, and it is not certain to show any.
         """
-        return not self.rows_seen and any(
-            self._stays_hidden((mod, *filter(_replaces_nothing, self.scores[at + 1 :])), 0)
+        return not self.rows_seen and bool(self.hiding_alone)
+
+    @property
+    def hiding_alone(self) -> tuple[Mask, ...]:
+        """The masks that hide, each on its own, if no later mask replaces what they fill."""
+        return tuple(
+            mod
             for at, mod in enumerate(self.scores)
             if isinstance(mod, Mask)
+            and self._stays_hidden((mod, *filter(_replaces_nothing, self.scores[at + 1 :])), 0)
+        )
+
+    @property
+    def fills_stay_finite(self) -> bool:
+        """Do masks other than those with infinite fills write numbers that stay finite, even all together?"""
+        written = sum(abs(m.fill) for m in self.masks if m.fill != -math.inf)
+        return (
+            all(isinstance(m, Mask) for m in self.added) and written < torch.finfo(self.score_dtype).max / 2
         )
 
     def _stays_hidden(self, scores: Sequence[ScoreModifier], at: int) -> bool:

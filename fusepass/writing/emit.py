@@ -48,13 +48,14 @@ _ATEN: dict[str, Any] = {
     "isnan": aten.isnan.default, "all": aten.all.dim, "matmul": aten.matmul.default,
     "clone": aten.clone.default, "sum": aten.sum.default, "sum_over": aten.sum.dim_IntList,
     "transpose": aten.transpose.int, "div_number": aten.div.Scalar, "contiguous": aten.contiguous.default,
+    "index_put": aten.index_put.default, "remainder": aten.remainder.Tensor,
 }  # fmt: skip
 _POINTWISE = {
     "neg": "neg", "add": "add", "sub": "sub", "mul": "mul", "div": "div", "eq": "eq", "ne": "ne",
     "le": "le", "ge": "ge", "lt": "lt", "gt": "gt", "and": "logical_and", "or": "logical_or",
     "not": "logical_not", "where": "where", "exp": "exp", "tanh": "tanh", "sqrt": "sqrt", "rsqrt": "rsqrt",
     "abs": "abs", "max": "maximum", "min": "minimum", "log": "log", "sigmoid": "sigmoid", "pow": "pow",
-    "relu": "relu",
+    "relu": "relu", "mod": "remainder",
 }  # fmt: skip
 
 
@@ -266,6 +267,8 @@ class Builder(Layouts[fx.Node]):
             return self.op("sum_over", self.as_tensor(node.args[0]), list(node.attrs[0]), True)
         if node.op == "cat":
             return self.op("cat", [self.as_tensor(a) for a in node.args], node.attrs[0])
+        if node.op == "hit":
+            return self._hit(node)
         if node.op == "iota" and node.rank == 1:
             return self._iota(node)
         if node.op == "iota":
@@ -282,6 +285,14 @@ class Builder(Layouts[fx.Node]):
         base = self.op("arange", self.size(node.shape[0]), device=self.value(self.anchor).device)
         scaled = base if step == 1 else self.op("mul", base, self.size(step))
         return scaled if start == 0 else self.op("add", scaled, self.size(start))
+
+    def _hit(self, node: Expr) -> fx.Node:
+        """A mask of zeros in which ones are written by index."""
+        device = self.value(self.anchor).device
+        sizes = [self.size(n) for n in node.shape]
+        zeros = self.op("full", sizes, False, dtype=torch.bool, device=device)
+        true = self.op("scalar_tensor", True, dtype=torch.bool, device=device)
+        return self.op("index_put", zeros, [self.as_tensor(a) for a in node.args], true)
 
     def _pointwise(self, node: Expr) -> Any:
         args = [self.tensor(a) for a in node.args]

@@ -15,7 +15,7 @@ from fusepass.expressions.ir import POINTWISE, VIEWS, Expr, under_casts
 _LIGHT = (
     POINTWISE
     | VIEWS
-    | {"softmax", "log_softmax", "sum", "amax", "logsumexp", "dropout", "cumsum", "index", "cat"}
+    | {"softmax", "log_softmax", "sum", "amax", "logsumexp", "dropout", "cumsum", "index", "cat", "const"}
 )
 #: Views, which do not count as readers themselves: their own readers do.
 _OPAQUE_VIEWS = frozenset({"detach", "diagonal"})

@@ -87,9 +87,9 @@ MASKS: dict[str, tuple[str, Make]] = {
     "cat of nothing behind": ("causal", lambda: torch.cat([sees(), sees()[:, :0]], 1)),
     "pad by nothing": ("causal", lambda: F.pad(sees(), (0, 0), value=False)),
     "pad and cut": ("causal", lambda: F.pad(F.pad(sees(), (3, 0), value=True), (-3, 0))),
-    "rows above": ("causal+-2 & mask[i]", lambda: F.pad(sees(), (0, 0, 2, 0))),
+    "rows above": ("causal+-2", lambda: F.pad(sees(), (0, 0, 2, 0))),
     "hidden keys in front": ("causal+2 & mask[j]", lambda: F.pad(sees(), (2, 0), value=False)),
-    "keys hidden behind": ("causal & mask[j]", lambda: F.pad(sees(), (0, 2, 0, 2), value=False)[:N]),
+    "keys hidden behind": ("causal", lambda: F.pad(sees(), (0, 2, 0, 2), value=False)[:N]),
 }
 
 

@@ -23,8 +23,9 @@ from tests import evaluate, programs
 from tests.recognition.test_frontends import PROGRAMS, module
 
 #: What PyTorch's exporter changes before the dialect sees it: constants of other dtypes are rounded, a
-#: constant divisor becomes a number, `//` becomes several operators (a chunk is then a dense mask).
-_CHANGED = ("constant tensor", "chunk")
+#: constant divisor becomes a number, `//` becomes several operators (a chunk is then a dense mask), and a
+#: write by index becomes a scatter.
+_CHANGED = ("constant tensor", "chunk", "setitem", "index_put", "indices")
 #: Programs that combine every pair of choices.
 DRAWN = [
     p

@@ -7,7 +7,7 @@ import torch
 
 from fusepass.dialects.handlers import HANDLERS, Handler, Result, Value, as_expr, handles, reshape, view
 from fusepass.expressions.index import Size
-from fusepass.expressions.ir import Expr, cast, const, expr, pointwise, scalar_of
+from fusepass.expressions.ir import Expr, Shape, cast, const, expr, pointwise, scalar_of
 
 
 @handles("arange")
@@ -111,18 +111,18 @@ def triangle(r: Result, x: Expr, diagonal: Value, op: str) -> Expr | None:
     k = as_expr(diagonal)
     if k is None:
         return None
-    inside = diagonals(x, op, k, x.rank - 2, x.rank - 1)
+    inside = diagonals(x.shape, op, k, x.rank - 2, x.rank - 1)
     return pointwise("where", inside, x, const(0, x.dtype), dtype=x.dtype)
 
 
-def diagonals(x: Expr, op: str, k: Expr, row: int, column: int) -> Expr:
-    """``column - row <= k`` of two dimensions of ``x``, broadcastable to it."""
-    first, rank = min(row, column), x.rank
+def diagonals(shape: Shape, op: str, k: Expr, row: int, column: int) -> Expr:
+    """``column - row <= k`` of two dimensions of a shape, broadcastable to it."""
+    first, rank = min(row, column), len(shape)
 
     def along(dim: int) -> Expr:
-        n = x.shape[dim]
-        shape = tuple(n if d == dim else 1 for d in range(first, rank))
-        return reshape(expr("iota", (), (0, 1), (n,), torch.int64), shape)
+        n = shape[dim]
+        wide = tuple(n if d == dim else 1 for d in range(first, rank))
+        return reshape(expr("iota", (), (0, 1), (n,), torch.int64), wide)
 
     return pointwise(op, pointwise("sub", along(column), along(row)), k)
 
@@ -132,7 +132,7 @@ def _fill_diagonal(r: Result, x: Expr, fill_value: Value, wrap: bool = False) ->
     value = as_expr(fill_value, x.dtype)
     if value is None or value.rank or x.rank != 2 or wrap:
         return None
-    return pointwise("where", diagonals(x, "eq", const(0, torch.int64), 0, 1), value, x, dtype=x.dtype)
+    return pointwise("where", diagonals(x.shape, "eq", const(0, torch.int64), 0, 1), value, x, dtype=x.dtype)
 
 
 def diagonal_filled(x: Expr, value: Expr, offset: Value = 0, dim1: int = 0, dim2: int = 1) -> Expr | None:
@@ -140,5 +140,5 @@ def diagonal_filled(x: Expr, value: Expr, offset: Value = 0, dim1: int = 0, dim2
     known, k = scalar_of(value), as_expr(offset)
     if known is None or k is None:
         return None
-    inside = diagonals(x, "eq", k, dim1 % x.rank, dim2 % x.rank)
+    inside = diagonals(x.shape, "eq", k, dim1 % x.rank, dim2 % x.rank)
     return pointwise("where", inside, const(known, x.dtype), x, dtype=x.dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fusepass.dialects.handlers import Result, Value, as_expr, call_handler, reshape, view
+from fusepass.dialects.handlers import Result, Value, as_expr, call_handler, permute, reshape, view
 from fusepass.dialects.torch import joins
 from fusepass.dialects.torch.creation import diagonal_filled
 from fusepass.dialects.torch.memory import Memory, Storages
@@ -33,9 +33,10 @@ from fusepass.dialects.torch.nodes import (
 )
 from fusepass.dialects.torch.ops import HANDLERS
 from fusepass.dialects.torch.views import getitem, parts_of
+from fusepass.dialects.torch.writes import assigned
 from fusepass.expressions.contents import Contents
 from fusepass.expressions.index import Facts
-from fusepass.expressions.ir import POINTWISE, VIEWS, Expr, Shape, cast, const, is_constant, leaf, pointwise
+from fusepass.expressions.ir import POINTWISE, VIEWS, Expr, Shape, cast, const, expr, is_constant, leaf
 from fusepass.host.faults import Faults
 from fusepass.host.surroundings import settings
 
@@ -44,6 +45,9 @@ _FINITE = frozenset(
     "conv1d conv2d conv3d layer_norm group_norm batch_norm instance_norm rms_norm native_layer_norm gelu "
     "silu normalize interpolate".split()
 )
+
+#: How many views of views are looked through for the tensor that a new one is a view of.
+_NESTED = 8
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ class Reader:
         self._members: dict[Any, list[fx.Node]] = {}
         self._writes: dict[Any, list[int]] = {}
         self.before: dict[Expr, Expr] = {}
-        self._held: dict[tuple[Expr, joins.Window], Expr] = {}
+        self._held: dict[tuple[Expr, joins.Window], Expr] = {}  # what parts are known to hold
+        self._views: dict[fx.Node, tuple[fx.Node, tuple[Expr, ...]]] = {}  # of which nodes, in which steps
         self._no_grad = False
         self.without_gradients: set[fx.Node] = set()  # nodes in ``no_grad`` regions of the graph
         self._reshaped = self._last_reshaping()
@@ -146,7 +151,7 @@ class Reader:
             node = todo.pop()
             if node.op in ("const", "iota") or self.home(node, until) is not None:
                 continue
-            if node.op not in VIEWS and node.op not in POINTWISE and node.op != "cat":
+            if node.op not in VIEWS and node.op not in POINTWISE and node.op not in ("cat", "hit"):
                 return False
             fresh = [a for a in node.args if a not in seen]
             seen.update(fresh)
@@ -224,6 +229,22 @@ class Reader:
         if isinstance(meaning, Expr):
             self.definer.setdefault(meaning, node)
             self._hold(meaning, node, self.order[node])
+            self._note_view(meaning, node)
+
+    def _note_view(self, meaning: Expr, node: fx.Node) -> None:
+        """Note the steps in which a new node is a view of its operand, or of what that is a view of."""
+        steps = [meaning]
+        while steps[-1].op in VIEWS:
+            steps.append(steps[-1].args[0])
+        holder = first_operand(node)
+        for _ in range(_NESTED):
+            if not isinstance(holder, fx.Node) or self.memory.of(holder) != self.memory.of(node):
+                return
+            base = self.meaning.get(holder)
+            if base in steps:
+                self._views[node] = (holder, tuple(steps[: steps.index(base) + 1]))
+                return
+            holder = first_operand(holder)
 
     def _opaque(self, node: fx.Node) -> Value:
         """A leaf for a tensor, a size for a SymInt, the number itself for a number."""
@@ -386,6 +407,10 @@ class Reader:
         """The meanings of an operation with several results."""
         args, kwargs = self._values(node)
         x = args[0] if args else None
+        if name == "broadcast_tensors":
+            given = x if isinstance(x, tuple) else args
+            pairs = zip(given, value, strict=True)
+            return tuple(view("expand", a, shape_of(v)) if isinstance(a, Expr) else None for a, v in pairs)
         if not value or not isinstance(x, Expr):
             return None
         if not all(isinstance(v, torch.Tensor) for v in value if v is not None):
@@ -401,6 +426,11 @@ class Reader:
         ):
             dim: Any = kwargs.get("dim", args[2] if len(args) > 2 else 0)
             return parts_of(x, [shape_of(v) for v in value], dim)
+        if name in ("nonzero", "where"):  # ``nonzero(x, as_tuple=True)``, ``where(x)``
+            listed = HANDLERS["nonzero"](self._result(node, value[0]), x)
+            return tuple(
+                expr("select", (listed,), (1, d), listed.shape[:1], listed.dtype) for d in range(x.rank)
+            )
         if name == "unbind":
             return HANDLERS["unbind"](self._result(node, value[0]), x, *args[1:], **kwargs)
         if name == "native_dropout":
@@ -431,20 +461,56 @@ class Reader:
 
     def _wholes(self, target: fx.Node, out: Expr) -> list[tuple[fx.Node, Expr]]:
         """The tensors that ``target`` is a part of, with their meanings once the part holds ``out``."""
-        part, holder, found = self.meaning[target], target, []
         if operation(target)[0] == "diagonal":
             return self._diagonal_filled(target, out)
-        storages = self.memory.of(target)
-        while isinstance(holder := first_operand(holder), fx.Node) and self.memory.of(holder) == storages:
+        found: list[tuple[fx.Node, Expr]] = []
+        part, held = target, out
+        while (step := self._views.get(part)) is not None:
+            holder, view_of = step
             base = self.meaning.get(holder)
-            window = joins.window_of_view(part, base) if isinstance(base, Expr) else None
-            if not isinstance(base, Expr) or window is None or not self._learns_alike(holder, target):
-                continue
-            whole = joins.written(base, window, out, self.facts)
-            if whole is not None:
-                self._held[whole, window] = out
+            if not isinstance(base, Expr) or base.shape != view_of[-1].shape:
+                break
+            whole = self._seen_through(view_of, base, held)
+            if whole is None:
+                break
+            if self._learns_alike(holder, target):
                 found.append((holder, whole))
+            part, held = holder, whole
         return found
+
+    def _seen_through(self, view_of: tuple[Expr, ...], base: Expr, out: Expr) -> Expr | None:
+        """What ``base`` means once a view of it holds ``out``.
+
+        Args:
+            view_of: the steps of the view, from the part to the whole, as they were when it was made.
+            base: the present meaning of the whole.
+        """
+        now = [base]  # what the steps mean at present
+        for step in reversed(view_of[:-1]):
+            now.insert(0, expr(step.op, (now[0],), step.attrs, step.shape, step.dtype))
+        while len(now) > 1:
+            if now[0].op == "reshape":
+                out = reshape(out, now[1].shape)
+            elif now[0].op == "permute":
+                order: tuple[int, ...] = now[0].attrs[0]
+                out = permute(out, tuple(map(order.index, range(len(order)))))
+            else:
+                while len(now) > 2 and now[1].op in ("select", "slice"):
+                    del now[1]
+                window = joins.window_of_view(now[0], now[1])
+                whole = None if window is None else self._with_part(now[1], window, out)
+                if whole is None:
+                    return None
+                out = whole
+            del now[0]
+        return out
+
+    def _with_part(self, x: Expr, window: joins.Window, out: Expr) -> Expr | None:
+        """``x`` once a part of it holds ``out``."""
+        whole = joins.written(x, window, out, self.facts, self._held.get((x, window)))
+        if whole is not None:
+            self._held[whole, window] = out
+        return whole
 
     def _diagonal_filled(self, target: fx.Node, out: Expr) -> list[tuple[fx.Node, Expr]]:
         """The tensor that ``target`` is a diagonal of, with its meaning once the diagonal holds ``out``."""
@@ -531,32 +597,11 @@ class Reader:
             key = (key,)  # a list of indices is a single index, for one dimension
         out = None
         if isinstance(x, Expr):
-            selected = self._selection(x, key)
             window = joins.window_of_key(x, key)
             value = as_expr(new, x.dtype)
-            if selected is not None and value is not None and value.rank == 0:
-                out = pointwise("where", selected, value, x, dtype=x.dtype)
-            elif window is not None and value is not None:
-                own = self._held.get((x, window)) is value  # ``x[key] += y`` puts back what x holds
-                out = x if own else joins.written(x, window, value, self.facts)
+            if window is not None and value is not None:
+                own = self._held.get((x, window))  # ``x[key] += y`` puts back what x holds
+                out = x if own is value else joins.written(x, window, value, self.facts, own)
+            elif value is not None:
+                out = assigned(x, key, value, self.facts)
         self._rewrite(target, node, out, position)
-
-    def _selection(self, x: Expr, key: Value) -> Expr | None:
-        """A boolean tensor that is true at the elements of ``x[key]``."""
-        keys = list(key) if isinstance(key, tuple) else [key]
-        masks = [k for k in keys if isinstance(k, Expr)]
-        if len(masks) == 1 and masks[0].dtype is torch.bool:
-            used = sum(k.rank if isinstance(k, Expr) else 1 for k in keys if k is not Ellipsis)
-            shape: list[Any] = []
-            for k in keys:
-                if isinstance(k, Expr):
-                    shape += k.shape
-                elif k is Ellipsis:
-                    shape += [1] * (x.rank - used)
-                elif k == slice(None):
-                    shape.append(1)
-                else:
-                    return None
-            shape += [1] * (x.rank - len(shape))
-            return reshape(masks[0], tuple(shape))
-        return None

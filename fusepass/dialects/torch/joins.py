@@ -12,6 +12,7 @@ import torch
 from fusepass.dialects.handlers import Result, Value, dim_of, handles, permute, reshape, view
 from fusepass.dialects.torch.creation import within
 from fusepass.dialects.torch.views import slice_dim, slice_start
+from fusepass.dialects.torch.writes import NEUTRAL
 from fusepass.expressions.index import Facts, Size, simplify_size
 from fusepass.expressions.ir import Expr, Shape, cast, const, expr, pointwise, scalar_of
 
@@ -213,7 +214,7 @@ def holds(e: Expr, ranges: Ranges, value: Expr, facts: Facts) -> bool:
             if facts.equal(box[0], start) and facts.equal(box[1], stop):
                 return holds(part, (*ranges[:dim], None, *ranges[dim + 1 :]), value, facts)
             start = stop
-    if e.op not in (*_NEUTRAL, "cast") or (e.op, e.dtype) != (value.op, value.dtype):
+    if e.op not in (*NEUTRAL, "cast") or (e.op, e.dtype) != (value.op, value.dtype):
         return False
     return all(_argument_holds(a, ranges, v, facts) for a, v in zip(e.args, value.args, strict=True))
 
@@ -230,10 +231,6 @@ def _same_ranges(a: Ranges, b: Ranges, facts: Facts) -> bool:
     )
 
 
-#: For these operations, the neutral element ``e``: ``x op e = x`` for every number ``x``.
-_NEUTRAL = {"add": 0, "sub": 0, "mul": 1, "div": 1}
-
-
 @dataclass(frozen=True)
 class _Write:
     """``x[window] = value``, as an expression over all of ``x``."""
@@ -241,6 +238,7 @@ class _Write:
     x: Expr
     window: Window
     facts: Facts
+    own: Expr | None = None  # another expression for ``x[window]``
 
     def run(self, value: Expr) -> Expr | None:
         """The new meaning of ``x``; None if the shapes do not show where the elements go."""
@@ -272,7 +270,9 @@ class _Write:
             return None if inner is None else cast(inner, value.dtype)
         if value.op in ("reshape", "permute"):
             return self._changed(value.args[0], lambda e: place(_viewed(e, value)))
-        for side in (0, 1) if value.op in ("add", "mul") else (0,) if value.op in _NEUTRAL else ():
+        if value.op == "where":
+            return self._replaced(value, place)
+        for side in (0, 1) if value.op in ("add", "mul") else (0,) if value.op in NEUTRAL else ():
             if value.args[side].shape != value.shape:
                 continue
             inner = self._changed(value.args[side], place)
@@ -282,8 +282,21 @@ class _Write:
             known = scalar_of(other)
             if known is None and place is not _in_place:
                 other = place(view("expand", other, value.shape))
-            spread = self._spread(other, _NEUTRAL[value.op])
+            spread = self._spread(other, NEUTRAL[value.op])
             return None if spread is None else pointwise(value.op, inner, spread, dtype=value.dtype)
+        return None
+
+    def _replaced(self, value: Expr, place: Callable[[Expr], Expr]) -> Expr | None:
+        """``where(c, f(x[window]), number)`` written to the part: ``c`` is true in the rest of ``x``."""
+        c = place(view("expand", value.args[0], value.shape))
+        for kept in (1, 2):
+            known = scalar_of(value.args[3 - kept])
+            if known is None or value.args[kept].shape != value.shape:
+                continue
+            inner, spread = self._changed(value.args[kept], place), self._spread(c, kept == 1)
+            if inner is not None and spread is not None:
+                sides = (inner, const(known, value.dtype))
+                return pointwise("where", spread, *(sides if kept == 1 else sides[::-1]), dtype=value.dtype)
         return None
 
     def _exact(self, dtype: torch.dtype) -> bool:
@@ -292,6 +305,8 @@ class _Write:
         return dtype is mine or (mine.is_floating_point and torch.promote_types(mine, dtype) is dtype)
 
     def _is_part(self, e: Expr) -> bool:
+        if e is self.own:
+            return True
         if e.shape == self.x.shape and e is self.x:
             return all(r is None for r in self.window.ranges)
         found = window_of_view(e, self.x)
@@ -339,9 +354,9 @@ def _in_place(e: Expr) -> Expr:
     return e
 
 
-def written(x: Expr, window: Window, value: Expr, facts: Facts) -> Expr | None:
-    """``x`` after ``x[window] = value``."""
-    return _Write(x, window, facts).run(value)
+def written(x: Expr, window: Window, value: Expr, facts: Facts, own: Expr | None = None) -> Expr | None:
+    """``x`` after ``x[window] = value``; ``own`` is another expression for what the part held before."""
+    return _Write(x, window, facts, own).run(value)
 
 
 @handles("slice_scatter")

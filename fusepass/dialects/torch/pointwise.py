@@ -6,7 +6,7 @@ import torch
 
 from fusepass.dialects.handlers import HANDLERS, Handler, Result, Value, arg_exprs, handles, in_common
 from fusepass.expressions.arithmetic import COMPARISONS
-from fusepass.expressions.ir import Expr, cast, const, converted, expr, is_integer, opmath, pointwise
+from fusepass.expressions.ir import VIEWS, Expr, cast, const, converted, expr, is_integer, opmath, pointwise
 
 _SAME = {
     "neg": "neg", "negative": "neg", "logical_not": "not", "abs": "abs", "absolute": "abs", "exp": "exp",
@@ -47,10 +47,25 @@ for _name, _op in _SAME.items():
     HANDLERS[_name] = _pointwise_handler(_op)
 
 
+#: Bitwise operations on integers that are 0 or 1.
+_BITS = {"and": "min", "or": "max"}
+
+
+def _is_bit(x: Expr) -> bool:
+    """Are all elements 0 or 1, because they were truth values?"""
+    while x.op in VIEWS:
+        x = x.args[0]
+    if x.op in ("mul", "min", "max"):
+        return all(map(_is_bit, x.args))
+    return x.dtype is torch.bool or (x.op == "cast" and x.args[0].dtype is torch.bool)
+
+
 def _bool_handler(op: str) -> Handler:
     def handler(r: Result, *values: Value) -> Expr | None:
         args = arg_exprs(r, *values)
-        return None if args is None or r.dtype is not torch.bool else pointwise(op, *args, dtype=r.dtype)
+        if args is None or (r.dtype is not torch.bool and not (op in _BITS and all(map(_is_bit, args)))):
+            return None
+        return pointwise(op if r.dtype is torch.bool else _BITS[op], *args, dtype=r.dtype)
 
     return handler
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -19,6 +20,9 @@ from fusepass.dialects.handlers import (
 from fusepass.dialects.torch.views import slice_dim
 from fusepass.expressions.index import simplify_size
 from fusepass.expressions.ir import Expr, cast, const, expr, opmath, pointwise
+
+#: How many truth values are written out as a conjunction.
+_FEW = 8
 
 
 def _dims(dim: Value, rank: int) -> tuple[int, ...] | None:
@@ -41,6 +45,24 @@ def _reduce(op: str) -> Handler:
     return handler
 
 
+def _truth(op: str) -> Handler:
+    """``all`` or ``any`` of a few truth values, written out."""
+
+    def handler(r: Result, x: Expr, dim: Value = None, keepdim: bool = False) -> Expr | None:
+        if not isinstance(dim, int) or not x.rank or r.dtype is not torch.bool:
+            return None
+        d = dim_of(dim, x.rank)
+        count = x.shape[d]
+        if not isinstance(count, int) or not 0 < count <= _FEW:
+            return None
+        shape = (*x.shape[:d], *x.shape[d + 1 :])
+        parts = [cast(expr("select", (x,), (d, n), shape, x.dtype), torch.bool) for n in range(count)]
+        return reshape(functools.reduce(lambda a, b: pointwise(op, a, b), parts), r.shape)
+
+    return handler
+
+
+HANDLERS["all"], HANDLERS["any"] = _truth("and"), _truth("or")
 HANDLERS["sum"] = _total = _reduce("sum")
 HANDLERS["amax"] = _reduce("amax")
 HANDLERS["logsumexp"] = _reduce("logsumexp")
