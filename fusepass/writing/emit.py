@@ -269,10 +269,8 @@ class Builder(Layouts[fx.Node]):
             return self.op("cat", [self.as_tensor(a) for a in node.args], node.attrs[0])
         if node.op == "hit":
             return self._hit(node)
-        if node.op == "iota" and node.rank == 1:
-            return self._iota(node)
         if node.op == "iota":
-            return self.size(node.attrs[0])
+            return self._iota(node)
         raise CannotEmit(
             f"{node.op} of shape {list(map(str, node.shape))} is written over before it is needed"
         )
@@ -280,8 +278,11 @@ class Builder(Layouts[fx.Node]):
     def _target_shape(self, node: Expr) -> list[Any]:
         return self.shape(node.shape) if node.op == "reshape" else [self.size(s) for s in node.shape]
 
-    def _iota(self, node: Expr) -> fx.Node:
+    def _iota(self, node: Expr) -> Any:
+        """A range of integers; without dimensions, the first of them."""
         start, step = node.attrs
+        if node.rank == 0:
+            return self.size(start)
         base = self.op("arange", self.size(node.shape[0]), device=self.value(self.anchor).device)
         scaled = base if step == 1 else self.op("mul", base, self.size(step))
         return scaled if start == 0 else self.op("add", scaled, self.size(start))
