@@ -9,13 +9,16 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
 BIN := $(VENV)/bin
+LAWS := $(addprefix tests/,test_import_rules.py expressions/test_index.py expressions/test_ir.py \
+	expressions/test_intervals.py specification/test_modifiers.py specification/test_program.py \
+	patterns/test_laws.py patterns/test_mask_laws.py)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test fuzz lint format types docs bench clean FORCE
+.PHONY: help setup demo test laws fuzz lint format types docs bench clean FORCE
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -27,6 +30,9 @@ demo: $(VENV)/.installed-demo ## run examples/demo.py
 
 test: $(VENV)/.installed-test ## run the tests; choose some with ARGS="-k mask"
 	$(BIN)/python -m pytest -n 2 -q $(ARGS)
+
+laws: $(VENV)/.installed-test ## run the tests of laws alone: expressions, specifications, rules, who imports whom
+	$(BIN)/python -m pytest -n 2 -q $(LAWS) $(ARGS)
 
 fuzz: $(VENV)/.installed-test ## draw random programs and compare with eager; choose how many with ARGS="--seconds 600"
 	$(BIN)/python -m tests.fuzz $(ARGS)

@@ -1,10 +1,12 @@
 """How much of the attention in `transformers` is fused: all families that can be built small, without a hub.
 
-    python benchmarks/census.py                        all families: takes hours, rewrites
-    benchmarks/census.md python benchmarks/census.py bert llama t5          only these; writes no file
-    python benchmarks/census.py --limit 20 --inner aot_eager --no-inductor        a quick look python
-    benchmarks/census.py --rows rows.jsonl      continues where it was interrupted python benchmarks/census.py
-    --jobs 14              this many families at a time
+    python benchmarks/census.py                     all families: takes hours, rewrites benchmarks/census.md
+    python benchmarks/census.py bert llama t5       only these; writes no file
+    python benchmarks/census.py --limit 20 --inner aot_eager --no-inductor      a quick look
+    python benchmarks/census.py --rows rows.jsonl   continues where it was interrupted
+    python benchmarks/census.py --jobs 14           this many families at a time
+    python benchmarks/census.py --quality           what fused calls read over queries and keys; rewrites that
+                                                    section of benchmarks/census.md
 
 A site is a softmax between two batched matrix products, counted in the ATen graph; a site that the count no
 longer finds is fused. Models have eager attention and random weights, and each runs in a separate process.
@@ -251,29 +253,29 @@ def fused_calls(graph: torch.fx.Graph) -> int:
     return sum(any(name in str(node.target) for name in FUSED) for node in calls)
 
 
-def counting(found: Counter[str]) -> Compiler:
+def counting(counts: Counter[str]) -> Compiler:
     """An inner backend that counts sites in the ATen graph and then runs it unchanged."""
     from torch._dynamo.backends.common import aot_autograd
 
-    return aot_autograd(fw_compiler=lambda gm, inputs: counted(found, gm))
+    return aot_autograd(fw_compiler=lambda gm, inputs: counted(counts, gm))
 
 
-def inductor_passes(found: Counter[str]) -> Compiler:
+def inductor_passes(counts: Counter[str]) -> Compiler:
     """TorchInductor up to its lowering: its graph passes run, but no code is generated."""
     from torch._inductor.compile_fx import compile_fx
 
     def inner_compile(gm: torch.fx.GraphModule, inputs: Any, **_: Any) -> Any:
-        return counted(found, gm)
+        return counted(counts, gm)
 
     return lambda gm, inputs: compile_fx(gm, inputs, inner_compile=inner_compile)
 
 
-def counted(found: Counter[str], gm: torch.fx.GraphModule) -> Any:
+def counted(counts: Counter[str], gm: torch.fx.GraphModule) -> Any:
     """The graph as a callable; its sites are counted."""
     from torch._functorch._aot_autograd.utils import make_boxed_func
 
-    found["sites"] += written_out(gm.graph)
-    found["calls"] += fused_calls(gm.graph)
+    counts["sites"] += written_out(gm.graph)
+    counts["calls"] += fused_calls(gm.graph)
     return make_boxed_func(gm.forward)
 
 
@@ -298,6 +300,38 @@ def measure(family: str, inner: str, with_inductor: bool) -> Row:
         return {"family": family, "skipped": str(reason)}
 
 
+#: What a fused call reads besides queries, keys and values, from cheap to dear.
+READS = ("nothing", "over keys", "computed over pairs", "stored over pairs")
+
+
+def quality(family: str) -> Row:
+    """What the fused calls of one family read, and their masks and biases over queries and keys."""
+    from fusepass.compilation.backend import fusepass
+    from fusepass.reports.collector import collect
+
+    try:
+        with torch.no_grad():
+            model, inputs, _ = case(family)
+            with collect() as collector:
+                compiled(model, fusepass, inputs, options={"inner": "eager"})
+    except Unusable as reason:
+        return {"family": family, "skipped": str(reason)}
+    terms = Counter((d.name, d.formula, d.stored) for site in collector.fused for d in site.dense)
+    return {
+        "family": family,
+        "reads": dict(Counter(reads(site) for site in collector.fused)),
+        "terms": [[*term, count] for term, count in terms.items()],
+    }
+
+
+def reads(site: Any) -> str:
+    """What a fused call reads besides queries, keys and values: one of `READS`."""
+    if site.dense:
+        return READS[3] if any(d.stored for d in site.dense) else READS[2]
+    over_keys = any(part.startswith(("key padding", "mask[", "bias[")) for part in site.kind.split(", "))
+    return READS[1] if over_keys else READS[0]
+
+
 def compiled(
     model: Model, backend: Any, inputs: Inputs, **options: Any
 ) -> tuple[list[torch.Tensor], Callable[..., Any]]:
@@ -309,12 +343,12 @@ def compiled(
 
 def by_inductor(model: Model, inputs: Inputs, plain: Counter[str]) -> int | None:
     """The number of sites that TorchInductor's own patterns fuse; None if it fails."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     try:
-        compiled(model, inductor_passes(found), inputs)
+        compiled(model, inductor_passes(counts), inputs)
     except Exception:
         return None
-    return found["calls"] - plain["calls"]
+    return counts["calls"] - plain["calls"]
 
 
 def by_fusepass(model: Model, inputs: Inputs, expected: list[torch.Tensor]) -> Row:
@@ -322,11 +356,11 @@ def by_fusepass(model: Model, inputs: Inputs, expected: list[torch.Tensor]) -> R
     from fusepass.compilation.backend import fusepass
     from fusepass.reports.collector import collect
 
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     with collect() as collector:
-        results, _ = compiled(model, fusepass, inputs, options={"inner": counting(found)})
+        results, _ = compiled(model, fusepass, inputs, options={"inner": counting(counts)})
     return {
-        "left": found["sites"],
+        "left": counts["sites"],
         "kinds": dict(Counter(site.kind for site in collector.fused)),
         "kernels": dict(Counter(site.kernel for site in collector.fused)),
         "reasons": dict(Counter(site.reason for site in collector.left)),
@@ -359,7 +393,7 @@ def timed(model: Model, inputs: Inputs, expected: list[torch.Tensor], inner: str
 # ---------------------------------------------------------------------------------------- processes
 
 
-def in_child(pipe: Connection, family: str, inner: str, with_inductor: bool) -> None:
+def in_child(pipe: Connection, family: str, inner: str, with_inductor: bool, only_quality: bool) -> None:
     """The body of a family's process, which leads a process group, so that its compilers end with it."""
     os.setsid()
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -370,7 +404,7 @@ def in_child(pipe: Connection, family: str, inner: str, with_inductor: bool) -> 
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         try:
-            pipe.send(measure(family, inner, with_inductor))
+            pipe.send(quality(family) if only_quality else measure(family, inner, with_inductor))
         except BaseException as error:
             pipe.send({"family": family, "failed": short(error)})
 
@@ -384,12 +418,12 @@ SECONDS = ("pass_s", "compile_s")
 
 def with_inductor_too(row: Row, options: argparse.Namespace) -> Row | None:
     """The row, with the seconds under TorchInductor if the share with another backend is large."""
-    large = row.get("sites") and share(row) > LARGE and INDUCTORS not in row
+    large = not options.quality and row.get("sites") and share(row) > LARGE and INDUCTORS not in row
     if options.inner == "inductor" or options.no_inductor or not large:
         return None
     settings = {"inner": "inductor", "no_inductor": True}
-    found = in_process(row["family"], argparse.Namespace(**vars(options) | settings))
-    return row | {INDUCTORS: {key: found[key] for key in SECONDS}} if "sites" in found else None
+    compared = in_process(row["family"], argparse.Namespace(**vars(options) | settings))
+    return row | {INDUCTORS: {key: compared[key] for key in SECONDS}} if "sites" in compared else None
 
 
 def in_process(family: str, options: argparse.Namespace) -> Row:
@@ -397,9 +431,8 @@ def in_process(family: str, options: argparse.Namespace) -> Row:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo", "transformers", "fusepass.compilation.rewrite"])
     mine, theirs = context.Pipe(duplex=False)
-    process = context.Process(
-        target=in_child, args=(theirs, family, options.inner, not options.no_inductor), daemon=False
-    )
+    given = (theirs, family, options.inner, not options.no_inductor, options.quality)
+    process = context.Process(target=in_child, args=given, daemon=False)
     process.start()
     theirs.close()
     try:
@@ -489,15 +522,15 @@ def totals(rows: list[Row]) -> str:
 def rich_table(rows: list[Row]) -> Table:
     """The table for a terminal."""
     colours = {"fused": "green", "left": "yellow", "wrong": "bold red"}
-    made = Table(title="Attention sites of eager transformers models", header_style="bold")
+    table = Table(title="Attention sites of eager transformers models", header_style="bold")
     for head in HEADS:
-        made.add_column(head, justify="left" if head in ("family", "recognised as", "kernels") else "right")
+        table.add_column(head, justify="left" if head in ("family", "recognised as", "kernels") else "right")
     for row in rows:
         if row.get("sites"):
             line = [escape(cell) for cell in cells(row)]
             line[2] = f"[{colours.get(verdict(row), 'white')}]{line[2]}[/]"
-            made.add_row(*line)
-    return made
+            table.add_row(*line)
+    return table
 
 
 def versions(inner: str) -> str:
@@ -518,10 +551,8 @@ def markdown(rows: list[Row], inner: str) -> str:
     """The table as a file."""
     text = ["# Census", "", f"Written by `python benchmarks/census.py`. {versions(inner)}.", ""]
     text += [f"- {line}" for line in totals(rows).splitlines()]
-    text += ["", "| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS)]
     judged = [row for row in rows if "sites" in row]
-    lines = [[cell.replace("|", "\\|") for cell in cells(row)] for row in judged if row["sites"]]
-    text += ["| " + " | ".join(line) + " |" for line in lines]
+    text += ["", *table_lines(HEADS, [cells(row) for row in judged if row["sites"]])]
     stay = [(row["family"], reason, n) for row in judged for reason, n in row["reasons"].items()]
     for title, entries in (
         ("Sites that stay", [f"- {family} ×{n}: {reason}" for family, reason, n in stay]),
@@ -532,6 +563,54 @@ def markdown(rows: list[Row], inner: str) -> str:
         if any(entries):
             text += ["", f"## {title}", "", *entries]
     return "\n".join(text) + "\n"
+
+
+#: The heading of the section of the file that `--quality` writes.
+SECTION = "## What fused calls read over queries and keys"
+
+
+def quality_section(rows: list[Row]) -> str:
+    """The section of the file: how many calls read what, and the formulas of what varies over both."""
+    judged = [row for row in rows if row.get("reads")]
+    total = Counter[str]()
+    for row in judged:
+        total.update(row["reads"])
+    lines = [
+        SECTION,
+        "",
+        f"Written by `python benchmarks/census.py --quality`. {versions('eager')}.",
+        "",
+        f"{total.total()} fused calls of {len(judged)} families read, besides queries, keys and values:",
+        "",
+        *table_lines(READS, [[str(total[name]) for name in READS]]),
+        "",
+        "A tensor over keys is a padding or a bias of one row. What is computed over pairs is a formula of",
+        "positions and of such tensors. On a CPU both become a mask; on a GPU FlexAttention computes them.",
+        "What is stored over pairs comes from outside the graph, or is a product or a table lookup.",
+        "",
+    ]
+    heads = ("family", "calls", "mask or bias", "stored", "formula")
+    cells = [
+        [row["family"], str(count), name, "yes" if stored else "no", f"`{formula}`"]
+        for row in judged
+        for name, formula, stored, count in row["terms"]
+    ]
+    return "\n".join([*lines, *table_lines(heads, cells)]) + "\n"
+
+
+def table_lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)] + [
+        "| " + " | ".join(line) + " |" for line in lines
+    ]
+
+
+def with_section(text: str, section: str) -> str:
+    """The file with its section replaced, or added before the next heading at the end."""
+    before, _, rest = text.partition(SECTION)
+    after = rest.partition("\n## ")[2]
+    return before.rstrip() + "\n\n" + section + (f"\n## {after}" if after else "")
 
 
 # ---------------------------------------------------------------------------------------- command line
@@ -545,6 +624,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="only the first N families")
     parser.add_argument("--inner", default="inductor", help="the inner backend (%(default)s)")
     parser.add_argument("--no-inductor", action="store_true", help="do not count what TorchInductor fuses")
+    parser.add_argument("--quality", action="store_true", help="only what fused calls read, with formulas")
     parser.add_argument("--timeout", type=float, default=300, help="seconds per family (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="families at a time (%(default)s)")
     parser.add_argument("--out", type=Path, help="the file to write (for a whole run: benchmarks/census.md)")
@@ -589,6 +669,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // options.jobs, 1)))
     rows = run(options)
+    if options.quality:
+        section = quality_section(rows)
+        print(section)
+        if options.out:
+            options.out.write_text(with_section(options.out.read_text(), section))
+        return 1 if any("failed" in row for row in rows) else 0
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(rich_table(rows))
     console.print(totals(rows), highlight=False)
@@ -597,7 +683,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             kind = "not judged" if "skipped" in row else "FAILED"
             console.print(f"{row['family']}: {kind}: {problem}", highlight=False, markup=False)
     if options.out:
-        options.out.write_text(markdown(rows, options.inner))
+        _, heading, section = (options.out.read_text() if options.out.exists() else "").partition(SECTION)
+        kept = heading + section.partition("\n## ")[0] if heading else ""
+        text = markdown(rows, options.inner)
+        options.out.write_text(with_section(text, kept.rstrip() + "\n") if kept else text)
     return 1 if any(verdict(row) in ("wrong", "failed") for row in rows) else 0
 
 

@@ -137,17 +137,17 @@ def processor() -> str:
 
 def table(rows: list[dict[str, Any]], inner: str) -> Table:
     machine = f"{processor()}, {os.cpu_count()} cores; torch {torch.__version__}; inner {inner}"
-    made = Table(title=f"Compile time of a Llama-like model\n{machine}", header_style="bold")
+    grid = Table(title=f"Compile time of a Llama-like model\n{machine}", header_style="bold")
     for head in ("layers", "graph nodes", "sites fused", "pass", "whole torch.compile", "share"):
-        made.add_column(head, justify="right")
+        grid.add_column(head, justify="right")
     for row in rows:
         times = (
             f"{row['pass_s']:.2f} s",
             f"{row['compile_s']:.1f} s",
             f"{row['pass_s'] / row['compile_s']:.1%}",
         )
-        made.add_row(str(row["layers"]), str(row["nodes"]), f"{row['fused']}/{row['sites']}", *times)
-    return made
+        grid.add_row(str(row["layers"]), str(row["nodes"]), f"{row['fused']}/{row['sites']}", *times)
+    return grid
 
 
 def within_limits(rows: list[dict[str, Any]]) -> bool:

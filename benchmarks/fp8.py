@@ -27,8 +27,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fusepass.host.libraries import FLASH3, FRONTEND
 from fusepass.kernels import fp8, fp8_ops
-from fusepass.kernels.gates import FLASH3, FRONTEND, installed
+from fusepass.kernels.gates import installed
 from fusepass.selection import clock as bench_clock
 from fusepass.selection.machine import machine
 
@@ -48,13 +49,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
 
 def inputs(length: int, heads: int, kv_heads: int, outliers: bool, batch: int = 1) -> list[Tensor]:
     torch.manual_seed(0)
-    made = []
+    tensors = []
     for n in (heads, kv_heads, kv_heads):
         x = torch.randn(batch, length, n, HEAD_DIM, device="cuda")
         if outliers:
             x = x + torch.randn_like(x) * 10.0 * (torch.rand_like(x) < 0.001)
-        made.append(x.bfloat16())
-    return made
+        tensors.append(x.bfloat16())
+    return tensors
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
@@ -155,18 +156,18 @@ def speed(lengths: list[int]) -> list[dict[str, Any]]:
     """
     rows = []
     for length in lengths:
-        made = inputs(length, 32, 8, False, batch=max(1, 16384 // length))
+        tensors = inputs(length, 32, 8, False, batch=max(1, 16384 // length))
         for causal in (False, True):
             steps: dict[str, Callable[[], Any]] = {}
             problems: dict[str, str] = {}
             with torch.no_grad():
                 for name, call in _contenders(causal).items():
                     try:
-                        call(*made)
-                        steps[name] = functools.partial(call, *made)
+                        call(*tensors)
+                        steps[name] = functools.partial(call, *tensors)
                     except Exception as problem:
                         problems[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:60]
-                times = bench_clock.in_turn(list(steps.values()), made[0].device, 60)
+                times = bench_clock.in_turn(list(steps.values()), tensors[0].device, 60)
             spent = {name: round(time, 4) for name, time in zip(steps, times, strict=True)}
             rows += [_row(length, causal, library, spent, problems) for library in libraries()]
             torch._dynamo.reset()
@@ -209,12 +210,12 @@ def _contenders(causal: bool) -> dict[str, Callable[..., Any]]:
 
         return flash_attn_func(q, k, v, causal=causal)
 
-    found: dict[str, Callable[..., Any]] = {"sdpa": sdpa, "flash4": flash4}
+    contenders: dict[str, Callable[..., Any]] = {"sdpa": sdpa, "flash4": flash4}
     if installed(FLASH3):
-        found["flash3"] = flash3
+        contenders["flash3"] = flash3
     for library in libraries():
-        found |= {f"{name} {library}": call for name, call in _of_library(library, causal).items()}
-    return found
+        contenders |= {f"{name} {library}": call for name, call in _of_library(library, causal).items()}
+    return contenders
 
 
 def _of_library(library: str, causal: bool) -> dict[str, Callable[..., Any]]:
@@ -271,8 +272,8 @@ def _kernel(
 ) -> Tensor:
     """The operator on e4m3 tensors ``[B, S, H, D]``; its result likewise."""
     if library == "flash3":
-        found: Tensor = torch.ops.fusepass.fp8_flash3(q, k, v, *scales, scale, causal)
-        return found
+        result: Tensor = torch.ops.fusepass.fp8_flash3(q, k, v, *scales, scale, causal)
+        return result
     turned = [t.transpose(1, 2) for t in (q, k, v)]
     out: Tensor = torch.ops.fusepass.fp8_cudnn(*turned, *scales, scale, causal)
     return out.transpose(1, 2)

@@ -118,8 +118,8 @@ def main() -> int:
             results / f"profile-{name}.csv",
             arguments,
         )
-        made = bench_report.profile_of(rows, machine())
-        made.save(ROOT / "fusepass" / "selection" / "profiles" / f"{name}.json")
+        profile = bench_report.profile_of(rows, machine())
+        profile.save(ROOT / "fusepass" / "selection" / "profiles" / f"{name}.json")
     if arguments.part in ("all", "auto"):
         work = auto_jobs(*grid, arguments.repeats, arguments.contenders, arguments.variants)
         rows = measure(work, results / f"auto-{name}.csv", arguments)

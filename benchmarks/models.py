@@ -193,7 +193,7 @@ def _measure(job: Job, case: Case, row: Row, exclusive: Exclusive) -> Row:
         model = make._from_config(config, attn_implementation=implementation, dtype=torch.bfloat16)
     given = data(case, config, job.small, job.device, labels=True)
     step = _step(model, given, job, training)
-    with collect() as found, torch.set_grad_enabled(training):
+    with collect() as reports, torch.set_grad_enabled(training):
         start = time.perf_counter()
         loss = step()
         loss = float(loss)
@@ -201,7 +201,7 @@ def _measure(job: Job, case: Case, row: Row, exclusive: Exclusive) -> Row:
     with exclusive(), torch.set_grad_enabled(training):
         peak = bench_clock.peak(step, device)
         milliseconds = bench_clock.timed(step, device, job.repeats)
-    sites = [s.kernel or "unfused" for s in found.sites]
+    sites = [s.kernel or "unfused" for s in reports.sites]
     kernels = "; ".join(f"{sites.count(k)} {k}" for k in dict.fromkeys(sites))
     return replace(
         row, parameters=sum(p.numel() for p in model.parameters()), milliseconds=milliseconds,

@@ -83,14 +83,14 @@ class Core(nn.Module):
         """The masks of what a query sees, ``[B | 1, 1, Q | 1, K]`` each."""
         rows = torch.arange(q.shape[2], device=q.device)[:, None] + (k.shape[2] - q.shape[2])
         gap = torch.arange(k.shape[2], device=q.device)[None, :] - rows
-        found = []
+        atoms = []
         if self.causal:
-            found.append((gap <= 0)[None, None])
+            atoms.append((gap <= 0)[None, None])
         if self.window:
-            found.append((gap > -self.window)[None, None])
+            atoms.append((gap > -self.window)[None, None])
         if mask is not None:
-            found.append(mask[:, None, None, :] != 0)
-        return found
+            atoms.append(mask[:, None, None, :] != 0)
+        return atoms
 
     def split(self, t: Tensor) -> Tensor:
         """The tensor with a separate dimension for heads."""
@@ -224,8 +224,8 @@ def exports(model: nn.Module, args: Args, shapes: Any, folder: Path) -> Iterator
         fusepass.export_onnx(model, small, path, dynamic_shapes=shapes, target=path.stem, verify=False)
 
     def theirs(path: Path) -> None:
-        made: Any = optimize_for_ort(ir.load(plain))
-        ir.save(made[0] if isinstance(made, tuple) else made, path)
+        optimized: Any = optimize_for_ort(ir.load(plain))
+        ir.save(optimized[0] if isinstance(optimized, tuple) else optimized, path)
 
     written: set[str] = set()  # operators of fused files
     for export, stem, make in (
@@ -264,12 +264,12 @@ def session(path: Path, provider: str, profile: Path | None = None) -> Any:
         options.profile_file_prefix = str(profile)
     name = "CUDAExecutionProvider" if provider == "cuda" else "CPUExecutionProvider"
     providers = list(dict.fromkeys([name, "CPUExecutionProvider"]))
-    made = ort.InferenceSession(str(path), options, providers=providers)
-    if name not in made.get_providers():
+    opened = ort.InferenceSession(str(path), options, providers=providers)
+    if name not in opened.get_providers():
         raise RuntimeError(
             f"onnxruntime did not take {name}; is onnxruntime-gpu installed with its libraries?"
         )
-    return made
+    return opened
 
 
 def bound(made: Any, feeds: dict[str, Any], provider: str) -> Any:
@@ -308,9 +308,9 @@ def inspected(path: Path, feeds: dict[str, Any], provider: str, folder: Path) ->
     os.environ["ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO"] = "1"
     try:
         with captured(text):
-            made = session(path, provider, folder / "profile")
-            made.run_with_iobinding(bound(made, feeds, provider))
-            events = json.loads(Path(made.end_profiling()).read_text(encoding="utf-8"))
+            opened = session(path, provider, folder / "profile")
+            opened.run_with_iobinding(bound(opened, feeds, provider))
+            events = json.loads(Path(opened.end_profiling()).read_text(encoding="utf-8"))
     finally:
         del os.environ["ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO"]
     kernels = dict.fromkeys(re.findall(r"SdpaKernel=(\w+)", text[0]))
@@ -328,13 +328,13 @@ def inspected(path: Path, feeds: dict[str, Any], provider: str, folder: Path) ->
 
 def timed(path: Path, feeds: dict[str, Any], provider: str, repeats: int) -> tuple[list[Any], list[float]]:
     """The outputs, and the seconds of every run; inputs and outputs stay on the device."""
-    made = session(path, provider)
-    binding = bound(made, feeds, provider)
+    opened = session(path, provider)
+    binding = bound(opened, feeds, provider)
     times = []
     for _ in range(repeats + 3):
         binding.synchronize_inputs()
         start = time.perf_counter()
-        made.run_with_iobinding(binding)
+        opened.run_with_iobinding(binding)
         binding.synchronize_outputs()
         times.append(time.perf_counter() - start)
     return binding.copy_outputs_to_cpu(), times[3:]
@@ -361,8 +361,8 @@ def eager(model: nn.Module, args: Args, repeats: int) -> tuple[list[Any], list[f
 
 def arrays(out: Any) -> list[Any]:
     """Tensors as arrays."""
-    found = [t.cpu() for t in (out if isinstance(out, tuple) else (out,))]
-    return [(t.float() if t.dtype is torch.bfloat16 else t).numpy() for t in found]
+    tensors = [t.cpu() for t in (out if isinstance(out, tuple) else (out,))]
+    return [(t.float() if t.dtype is torch.bfloat16 else t).numpy() for t in tensors]
 
 
 def exact(model: nn.Module, args: Args) -> list[Any]:
@@ -436,7 +436,7 @@ def machine(sizes: Sizes, dtype: str) -> dict[str, Any]:
     """The machine and the versions of the measurement."""
     import onnxruntime as ort
 
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "python": platform.python_version(),
         "system": platform.platform(),
         "onnxruntime": ort.__version__,
@@ -447,8 +447,8 @@ def machine(sizes: Sizes, dtype: str) -> dict[str, Any]:
     }
     for name in ("torch", "onnx", "onnxruntime-gpu", "onnxscript"):
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            facts[name] = version(name)
+    return facts
 
 
 def write(rows: list[dict[str, Any]], on: dict[str, Any], path: Path) -> None:

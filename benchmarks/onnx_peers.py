@@ -74,8 +74,8 @@ def by_onnxruntime(before: Path, after: Path, name: str) -> None:
     """``onnxruntime.transformers.optimizer``, as its documentation calls it."""
     from onnxruntime.transformers.optimizer import optimize_model
 
-    made = optimize_model(str(before), model_type=FAMILIES.get(name, "gpt2"), num_heads=0, hidden_size=0)
-    made.save_model_to_file(str(after))
+    optimized = optimize_model(str(before), model_type=FAMILIES.get(name, "gpt2"), num_heads=0, hidden_size=0)
+    optimized.save_model_to_file(str(after))
 
 
 def by_onnxscript(before: Path, after: Path, name: str) -> None:
@@ -83,8 +83,8 @@ def by_onnxscript(before: Path, after: Path, name: str) -> None:
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
     model = ir.load(before)
-    found = optimize_for_ort(model)
-    ir.save(found[0] if isinstance(found, tuple) else found, after)
+    optimized = optimize_for_ort(model)
+    ir.save(optimized[0] if isinstance(optimized, tuple) else optimized, after)
 
 
 TOOLS: dict[str, Callable[[Path, Path, str], None]] = {

@@ -253,8 +253,8 @@ def spread(kind: str, contender: str, arguments: argparse.Namespace) -> Row:
         if place.exists():
             return Row(**json.loads(place.read_text()))
     sizes = SMALL if arguments.small else Sizes()
-    made = Row(kind, contender, arguments.processes, sizes.layers, sizes.width, sizes.length)
-    return Row(**asdict(made) | {"problem": "the processes ended, or were ended, without an answer"})
+    row = Row(kind, contender, arguments.processes, sizes.layers, sizes.width, sizes.length)
+    return Row(**asdict(row) | {"problem": "the processes ended, or were ended, without an answer"})
 
 
 def write(rows: Sequence[Row], about: dict[str, str], place: Path) -> None:
@@ -277,12 +277,12 @@ def read(place: Path) -> tuple[list[dict[str, str]], dict[str, str]]:
 def markdown(rows: Sequence[dict[str, str]], about: dict[str, str], place: Path) -> str:
     """The table of the documentation."""
     first = rows[0]
-    made = ", ".join(f"{name} {value}" for name, value in about.items())
+    versions = ", ".join(f"{name} {value}" for name, value in about.items())
     source = f"../benchmarks/results/{place.name}"
     lines = [
         "# Training on several GPUs, measured",
         "",
-        f"Made by `python benchmarks/parallel.py` from [{place.name}]({source}): {made}.",
+        f"Made by `python benchmarks/parallel.py` from [{place.name}]({source}): {versions}.",
         "",
         f"A step is forward, backward and AdamW of {first['layers']} layers with hand-written attention of",
         f"grouped heads: width {first['width']}, {first['length']} tokens for each process, bfloat16,",

@@ -27,14 +27,14 @@ MODES = {"forward": "inference", "training": "training"}
 def census() -> str:
     """How many sites of `transformers` are fused, from the census and the numbers of the picture."""
     text = (ROOT / "benchmarks/census.md").read_text(encoding="utf-8")
-    found = re.search(
+    match = re.search(
         r"(\d+) families: (\d+) could be judged, .*; (\d+) wrong, (\d+) failed.*?fused (\d+) of (\d+) sites"
         r".*?alone fused (\d+) of \6",
         text,
         re.DOTALL,
     )
-    assert found, "the head of benchmarks/census.md has another form"
-    families, judged, wrong, failed, fused, sites, alone = found.groups()
+    assert match, "the head of benchmarks/census.md has another form"
+    families, judged, wrong, failed, fused, sites, alone = match.groups()
     pictured = json.loads((ROOT / "docs/fusion.json").read_text(encoding="utf-8"))["sites"]
     counts = [sum(row[place] for row in pictured) for place in (1, 2, 3)]
     lines = (

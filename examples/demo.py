@@ -132,17 +132,16 @@ class Row:
     verification: Any
 
     def cells(self) -> list[str]:
-        found, costs = self.verification, self.verification.costs
-        fused = [site for site in found.sites if site.fused]
-        colour = (
-            "green" if found.ok and len(fused) == len(found.sites) else "yellow" if found.ok else "bold red"
-        )
+        verified, costs = self.verification, self.verification.costs
+        fused = [site for site in verified.sites if site.fused]
+        whole = len(fused) == len(verified.sites)
+        colour = "bold red" if not verified.ok else "green" if whole else "yellow"
         return [
             self.title,
-            f"[{colour}]{len(fused)}/{len(found.sites)}[/]",
-            counted(site.kind or "not recognised" for site in found.sites),
-            counted(site.kernel or "stays" for site in found.sites),
-            f"{found.difference:.0e}" + ("" if found.ok else " [bold red]WRONG[/]"),
+            f"[{colour}]{len(fused)}/{len(verified.sites)}[/]",
+            counted(site.kind or "not recognised" for site in verified.sites),
+            counted(site.kernel or "stays" for site in verified.sites),
+            f"{verified.difference:.0e}" + ("" if verified.ok else " [bold red]WRONG[/]"),
             f"{costs['inner'].milliseconds:.0f} → {costs['fused'].milliseconds:.0f} ms",
             f"{megabytes(costs['inner'].peak_bytes)} → {megabytes(costs['fused'].peak_bytes)} MB",
         ]
@@ -159,24 +158,24 @@ def megabytes(count: int | None) -> str:
 
 def table(rows: list[Row], inner: str, setting: str) -> Table:
     """The table for the terminal."""
-    made = Table(title=f"Attention in eager transformers models, {setting}", header_style="bold")
-    made.caption = (
+    grid = Table(title=f"Attention in eager transformers models, {setting}", header_style="bold")
+    grid.caption = (
         f"before → after: {inner} alone → {inner} with fusepass. Error: largest difference from eager,\n"
         "relative to the largest output; each result was also checked against a float64 run of the model."
     )
     kernels = {site.kernel for row in rows for site in row.verification.sites}
     if "flex" in kernels and inner != "inductor":
-        made.caption += (
+        grid.caption += (
             f"\nFlexAttention is one kernel under --inner inductor only; under {inner} it is plain math."
         )
-    made.caption_justify = "left"
+    grid.caption_justify = "left"
     for head in ("model", "fused", "recognised as", "kernel"):
-        made.add_column(head)
+        grid.add_column(head)
     for head in ("error", "time", "peak memory"):
-        made.add_column(head, justify="right", no_wrap=True)
+        grid.add_column(head, justify="right", no_wrap=True)
     for row in rows:
-        made.add_row(*row.cells(), end_section=True)
-    return made
+        grid.add_row(*row.cells(), end_section=True)
+    return grid
 
 
 def check(build_case: Callable[[], Case], chosen: argparse.Namespace) -> Any:

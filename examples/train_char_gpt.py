@@ -138,17 +138,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = Table(title=f"{options.steps} steps, dropout {options.dropout}, kernel {options.kernel}")
     for head in ("run", "loss of the last quarter", "median step"):
         table.add_column(head, justify="left" if head == "run" else "right")
-    found: dict[bool, list[float]] = {False: [], True: []}
+    losses: dict[bool, list[float]] = {False: [], True: []}
     did = ""
     for seed in range(options.seeds):
         for fused in (False, True):
             loss, milliseconds, note = train(data, options, seed, fused)
             did = note or did
-            found[fused].append(loss)
+            losses[fused].append(loss)
             table.add_row(
                 f"{'fused' if fused else 'eager'}, seed {seed}", f"{loss:.3f}", f"{milliseconds:.1f} ms"
             )
-    eager, fusion = (statistics.mean(found[fused]) for fused in (False, True))
+    eager, fusion = (statistics.mean(losses[fused]) for fused in (False, True))
     Console().print(table)
     print(did)
     print(f"mean loss: eager {eager:.3f}, fused {fusion:.3f}, difference {fusion - eager:+.3f}")

@@ -47,11 +47,11 @@ def export_pt2(
     """
     start = time.perf_counter()
     checked = pass_options("export_pt2", options)
-    program, found = _fused(model, args, dict(kwargs or {}), dynamic_shapes, checked, path, "pt2")
+    program, report = _fused(model, args, dict(kwargs or {}), dynamic_shapes, checked, path, "pt2")
     with staged(path) as place:
         torch.export.save(program, str(place))
-    found.seconds = time.perf_counter() - start
-    return found
+    report.seconds = time.perf_counter() - start
+    return report
 
 
 def compile_aoti(
@@ -83,15 +83,15 @@ def compile_aoti(
     """
     start = time.perf_counter()
     checked = pass_options("compile_aoti", options)
-    program, found = _fused(model, args, dict(kwargs or {}), dynamic_shapes, checked, path, "aoti")
+    program, report = _fused(model, args, dict(kwargs or {}), dynamic_shapes, checked, path, "aoti")
     with staged(path) as place, torch.no_grad():
-        made = torch._inductor.aoti_compile_and_package(
+        package = torch._inductor.aoti_compile_and_package(
             program, package_path=str(place), inductor_configs=dict(inductor_configs or {})
         )
-        if os.path.abspath(made) != str(place.absolute()):
+        if os.path.abspath(package) != str(place.absolute()):
             raise ModelError(f"cannot write {str(path)!r}: the name of a package ends in .pt2")
-    found.seconds = time.perf_counter() - start
-    return found
+    report.seconds = time.perf_counter() - start
+    return report
 
 
 def _fused(

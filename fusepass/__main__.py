@@ -178,7 +178,7 @@ def _bench_parser(commands: Any) -> None:
     option("--tokens", type=int, default=16384, help="batch times length (%(default)s)")
     option("--width", type=int, default=2048, help="heads times head size (%(default)s)")
     option("--repeats", type=int, default=20, help="timed runs at most (%(default)s)")
-    option("--workers", type=int, default=0, help="processes that compile (all cores but four)")
+    option("--workers", type=int, default=0, help="processes that compile (all cores except four)")
     option("--limit", type=float, help="seconds after which no measurement begins")
     option("--out", type=Path, default=Path("bench.csv"), help="(%(default)s)")
     option("--read", type=Path, nargs="+", help="measure nothing: read these results")

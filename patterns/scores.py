@@ -23,7 +23,8 @@ from fusepass.expressions.ir import (
 )
 from fusepass.patterns import examples as eg
 from fusepass.rules.engine import Peel, Refuse, Rule, Scope, Term, rule
-from fusepass.specification.attention import (
+from fusepass.specification.atoms import negligible
+from fusepass.specification.score_modifiers import (
     Absolute,
     Bias,
     Cast,
@@ -35,7 +36,6 @@ from fusepass.specification.attention import (
     Scale,
     ScaleBy,
     SoftCap,
-    negligible,
 )
 
 

@@ -11,7 +11,7 @@ from fusepass.expressions.ir import cast as as_dtype
 from fusepass.patterns import examples as eg
 from fusepass.patterns.scores import number
 from fusepass.rules.engine import Peel, Refuse, Rule, Scope, Term, rule
-from fusepass.specification.attention import Dropout, Keep, WeightScale, ZeroEmptyRows
+from fusepass.specification.weight_modifiers import Dropout, Keep, WeightScale, ZeroEmptyRows
 
 _weighty: set[str] = {"softmax", "log_softmax", "exp", "exp2"}
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fusepass.host.libraries import BUILT_IN
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = {  # folder -> the name its modules are imported by
     "fusepass": "fusepass",
@@ -62,6 +64,17 @@ LATE = (
     "torch.distributed",
     "torch.nn.attention",
 )
+IMPORTERS = ("import_module", "resolve_name", "__import__")
+#: Who may import modules by names that are computed, and what of the package they import in this way.
+COMPUTED: dict[str, tuple[str, ...]] = {
+    "fusepass.host.kernel_names": (),  # modules that the user names
+    "fusepass.kernels": tuple(
+        f"fusepass.kernels.{gate.entry.split(':')[0]}" for gate in BUILT_IN if gate.entry
+    ),
+    "fusepass.kernels.gates": (),  # libraries of the table
+    "fusepass.tools.bench.cases": (),  # flash-attn's packages
+    "fusepass.tools.targets": (),  # a model's module, which the command line names
+}
 #: Options are checked where torch is not loaded.
 LATE_TORCH = "fusepass.host.config"
 
@@ -103,15 +116,15 @@ def sources() -> dict[str, str]:
 def imports(source: str, module: str = "", is_package: bool = False) -> Iterator[Import]:
     """Everything that a source imports, wherever the statement stands.
 
-    `importlib.import_module` with a literal name counts too.
+    `importlib.import_module` with a literal name counts too; for others see `computes_names`.
     """
     tree = ast.parse(source)
     package = module if is_package else module.rpartition(".")[0]
-    late = _inside(tree, lambda n: isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+    functions = _inside(tree, lambda n: isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
     types = _inside(tree, lambda n: isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test))
     for node in ast.walk(tree):
         for name in _names(node, package):
-            yield Import(name, getattr(node, "lineno", 0), id(node) in late, id(node) in types)
+            yield Import(name, getattr(node, "lineno", 0), id(node) in functions, id(node) in types)
 
 
 def _inside(tree: ast.AST, which: Callable[[ast.AST], bool]) -> set[int]:
@@ -128,11 +141,28 @@ def _names(node: ast.AST, package: str) -> Iterator[str]:
             base = parts[: len(parts) - level + 1] if level else []
             prefix = ".".join([*base, *([module] if module else [])])
             yield from (f"{prefix}.{alias.name}" for alias in names)
-        case ast.Call(
-            func=ast.Attribute(attr="import_module") | ast.Name(id="import_module" | "__import__"),
-            args=[ast.Constant(value=str(name)), *_],
-        ):
-            yield name
+        case ast.Call(func=function, args=[ast.Constant(value=str(name)), *_]) if _imports(function):
+            yield name.replace(":", ".")
+
+
+def _imports(node: ast.AST) -> bool:
+    """Is this a function that imports what its argument names?"""
+    match node:
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return name in IMPORTERS
+    return False
+
+
+def computes_names(source: str) -> int:
+    """The line on which a source uses such a function without a literal name; 0 if it does not."""
+    tree = ast.parse(source)
+    literal = {
+        id(node.func)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)
+    }
+    used = (node for node in ast.walk(tree) if _imports(node) and id(node) not in literal)
+    return next((getattr(node, "lineno", 0) for node in used), 0)
 
 
 def within(name: str, *modules: str) -> bool:
@@ -161,6 +191,11 @@ def violations(texts: Mapping[str, str]) -> list[str]:
     graph: dict[str, set[str]] = {name: set() for name in texts}
     at_top: dict[str, list[str]] = {}
     statements = {name: list(imports(text, name, name in packages)) for name, text in texts.items()}
+    for module, text in texts.items():
+        if (line := computes_names(text)) and module not in (*FRONT_DOORS, *COMPUTED):
+            found.append(f"{module}:{line} imports a module by a computed name: add it to COMPUTED")
+        named = (name for name in COMPUTED.get(module, ()) if name in texts)
+        statements[module] += [Import(name, line, late=False, for_types=False) for name in named]
     for module, made in statements.items():
         at_top[module] = [each.name for each in made if not each.late]
     for module, made in statements.items():

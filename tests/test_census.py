@@ -15,6 +15,7 @@ from torch import Tensor
 import fusepass
 from benchmarks import census
 from examples import demo
+from fusepass.report import collect
 
 GROUPED = "grouped heads 4:2"
 KINDS: dict[str, list[tuple[str, str]]] = {  # model -> (recognised as, kernel on a CPU) of each site
@@ -96,3 +97,34 @@ def test_a_large_share_is_measured_with_inductor_too(monkeypatch: pytest.MonkeyP
     assert "| 20.0%; 0.4% with Inductor |" in census.markdown([more], "aot_eager")
     assert census.with_inductor_too(more, options) is None
     assert census.with_inductor_too(row | {"compile_s": 10.0}, options) is None
+
+
+def causal_with_documents(q: Tensor, k: Tensor, v: Tensor, document: Tensor, table: Tensor) -> Tensor:
+    n = torch.arange(8)
+    same = (document[:, None] == document) & ((n[:, None] - n) % 3 != 1)
+    return (q @ k.mT + table).masked_fill(~same, -torch.inf).softmax(-1) @ v
+
+
+def test_what_a_call_reads_is_listed_with_its_formula() -> None:
+    given = [torch.randn(2, 4, 8, 16) for _ in range(3)]
+    document, table = torch.arange(8) // 4, torch.randn(8, 8)
+    torch._dynamo.reset()
+    with collect() as seen:
+        compiled: Callable[..., Tensor] = torch.compile(causal_with_documents, backend="fusepass")
+        compiled(*given, document, table)
+    (site,) = seen.sites
+    formulas = {d.name: (d.formula, d.stored) for d in site.dense}
+    assert formulas["bias[ij]"] == ("l_table_[i, j]", True)
+    mask, stored = next(value for name, value in formulas.items() if name.startswith("mask"))
+    assert "l_document_[i]" in mask and "l_document_[j]" in mask and not stored
+    assert census.reads(site) == "stored over pairs"
+
+
+@pytest.mark.parametrize("after", ["", "\n## Sites that stay\n\n- none\n"])
+def test_a_section_is_replaced(after: str) -> None:
+    rows = [{"family": "m", "reads": {"nothing": 2}, "terms": [["mask[ij]", "(i | j)", False, 2]]}]
+    section = census.quality_section(rows)
+    once = census.with_section(f"# Census\n{after}", section)
+    again = census.with_section(once, section)
+    assert again == once and once.count(census.SECTION) == 1 and "(i \\| j)" in once
+    assert after.strip() in once

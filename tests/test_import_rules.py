@@ -80,6 +80,9 @@ MASKS, SDPA = "fusepass.patterns.masks", "fusepass.kernels.sdpa"
         (MASKS, "import torch\nf32 = torch.float32", None),
         (MASKS, "import torch.nn.functional", "torch for its dtypes"),
         (MASKS, "from torch import fx", "torch for its dtypes"),
+        (EMIT, "import pkgutil\npkgutil.resolve_name(name)", "by a computed name"),
+        (EMIT, "import pkgutil\npkgutil.resolve_name('fusepass.kernels.sdpa:SDPA')", "may not use kernels"),
+        ("fusepass.kernels", "import pkgutil\npkgutil.resolve_name(name)", None),
         (ENGINE, "import importlib\nimportlib.import_module('onnx')", "torch for its dtypes"),
         ("fusepass.compilation.site_pass", "from torch import fx", "torch for its dtypes"),
         (MASKS, "from fusepass.kernels import sdpa", "patterns may not use kernels"),
@@ -129,3 +132,13 @@ def test_a_circle_is_found(how: str) -> None:
     circle = "circle: fusepass.rules.a -> fusepass.rules.b -> fusepass.rules.c"
     assert circle in violations(texts)
     assert not [f for f in violations({**texts, "fusepass.rules.c": "import math"}) if "circle" in f]
+
+
+def test_a_circle_through_the_table_of_libraries_is_found() -> None:
+    """The modules that its rows name count as imported by the file that loads them."""
+    texts = {
+        "fusepass": "",
+        "fusepass.kernels": "from pkgutil import resolve_name\nresolve_name(entry)",
+        "fusepass.kernels.flash": "from fusepass.kernels import named",
+    }
+    assert "circle: fusepass.kernels -> fusepass.kernels.flash" in violations(texts)

@@ -104,14 +104,14 @@ def _sunk(site: Site, build: OnnxBuilder, x: Operands, extra: Added) -> tuple[Op
 
 
 def _attributes(spec: Attention, factor: float, causal: bool, dtype: torch.dtype) -> dict[str, Any]:
-    found: dict[str, Any] = {"scale": factor}
+    attributes: dict[str, Any] = {"scale": factor}
     if causal:
-        found["is_causal"] = 1
+        attributes["is_causal"] = 1
     if cap := softcap_of(spec):
-        found["softcap"] = cap
+        attributes["softcap"] = cap
     if spec.softmax_dtype is not dtype and spec.softmax_dtype.itemsize > dtype.itemsize:
-        found["softmax_precision"] = int(ONNX_DTYPES[spec.softmax_dtype])
-    return found
+        attributes["softmax_precision"] = int(ONNX_DTYPES[spec.softmax_dtype])
+    return attributes
 
 
 def _call(

@@ -55,12 +55,12 @@ class Written:
 
     def name(self, stem: str) -> str:
         """A name that is new in the model."""
-        found, count = stem, 1
-        while found in self.names:
+        name, count = stem, 1
+        while name in self.names:
             count += 1
-            found = f"{stem}_{count}"
-        self.names.add(found)
-        return found
+            name = f"{stem}_{count}"
+        self.names.add(name)
+        return name
 
 
 class OnnxBuilder(Layouts[ir.Value]):
@@ -76,7 +76,7 @@ class OnnxBuilder(Layouts[ir.Value]):
         self.written, self.anchor, self.space = written, anchor, space
         self.reader = written.reader
         self.graph = self.reader.graph
-        self.made: list[ir.Node] = []
+        self.new_nodes: list[ir.Node] = []
         self.presents: list[tuple[ir.Value, ir.Value]] = []
         self._constants: list[ir.Value] = []
         self._numbers: list[Any] = []
@@ -105,7 +105,7 @@ class OnnxBuilder(Layouts[ir.Value]):
             self.written.types[value] = (shape, dtype)
         self.graph.insert_before(self.anchor, node)
         self.written.placed[node] = self.reader.order[self.anchor]
-        self.made.append(node)
+        self.new_nodes.append(node)
         return list(node.outputs)
 
     def call(
@@ -132,26 +132,27 @@ class OnnxBuilder(Layouts[ir.Value]):
         key = ("constant", dtype, array.shape, tuple(map(repr, array.flatten().tolist())))
         known = self.written.numbered.get(key)
         if known is None or not self._usable(known):
-            made = ir.Value(name=self.written.name("fusepass/constant"))
+            constant = ir.Value(name=self.written.name("fusepass/constant"))
             kind = ONNX_DTYPES[dtype]
-            made.const_value = ir.tensor(torch.tensor(value, dtype=dtype).numpy(), kind, name=made.name)
-            made.shape, made.type = ir.Shape(array.shape), ir.TensorType(kind)
-            self.graph.register_initializer(made)
-            self.written.types[made] = (tuple(array.shape), dtype)
-            known = self.written.numbered[key] = made
+            number = torch.tensor(value, dtype=dtype).numpy()
+            constant.const_value = ir.tensor(number, kind, name=constant.name)
+            constant.shape, constant.type = ir.Shape(array.shape), ir.TensorType(kind)
+            self.graph.register_initializer(constant)
+            self.written.types[constant] = (tuple(array.shape), dtype)
+            known = self.written.numbered[key] = constant
             self._numbers.append(key)
-            self._constants.append(made)
+            self._constants.append(constant)
         return known
 
     def discard(self) -> None:
         """Remove everything that was written for this site."""
         for key in self._numbers:
             self.written.numbered.pop(key, None)
-        for node in reversed(self.made):
+        for node in reversed(self.new_nodes):
             self.graph.remove(node, safe=True)
         for value in self._constants:
             self.graph.initializers.pop(value.name or "")
-        self.made, self.presents, self._constants, self._numbers, self._exprs = [], [], [], [], {}
+        self.new_nodes, self.presents, self._constants, self._numbers, self._exprs = [], [], [], [], {}
 
     def shape_of(self, value: ir.Value) -> Shape:
         """A value's shape, as integers and named sizes."""
@@ -219,9 +220,9 @@ class OnnxBuilder(Layouts[ir.Value]):
         if source is not None and (value := self._current(source[0])) is not None:
             return value, source[1]
         for value, meaning in self.reader.meaning.items():
-            found = None if meaning is None or size not in meaning.shape else self._current(value)
-            if meaning is not None and found is not None:
-                return found, meaning.shape.index(size)
+            current = None if meaning is None or size not in meaning.shape else self._current(value)
+            if meaning is not None and current is not None:
+                return current, meaning.shape.index(size)
         raise CannotEmit(f"no tensor in front of the site has the size {size}")
 
     # -- tensors -----------------------------------------------------------------------------

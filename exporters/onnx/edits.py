@@ -9,12 +9,12 @@ import onnx_ir as ir
 
 def all_names(graph: ir.Graph) -> set[str | None]:
     """The names of a graph's nodes and values, and of those in its inner graphs."""
-    found: set[str | None] = {v.name for v in graph.inputs} | set(graph.initializers)
+    names: set[str | None] = {v.name for v in graph.inputs} | set(graph.initializers)
     for node in graph:
-        found |= {node.name, *(v.name for v in node.outputs)}
+        names |= {node.name, *(v.name for v in node.outputs)}
         for inner in inner_graphs(node):
-            found |= all_names(inner)
-    return found
+            names |= all_names(inner)
+    return names
 
 
 def inner_graphs(node: ir.Node) -> Iterator[ir.Graph]:
@@ -28,15 +28,15 @@ def inner_graphs(node: ir.Node) -> Iterator[ir.Graph]:
 
 def live(graph: ir.Graph) -> set[ir.Node]:
     """The nodes that an output depends on."""
-    found: set[ir.Node] = set()
+    nodes: set[ir.Node] = set()
     for node in reversed(list(graph)):
         used = any(
-            v.is_graph_output() or any(u in found or u.graph is not graph for u in v.consumers())
+            v.is_graph_output() or any(u in nodes or u.graph is not graph for u in v.consumers())
             for v in node.outputs
         )
         if used:
-            found.add(node)
-    return found
+            nodes.add(node)
+    return nodes
 
 
 def erase_dead(graph: ir.Graph, start: ir.Node) -> None:

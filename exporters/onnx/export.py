@@ -84,7 +84,7 @@ def export_onnx(
         raise_opset(exported, aim.opset)
         report = fuse(exported, aim)
         pin_ir_version(exported)
-        found = ExportReport(
+        result = ExportReport(
             str(path),
             target,
             report,
@@ -99,17 +99,17 @@ def export_onnx(
         check_model(place)
         if verify:
             say("running the file and comparing with PyTorch")
-            found.checks, found.notes = _verified(model, args, dict(kwargs or {}), exported, place)
-            if not all(c.ok for c in found.checks):
+            result.checks, result.notes = _verified(model, args, dict(kwargs or {}), exported, place)
+            if not all(c.ok for c in result.checks):
                 _refuse_random(model)
                 say("exporting without fusion, to see whether that differs as much")
                 plain = _exported(model, args, dict(kwargs or {}), dynamic_shapes, input_names, output_names)
-                found.checks = _excused(found.checks, _unfused(model, args, dict(kwargs or {}), plain))
-                if not all(c.ok for c in found.checks):
-                    raise onnx_verify.disagreement(found.checks)
-                found.notes.append("as far from PyTorch as the file without fusion")
-    found.seconds = time.perf_counter() - start
-    return found
+                result.checks = _excused(result.checks, _unfused(model, args, dict(kwargs or {}), plain))
+                if not all(c.ok for c in result.checks):
+                    raise onnx_verify.disagreement(result.checks)
+                result.notes.append("as far from PyTorch as the file without fusion")
+    result.seconds = time.perf_counter() - start
+    return result
 
 
 def _nothing(_: str) -> None:

@@ -131,19 +131,19 @@ def emit(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
 def _attributes(
     spec: Attention, factor: float, merged: int, reach: int | str | None, turned: Turned | None
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "num_heads": merged * spec.heads,
         "kv_num_heads": merged * spec.kv_heads,
         "scale": factor,
     }
     if isinstance(reach, int):
-        found["local_window_size"] = reach
+        attributes["local_window_size"] = reach
     if cap := softcap_of(spec):
-        found["softcap"] = cap
+        attributes["softcap"] = cap
     if turned is not None:
-        found["do_rotary"] = 1
-        found["rotary_interleaved"] = int(turned.neighbours)
-    return found
+        attributes["do_rotary"] = 1
+        attributes["rotary_interleaved"] = int(turned.neighbours)
+    return attributes
 
 
 def _operands(

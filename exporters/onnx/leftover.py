@@ -23,18 +23,18 @@ _KNOWN_DOMAINS = ("", "ai.onnx.ml", "com.microsoft")
 
 def _reached(start: ir.Node, near: Callable[[ir.Node], list[ir.Node | None]]) -> list[ir.Node]:
     """The nodes reached from a node in one direction, up to and including the first products."""
-    found: dict[ir.Node, None] = {}
+    reached: dict[ir.Node, None] = {}
     todo = [start]
-    while todo and len(found) < 100:
+    while todo and len(reached) < 100:
         for node in near(todo.pop()):
-            if node is None or node in found:
+            if node is None or node in reached:
                 continue
-            between = node.op_type in _BETWEEN or node.domain not in _KNOWN_DOMAINS
-            if between or node.op_type in _PRODUCTS:
-                found[node] = None
-            if between:
+            passed = node.op_type in _BETWEEN or node.domain not in _KNOWN_DOMAINS
+            if passed or node.op_type in _PRODUCTS:
+                reached[node] = None
+            if passed:
                 todo.append(node)
-    return list(found)
+    return list(reached)
 
 
 def _multiplies(node: ir.Node) -> bool:

@@ -38,7 +38,7 @@ _MILD = -65024.0
 
 
 class Refused(Exception):
-    """Found out while writing nodes: this operator cannot serve the site."""
+    """Raised while nodes are written: this operator cannot serve the site."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def alike(build: OnnxBuilder, x: Operands) -> Operands:
 
 
 def times(a: Size, b: Size) -> Size:
-    """A product of sizes."""
+    """The product of sizes."""
     return a * b
 
 
@@ -160,7 +160,7 @@ def packed(build: OnnxBuilder, value: ir.Value, merged: bool = False) -> ir.Valu
 
 
 def repeated(site: Site, build: OnnxBuilder, x: Operands) -> Operands:
-    """Key/value heads copied once a query head, for operators that do not group."""
+    """Key/value heads copied for each query head, for operators without grouped heads."""
     spec = site.spec
     group = build.sizes(site.roles.group)
     copies = []
@@ -173,7 +173,7 @@ def repeated(site: Site, build: OnnxBuilder, x: Operands) -> Operands:
 
 
 def scaled(site: Site, build: OnnxBuilder, x: Operands, packed: bool = False) -> tuple[float, Operands]:
-    """The constant scale; what an operator's scale cannot say is multiplied into the queries.
+    """The constant scale; factors that the operator's scale cannot express are multiplied into the queries.
 
     Raises:
         Refused: a factor is a tensor over the heads, and the heads are packed.
@@ -269,8 +269,8 @@ def added_mask(
         build: where to write.
         dtype: of the queries; a floating mask has it.
         boolean: may the mask be boolean?
-        mild: with fills just above those that runtimes take for "hidden"?  Their kernels look through every
-            row for a key that is not hidden, one after another.
+        mild: use fills just above those that runtimes take for "hidden"?  For these, their kernels search
+            every row, key by key, for one that is not hidden.
     """
     spec = site.spec
     extra = spec.added
@@ -303,7 +303,7 @@ def added_mask(
 
 
 def _above(site: Site, build: OnnxBuilder, mod: Bias, dtype: torch.dtype) -> bool:
-    """Is a bias known never to be so low that it hides a key?"""
+    """Is it known that a bias is never low enough to hide a key?"""
     bound = lower_bound(site.operands[mod.slot].expr, build.reader)
     return mod.factor > 0 and bound * mod.factor > _faint(dtype)
 
@@ -314,14 +314,14 @@ def _faint(dtype: torch.dtype) -> float:
 
 
 def _is_sum(mod: Bias | Mask) -> bool:
-    """Is it already a floating tensor, which is added as it is?"""
+    """Is it a floating tensor already, which can be added unchanged?"""
     return isinstance(mod, Bias) or mod.additive
 
 
 def _total(
     site: Site, build: OnnxBuilder, extra: Sequence[Bias | Mask], dtype: torch.dtype, lowest: float
 ) -> ir.Value:
-    """What the modifiers make of a score of zero, with fills no lower than ``lowest``."""
+    """A score of zero after all modifiers, with fills no lower than ``lowest``."""
     lowest = max(lowest, torch.finfo(dtype).min) if lowest > -math.inf else lowest
     total: ir.Value | None = None
     for mod in extra:
@@ -353,7 +353,7 @@ def _joint(build: OnnxBuilder, a: ir.Value, b: ir.Value) -> Shape:
 
 
 def _muted(site: Site, build: OnnxBuilder, extra: Sequence[Bias | Mask], dtype: torch.dtype) -> Added:
-    """Runtimes do not agree on rows of nothing but fills, and half precision has no fill that absorbs scores:
+    """Runtimes do not agree on rows that hold only fills, and half precision has no fill that absorbs scores:
     rows that see no key get zero queries, and their highest level becomes zero, so that their weights are
     uniform over it.
     """
@@ -390,13 +390,13 @@ def _any_key(build: OnnxBuilder, visible: ir.Value) -> ir.Value:
 
 
 def full_mask(site: Site, build: OnnxBuilder, mask: ir.Value) -> ir.Value:
-    """The mask with all queries and keys: runtimes broadcast neither."""
+    """The mask expanded over all queries and keys: runtimes broadcast neither."""
     spec, shape = site.spec, build.shape_of(mask)
     return build.expand(mask, (*shape[:2], spec.queries, spec.keys))
 
 
 def mend_rows(site: Site, build: OnnxBuilder, out: ir.Value, extra: Added) -> ir.Value:
-    """What the model gives for rows that see no key, where the operator gives something else."""
+    """The model's result for rows that see no key, where the operator's is another."""
     if extra.seen is None or extra.mute:
         return out
     dtype = build.dtype_of(out)

@@ -1,4 +1,4 @@
-"""What a target is, in capabilities, and what an operator is: the question it answers, and its writing."""
+"""What a target is: its capabilities. What an operator is: what it takes, and how it is written."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fusepass.specification.takes import Takes
 class Target:
     """A runtime that models are written for: one row of the table in :mod:`.targets`.
 
-    The defaults are those of a runtime that reads all that the operators specify.
+    By default it reads everything that the operators specify.
 
     Attributes:
         name: what ``target=`` calls it.
         reader: who reads its files, as reasons say it.
         operators: what it is offered, in order of preference.
         opset: the version of ``ai.onnx`` that the model imports; in the table, the one that models get.
-        lacks: the kinds of modifiers that it does not read, whatever operator computes them.
+        lacks: the kinds of modifiers that it does not read in any operator.
         caches: does it read the past keys and values of Attention, and write the present ones?
         lengths: does it read the lengths of the keys, ``nonpad_kv_seqlen``?
         causal_with_mask: does it read ``is_causal`` beside a mask?
@@ -55,13 +55,13 @@ class Target:
         return self.lengths and self.opset >= 24
 
     def refuse(self, spec: Attention) -> str | None:
-        """None, or which modifier it does not read."""
+        """A reason that names the first modifier it does not read; None if it reads them all."""
         missing = (m for m in spec.modifiers if isinstance(m, self.lacks))
         return next((f"{self.reader} reads no {type(m).__name__.lower()}" for m in missing), None)
 
 
 def nothing_more(spec: Attention, target: Target) -> str | None:
-    """What an operator refuses that takes all it declares."""
+    """The default of ``Operator.more``: the operator takes everything that it declares."""
     return None
 
 
@@ -74,7 +74,7 @@ class Operator:
         takes: the specifications that it computes; all others are refused.
         emit: writes the nodes and returns the result in the layout of the one it replaces, or raises
             :class:`fusepass.exporters.onnx.operands.Refused`.
-        more: the reason for which it refuses one that it takes.
+        more: further reasons to refuse a specification that it takes.
         since: the version of ``ai.onnx`` that brought it; 0 for an operator of another domain.
     """
 
@@ -85,7 +85,7 @@ class Operator:
     since: int = 0
 
     def refuse(self, spec: Attention, target: Target) -> str | None:
-        """None, or why it does not compute ``spec``, from the specification alone."""
+        """Why it does not compute ``spec``, judged by the specification alone; None if it does."""
         if spec.dropout:
             return "the weights are dropped out: export the model in eval mode"
         return next(filter(None, self._reasons(spec, target)), None)

@@ -81,7 +81,7 @@ def optimize_onnx(
     model, notes = _raised(model, path_in, aim, have, opset)
     report = fuse(model, replace(aim, opset=check_opset(model)))
     pin_ir_version(model)
-    found = ExportReport(
+    result = ExportReport(
         str(path_out),
         target,
         report,
@@ -99,12 +99,12 @@ def optimize_onnx(
             raise
         if verify:
             say("running both models and comparing them")
-            found.checks, remarks = _compared(path_in, place, model, inputs)
-            found.notes += remarks
-            if not all(c.ok for c in found.checks):
-                raise onnx_verify.disagreement(found.checks)
-    found.seconds = time.perf_counter() - start
-    return found
+            result.checks, remarks = _compared(path_in, place, model, inputs)
+            result.notes += remarks
+            if not all(c.ok for c in result.checks):
+                raise onnx_verify.disagreement(result.checks)
+    result.seconds = time.perf_counter() - start
+    return result
 
 
 def _raised(

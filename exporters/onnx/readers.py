@@ -39,8 +39,8 @@ class Readers:
         meaning, products = self.reader.meaning[anchor.outputs[0]], list(site.products)
         if meaning is not None and not all(p in self.reader.home for p in products):
             products = products_behind(meaning)  # keys in several tensors
-        found = (self._of_product(site, product, anchor, shared) for product in products)
-        return next(filter(None, found), None)
+        outsiders = (self._of_product(site, product, anchor, shared) for product in products)
+        return next(filter(None, outsiders), None)
 
     def _of_product(
         self, site: Site, product: Expr, anchor: ir.Node, shared: Shared[ir.Node]
@@ -70,7 +70,7 @@ class Readers:
     def products_of(self, anchor: ir.Node) -> set[ir.Node]:
         """The products, and their sums, that an anchor normalises or sums, if it is not a product itself."""
         start = self.reader.meaning[anchor.outputs[0]]
-        found: set[ir.Node] = set()
+        products: set[ir.Node] = set()
         todo = [] if start is None or start.op == "dot" else [anchor]
         summed = start is not None and start.op == "add"
         while todo:
@@ -81,7 +81,7 @@ class Readers:
                     continue
                 adds = summed and inner.op == "add"
                 if inner.op == "dot" or adds:
-                    found.add(producer)
+                    products.add(producer)
                 if adds or (inner.op != "dot" and producer.op_type == "Cast"):
                     todo.append(producer)
-        return found
+        return products

@@ -1,4 +1,4 @@
-"""The pass over ONNX graphs: what :class:`.site_pass.SitePass` asks of one, and its inner graphs.
+"""The pass over ONNX graphs, inner graphs included: the answers to what :class:`.site_pass.SitePass` asks.
 
 The graph outside a fused site is not touched.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from fusepass.compilation.site_pass import Made, Rejected, Shared, SiteGraph, SitePass, Summands
+from fusepass.compilation.site_pass import Rejected, Replacement, Shared, SiteGraph, SitePass, Summands
 from fusepass.dialects.onnx.graph import OnnxReader
 from fusepass.exporters.onnx import rotary as onnx_rotary
 from fusepass.exporters.onnx.builder import OnnxBuilder, Written
@@ -41,7 +41,7 @@ def fuse_model(
     Args:
         model: the model; its nodes are in topological order.
         target: the runtime to write for.
-        shapes: what shape inference found out, by the name of the value.
+        shapes: the shapes that inference found, by the name of the value.
     """
     start = time.perf_counter()
     report = GraphReport(nodes=0)
@@ -54,7 +54,7 @@ def fuse_model(
 
 @dataclass(frozen=True)
 class _Setting:
-    """What all graphs of a model share; ``names`` are those that are taken."""
+    """What all graphs of a model share; ``names`` are in use already."""
 
     opsets: dict[str, int]
     target: Target
@@ -76,7 +76,7 @@ def _fuse_graph(
             _fuse_graph(inner, setting, reader, node)
 
 
-_Made = Made[ir.Value, OnnxBuilder]
+_Replacement = Replacement[ir.Value, OnnxBuilder]
 
 
 class _OnnxGraph(SiteGraph[ir.Node, ir.Value, OnnxBuilder]):
@@ -112,11 +112,11 @@ class _OnnxGraph(SiteGraph[ir.Node, ir.Value, OnnxBuilder]):
         if meaning is None or (product or meaning).op != "dot" or node.graph is not self.graph:
             return None
         facts = self.reader.facts_of(meaning)
-        found = recognise_sum(product or meaning, facts, contents=self.reader.contents)
-        behind = softmaxes_behind(meaning) if isinstance(found, Miss) else set()
+        parts = recognise_sum(product or meaning, facts, contents=self.reader.contents)
+        behind = softmaxes_behind(meaning) if isinstance(parts, Miss) else set()
         if behind and all(e.op == "exp" and not of_activations(e.args[0]) for e in behind):
             return None  # an activation function that is made of an exponential
-        return found
+        return parts
 
     def inner(self, node: ir.Node) -> set[str]:
         return {p.outputs[0].name for p in self.readers.products_of(node)}
@@ -133,29 +133,31 @@ class _OnnxGraph(SiteGraph[ir.Node, ir.Value, OnnxBuilder]):
     def serves(self, node: ir.Node, site: Site) -> bool:
         return any(o.refuse(site.spec, self.target) is None for o in self.target.operators)
 
-    def write(self, node: ir.Node, site: Site, rejected: Rejected) -> _Made | None:
+    def write(self, node: ir.Node, site: Site, rejected: Rejected) -> _Replacement | None:
         for operator in self.target.operators:
             reason = operator.refuse(site.spec, self.target)
             if reason is None:
                 build = OnnxBuilder(self.written, node, site.space)
                 try:
-                    return Made(operator.emit(site, build, self.target), build, operator.name)
+                    return Replacement(operator.emit(site, build, self.target), build, operator.name)
                 except (Refused, CannotEmit) as refusal:
                     build.discard()
                     reason = str(refusal)
             rejected.append((operator.name, reason))
         return None
 
-    def place(self, node: ir.Node, sites: Sequence[Site], made: Sequence[_Made], out: ir.Value) -> None:
+    def place(
+        self, node: ir.Node, sites: Sequence[Site], written: Sequence[_Replacement], out: ir.Value
+    ) -> None:
         self._replace(node, out)
-        for one in made:
+        for one in written:
             for old, new in one.build.presents:
                 self._take_present(node, old, new)
-            for inserted in one.build.made:
+            for inserted in one.build.new_nodes:
                 if inserted.domain:
                     self.opsets.setdefault(inserted.domain, 1)
 
-    def again(self, node: ir.Node, meaning: Expr) -> None:
+    def reuse(self, node: ir.Node, meaning: Expr) -> None:
         self._replace(node, self.written.replaced[self.reader.home[meaning]])
 
     def left_over(self, settled: set[Expr]) -> Iterator[tuple[ir.Node, str]]:
@@ -167,15 +169,15 @@ class _OnnxGraph(SiteGraph[ir.Node, ir.Value, OnnxBuilder]):
         """Rotary embeddings become one operator each, where the operator set has it."""
         for node in list(self.reader.order):
             meaning = self.reader.meaning.get(node.outputs[0]) if node in self.live else None
-            found = None if meaning is None else onnx_rotary.rotated(meaning)
-            if meaning is None or found is None or self.reader.home[meaning] is not node.outputs[0]:
+            rotation = None if meaning is None else onnx_rotary.rotated(meaning)
+            if meaning is None or rotation is None or self.reader.home[meaning] is not node.outputs[0]:
                 continue
             build = OnnxBuilder(self.written, node, AxisSpace(self.reader.facts))
-            if not onnx_rotary.tabled(build, found):
+            if not onnx_rotary.tabled(build, rotation):
                 continue
-            self.written.rotations[meaning] = found
+            self.written.rotations[meaning] = rotation
             try:
-                out = onnx_rotary.write(build, found) if self.target.opset >= 23 else None
+                out = onnx_rotary.write(build, rotation) if self.target.opset >= 23 else None
             except CannotEmit:
                 out = None
             if out is None:
@@ -197,18 +199,18 @@ class _OnnxGraph(SiteGraph[ir.Node, ir.Value, OnnxBuilder]):
         erase_dead(self.graph, node)
 
     def _copied(self, node: ir.Node, out: ir.Value) -> ir.Value:
-        made = ir.node("Identity", [out])
-        made.outputs[0].type, made.outputs[0].shape = out.type, out.shape
-        made.outputs[0].name = self.written.name("fusepass/copy")
-        self.graph.insert_before(node, made)
-        return made.outputs[0]
+        copy = ir.node("Identity", [out])
+        copy.outputs[0].type, copy.outputs[0].shape = out.type, out.shape
+        copy.outputs[0].name = self.written.name("fusepass/copy")
+        self.graph.insert_before(node, copy)
+        return copy.outputs[0]
 
     def _take_present(self, node: ir.Node, old: ir.Value, new: ir.Value) -> None:
-        """The present state of a cache stands for the joined tensor, where everything reads it later."""
+        """Let a cache's present state stand for the joined tensor, if all that read it come later."""
         producer = old.producer()
         after = self.reader.order[node]
-        late = all(self.reader.order.get(u, after + 1) > after for u in old.consumers())
-        if producer is None or not late:
+        read_later = all(self.reader.order.get(u, after + 1) > after for u in old.consumers())
+        if producer is None or not read_later:
             return
         name = old.name
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
@@ -223,7 +225,7 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<functio
 
 
 def source_of(node: ir.Node) -> str | None:
-    """Where the model says it, from what PyTorch's exporter noted, or the node's name."""
+    """The line of the model, which PyTorch's exporter noted; otherwise the node's name."""
     frames = list(_FRAME.finditer(node.metadata_props.get("pkg.torch.onnx.stack_trace", "")))
     if frames:
         last = frames[-1]

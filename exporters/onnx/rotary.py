@@ -190,10 +190,10 @@ def _same_elements(node: Expr, x: Expr) -> bool:
     return node is x
 
 
-def heads_dim(found: Rotation) -> int | None:
+def heads_dim(rotation: Rotation) -> int | None:
     """The dimension of ``x``, 1 or 2, that the tables do not vary over; the other one holds positions."""
-    x, wide = found.x, [_wide(t) for t in (found.cos, found.sin)]
-    if any(s[3] != found.width or s[0] not in (1, x.shape[0]) for s in wide):
+    x, wide = rotation.x, [_wide(t) for t in (rotation.cos, rotation.sin)]
+    if any(s[3] != rotation.width or s[0] not in (1, x.shape[0]) for s in wide):
         return None
     return next((d for d in (1, 2) if all(s[d] == 1 and s[3 - d] == x.shape[3 - d] for s in wide)), None)
 
@@ -202,37 +202,36 @@ def _wide(table: Expr) -> Shape:
     return (1,) * (4 - table.rank) + table.shape
 
 
-def tabled(build: OnnxBuilder, found: Rotation) -> bool:
+def tabled(build: OnnxBuilder, rotation: Rotation) -> bool:
     """Are the tables known to have the operators' form: every number twice, in the dtype of ``x``?"""
-    tables = (found.cos, found.sin)
-    if any(t.rank > 4 or t.dtype is not found.x.dtype for t in tables) or heads_dim(found) is None:
+    tables = (rotation.cos, rotation.sin)
+    if any(t.rank > 4 or t.dtype is not rotation.x.dtype for t in tables) or heads_dim(rotation) is None:
         return False
-    return found.halved or all(_repeats(build, t, found.neighbours) for t in tables)
+    return rotation.halved or all(_repeats(build, t, rotation.neighbours) for t in tables)
 
 
-def half_table(build: OnnxBuilder, table: Expr, found: Rotation) -> ir.Value:
+def half_table(build: OnnxBuilder, table: Expr, rotation: Rotation) -> ir.Value:
     """A table with every number once, ``[B | 1, S, D / 2]``."""
-    shape, width = _wide(table), found.width
-    heads = heads_dim(found)
+    shape, width = _wide(table), rotation.width
+    heads = heads_dim(rotation)
     assert heads is not None
     value = build.reshape(build.as_tensor(table), shape)
-    if not found.halved:
-        step, width = (2, width) if found.neighbours else (1, width // 2)
+    if not rotation.halved:
+        step, width = (2, width) if rotation.neighbours else (1, width // 2)
         value = build.cut(value, 3, 0, width, step)
         width = width // step
-    return build.reshape(value, (shape[0], found.x.shape[3 - heads], width))
+    return build.reshape(value, (shape[0], rotation.x.shape[3 - heads], width))
 
 
-def write(build: OnnxBuilder, found: Rotation) -> ir.Value | None:
+def write(build: OnnxBuilder, rotation: Rotation) -> ir.Value | None:
     """Write the operator in place of the embedding; None if no layout of ``x`` is suitable."""
-    x, heads = found.x, heads_dim(found)
+    x, heads = rotation.x, heads_dim(rotation)
     assert heads is not None
     batch, length, width = x.shape[0], x.shape[3 - heads], x.shape[3]
     assert isinstance(width, int)
-    caches = [
-        build.expand(half_table(build, t, found), (batch, length, width // 2)) for t in (found.cos, found.sin)
-    ]
-    attributes = {"interleaved": 1} if found.neighbours else {}
+    tables = [half_table(build, table, rotation) for table in (rotation.cos, rotation.sin)]
+    caches = [build.expand(table, (batch, length, width // 2)) for table in tables]
+    attributes = {"interleaved": 1} if rotation.neighbours else {}
     value, shape = build.as_tensor(x), x.shape
     if heads == 2:  # the operator needs heads before positions, or packed heads
         if not isinstance(x.shape[2], int):

@@ -59,9 +59,9 @@ def checked_target(name: str, opset: int | None) -> Target:
 
 def fused_operators(model: ir.Model) -> dict[str, int]:
     """How many fused operators a model has, by name."""
-    found = Counter(
+    counts = Counter(
         n.op_type if n.domain == "" else f"{n.domain}.{n.op_type}"
         for n in model.graph.all_nodes()
         if n.op_type in FUSED
     )
-    return dict(found.most_common())
+    return dict(counts.most_common())

@@ -42,7 +42,7 @@ class Turned:
     def tables(self, build: OnnxBuilder, spec: Attention, cache: Cache | None) -> list[ir.Value]:
         """Cosines and sines, ``[K, D / 2]``."""
         assert isinstance(spec.head_dim, int)
-        found = []
+        tables = []
         for table in (self.rotation.cos, self.rotation.sin):
             rows = half_table(build, table, self.rotation)
             rows = build.reshape(rows, (spec.queries, spec.head_dim // 2))
@@ -50,8 +50,8 @@ class Turned:
                 zero = build.constant([[0.0]], build.dtype_of(rows))
                 unread = build.expand(zero, (cache.length, spec.head_dim // 2))
                 rows = build.join([unread, rows], 0)
-            found.append(rows)
-        return found
+            tables.append(rows)
+        return tables
 
 
 def find_turned(site: Site, build: OnnxBuilder, cache: Cache | None) -> Turned | None:
@@ -65,9 +65,9 @@ def find_turned(site: Site, build: OnnxBuilder, cache: Cache | None) -> Turned |
     if cache is None:
         keys = _turned(site, build, site.keys, [r.key, r.head_dim])
     else:
-        found = build.written.rotations.get(cache.new[0])
-        whole = found is not None and heads_dim(found) == 1
-        keys = (Term(found.x, ()), found) if found is not None and whole else None
+        known = build.written.rotations.get(cache.new[0])
+        whole = known is not None and heads_dim(known) == 1
+        keys = (Term(known.x, ()), known) if known is not None and whole else None
     if keys is None or any(_read_elsewhere(build, rotation) for _, rotation in (query, keys)):
         return None
     rotation, other = query[1], keys[1]
@@ -97,10 +97,10 @@ def _turned(
 
 def _chain(site: Site, term: Term) -> list[Term]:
     """A term and all terms below its views."""
-    found = [term]
-    while (below := site.scope.step(found[-1])) is not None:
-        found.append(below)
-    return found
+    chain = [term]
+    while (below := site.scope.step(chain[-1])) is not None:
+        chain.append(below)
+    return chain
 
 
 def _read_elsewhere(build: OnnxBuilder, rotation: Rotation) -> bool:

@@ -163,11 +163,11 @@ def disagreement(checks: Sequence[Check]) -> Disagreement:
 
 def symbols(model: ir.Model) -> list[sympy.Symbol]:
     """The named sizes of a model's inputs."""
-    found: dict[sympy.Symbol, None] = {}
+    names: dict[sympy.Symbol, None] = {}
     for value in model.graph.inputs:
         for size in _dims(value):
-            found.update(dict.fromkeys(sorted(getattr(size, "free_symbols", ()), key=str)))
-    return list(found)
+            names.update(dict.fromkeys(sorted(getattr(size, "free_symbols", ()), key=str)))
+    return list(names)
 
 
 def _dims(value: ir.Value) -> list[Size]:
@@ -204,13 +204,13 @@ def size_choices(model: ir.Model) -> Iterator[dict[sympy.Symbol, int]]:
 
 def _small_numbers(model: ir.Model) -> list[int]:
     """The integers of the model's shapes and indices, small ones first."""
-    found: set[int] = set()
+    numbers: set[int] = set()
     for node in model.graph:
         for value in node.inputs:
             known = None if value is None else ir.convenience.get_const_tensor(value)
             if known is not None and known.dtype is ir.DataType.INT64 and known.size <= 8:
-                found |= {int(n) for n in known.numpy().flatten() if 2 <= n <= 4096}
-    return sorted(found)[:12]
+                numbers |= {int(n) for n in known.numpy().flatten() if 2 <= n <= 4096}
+    return sorted(numbers)[:12]
 
 
 def random_feeds(model: ir.Model, sizes: Mapping[sympy.Symbol, int], seed: int) -> Arrays:

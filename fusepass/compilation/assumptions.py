@@ -27,7 +27,7 @@ def static_inputs(
     Dynamo marks the tensors that a module holds, so that CUDA graphs need not copy them.  That mark is read
     here, unless ``among`` says which tensors count.
     """
-    found = {}
+    static = {}
     placeholders = gm.graph.find_nodes(op="placeholder")
     for node, value in zip(placeholders, example_inputs, strict=False):
         if type(value) is not Tensor or value.requires_grad or value.layout is not torch.strided:
@@ -36,8 +36,8 @@ def static_inputs(
             continue  # there is no version to guard
         held = getattr(value, "_dynamo_static_input_type", None) is not None
         if (held if among is None else value in among) and not _changes(value, place_of(node)):
-            found[node.name] = value
-    return found
+            static[node.name] = value
+    return static
 
 
 # -- what was learned ------------------------------------------------------------------------
@@ -96,18 +96,18 @@ class Original:
             module.recompile()
 
     def module(self) -> fx.GraphModule:
-        """The original as a separate module, whose nodes keep nothing but their source lines."""
+        """The original as a separate module, whose nodes keep only their source lines."""
         root: fx.GraphModule | None = None
         for name, module, graph in self._saved:
             bare = copy.deepcopy(graph)
             for node in bare.nodes:
                 node.meta = {k: v for k, v in node.meta.items() if k == "stack_trace"}
-            made = fx.GraphModule(module, bare)
+            part = fx.GraphModule(module, bare)
             if root is None:
-                root = made
+                root = part
             else:
                 parent, _, last = name.rpartition(".")
-                setattr(root.get_submodule(parent), last, made)
+                setattr(root.get_submodule(parent), last, part)
         assert root is not None
         return root
 

@@ -217,8 +217,8 @@ class GuardedArtifact(BackendCacheArtifact[Any]):
 def places(gm: fx.GraphModule, guards: Guards) -> dict[int, Place]:
     """Where the guarded buffers of ``gm`` were found, by position, as far as it is known."""
     nodes = gm.graph.find_nodes(op="placeholder")
-    found = ((at, place_of(nodes[at])) for at, _ in guards.snapshots)
-    return {at: place for at, place in found if place is not None}
+    placed = ((at, place_of(nodes[at])) for at, _ in guards.snapshots)
+    return {at: place for at, place in placed if place is not None}
 
 
 def can_be_stored(module: fx.GraphModule) -> bool:

@@ -43,12 +43,12 @@ def compile_by_inductor(
     By default Inductor omits casts to narrower dtypes. It is told to keep them if a site stays whose scores
     are rounded by such casts: a fill that overflows there is infinite.
     """
-    made = marked(inductor, gm)
+    compiler = marked(inductor, gm)
     graphs = (module for module in gm.modules() if isinstance(module, torch.fx.GraphModule))
     if any(graph.meta.get(ROUNDS) for graph in graphs):
-        made = copy.copy(made)
-        made.config = {"emulate_precision_casts": True, **made.config}
-    compiled: Callable[..., Any] = _INDUCTOR.__call__(made, gm, example_inputs, **more)
+        compiler = copy.copy(compiler)
+        compiler.config = {"emulate_precision_casts": True, **compiler.config}
+    compiled: Callable[..., Any] = _INDUCTOR.__call__(compiler, gm, example_inputs, **more)
     return compiled
 
 
@@ -62,9 +62,9 @@ def marked(inductor: Any, gm: fx.GraphModule) -> Any:
 
     given = inductor.config.get(_PASS) or getattr(config, _PASS)
     before = tuple(given) if isinstance(given, (list, tuple)) else (given,) * (given is not None)
-    made = copy.copy(inductor)
-    made.config = {**inductor.config, _PASS: marks.Marking(labels, before)}
-    return made
+    compiler = copy.copy(inductor)
+    compiler.config = {**inductor.config, _PASS: marks.Marking(labels, before)}
+    return compiler
 
 
 @functools.cache

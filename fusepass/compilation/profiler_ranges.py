@@ -55,7 +55,7 @@ def extents(graph: fx.Graph) -> list[tuple[str, fx.Node, fx.Node]]:
 
     Nodes that depend on no input (positions, masks made of them) may be computed anywhere: they are left out.
     """
-    found: dict[str, list[fx.Node]] = {}
+    nodes_of: dict[str, list[fx.Node]] = {}
     varying: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op != "placeholder" and varying.isdisjoint(node.all_input_nodes):
@@ -63,8 +63,8 @@ def extents(graph: fx.Graph) -> list[tuple[str, fx.Node, fx.Node]]:
         varying.add(node)
         label = label_of(node)
         if label is not None and node.op in ("call_function", "call_method") and not _is_view(node):
-            found.setdefault(label, []).append(node)
-    return [(label, nodes[0], _with_parts(nodes[-1])) for label, nodes in found.items()]
+            nodes_of.setdefault(label, []).append(node)
+    return [(label, nodes[0], _with_parts(nodes[-1])) for label, nodes in nodes_of.items()]
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -106,13 +106,13 @@ def eager_ranges(inner: str, compiler: Callable[..., Any]) -> Callable[..., Any]
 
 def with_records(gm: fx.GraphModule) -> fx.GraphModule:
     """`gm`, with calls that open and close records around the nodes of its sites."""
-    found = extents(gm.graph)
-    for label, first, last in found:
+    ranges = extents(gm.graph)
+    for label, first, last in ranges:
         with gm.graph.inserting_before(first):
             record = gm.graph.call_function(open_record, (label,))
         with gm.graph.inserting_after(last):
             gm.graph.call_function(close_record, (record,))
-    if found:
+    if ranges:
         gm.recompile()
     return gm
 

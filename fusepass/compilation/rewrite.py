@@ -1,4 +1,4 @@
-"""The pass over PyTorch's graphs: what :class:`.site_pass.SitePass` asks of one, and its inner graphs.
+"""The pass over PyTorch's graphs, inner graphs included: answers what :class:`.site_pass.SitePass` asks.
 
 The graph outside a fused site is not touched.
 """
@@ -17,7 +17,16 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fusepass.compilation.inner import inner_compiler
 from fusepass.compilation.profiler_ranges import ROUNDS, annotate
-from fusepass.compilation.site_pass import Made, Rejected, Shared, SiteGraph, SitePass, Summands, Withdrawn
+from fusepass.compilation.site_pass import (
+    Rejected,
+    Replacement,
+    Shared,
+    SiteGraph,
+    SitePass,
+    Summands,
+    Withdrawn,
+)
+from fusepass.compilation.unread import Unread, note_on_break
 from fusepass.dialects.torch.composites import expand_all
 from fusepass.dialects.torch.graph import Known, Reader
 from fusepass.dialects.torch.memory import live_nodes
@@ -32,7 +41,13 @@ from fusepass.kernels.base import may_empty_rows
 from fusepass.kernels.gates import library_refuses
 from fusepass.kernels.reference import rounds as rounds_scores
 from fusepass.recognition.recognize import RULES, Miss, Rules, recognise_sum
-from fusepass.recognition.resemblance import of_activations, products_behind, were_scores
+from fusepass.recognition.resemblance import (
+    are_scores,
+    of_activations,
+    products_behind,
+    unpeeled,
+    were_scores,
+)
 from fusepass.reports.report import GraphReport, SiteReport, label_for, source_of
 from fusepass.rules.site import Site
 from fusepass.selection import autotune
@@ -40,7 +55,7 @@ from fusepass.selection.select import candidates
 from fusepass.selection.work import UNFUSED
 from fusepass.specification.attention import Bias
 from fusepass.writing.emit import Builder, CannotEmit
-from fusepass.writing.gradients import given_to, keep_for_backward, learns, tie
+from fusepass.writing.gradients import keep_for_backward, requires_grad, tensors_read_by, with_zero_gradients
 from fusepass.writing.liveness import erase_dead, inner_products, outside_reader
 from fusepass.writing.strides import laid_out_as
 from fusepass.writing.validate import site_error
@@ -77,15 +92,16 @@ def rewrite_graph(
     for graph_module, call in graphs_of(gm):
         report.nodes += len(graph_module.graph.nodes)
         outer = None if call is None else passes[call.outer].reader
-        given = {} if call is None or outer is None else call.given(outer)
-        contents = outer.contents if given and outer is not None else None
+        meanings = {} if call is None or outer is None else call.operand_meanings(outer)
+        contents = outer.contents if meanings and outer is not None else None
         own_gradient = call is not None and call.own_gradient
-        known = Known(constants or {}, static or {}, given, contents, own_gradient, gradients)
+        known = Known(constants or {}, static or {}, meanings, contents, own_gradient, gradients)
         around = None if call is None else (passes[call.outer].transforms, call.node)
         one = _TorchGraph(graph_module, options, rules, known, compiled, guarded, around, numbers)
         passes[graph_module] = one
         report.sites.extend(one.fuse())
         report.notes.extend(one.reader.faults.notes)
+        report.notes.extend(filter(None, [note_on_break(graph_module, one.reader)]))
         static = None  # those are inputs of the outermost graph
     fused = [module for module, one in passes.items() if one.replaced]
     if fused:
@@ -97,7 +113,7 @@ def rewrite_graph(
     return report
 
 
-_Made = Made[fx.Node, Builder]
+_Replacement = Replacement[fx.Node, Builder]
 
 #: What may lie between a softmax and the product with the values.
 _PEELED = VIEWS | {"cast", "dropout", "nan_to_num", "where", "mul", "div"}
@@ -162,8 +178,8 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         if assumed and memory.external & memory.all_written:
             storages |= memory.external & memory.all_written
             storages.update(*(memory.of(n) for n in placeholders if n.name in assumed))
-        found = ([n.name for n in placeholders if s in memory.of(n)] for s in storages)
-        return sorted(filter(None, found))
+        names = ([n.name for n in placeholders if s in memory.of(n)] for s in storages)
+        return sorted(filter(None, names))
 
     # -- what the pass asks -------------------------------------------------------------------
 
@@ -202,30 +218,32 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         kernels = KERNELS if asked is None else (asked,)
         return any(k.refuse(site.spec, target) is None for k in kernels)
 
-    def write(self, node: fx.Node, site: Site, rejected: Rejected) -> _Made | None:
-        asked, target = {name for name, _ in rejected}, self._target(node)
+    def write(self, node: fx.Node, site: Site, rejected: Rejected) -> _Replacement | None:
+        tried, target = {name for name, _ in rejected}, self._target(node)
         measure = functools.partial(self._fastest, node, site, target)
         learned = self._learned(node, site) if target.training else frozenset()
         for kernel in candidates(node, site, target, self.options, learned, measure):
             if kernel is None:
                 rejected.append((UNFUSED, "measured faster as it is"))
                 return None
-            if kernel.name in asked:
+            if kernel.name in tried:
                 continue
-            written = self._written(node, site, kernel, target)
+            written = self._try_kernel(node, site, kernel, target)
             if not isinstance(written, str):
-                return Made(*written, kernel.name, _aside(rejected))
+                return Replacement(*written, kernel.name, _precision_note(rejected))
             rejected.append((kernel.name, written))
         return None
 
-    def place(self, node: fx.Node, sites: Sequence[Site], made: Sequence[_Made], out: fx.Node) -> None:
-        build, nodes = made[-1].build, [n for one in made for n in one.build.made]
+    def place(
+        self, node: fx.Node, sites: Sequence[Site], written: Sequence[_Replacement], out: fx.Node
+    ) -> None:
+        build, nodes = written[-1].build, [n for one in written for n in one.build.new_nodes]
         overtaken = overtaken_by(nodes, self.reader, node)
         if overtaken and not self.guarded:
             raise Withdrawn(_MAY_OVERLAP)
         if self._target(node).training:
-            out = tie(build, out, nodes)
-        exact = self.options.validate and not any(rounds(one.kernel) for one in made)
+            out = with_zero_gradients(build, out, nodes)
+        exact = self.options.validate and not any(rounds(one.kernel) for one in written)
         error = site_error(node, out) if exact else None
         if error is not None and not error <= 1.0:
             raise Withdrawn(f"validation: its error is {error:.3g} times what is allowed", wrong=True)
@@ -235,7 +253,7 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         self.replaced[node] = out
         self.reader.contents.keep()
         self.overtaken |= overtaken
-        for site, one in zip(sites, made, strict=True):
+        for site, one in zip(sites, written, strict=True):
             one.error, one.label = error, self._label(node, site, one)
 
     def stays(self, site: Site, rejected: Rejected) -> str | None:
@@ -244,6 +262,7 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         return rejected.pop()[1] if rejected and rejected[-1][0] == UNFUSED else None
 
     def left_over(self, settled: set[Expr]) -> Iterator[tuple[fx.Node, str]]:
+        unread = Unread(self.reader, self.live)
         for node, meaning in self.read():
             if meaning.op != "softmax" or meaning in settled:
                 continue
@@ -252,13 +271,19 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
                 yield node, self._why_alone(node)
             elif were_scores(meaning, self.reader.before):
                 yield node, _LOST
+            elif are_scores(meaning.args[0]):
+                step = unpeeled(meaning.args[0])
+                yield node, f"its scores go through '{step}', which no rule takes from them"
+            elif reason := unread.behind_softmax(meaning):
+                yield node, reason
+        yield from unread.between_products()
 
     # -- one site ----------------------------------------------------------------------------
 
     def _refusal(self, node: fx.Node, sites: Sequence[Site], shared: Shared[fx.Node]) -> str | None:
         """Why sites stay, whatever the kernel."""
         scores = [p for site in sites for p in self._scores_of(node, site)]
-        if self.known.given and not all(p in self.reader.definer for p in scores):
+        if self.known.meanings and not all(p in self.reader.definer for p in scores):
             return "its scores are computed in another graph"
         for site in sites:
             also = (lambda user: ()) if site.spec.dropout else shared  # both see the same weights dropped
@@ -284,7 +309,7 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         """The name of the kernel that was measured fastest for a site."""
 
         def write(kernel: Kernel) -> tuple[fx.Node, Callable[[], None]] | None:
-            written = self._written(node, site, kernel, target)
+            written = self._try_kernel(node, site, kernel, target)
             return None if isinstance(written, str) else (written[0], written[1].discard)
 
         compiler = inner_compiler(self.options)
@@ -292,15 +317,15 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
 
     def _learned(self, node: fx.Node, site: Site) -> frozenset[int]:
         """The slots of biases that are made of something that needs a gradient."""
-        found = set()
+        slots = set()
         for mod in site.spec.scores:
             if isinstance(mod, Bias):
                 homes = (self.reader.home(e, node) for e in walk(site.operands[mod.slot].expr))
-                if any(learns(home) for home in homes if home is not None):
-                    found.add(mod.slot)
-        return frozenset(found)
+                if any(requires_grad(home) for home in homes if home is not None):
+                    slots.add(mod.slot)
+        return frozenset(slots)
 
-    def _written(
+    def _try_kernel(
         self, node: fx.Node, site: Site, kernel: Kernel, target: Target
     ) -> tuple[fx.Node, Builder] | str:
         """Write a kernel's nodes, or say why it cannot."""
@@ -329,15 +354,15 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         requested = self.options.kernel not in ("auto", "autotune")
         return Target(value.device.type, training, aten, requested, self.options.precision, self.compiled)
 
-    def _label(self, node: fx.Node, site: Site, made: _Made) -> str:
+    def _label(self, node: fx.Node, site: Site, one: _Replacement) -> str:
         """The label that the nodes of a fused site get."""
         number = next(self.numbers)
-        label = label_for(number, site.spec.kind(), made.kernel, source_of(node))
-        annotate(made.build.made, number, label, self.compiled)
+        label = label_for(number, site.spec.kind(), one.kernel, source_of(node))
+        annotate(one.build.new_nodes, number, label, self.compiled)
         return label
 
     def _why_alone(self, node: fx.Node) -> str:
-        """What happens to weights that reach no product with values."""
+        """Why weights reach no product with values."""
         if self.known.own_gradient:
             return (
                 "the softmax is in a torch.autograd.Function, and a kernel would not compute its own gradient"
@@ -377,25 +402,25 @@ def _also_read(reader: fx.Node) -> str:
     return f"its scores or weights are also read by '{operation(reader)[0] or reader.name}'"
 
 
-def _aside(rejected: Sequence[tuple[str, str]]) -> str | None:
-    """What is worth knowing of a fused site: why it is not in the precision that was asked for."""
+def _precision_note(rejected: Sequence[tuple[str, str]]) -> str | None:
+    """A note on a fused site: why it does not have the precision that was asked for."""
     return next((f"not in FP8: {reason}" for name, reason in rejected if name == FP8.name), None)
 
 
-def overtaken_by(made: Sequence[fx.Node], reader: Reader, anchor: fx.Node) -> set[Any]:
-    """Storages of arguments of which one is written to before new nodes read another, which was read earlier.
+def overtaken_by(new_nodes: Sequence[fx.Node], reader: Reader, anchor: fx.Node) -> set[Any]:
+    """Storages of arguments: one is read later than in the original, after another was written to.
 
-    Each is known to be one memory or another in this call alone.
+    That they are separate memory is known for this call only.
     """
     memory, end = reader.memory, reader.order[anchor]
-    found: set[Any] = set()
-    for node in given_to(made):
+    overtaken: set[Any] = set()
+    for node in tensors_read_by(new_nodes):
         mine = memory.of(node) & memory.external
         since = reader.order.get(node, end)
         others = (reader.storages_written(since, end) & memory.external) - mine
         if mine and others:
-            found |= mine | others
-    return found
+            overtaken |= mine | others
+    return overtaken
 
 
 def as_good(node: fx.Node, site: Site, target: Target) -> bool:

@@ -1,9 +1,9 @@
-"""The pass over any graph: find its sites, settle each, write all summands of one or none, report.
+"""The pass over any graph: it finds sites, settles each, writes all its summands or none, and reports.
 
-What a node is and how one is written, the graph knows: it answers the questions of :class:`SiteGraph`.  The
-other design was an abstract class that the passes over both kinds of graphs extend: as many lines in them,
-and fewer here.  But its steps and theirs would share one ``self``, and no test could run it without a graph
-of PyTorch's or ONNX's; tests/compilation/test_site_pass.py does.
+The graph knows what a node means and how a new one is written: it answers the questions of
+:class:`SiteGraph`.  The alternative was an abstract class that the passes over both kinds of graphs extend,
+with fewer lines here and as many in them.  But then all steps would share one ``self``, and the pass could
+not be tested without a graph of PyTorch's or ONNX's, as tests/compilation/test_site_pass.py does.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from fusepass.expressions.ir import Expr
+from fusepass.recognition.dense import dense_terms
 from fusepass.recognition.recognize import Miss, as_product, factors
 from fusepass.recognition.resemblance import softmaxes_behind
-from fusepass.reports.report import SiteReport
+from fusepass.reports.report import DenseTerm, SiteReport
 from fusepass.rules.site import Site
 from fusepass.selection.forms import forms
 from fusepass.writing.layouts import Layouts
@@ -33,7 +34,7 @@ Shared = Callable[[N], Collection[Expr]]  # the score products of a node that a 
 
 
 class Withdrawn(Exception):
-    """What was written may not stand there: the site stays, or, if it is ``wrong``, others may serve."""
+    """What was written cannot be used: the site stays or, if it is ``wrong``, the next kernel is tried."""
 
     def __init__(self, reason: str, wrong: bool = False) -> None:
         super().__init__(reason)
@@ -41,8 +42,8 @@ class Withdrawn(Exception):
 
 
 @dataclass
-class Made(Generic[V, B]):
-    """A kernel's result, what wrote it, and what the report of the fused site says besides."""
+class Replacement(Generic[V, B]):
+    """A kernel's result, the builder that wrote it, and what else the report of the fused site says."""
 
     out: V
     build: B
@@ -58,39 +59,42 @@ class SiteGraph(Protocol[N, V, B]):
     def read(self) -> Iterator[tuple[N, Expr]]:
         """The live nodes and their meanings, in program order, as long as they are in the graph.
 
-        Of those with one meaning the first, and others if they may be replaced like it (:meth:`again`).
+        Of nodes with the same meaning the first, and those of the others that :meth:`reuse` can replace.
         """
 
     def name_and_source(self, node: N) -> tuple[str, str | None]:
         """A node's name in reports, and its line in the model."""
 
     def recognised(self, node: N, product: Expr | None = None) -> Summands | Miss | None:
-        """Is a node, or the product that it is in other words, the last step of attention?"""
+        """The sites whose last step is a node, or ``product``, which is the same written as a product.
+
+        A Miss says why it is none; None: it does not look like one.
+        """
 
     def inner(self, node: N) -> set[str]:
         """The names of the products, and their sums, that a node normalises or adds up."""
 
     def settled(self, node: N, sites: Sequence[Site], shared: Shared[N]) -> tuple[str | None, str] | None:
-        """Why no kernel is asked for a node: the one that it calls already, or None, and the reason."""
+        """Why no kernel is asked for a node: the kernel that it already calls, if any, and the reason."""
 
     def serves(self, node: N, site: Site) -> bool:
         """Is there a kernel that takes the site, as far as its specification tells?"""
 
-    def write(self, node: N, site: Site, rejected: Rejected) -> Made[V, B] | None:
-        """Write the first kernel that serves and is not among the rejected; add those that do not serve."""
+    def write(self, node: N, site: Site, rejected: Rejected) -> Replacement[V, B] | None:
+        """Write the first kernel that serves and is not in ``rejected``; add those that do not serve."""
 
-    def place(self, node: N, sites: Sequence[Site], made: Sequence[Made[V, B]], out: V) -> None:
-        """Let ``out``, the sum of what was made for the sites, stand for a node, or raise Withdrawn."""
+    def place(self, node: N, sites: Sequence[Site], written: Sequence[Replacement[V, B]], out: V) -> None:
+        """Let ``out``, the sum of the replacements of the sites, stand for a node, or raise Withdrawn."""
 
     def left_over(self, settled: set[Expr]) -> Iterator[tuple[N, str]]:
-        """Softmaxes of products that no site came of, and why; they are added to those that are settled."""
+        """The softmaxes of products that became no site, and why; adds them to ``settled``."""
 
-    def again(self, node: N, meaning: Expr) -> None:
+    def reuse(self, node: N, meaning: Expr) -> None:
         """Let the result of a fused site stand for a later node of the same meaning."""
         return
 
     def stays(self, site: Site, rejected: Rejected) -> str | None:
-        """Told of a site that no kernel serves; a reason that goes before those of the rejected."""
+        """Called for a site that no kernel serves; a reason to report instead of the kernels', if any."""
         return None
 
 
@@ -104,23 +108,23 @@ class SitePass(Generic[N, V, B]):
         self._shared: dict[N, Collection[Expr]] = {}
 
     def run(self) -> list[SiteReport]:
-        """Every site's report, in program order; then the softmaxes that nothing came of."""
+        """Reports on all sites, in program order, and then on the softmaxes that became no site."""
         reports: list[SiteReport] = []
         for node, meaning in self.graph.read():
-            late = as_product(meaning)
-            if late is None and not factors(meaning):
+            product = as_product(meaning)
+            if product is None and not factors(meaning):
                 continue
             if meaning in self._fused:
-                self.graph.again(node, meaning)
+                self.graph.reuse(node, meaning)
                 reports.append(self.report(node, *self._fused[meaning]))
                 continue
-            found = self.graph.recognised(node, late)
-            if found is None or (late is not None and isinstance(found, Miss)):
+            recognised = self.graph.recognised(node, product)
+            if recognised is None or (product is not None and isinstance(recognised, Miss)):
                 continue
-            if late is not None:
+            if product is not None:
                 inner = self.graph.inner(node)
                 reports = [r for r in reports if r.node not in inner or (r.fused and meaning.op != "add")]
-            reports += self._settle(node, meaning, found)
+            reports += self._settle(node, meaning, recognised)
         left = self.graph.left_over(self._settled)
         return reports + [self.report(node, None, reason=reason) for node, reason in left]
 
@@ -132,14 +136,15 @@ class SitePass(Generic[N, V, B]):
         spec, kind = ("", "") if site is None else (str(site.spec), site.spec.kind())
         name, source = self.graph.name_and_source(node)
         fused, others = kernel is not None, tuple(rejected)
-        return SiteReport(name, fused, spec, kind, kernel, reason, source, others, error, label)
+        dense = () if site is None else tuple(DenseTerm(*term) for term in dense_terms(site))
+        return SiteReport(name, fused, spec, kind, kernel, reason, source, others, error, label, dense)
 
-    def _settle(self, node: N, meaning: Expr, found: Summands | Miss) -> list[SiteReport]:
+    def _settle(self, node: N, meaning: Expr, recognised: Summands | Miss) -> list[SiteReport]:
         self._settled |= softmaxes_behind(meaning)
-        if isinstance(found, Miss):
-            return [self.report(node, None, reason=found.reason)]
+        if isinstance(recognised, Miss):
+            return [self.report(node, None, reason=recognised.reason)]
         tried: list[list[SiteReport]] = []
-        for parts in forms(found):
+        for parts in forms(recognised):
             tried.append(self._settle_as(node, meaning, parts))
             if all(r.fused for r in tried[-1]):
                 return tried[-1]
@@ -166,38 +171,38 @@ class SitePass(Generic[N, V, B]):
         return any(self.graph.serves(node, parts[0][1]) for parts in forms(found))
 
     def _fuse(self, node: N, meaning: Expr, parts: Summands) -> list[SiteReport]:
-        """Write the first kernel that serves, for every summand; all of them or none."""
+        """For every summand, write the first kernel that serves; if one has none, write nothing."""
         sites, rejected = [site for _, site in parts], [Rejected() for _ in parts]
-        while made := self._made(node, sites, rejected):
+        while written := self._write_all(node, sites, rejected):
             try:
-                self.graph.place(node, sites, made, _summed([sign for sign, _ in parts], made))
+                self.graph.place(node, sites, written, _summed([sign for sign, _ in parts], written))
             except Withdrawn as withdrawn:
-                _discard(made)
+                _discard(written)
                 if not withdrawn.wrong:
                     return [self.report(node, site, reason=str(withdrawn)) for site in sites]
-                for site, one, tried in zip(sites, made, rejected, strict=True):
+                for site, one, tried in zip(sites, written, rejected, strict=True):
                     tried.append((one.kernel, str(withdrawn)))
                     name = self.graph.name_and_source(node)[0]
                     log.warning("fusepass: site '%s' stays: %s (%s)", name, withdrawn, site.spec)
                 continue
-            self._fused[meaning] = sites[0], made[0].kernel
-            return [self._fused_report(node, *each) for each in zip(sites, made, rejected, strict=True)]
+            self._fused[meaning] = sites[0], written[0].kernel
+            return [self._fused_report(node, *each) for each in zip(sites, written, rejected, strict=True)]
         return [self._stays(node, site, tried) for site, tried in zip(sites, rejected, strict=True)]
 
-    def _fused_report(self, node: N, site: Site, made: Made[V, B], tried: Rejected) -> SiteReport:
-        others = [(name, why) for name, why in tried if name != made.kernel]
-        return self.report(node, site, made.kernel, made.note, others, made.error, made.label)
+    def _fused_report(self, node: N, site: Site, one: Replacement[V, B], tried: Rejected) -> SiteReport:
+        others = [(name, why) for name, why in tried if name != one.kernel]
+        return self.report(node, site, one.kernel, one.note, others, one.error, one.label)
 
-    def _made(self, node: N, sites: list[Site], rejected: list[Rejected]) -> list[Made[V, B]]:
-        """A result for every summand; none, and nothing is left of them, where one stays."""
-        made: list[Made[V, B]] = []
+    def _write_all(self, node: N, sites: list[Site], rejected: list[Rejected]) -> list[Replacement[V, B]]:
+        """A replacement for every summand; an empty list, with nothing left in the graph, if one has none."""
+        written: list[Replacement[V, B]] = []
         for site, tried in zip(sites, rejected, strict=True):
             one = self.graph.write(node, site, tried)
             if one is None:
-                _discard(made)
+                _discard(written)
                 return []
-            made.append(one)
-        return made
+            written.append(one)
+        return written
 
     def _stays(self, node: N, site: Site, rejected: Rejected) -> SiteReport:
         own = self.graph.stays(site, rejected)
@@ -205,19 +210,19 @@ class SitePass(Generic[N, V, B]):
         return self.report(node, site, reason=reason or "another of the summands stays", rejected=rejected)
 
 
-def _discard(made: Sequence[Made[V, B]]) -> None:
-    for one in reversed(made):
+def _discard(written: Sequence[Replacement[V, B]]) -> None:
+    for one in reversed(written):
         one.build.discard()
 
 
-def _summed(signs: Sequence[int], made: Sequence[Made[V, B]]) -> V:
+def _summed(signs: Sequence[int], written: Sequence[Replacement[V, B]]) -> V:
     """The signed sum of several results; its nodes belong to the last builder."""
-    op, total = made[-1].build.op, made[0].out
+    op, total = written[-1].build.op, written[0].out
     if signs[0] < 0:
         total = op("neg", total)
-    for sign, one in zip(signs[1:], made[1:], strict=True):
+    for sign, one in zip(signs[1:], written[1:], strict=True):
         total = op("add" if sign > 0 else "sub", total, one.out)
     return total
 
 
-__all__ = ["Made", "Rejected", "SiteGraph", "SitePass", "Summands", "Withdrawn"]
+__all__ = ["Replacement", "Rejected", "SiteGraph", "SitePass", "Summands", "Withdrawn"]

@@ -196,8 +196,8 @@ def common_dtype(args: tuple[Expr, ...]) -> torch.dtype:
     """The promoted dtype; operands without dimensions do not promote tensors of their kind."""
     strong = [a.dtype for a in args if a.rank]
     weak = [a.dtype for a in args if not a.rank]
-    found = [functools.reduce(torch.promote_types, dtypes) for dtypes in (strong, weak) if dtypes]
-    return max(found, key=_kind, default=torch.float32)
+    promoted = [functools.reduce(torch.promote_types, dtypes) for dtypes in (strong, weak) if dtypes]
+    return max(promoted, key=_kind, default=torch.float32)
 
 
 def _kind(dtype: torch.dtype) -> int:

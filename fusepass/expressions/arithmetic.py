@@ -126,8 +126,8 @@ def folded(op: str, args: Constants, dtype: torch.dtype, attrs: tuple[Any, ...] 
         return None
     if is_integer(dtype) and any(d.is_floating_point for d in kinds):
         return None
-    found = [_computed(op, given, within, dtype, attrs) for given, within in _readings(op, args, dtype)]
-    return found[0] if len(set(map(repr, found))) == 1 else None
+    readings = [_computed(op, given, within, dtype, attrs) for given, within in _readings(op, args, dtype)]
+    return readings[0] if len(set(map(repr, readings))) == 1 else None
 
 
 def _readings(op: str, args: Constants, dtype: torch.dtype) -> list[tuple[Constants, torch.dtype]]:

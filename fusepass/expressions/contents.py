@@ -227,8 +227,8 @@ class Snapshot:
         return seen is not None and seen.ever
 
     def _comparison(self, tensor: Tensor) -> _Comparison | None:
-        found = self._known.get(id(tensor))
-        return found if found is not None and found.tensor() is tensor else None
+        comparison = self._known.get(id(tensor))
+        return comparison if comparison is not None and comparison.tensor() is tensor else None
 
     def _equals(self, tensor: Tensor) -> bool:
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.dtype is not self._copy.dtype:

@@ -85,8 +85,8 @@ class Ranges:
 
     def is_finite(self, root: Expr) -> bool:
         """Is every element provably a number, neither NaN nor infinite?"""
-        found = self.of(root)
-        return found is not None and math.isfinite(found[0]) and math.isfinite(found[1])
+        interval = self.of(root)
+        return interval is not None and math.isfinite(interval[0]) and math.isfinite(interval[1])
 
     # -- one node ----------------------------------------------------------------------------
 
@@ -159,16 +159,16 @@ class Ranges:
         if any(a is None for a in args) or (node.op in ("floordiv", "mod") and _holds_zero(args[1])):
             return low, high
         if node.op == "cast":
-            found = args[0]
-            assert found is not None
-            found = (math.trunc(found[0]), math.trunc(found[1])) if _is_finite(found) else None
+            interval = args[0]
+            assert interval is not None
+            interval = (math.trunc(interval[0]), math.trunc(interval[1])) if _is_finite(interval) else None
         else:
-            found = self._real(node, [a for a in args if a is not None])
-            if found is not None and _is_finite(found):
-                found = (math.floor(found[0]), math.ceil(found[1]))  # integers to negative powers
-        if found is None or not _is_finite(found) or found[0] < low or found[1] > high:
+            interval = self._real(node, [a for a in args if a is not None])
+            if interval is not None and _is_finite(interval):
+                interval = (math.floor(interval[0]), math.ceil(interval[1]))  # integers to negative powers
+        if interval is None or not _is_finite(interval) or interval[0] < low or interval[1] > high:
             return low, high
-        return found
+        return interval
 
     def _float(self, node: Expr, args: list[Interval]) -> Interval | None:
         same = all(a.dtype is node.dtype for a in _below(node))
@@ -176,8 +176,8 @@ class Ranges:
             return self._real(node, args)
         if node.op == "cast":
             return _cast(args[0], node.dtype)
-        found = self._real(node, args)
-        return None if found is None else _rounded(found, node.dtype)
+        interval = self._real(node, args)
+        return None if interval is None else _rounded(interval, node.dtype)
 
     def _real(self, node: Expr, args: list[Interval]) -> Interval | None:
         """The operation on real numbers."""
@@ -259,15 +259,15 @@ def is_ordinary(node: Expr, dtype: torch.dtype, contents: Contents, facts: Facts
 
     In half precision the lowest number absorbs scores, as ``FILL`` does in other dtypes.
     """
-    found = Ranges(contents, facts, scale=USUAL).of(node)
+    interval = Ranges(contents, facts, scale=USUAL).of(node)
     most = min(FILL, torch.finfo(dtype).max / 2)
-    return found is not None and found[0] > -most and found[1] < most
+    return interval is not None and interval[0] > -most and interval[1] < most
 
 
 def absorbs_from_above(node: Expr, contents: Contents, facts: Facts) -> bool:
     """Are some elements so high, whatever the inputs, that they absorb the scores they are added to?"""
-    found = Ranges(contents, facts, scale=LEAST).of(node)
-    return found is not None and found[1] >= FILL
+    interval = Ranges(contents, facts, scale=LEAST).of(node)
+    return interval is not None and interval[1] >= FILL
 
 
 def holds_fill(operand: Expr) -> bool:
@@ -277,9 +277,9 @@ def holds_fill(operand: Expr) -> bool:
         node = todo.pop()
         if node.op == "const" and node.is_float and not abs(node.attrs[0]) < FILL:
             return True
-        fresh = [a for a in node.args if a not in seen and node.op != "dot"]
-        seen.update(fresh)
-        todo.extend(fresh)
+        unseen = [a for a in node.args if a not in seen and node.op != "dot"]
+        seen.update(unseen)
+        todo.extend(unseen)
     return False
 
 
@@ -406,11 +406,11 @@ def _div(a: Interval, b: Interval) -> Interval | None:
 
 
 def _floordiv(a: Interval, b: Interval) -> Interval | None:
-    found = _div(a, b)
-    if found is None or not _is_finite(found):
+    quotient = _div(a, b)
+    if quotient is None or not _is_finite(quotient):
         return None
-    slack = 1.0 + 1e-6 * max(abs(found[0]), abs(found[1]))
-    return math.floor(found[0] - slack), math.ceil(found[1] + slack)
+    slack = 1.0 + 1e-6 * max(abs(quotient[0]), abs(quotient[1]))
+    return math.floor(quotient[0] - slack), math.ceil(quotient[1] + slack)
 
 
 def _mod(a: Interval, b: Interval) -> Interval | None:
@@ -465,8 +465,8 @@ def _rsqrt(x: Interval) -> Interval | None:
 
 def _pow(a: Interval, b: Interval) -> Interval | None:
     if b[0] == b[1] and b[0].is_integer() and math.isfinite(b[0]):
-        found = _power(a, abs(b[0]))
-        return found if found is None or b[0] >= 0 else _div((1.0, 1.0), found)
+        power = _power(a, abs(b[0]))
+        return power if power is None or b[0] >= 0 else _div((1.0, 1.0), power)
     if a[0] < 0 or not (_is_finite(a) and _is_finite(b)) or (a[0] == 0 and b[0] <= 0):
         return None
     ends = [_power_of(x, y) for x in a for y in b] + [1.0] * (b[0] <= 0 <= b[1])
@@ -502,8 +502,8 @@ def _clipped(rule: Callable[[Interval], Interval], low: float, high: float) -> C
     """A function whose values stay within ``low`` and ``high``, rounding included."""
 
     def clipped(x: Interval) -> Interval:
-        found = rule(x)
-        return max(low, found[0] - 1e-2 * abs(found[0])), min(high, found[1] + 1e-2 * abs(found[1]))
+        y = rule(x)
+        return max(low, y[0] - 1e-2 * abs(y[0])), min(high, y[1] + 1e-2 * abs(y[1]))
 
     return clipped
 

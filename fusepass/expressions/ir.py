@@ -108,9 +108,9 @@ def expr(
     """
     # The text of a number distinguishes True, 1, 1.0 and -0.0, and lets nan equal itself.
     key = (op, tuple(map(id, args)), tuple(_attr_key(a) for a in attrs), shape, dtype)
-    found = _table.get(key)
-    if found is not None:
-        return found
+    interned = _table.get(key)
+    if interned is not None:
+        return interned
     if op not in OPS:
         raise ValueError(f"unknown operation {op!r}; the accepted ones are {', '.join(sorted(OPS))}")
     node = Expr.__new__(Expr)

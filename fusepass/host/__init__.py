@@ -1,1 +1,1 @@
-"""The user's program, in which the pass is a guest: options, modes and hooks, and faults of the pass."""
+"""The user's program, in which the pass is a guest: options, libraries, modes and hooks, and faults."""

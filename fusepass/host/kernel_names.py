@@ -15,11 +15,12 @@ from importlib import import_module, metadata
 from typing import Any
 
 from fusepass.host.faults import first_line, strict
+from fusepass.host.libraries import BUILT_IN
 
 log = logging.getLogger("fusepass")
 
-#: Fusepass's kernels, apart from the plain mathematics.
-LIBRARIES = ("sdpa", "cudnn", "flash2", "flash3", "flash4", "flex", "flex_flash")
+#: Fusepass's kernels, apart from the plain mathematics: PyTorch's own, then the table's by name.
+LIBRARIES = ("sdpa", *sorted(gate.kernel for gate in BUILT_IN if gate.entry))
 KERNELS = ("auto", "autotune", *LIBRARIES, "reference")
 
 GROUP, VARIABLE = "fusepass.kernels", "FUSEPASS_KERNELS"
@@ -51,9 +52,9 @@ def look_for_packages() -> None:
 
 def _load(what: str, load: Callable[[], object]) -> None:
     try:
-        found = load()
-        if callable(found):
-            found()
+        loaded = load()
+        if callable(loaded):
+            loaded()
     except Exception as error:
         if strict():
             raise

@@ -1,8 +1,10 @@
 """Kernels: each says which specifications it refuses, and why, and writes itself into a graph.
 
-The list is in order of preference, for use where nothing has been measured; :mod:`fusepass.selection` ranks
-kernels where something has.  ``reference``, plain mathematics, comes last: unless it is requested it serves
-only training, and short sequences on a CPU.
+``KERNELS`` is in order of preference, for use where nothing has been measured; :mod:`fusepass.selection`
+ranks kernels where something has.  PyTorch's SDPA comes first, then the table of libraries
+(:mod:`fusepass.host.libraries`), whose rows say where their kernels are.  ``reference``, plain mathematics,
+comes last: unless it is requested it serves only training, and short sequences on a CPU.  FP8 is not in the
+list, because ``precision=`` asks for it.
 
 Kernels of other packages (:func:`fusepass.register_kernel`) are not in the list: :func:`named` finds both.
 Their authors find what they need here: :class:`Gate` and :class:`Takes` to declare what a kernel takes, the
@@ -11,6 +13,9 @@ modifiers of a specification, and helpers that lay out the tensors of a :class:`
 
 from __future__ import annotations
 
+from pkgutil import resolve_name
+
+from fusepass.host.libraries import BUILT_IN, Gate, Package
 from fusepass.kernels import registry
 from fusepass.kernels.base import (
     Kernel,
@@ -25,11 +30,7 @@ from fusepass.kernels.base import (
     score_operand,
     visible,
 )
-from fusepass.kernels.cudnn import CUDNN
-from fusepass.kernels.flash import FLASH2, FLASH3, FLASH4
-from fusepass.kernels.flex import FLEX, FLEX_FLASH
 from fusepass.kernels.fp8 import FP8
-from fusepass.kernels.gates import Gate, Package
 from fusepass.kernels.reference import REFERENCE
 from fusepass.kernels.sdpa import SDPA
 from fusepass.rules.site import Site
@@ -48,7 +49,8 @@ from fusepass.specification.attention import (
 from fusepass.specification.takes import Takes
 from fusepass.writing.emit import Builder
 
-KERNELS: tuple[Kernel, ...] = (SDPA, FLASH3, FLASH4, FLASH2, CUDNN, FLEX, FLEX_FLASH, REFERENCE)
+_LIBRARIES: list[Kernel] = [resolve_name(f"{__name__}.{gate.entry}") for gate in BUILT_IN if gate.entry]
+KERNELS: tuple[Kernel, ...] = (SDPA, *_LIBRARIES, REFERENCE)
 BY_NAME: dict[str, Kernel] = {k.name: k for k in KERNELS}
 
 
@@ -56,8 +58,8 @@ def named(name: str) -> Kernel | None:
     """The kernel of a name, built in or registered; None for names such as "auto", which choose a kernel."""
     if name in BY_NAME or name in ("auto", "autotune"):
         return BY_NAME.get(name)
-    found = registry.registered().get(name)
-    return None if found is None else found.kernel
+    registration = registry.registered().get(name)
+    return None if registration is None else registration.kernel
 
 
 def rounds(name: str) -> bool:
@@ -67,8 +69,7 @@ def rounds(name: str) -> bool:
 
 
 __all__ = [
-    "BY_NAME", "CUDNN", "FLASH2", "FLASH3", "FLASH4", "FLEX", "FLEX_FLASH",
-    "FP8", "KERNELS", "REFERENCE", "SDPA", "named", "rounds",
+    "BY_NAME", "FP8", "KERNELS", "REFERENCE", "SDPA", "named", "rounds",
     "Kernel", "Refused", "Target", "Gate", "Package", "Takes", "Site", "Builder", "Operands",
     "operands", "scaled", "after_weights", "score_operand", "row_operand", "visible", "conjunction",
     "Attention", "Scale", "ScaleBy", "SoftCap", "Bias", "Mask", "Band", "KeyPadding", "Sink", "Dropout",

@@ -202,11 +202,11 @@ def score_operand(site: Site, build: Builder, slot: int) -> Any:
     """A modifier's tensor, ``[B | 1, H | 1, Q | 1, K | 1]``."""
     r = site.roles
     term = site.operands[slot]
-    made = build.tensor(term.expr)
+    operand = build.tensor(term.expr)
     if term.expr.rank == 0 and (
-        not isinstance(made, fx.Node) or not isinstance(build.value(made), torch.Tensor)
+        not isinstance(operand, fx.Node) or not isinstance(build.value(operand), torch.Tensor)
     ):
-        return made  # a number
+        return operand  # a number
     groups = (r.batch, r.heads, r.query, r.key)
     laid = build.layout(build.reach(term, site.scope), groups, full=False)
     if term.expr.rank == 0 and build.value(laid).dtype is torch.float64:
@@ -254,12 +254,12 @@ def all_operands(site: Site, build: Builder, bands: bool = False) -> list[fx.Nod
 
 def tensor_operand(site: Site, build: Builder, slot: int) -> fx.Node:
     """A modifier's operand as a tensor: a number becomes one without dimensions."""
-    made = score_operand(site, build, slot)
-    if isinstance(made, fx.Node) and isinstance(build.value(made), torch.Tensor):
-        return made
+    operand = score_operand(site, build, slot)
+    if isinstance(operand, fx.Node) and isinstance(build.value(operand), torch.Tensor):
+        return operand
     dtype, device = site.operands[slot].expr.dtype, build.value(build.anchor).device
     dtype = dtype if dtype is torch.bool else opmath(site.spec.dtype)
-    return build.op("scalar_tensor", made, dtype=dtype, device=device)
+    return build.op("scalar_tensor", operand, dtype=dtype, device=device)
 
 
 def after_weights(site: Site, build: Builder, out: fx.Node) -> fx.Node:
@@ -313,7 +313,7 @@ class Rows:
     """Which queries see a key, and the scores that the masks alone would give.
 
     level: ``[B | 1, H | 1, Q | 1, K | 1]``, the masks (and biases that may hide) applied to a score of
-    zero, minus the row maximum in rows that see no key.
+    zero, minus the row maximum; with a sink, only in rows that see no key.
     top: ``[..., 1]``, that maximum, which is a fill in rows that see no key.
     seen: ``[..., 1]``, boolean.
     """
@@ -327,6 +327,9 @@ def rows_of(site: Site, build: Builder, dtype: torch.dtype) -> Rows:
     """The rows of a site.  In a row that sees no key the fills absorb the scores, so its weights are uniform
     over the keys with the highest fill.  Every kernel computes exactly that, in any precision, if the queries
     of such rows are set to zero and their highest level is moved to zero.
+
+    Without a sink, the highest level of every other row is moved to zero as well.  The softmax stays the
+    same, and a large level would cost the kernel's log-sum-exp, and so its gradients, their precision.
     """
     level = _levels(site, build)
     top = build.op("amax", level, [-1], True)
@@ -335,8 +338,10 @@ def rows_of(site: Site, build: Builder, dtype: torch.dtype) -> Rows:
         seen = build.op("eq_scalar", top, 0)
     else:
         seen = _reached(site, build, top)
-    hidden = build.op("logical_and", build.op("isfinite", top), build.op("logical_not", seen))
-    level = build.cast(build.op("sub", level, build.op("where", hidden, top, zero)), dtype)
+    moved = build.op("isfinite", top)
+    if site.spec.sink is not None:
+        moved = build.op("logical_and", moved, build.op("logical_not", seen))
+    level = build.cast(build.op("sub", level, build.op("where", moved, top, zero)), dtype)
     lowest = build.number(torch.finfo(dtype).min, top, dtype)
     return Rows(build.op("maximum", level, lowest), top, seen)
 
@@ -424,6 +429,30 @@ def _hide(site: Site, build: Builder, level: fx.Node | None, mod: Mask | Bias) -
     return build.op("where", visible(site, build, mod), before, fill)
 
 
+def absorbed(site: Site, build: Builder, target: Target, rows: Rows, x: Operands) -> Operands:
+    """The operands, with scores of zero in rows that see no key, where a fill absorbs the scores.
+
+    In training under a bias that may hold fills, the weights of such a row are known only at run time, and so
+    are the gradients of its scores.  There each score is written as ``q·k - q·k``, over twice the features,
+    and the second product has no gradients.
+
+    Raises:
+        Refused: the gradients of such rows are not known.
+    """
+    if not (target.training and _is_opaque(site.spec)):
+        return Operands(muted(build, rows, x.q), x.k, x.v)
+    _check_gradients(site, build)
+    hidden = build.cast(build.op("logical_not", rows.seen), build.value(x.q).dtype)
+    negative = build.op("neg", build.op("mul", build.op("detach", x.q), hidden))
+    q = build.op("cat", [x.q, negative], 3)
+    return Operands(q, build.op("cat", [x.k, build.op("detach", x.k)], 3), x.v)
+
+
+def _is_opaque(spec: Attention) -> bool:
+    """Are keys hidden by a bias, of which it is not known what it holds?"""
+    return any(isinstance(m, Bias) for m in hiders(spec))
+
+
 def muted(build: Builder, rows: Rows, node: fx.Node) -> fx.Node:
     """``node`` with the rows that see no key set to zero."""
     return build.op("mul", node, build.cast(rows.seen, build.value(node).dtype))
@@ -441,7 +470,7 @@ def finish_rows(
     fills = hiders(spec)
     additive = [m for m in fills if isinstance(m, Bias) or m.additive]
     policy = empty_rows(spec)
-    opaque = any(isinstance(m, Bias) for m in fills)
+    opaque = _is_opaque(spec)
     if policy == "zero" and any(isinstance(w, Keep) and w.implied for w in spec.weights):
         cleared = build.number(0.0, out)
         if not opaque:
@@ -454,9 +483,9 @@ def finish_rows(
     if target.training and (opaque or any(math.isfinite(m.fill) for m in additive if isinstance(m, Mask))):
         if len(fills) > 1:
             raise Refused("gradients of rows that see no key under several masks (join them into one)")
-        out = build.op(
-            "where", rows.seen, out, build.cast(_with_gradients(site, build, x, scale, out), value.dtype)
-        )
+        if not opaque:
+            mended = build.cast(_with_gradients(site, build, x, scale, out), value.dtype)
+            out = build.op("where", rows.seen, out, mended)
     if policy != "mean" or len(fills) > 1 or opaque:  # finite fills may sum to -inf
         finite = build.op("isfinite", rows.top)
         zero = policy == "zero" or any(isinstance(w, ZeroEmptyRows) for w in spec.weights)
@@ -494,10 +523,7 @@ def _with_gradients(site: Site, build: Builder, x: Operands, scale: float, mean:
     ``mean(v) + sum_j s_j (v_j - mean(v)) / K``, and ``sum_j s_j (v_j - mean(v)) = q . (k^T (v - mean(v)))``,
     which needs no tensor over queries and keys.  The term itself is subtracted again without gradient.
     """
-    for mod in site.spec.scores:
-        learned = isinstance(mod, Bias) and build.value(tensor_operand(site, build, mod.slot)).requires_grad
-        if learned or not isinstance(mod, (Scale, ScaleBy, Mask, Bias)):
-            raise Refused(f"gradients of rows that see no key, under '{mod}'")
+    _check_gradients(site, build)
     centred = build.op("detach", build.op("sub", x.v, build.op("mean", x.v, [2], True)))
     moments = build.op("matmul", build.op("transpose", x.k, -2, -1), centred)
     if site.roles.group:
@@ -505,6 +531,18 @@ def _with_gradients(site: Site, build: Builder, x: Operands, scale: float, mean:
     keys = build.size(site.spec.keys)
     term = build.op("div_number", build.op("mul_scalar", build.op("matmul", x.q, moments), scale), keys)
     return build.op("sub", build.op("add", mean, term), build.op("detach", term))
+
+
+def _check_gradients(site: Site, build: Builder) -> None:
+    """Check that gradients of rows that see no key reach only queries, keys and values.
+
+    Raises:
+        Refused: they reach a learned bias, or pass through another function of the scores.
+    """
+    for mod in site.spec.scores:
+        learned = isinstance(mod, Bias) and build.value(tensor_operand(site, build, mod.slot)).requires_grad
+        if learned or not isinstance(mod, (Scale, ScaleBy, Mask, Bias)):
+            raise Refused(f"gradients of rows that see no key, under '{mod}'")
 
 
 def repeat_heads(site: Site, build: Builder, node: fx.Node) -> fx.Node:

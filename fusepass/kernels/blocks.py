@@ -95,8 +95,8 @@ class Blocks:
         if handler is None:
             return self.unknown
         given = [self.value(f) if isinstance(f, tuple) else f for f in formula[1:]]
-        found: Interval = handler(*given)
-        return found
+        interval: Interval = handler(*given)
+        return interval
 
     def index(self, constant: int, terms: Any) -> Interval:
         low = high = self._number(constant)
@@ -279,13 +279,14 @@ def _bounds(low: Tensor, high: Tensor) -> Interval:
     return torch.where(odd, -math.inf, low), torch.where(odd, math.inf, high)
 
 
-def _unless_nan(found: Interval, *given: Interval) -> Interval:
+def _unless_nan(interval: Interval, *given: Interval) -> Interval:
     """Bounds of a function that returns NaN for NaN; infinite bounds on both sides stand for NaN."""
     for low, high in given:
         if low.is_floating_point():
-            nothing = (torch.isneginf(low) & torch.isposinf(high)) | torch.isnan(found[0])
-            found = torch.where(nothing, -math.inf, found[0]), torch.where(nothing, math.inf, found[1])
-    return found
+            nothing = (torch.isneginf(low) & torch.isposinf(high)) | torch.isnan(interval[0])
+            below = torch.where(nothing, -math.inf, interval[0])
+            interval = below, torch.where(nothing, math.inf, interval[1])
+    return interval
 
 
 def _known(x: Interval) -> Tensor | bool:
@@ -355,8 +356,8 @@ def block_visibility(
 @functools.lru_cache(maxsize=256)
 def _complete_blocks(queries: int, keys: int, pinned: bool) -> Tensor:
     """The blocks that lie within the last query and key, ``[1, 1, query blocks, key blocks]``."""
-    found = _inside(Blocks({"b": 1, "h": 1, "i": queries, "j": keys}, [], torch.device("cpu")))
-    return _pinned(found) if pinned else found
+    inside = _inside(Blocks({"b": 1, "h": 1, "i": queries, "j": keys}, [], torch.device("cpu")))
+    return _pinned(inside) if pinned else inside
 
 
 def _inside(blocks: Blocks) -> Tensor:
@@ -370,12 +371,12 @@ def tables(every: Tensor, some: Tensor, both: bool = True) -> list[Tensor]:
     ``both``: followed by the same four, by queries.
     """
     kinds = torch.stack((some & ~every, every))
-    found: list[Tensor] = []
+    results: list[Tensor] = []
     for rows in (kinds, kinds.transpose(-2, -1))[: 1 + both]:
         order = rows.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
         for kind, indices in zip(rows, order, strict=True):
-            found += [kind.sum(-1, dtype=torch.int32), indices.to(torch.int32).contiguous()]
-    return found
+            results += [kind.sum(-1, dtype=torch.int32), indices.to(torch.int32).contiguous()]
+    return results
 
 
 def _block_tables(
@@ -386,10 +387,10 @@ def _block_tables(
         settings = (visible, batch, heads, queries, keys, both)
         fixed = _resident.get((settings, _numbered(device)))
         joined = _on_device(_fixed(*settings, device.type == "cuda") if fixed is None else fixed, device)
-        made = table_shapes(tensors, visible, batch, heads, queries, keys, device, both)
-        parts = joined.split([t.numel() for t in made])
-        torch._foreach_copy_(made, [part.view(t.shape) for part, t in zip(parts, made, strict=True)])
-        return made
+        results = table_shapes(tensors, visible, batch, heads, queries, keys, device, both)
+        parts = joined.split([t.numel() for t in results])
+        torch._foreach_copy_(results, [part.view(t.shape) for part, t in zip(parts, results, strict=True)])
+        return results
     sizes = {"b": batch, "h": heads, "i": queries, "j": keys}
     return tables(*block_visibility(read(visible), sizes, tensors, device), both)
 
@@ -407,8 +408,8 @@ def plain_tables(
 def _fixed(visible: str, batch: int, heads: int, queries: int, keys: int, both: bool, pinned: bool) -> Tensor:
     """The tables of a formula that reads no tensor, concatenated, on the CPU."""
     sizes = {"b": batch, "h": heads, "i": queries, "j": keys}
-    found = tables(*block_visibility(read(visible), sizes, [], torch.device("cpu")), both)
-    joined = torch.cat([t.flatten() for t in found])
+    results = tables(*block_visibility(read(visible), sizes, [], torch.device("cpu")), both)
+    joined = torch.cat([t.flatten() for t in results])
     return _pinned(joined) if pinned else joined
 
 
@@ -451,12 +452,12 @@ def table_shapes(
 ) -> list[Tensor]:  # fmt: skip
     """Empty tables of the right shapes."""
     rows, columns = ((n + BLOCK - 1) // BLOCK for n in (queries, keys))
-    found: list[Tensor] = []
+    results: list[Tensor] = []
     for a, b in ((rows, columns), (columns, rows))[: 1 + both]:
         for _ in range(2):
-            found.append(torch.empty((batch, heads, a), dtype=torch.int32, device=device))
-            found.append(torch.empty((batch, heads, a, b), dtype=torch.int32, device=device))
-    return found
+            results.append(torch.empty((batch, heads, a), dtype=torch.int32, device=device))
+            results.append(torch.empty((batch, heads, a, b), dtype=torch.int32, device=device))
+    return results
 
 
 _definitions = torch.library.Library("fusepass", "FRAGMENT")
@@ -469,8 +470,8 @@ _definitions.impl("block_tables", _block_tables, "CompositeExplicitAutograd")
 torch.library.register_fake("fusepass::block_tables", table_shapes, lib=_definitions)
 
 
-def _unwritten(found: list[Tensor]) -> list[Tensor]:
-    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in found]
+def _unwritten(results: list[Tensor]) -> list[Tensor]:
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in results]
 
 
 def _stored_tables(found: list[Tensor]) -> list[Tensor]:

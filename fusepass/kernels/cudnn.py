@@ -52,10 +52,10 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     mask = None if causal else sdpa.attn_mask(site, build, target, x)
     if mask is not None:
         mask = _full(site, build, mask)
-    found = build.call(
+    results = build.call(
         operator_of_cudnn, x.q, x.k, x.v, mask, target.training, spec.dropout, causal, False, scale=scale
     )
-    out = build.call(operator.getitem, found, 0)
+    out = build.call(operator.getitem, results, 0)
     return build.cast(after_weights(site, build, out), spec.out_dtype)
 
 

@@ -54,7 +54,7 @@ def unwritable(formula: Formula) -> str | None:
     if kind in ("floordiv", "mod") and not _is_count(*formula[1:]):
         return f"{kind} of a number that may be negative"
     parts = (formula[1],) if kind == "cast" else formula[1:]
-    return next((found for part in parts if (found := unwritable(part)) is not None), None)
+    return next((unwritten for part in parts if (unwritten := unwritable(part)) is not None), None)
 
 
 def _is_count(x: Formula, y: Formula) -> bool:
@@ -93,8 +93,8 @@ class Walk:
             return _ARITHMETIC[kind](*self._alike(*given))
         if kind in _COMPARISONS:
             return _COMPARISONS[kind](*self._alike(*given))
-        found: Value = getattr(self, f"_{kind}")(*given)
-        return found
+        result: Value = getattr(self, f"_{kind}")(*given)
+        return result
 
     def _index(self, constant: int, terms: Any) -> Value:
         total: Value = None
@@ -113,11 +113,11 @@ class Walk:
         where = [self._index(constant, terms) for constant, terms in indices] or [0]
         lanes = next((self.cute.size(w.shape) for w in where if not isinstance(w, int)), 1)
         given = [w if isinstance(w, int) else self._scalars(w) for w in where]
-        found = self.cute.make_rmem_tensor(lanes, tensor.element_type)
+        loaded = self.cute.make_rmem_tensor(lanes, tensor.element_type)
         for lane in range(lanes):
             at = tuple(g if isinstance(g, int) else g[lane] for g in given)
-            found[lane] = tensor[at if len(at) > 1 else at[0]]
-        out = found.load()
+            loaded[lane] = tensor[at if len(at) > 1 else at[0]]
+        out = loaded.load()
         return out.to(self.cutlass.Float32) if self._is_float(out) else out
 
     def _scalars(self, value: Value) -> Any:
@@ -243,22 +243,35 @@ class Walk:
     def score(self, steps: Sequence[Any], s: Value) -> tuple[Value, list[Value]]:
         """The modified score, and the derivative of each step; None is one."""
         slopes: list[Value] = []
-        for kind, given, *more in steps:
-            slope: Value = None
-            if kind == "scale":
-                s, slope = s * given, given
-            elif kind == "softcap":
-                curve = self.cute.math.tanh(s / given, fastmath=True)
-                s, slope = given * curve, 1.0 - curve * curve
-            elif kind == "add":
-                s = s + self._added(given, more[0], s)
-            elif kind == "times":
-                slope = self._as(self._real(self.value(given)), self.cutlass.Float32, s)
-                s = s * slope
-            else:
-                raise ValueError(f"flash-attn 4: unknown step {kind!r}")
+        for step in steps:
+            s, slope = self._step(step, s)
             slopes.append(slope)
         return s, slopes
+
+    def _step(self, step: Any, s: Value) -> tuple[Value, Value]:
+        """A score after one step, and the step's derivative; None is one."""
+        match step:
+            case "scale", factor:
+                return s * factor, factor
+            case "softcap", cap:
+                curve = self.cute.math.tanh(s / cap, fastmath=True)
+                return cap * curve, 1.0 - curve * curve
+            case "clamp", low, high:
+                inside = self._and(operator.ge(*self._alike(s, low)), operator.le(*self._alike(s, high)))
+                return self._max(self._min(s, high), low), self._where(inside, 1.0, 0.0)
+            case "leaky_relu", slope:
+                positive = operator.gt(*self._alike(s, 0.0))
+                s = self._where(positive, s, s * slope) if slope else self._max(s, 0.0)
+                return s, self._where(positive, 1.0, float(slope))
+            case ("abs",):
+                above, below = (compare(*self._alike(s, 0.0)) for compare in (operator.gt, operator.lt))
+                return self._abs(s), self._where(above, 1.0, self._where(below, -1.0, 0.0))
+            case "add", formula, factor:
+                return s + self._added(formula, factor, s), None
+            case "times", formula:
+                slope = self._as(self._real(self.value(formula)), self.cutlass.Float32, s)
+                return s * slope, slope
+        raise ValueError(f"flash-attn 4: unknown step {step[0]!r}")
 
     def _added(self, formula: Formula, factor: float, like: Value) -> Value:
         """A bias as float32; the lowest finite numbers are raised, and hide just as much."""
@@ -311,8 +324,8 @@ def mask_mod(visible: Formula, first: int) -> Callable[..., Any]:
 
     def seen(b, h, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
         walk = Walk(_letters(b, h, q_idx, kv_idx), (aux_tensors or ())[first:])
-        found = walk.truth(walk.value(visible))
-        return walk._blank(kv_idx, found) if isinstance(found, bool) else found
+        visibility = walk.truth(walk.value(visible))
+        return walk._blank(kv_idx, visibility) if isinstance(visibility, bool) else visibility
 
     return _with_identity(seen, visible, first)
 

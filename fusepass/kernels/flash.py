@@ -155,11 +155,11 @@ def _emit(name: str, site: Site, build: Builder) -> fx.Node:
     q, k, v = (build.op("transpose", t, 1, 2) for t in (x.q, x.k, x.v))
     bias = next((m for m in spec.scores if isinstance(m, Bias)), None)
     extra = _sink(site, build) if bias is None else _slopes(site, build, bias)
-    found = build.call(
+    results = build.call(
         getattr(torch.ops.fusepass, name).default, q, k, v, extra, scale, call.left, call.right,
         call.softcap, call.dropout,
     )  # fmt: skip
-    out = build.op("transpose", build.call(operator.getitem, found, 0), 1, 2)
+    out = build.op("transpose", build.call(operator.getitem, results, 0), 1, 2)
     return build.cast(after_weights(site, build, out), spec.out_dtype)
 
 
@@ -168,13 +168,13 @@ def _sink(site: Site, build: Builder) -> fx.Node | None:
     if site.spec.sink is None:
         return None
     heads, like = build.size(site.spec.heads), build.value(build.anchor)
-    made = row_operand(site, build, site.spec.sink.slot)
-    if not isinstance(made, fx.Node) or not isinstance(build.value(made), torch.Tensor):
-        return build.op("full", [heads], made, dtype=torch.float32, device=like.device)
-    if build.value(made).dim() == 4:  # it varies over the heads alone, however it was expanded
+    sink = row_operand(site, build, site.spec.sink.slot)
+    if not isinstance(sink, fx.Node) or not isinstance(build.value(sink), torch.Tensor):
+        return build.op("full", [heads], sink, dtype=torch.float32, device=like.device)
+    if build.value(sink).dim() == 4:  # it varies over the heads alone, however it was expanded
         for dim in (3, 2, 0):
-            made = build.op("select", made, dim, 0)
-    flat = build.op("reshape", build.cast(made, torch.float32), [-1])
+            sink = build.op("select", sink, dim, 0)
+    flat = build.op("reshape", build.cast(sink, torch.float32), [-1])
     return build.op("expand", flat, [heads])
 
 
@@ -190,10 +190,10 @@ def _slopes(site: Site, build: Builder, bias: Bias) -> fx.Node:
     writer = fm.Writer(site)
     refusal = Refused(f"its only bias is ALiBi, and this is '{bias}'")
     try:
-        found = fm.read(fm.text(writer.term(site.operands[bias.slot])))
+        formula = fm.read(fm.text(writer.term(site.operands[bias.slot])))
     except fm.Unwritable:
         raise refusal from None
-    step = _linear(found)
+    step = _linear(formula)
     if step is None:
         raise refusal
     _, slot, indices = step[0]

@@ -33,10 +33,13 @@ from fusepass.kernels import formula as fm
 from fusepass.kernels.base import AROUND, IN_GRAPH, Operands, Refused, Target, after_weights, operands
 from fusepass.rules.site import Site
 from fusepass.specification.attention import (
+    Absolute,
     Attention,
     Band,
     Bias,
+    Clamp,
     KeyPadding,
+    LeakyReLU,
     Mask,
     Scale,
     ScaleBy,
@@ -76,15 +79,15 @@ def _mods(code: str, scores: int) -> tuple[float, dict[str, Any], dict[str, Any]
 
 
 def _optional_operands(scores: list[Tensor], masks: list[Tensor], tables: list[Tensor]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     if loaded := [t.reshape(1) if t.dim() == 0 else t for t in (*scores, *masks)]:
-        found["aux_tensors"] = loaded
+        arguments["aux_tensors"] = loaded
     if tables:
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
         size = (blocks.BLOCK, blocks.BLOCK)
-        found["block_sparse_tensors"] = BlockSparseTensorsTorch(*tables, block_size=size)
-    return found
+        arguments["block_sparse_tensors"] = BlockSparseTensorsTorch(*tables, block_size=size)
+    return arguments
 
 
 def _window(left: int | None, right: int | None) -> dict[str, Any]:
@@ -199,8 +202,8 @@ torch.library.register_autograd(
 
 #: What formulas can compute, judged by the specification alone.
 TAKES = Takes(
-    ((Scale, ScaleBy, SoftCap, Bias, Mask),), AROUND, learned=IN_GRAPH, factors="pairs", rows="one level",
-    hiding_biases=True,
+    ((Scale, ScaleBy, SoftCap, Clamp, LeakyReLU, Absolute, Bias, Mask),), AROUND, learned=IN_GRAPH,
+    factors="pairs", rows="one level", hiding_biases=True,
 )  # fmt: skip
 #: The same, plus what the library computes itself: it has sinks.
 OR_NATIVE = replace(TAKES, sink=True, learned=(*IN_GRAPH, Sink))
@@ -228,41 +231,43 @@ def emit(
     Args:
         band: the window of a specification, aligned at the last query and key, or why it is not one.
     """
-    made = flex_blocks.plan(site, build)
-    if made is None:
+    plan = flex_blocks.plan(site, build)
+    if plan is None:
         raise Refused("its modifiers have no formula")
+    if plan.hides_rows and target.training:
+        raise Refused("in training a bias may hide all keys of a query")
     window = band(site.spec)
     native = not isinstance(window, str)
-    visible = None if native else made.conjunction
+    visible = None if native else plan.conjunction
     x = operands(site, build)
     scores, masks = (
-        [build.as_tensor(t) for t in writer.tensors] for writer in (made.of_scores, made.of_masks)
+        [build.as_tensor(t) for t in writer.tensors] for writer in (plan.of_scores, plan.of_masks)
     )
     masks = [] if native else masks
-    if target.training and flex_blocks.scores_by_position(site, made):
+    if target.training and flex_blocks.scores_by_position(site, plan):
         raise Refused(flex_blocks.GROUPED)
-    _check(build, target, x, made, visible, scores, masks)
+    _check(build, target, x, plan, visible, scores, masks)
     tables: list[fx.Node] = []
     if visible is not None:
-        tables = flex_blocks.tables_of(site, build, made, masks, target.training, stored=False)
+        tables = flex_blocks.tables_of(site, build, plan, masks, target.training, stored=False)
     q, k, v = (build.op("transpose", t, 1, 2) for t in (x.q, x.k, x.v))
-    code = fm.text([made.scale, made.scores, visible])
+    code = fm.text([plan.scale, plan.scores, visible])
     filled = fills_first_rows(site.spec, target.training)
     name = "flash4_filled" if filled else "flash4_mods"
-    found = build.call(
+    results = build.call(
         getattr(torch.ops.fusepass, name).default, q, k, v, scores, masks, tables, code,
         *(window if native else (None, None)),
     )  # fmt: skip
-    out = build.call(operator.getitem, found, 0)
+    out = build.call(operator.getitem, results, 0)
     if site.spec.unseen_rows and not filled and empty_rows(site.spec) != "zero":
-        lse = build.call(operator.getitem, found, 1)
+        lse = build.call(operator.getitem, results, 1)
         out = flex_blocks.mended(site, build, target, x, out, lse, major="rows")
     out = build.op("transpose", out, 1, 2)
     return build.cast(after_weights(site, build, out), site.spec.out_dtype)
 
 
 def _check(
-    build: Builder, target: Target, x: Operands, made: flex_blocks.Plan, visible: Any,
+    build: Builder, target: Target, x: Operands, plan: flex_blocks.Plan, visible: Any,
     scores: list[fx.Node], masks: list[fx.Node],
 ) -> None:  # fmt: skip
     """Refuse what its kernels, or the formulas in this file, do not take."""
@@ -270,7 +275,7 @@ def _check(
     if any(v.dtype not in (torch.float16, torch.bfloat16) for v in values):
         raise Refused("queries, keys and values have different dtypes")
     parts = [visible] if visible is not None else []
-    parts += [step[1] for step in made.scores if step[0] in ("add", "times")]
+    parts += [step[1] for step in plan.scores if step[0] in ("add", "times")]
     for part in parts:
         written = fm.read(fm.text(part))
         if fm.is_dense(written):

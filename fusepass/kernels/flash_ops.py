@@ -170,12 +170,12 @@ class Flash4:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         more = {} if extra is None else {"learnable_sink": extra}
-        found = self.interface._flash_attn_bwd(
+        gradients = self.interface._flash_attn_bwd(
             q, k, v, out, grad, lse, scale, is_causal(window), softcap,
             window_size_left=window[0], window_size_right=None if is_causal(window) else window[1],
             deterministic=torch.are_deterministic_algorithms_enabled(), dq=dq, dk=dk, dv=dv, **more,
         )  # fmt: skip
-        return found[0], found[1], found[2], None if extra is None else found[3]
+        return gradients[0], gradients[1], gradients[2], None if extra is None else gradients[3]
 
 
 _LIBRARIES: dict[str, Callable[[], Library]] = {"flash2": Flash2, "flash3": Flash3, "flash4": Flash4}
@@ -211,11 +211,11 @@ def _forward_fake(name: str) -> Callable[..., Results]:
 
 def _backward(name: str) -> Callable[..., Results]:
     def run(grad, q, k, v, extra, scale, left, right, softcap, dropout, out, lse, rng):  # type: ignore[no-untyped-def]
-        found = library(name).backward(
+        gradients = library(name).backward(
             grad.contiguous(), q, k, v, extra, scale, (left, right), softcap, dropout, out, lse, rng
         )
-        more = found[3]
-        return (*found[:3], q.new_empty(0, dtype=torch.float32) if more is None else more)
+        more = gradients[3]
+        return (*gradients[:3], q.new_empty(0, dtype=torch.float32) if more is None else more)
 
     return run
 

@@ -29,6 +29,7 @@ from fusepass.kernels.base import (
     Refused,
     Rows,
     Target,
+    absorbed,
     after_weights,
     all_operands,
     finish_rows,
@@ -99,8 +100,10 @@ def takes_tables(device: str) -> bool:
 def _with_tables(site: Site, build: Builder, target: Target, options: dict[str, Any]) -> fx.Node | None:
     if not takes_tables(target.device) or not flex_blocks.mendable(site):
         return None
-    made = flex_blocks.plan(site, build)
-    return None if made is None else flex_blocks.emit(site, build, target, made, options)
+    plan = flex_blocks.plan(site, build)
+    if plan is None or (plan.hides_rows and target.training):
+        return None
+    return flex_blocks.emit(site, build, target, plan, options)
 
 
 def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
@@ -113,7 +116,7 @@ def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
         original = x = without_hidden_keys(site, build, target, x)
         rows = rows_of(site, build, build.value(x.q).dtype)
         scale = math.prod(m.factor for m in spec.scores if isinstance(m, Scale))
-        x = Operands(muted(build, rows, x.q), x.k, x.v)
+        x = absorbed(site, build, target, rows, x)
         spec, tensors = _with_levels(site, build, rows)
     else:
         tensors = all_operands(site, build, bands=True)
@@ -175,7 +178,7 @@ def emit_flash(site: Site, build: Builder, target: Target) -> fx.Node:
     """The same as :func:`emit`, with ``BACKEND="FLASH"`` and block tables only."""
     out = _with_tables(site, build, target, {"BACKEND": "FLASH"})
     if out is None:
-        raise Refused("its modifiers have no formula")
+        raise Refused("its modifiers have no formula, or in training a bias may hide all keys of a query")
     return build.cast(after_weights(site, build, out), site.spec.out_dtype)
 
 

@@ -36,17 +36,21 @@ from fusepass.kernels.blocks import (
     table_shapes,
     tables_op,
 )
-from fusepass.kernels.flex_operators import block_attention
+from fusepass.kernels.flex_operators import LOWEST, block_attention
 from fusepass.rules.engine import Term
 from fusepass.rules.site import Site
 from fusepass.rules.visibility import additive_mask
 from fusepass.specification.attention import (
+    Absolute,
     Attention,
     Bias,
+    Clamp,
     Finite,
+    LeakyReLU,
     Mask,
     Scale,
     ScaleBy,
+    ScoreModifier,
     SoftCap,
     empty_rows,
     one_level,
@@ -60,12 +64,16 @@ SMALL_HEAD_DIM = SMALL_TILE = 64
 
 @dataclass
 class Plan:
-    """A specification as formulas."""
+    """A specification as formulas.
+
+    ``hides_rows``: a bias of unknown contents may hide whole rows, whose gradients no log-sum-exp tells.
+    """
 
     site: Site
     scale: float = 1.0
     scores: list[Any] = field(default_factory=list)
     visible: list[Any] = field(default_factory=list)
+    hides_rows: bool = False
 
     def __post_init__(self) -> None:
         self.of_scores, self.of_masks = fm.Writer(self.site), fm.Writer(self.site)
@@ -106,12 +114,12 @@ def plan(site: Site, build: Builder) -> Plan | None:
                 made.visible.append(_visible(made.of_masks, mod))
             elif isinstance(mod, Scale) and position == 0:
                 made.scale = mod.factor
-            elif isinstance(mod, (Scale, SoftCap)):
-                made.scores.append(["scale", mod.factor] if isinstance(mod, Scale) else ["softcap", mod.cap])
-            elif isinstance(mod, Finite):
-                made.scores.append(["finite", mod.nan, mod.low, mod.high])
+            elif (step := _step(mod)) is not None:
+                made.scores.append(step)
             elif isinstance(mod, Bias):
-                made.scores.append(["add", _value(made.of_scores, mod.slot, build), mod.factor])
+                value = _value(made.of_scores, mod.slot, build)
+                made.hides_rows |= mod.hides and fm.may_hide(value, LOWEST)
+                made.scores.append(["add", value, mod.factor])
             elif isinstance(mod, ScaleBy):
                 made.scores.append(["times", _value(made.of_scores, mod.slot, build)])
             else:
@@ -119,6 +127,24 @@ def plan(site: Site, build: Builder) -> Plan | None:
         except fm.Unwritable:
             return None
     return made
+
+
+def _step(mod: ScoreModifier) -> list[Any] | None:
+    """A function of the score alone, as a step of a formula; None for other modifiers."""
+    match mod:
+        case Scale(factor):
+            return ["scale", factor]
+        case SoftCap(cap):
+            return ["softcap", cap]
+        case Clamp(low, high):
+            return ["clamp", low, high]
+        case LeakyReLU(slope):
+            return ["leaky_relu", slope]
+        case Absolute():
+            return ["abs"]
+        case Finite(nan, low, high):
+            return ["finite", nan, low, high]
+    return None
 
 
 def _value(writer: fm.Writer, slot: int, build: Builder) -> Any:
@@ -129,35 +155,35 @@ def _value(writer: fm.Writer, slot: int, build: Builder) -> Any:
     term = writer.site.operands[slot]
     known = len(writer.tensors)
     try:
-        found = writer.term(term)
+        formula = writer.term(term)
     except fm.Unwritable:
-        found = None
+        formula = None
     learns = any(build.value(build.as_tensor(t)).requires_grad for t in writer.tensors[known:])
-    if found is None or learns or fm.is_dense(found):
+    if formula is None or learns or fm.is_dense(formula):
         del writer.tensors[known:]
         return writer.write(writer.formulas.load(term))
-    return found
+    return formula
 
 
 def thin_biases(site: Site) -> frozenset[int]:
     """The slots of biases that vary over queries and keys by a formula, not by a tensor."""
-    found = set()
+    slots = set()
     for mod in site.spec.scores:
         if isinstance(mod, Bias):
             with contextlib.suppress(fm.Unwritable):
                 if not fm.is_dense(fm.Writer(site).term(site.operands[mod.slot])):
-                    found.add(mod.slot)
-    return frozenset(found)
+                    slots.add(mod.slot)
+    return frozenset(slots)
 
 
 def _visible(writer: fm.Writer, mask: Mask) -> Any:
     term, known = writer.site.operands[mask.slot], len(writer.tensors)
     try:
-        found = _understood(writer, mask, term)
+        formula = _understood(writer, mask, term)
     except fm.Unwritable:
-        found = None
-    if found is not None and not fm.is_dense(found):
-        return found
+        formula = None
+    if formula is not None and not fm.is_dense(formula):
+        return formula
     del writer.tensors[known:]
     tensor = writer.write(writer.formulas.load(term))
     if mask.additive:
@@ -173,11 +199,11 @@ def _understood(writer: fm.Writer, mask: Mask, term: Term) -> Any:
     return writer.write(lifted) if mask.attends else ["not", writer.write(lifted)]
 
 
-def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[str, Any]) -> fx.Node:
+def emit(site: Site, build: Builder, target: Target, planned: Plan, options: dict[str, Any]) -> fx.Node:
     """Write the tables (once per graph), the call, and the repair of rows that see no key."""
     x = operands(site, build)
     scores, masks = (
-        [build.as_tensor(t) for t in writer.tensors] for writer in (made.of_scores, made.of_masks)
+        [build.as_tensor(t) for t in writer.tensors] for writer in (planned.of_scores, planned.of_masks)
     )
     if target.device == "cuda":
         refuse_far_elements(build, [x.q, x.k, x.v, *scores, *masks])
@@ -185,13 +211,13 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
     flash = options.get("BACKEND") == "FLASH"
     if flash and any(build.value(t).requires_grad for t in scores):
         raise Refused("its score modifiers read a tensor that needs a gradient")
-    if flash and target.training and scores_by_position(site, made):
+    if flash and target.training and scores_by_position(site, planned):
         raise Refused(GROUPED)
     if flash and not target.training and (scores or masks):
         # TorchInductor 2.11 frees what a CuTe kernel captures before the kernel runs, unless a backward keeps
         # it.
         raise Refused("without gradients its score modifiers can read no tensors")
-    tables = tables_of(site, build, made, masks, target.training, stored=True)
+    tables = tables_of(site, build, planned, masks, target.training, stored=True)
     q, v = build.value(x.q), build.value(x.v)
     with build.trial():
         value = (
@@ -203,14 +229,14 @@ def emit(site: Site, build: Builder, target: Target, made: Plan, options: dict[s
     if reads:  # without gradients the kernel writes no log-sum-exp unless it is told to
         options = options | {"OUTPUT_LOGSUMEXP": True}
     if not flash:
-        dense = any(s[0] in ("add", "times") and fm.is_dense(s[1]) for s in made.scores)
+        dense = any(s[0] in ("add", "times") and fm.is_dense(s[1]) for s in planned.scores)
         options = options | tile(site.spec, dense)
-    arguments = (x.q, x.k, x.v, scores, masks, tables, made.code(), fm.text(sorted(options.items())))
-    found = build.call_with(value, block_attention, *arguments)
-    out = build.call(operator.getitem, found, 0)
+    arguments = (x.q, x.k, x.v, scores, masks, tables, planned.code(), fm.text(sorted(options.items())))
+    results = build.call_with(value, block_attention, *arguments)
+    out = build.call(operator.getitem, results, 0)
     if not reads:
         return out
-    lse = build.call(operator.getitem, found, 1)
+    lse = build.call(operator.getitem, results, 1)
     if sink is None:
         return mended(site, build, target, x, out, lse)
     return _with_sink(build, out, lse, row_operand(site, build, sink.slot))
@@ -247,21 +273,23 @@ GROUPED = "with grouped heads its backward pass has no scores that depend on the
 """In a backward pass on Hopper, flash-attn 4 4.0.0b36 takes the heads for packed ones and reads elsewhere."""
 
 
-def scores_by_position(site: Site, made: Plan) -> bool:
+def scores_by_position(site: Site, planned: Plan) -> bool:
     """With grouped heads, do steps of the score read indices?"""
-    return bool(site.roles.group) and any(s[0] in ("add", "times") and fm.letters(s[1]) for s in made.scores)
+    indexed = (s[0] in ("add", "times") and fm.letters(s[1]) for s in planned.scores)
+    return bool(site.roles.group) and any(indexed)
 
 
 def _stored(build: Builder, node: fx.Node) -> fx.Node:
     """A tensor in the form that FlexAttention can read, made once for all sites."""
     if node.op == "placeholder":
         return node
-    made: fx.Node = build.once(("stored", node), lambda: build.call(torch.ops.fusepass.stored.default, node))
-    return made
+    store = torch.ops.fusepass.stored.default
+    stored: fx.Node = build.once(("stored", node), lambda: build.call(store, node))
+    return stored
 
 
 def tables_of(
-    site: Site, build: Builder, made: Plan, masks: list[fx.Node], both: bool, stored: bool
+    site: Site, build: Builder, planned: Plan, masks: list[fx.Node], both: bool, stored: bool
 ) -> list[fx.Node]:
     """The block tables; sites with the same visibility share them.
 
@@ -273,10 +301,10 @@ def tables_of(
         stored: keep them in memory, whatever the inner compiler would fuse, for a call that it does not see
             as an operator.
     """
-    if not made.visible:
+    if not planned.visible:
         return []
-    whole = fm.text(made.conjunction)
-    used, spec = fm.letters(made.conjunction), site.spec
+    whole = fm.text(planned.conjunction)
+    used, spec = fm.letters(planned.conjunction), site.spec
     sizes = (spec.batch if "b" in used else 1, spec.heads if "h" in used else 1, spec.queries, spec.keys)
     device = build.value(build.anchor).device
     known = all(isinstance(n, int) for n in sizes)
@@ -296,8 +324,8 @@ def tables_of(
     def parts(tables: fx.Node) -> list[fx.Node]:
         return [build.call(operator.getitem, tables, n) for n in range(8 if both else 4)]
 
-    found: list[fx.Node] = build.once(("tables", whole, tuple(masks), sizes, both, stored), make)
-    return found
+    nodes: list[fx.Node] = build.once(("tables", whole, tuple(masks), sizes, both, stored), make)
+    return nodes
 
 
 def mendable(site: Site) -> bool:

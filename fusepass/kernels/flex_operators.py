@@ -58,8 +58,8 @@ def flex_attention(
 
     blocks = _create_empty_block_mask(q, k).as_tuple()
     chosen = kernel_options(q) | dict(fm.read(options))
-    found = operator(q, k, v, score_mod, blocks, scale, chosen, tuple(tensors), ())
-    return found[0]
+    results = operator(q, k, v, score_mod, blocks, scale, chosen, tuple(tensors), ())
+    return results[0]
 
 
 def kernel_options(q: Tensor) -> dict[str, Any]:
@@ -174,34 +174,38 @@ def block_attention(
 
     if tables:
         lengths, size = (q.shape[2], k.shape[2]), (BLOCK, BLOCK)
-        made: Any = BlockMask
+        block_mask: Any = BlockMask
         by_queries = tables[4:] or tables[:4]
-        blocks = made(lengths, *tables[:4], *by_queries, BLOCK_SIZE=size, mask_mod=mask_mod).as_tuple()
+        blocks = block_mask(lengths, *tables[:4], *by_queries, BLOCK_SIZE=size, mask_mod=mask_mod).as_tuple()
     else:
         blocks = _create_empty_block_mask(q, k).as_tuple()
     chosen = kernel_options(q) | dict(fm.read(options))
-    found = operator(q, k, v, score_mod, blocks, scale, chosen, tuple(score_tensors), tuple(mask_tensors))
-    return found[0], found[1]
+    results = operator(q, k, v, score_mod, blocks, scale, chosen, tuple(score_tensors), tuple(mask_tensors))
+    return results[0], results[1]
 
 
-def _scored(mod: Any, s: Tensor, at: dict[str, Tensor], captured: tuple[Tensor, ...]) -> Tensor:
-    kind, given, *more = mod
-    if kind == "scale":
-        s = s * given
-    elif kind == "softcap":
-        s = given * torch.tanh(s / given)
-    elif kind == "add":
-        added = fm.evaluate(given, at, captured)
-        added = added if more[0] == 1 else added * more[0]
-        s = s + (representable(added) if fm.may_hide(given, LOWEST) else added)
-    elif kind == "times":
-        s = s * fm.evaluate(given, at, captured)
-    elif kind == "finite":
-        low, high = (max(min(end, -EXTREME), EXTREME) for end in more)
-        s = finite(s, given, low, high)
-    else:
-        raise ValueError(f"FlexAttention program: unknown step {mod!r}")
-    return s
+def _scored(mod: tuple[Any, ...], s: Tensor, at: dict[str, Tensor], captured: tuple[Tensor, ...]) -> Tensor:
+    match mod:
+        case "scale", factor:
+            return Scale(factor).apply(s, ())
+        case "softcap", cap:
+            return SoftCap(cap).apply(s, ())
+        case "clamp", low, high:
+            return Clamp(low, high).apply(s, ())
+        case "leaky_relu", slope:
+            return LeakyReLU(slope).apply(s, ())
+        case ("abs",):
+            return s.abs()
+        case "add", formula, factor:
+            added = fm.evaluate(formula, at, captured)
+            added = added if factor == 1 else added * factor
+            return s + (representable(added) if fm.may_hide(formula, LOWEST) else added)
+        case "times", formula:
+            return s * fm.evaluate(formula, at, captured)
+        case "finite", nan, *ends:
+            low, high = (max(min(end, -EXTREME), EXTREME) for end in ends)
+            return finite(s, nan, low, high)
+    raise ValueError(f"FlexAttention program: unknown step {mod!r}")
 
 
 def representable(added: Tensor) -> Tensor:

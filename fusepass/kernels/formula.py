@@ -114,15 +114,15 @@ class Writer:
 
 def _joined(terms: list[list[Any]]) -> list[list[Any]]:
     """Neighbouring digits of a letter joined: ``4 * (h // 4) + h % 4`` is ``h``."""
-    made = list(terms)
+    joined = list(terms)
     for high, low in itertools.permutations(terms, 2):
-        if high not in made or low not in made or high[1] != low[1] or not low[3]:
+        if high not in joined or low not in joined or high[1] != low[1] or not low[3]:
             continue
         if high[0] == low[0] * low[3] and high[2] == low[2] * low[3]:
-            made[made.index(low)] = [low[0], low[1], low[2], high[3] * low[3]]
-            made.remove(high)
-            return _joined(made)
-    return made
+            joined[joined.index(low)] = [low[0], low[1], low[2], high[3] * low[3]]
+            joined.remove(high)
+            return _joined(joined)
+    return joined
 
 
 def text(formula: Any) -> str:
@@ -192,7 +192,7 @@ def evaluate(formula: Formula, at: Mapping[str, Tensor], tensors: Sequence[Tenso
     Kernels compute this for every score, so comparisons of indices use as few operations as possible.
     """
     operation = formula[0]
-    found: Tensor
+    result: Tensor
     if operation == "const":
         kind = {bool: torch.bool, int: torch.int64}.get(type(formula[1]), torch.float32)
         return torch.full_like(at["j"], formula[1], dtype=kind)
@@ -203,19 +203,19 @@ def evaluate(formula: Formula, at: Mapping[str, Tensor], tensors: Sequence[Tenso
         if tensor.dim() == 0:
             return tensor
         where = tuple(_index(constant, terms, at) for constant, terms in formula[2])
-        found = tensor[where]
-        return found
+        result = tensor[where]
+        return result
     if operation == "cast":
-        found = evaluate(formula[1], at, tensors).to(DTYPES[formula[2]])
-        return found
+        result = evaluate(formula[1], at, tensors).to(DTYPES[formula[2]])
+        return result
     if (compared := _compared(formula)) is not None:
         comparison, (constant, terms) = compared
         up, down = _sums(terms, at)
         if up is not None and down is not None:
-            found = POINTWISE[comparison](up, down - constant if constant else down)
-            return found
-    found = POINTWISE[operation](*(evaluate(f, at, tensors) for f in formula[1:]))
-    return found
+            result = POINTWISE[comparison](up, down - constant if constant else down)
+            return result
+    result = POINTWISE[operation](*(evaluate(f, at, tensors) for f in formula[1:]))
+    return result
 
 
 _OPPOSITE = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt", "eq": "ne", "ne": "eq"}
@@ -255,14 +255,14 @@ def _index(constant: int, terms: Any, at: Mapping[str, Tensor]) -> Tensor:
 
 def _sums(terms: Any, at: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
     """Two sums: of the index terms with positive factors, and of those with negative factors, negated."""
-    found: dict[bool, Tensor] = {}
+    sums: dict[bool, Tensor] = {}
     for factor, letter, stride, size in terms:
         digit: Tensor = at[letter] if stride == 1 else at[letter] // stride
         digit = digit % size if size else digit
         digit = digit if abs(factor) == 1 else digit * abs(factor)
         side = factor > 0
-        found[side] = found[side] + digit if side in found else digit
-    return found.get(True), found.get(False)
+        sums[side] = sums[side] + digit if side in sums else digit
+    return sums.get(True), sums.get(False)
 
 
 __all__ = [

@@ -15,10 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from fusepass.host.libraries import FLASH3, GATES
 from fusepass.kernels import fp8_ops
 from fusepass.kernels.base import AROUND, Kernel, Refused, Target, after_weights, operands, scaled
 from fusepass.kernels.flash import shard_where_used
-from fusepass.kernels.gates import FLASH3, GATES, gate_refuses, import_refuses, installed
+from fusepass.kernels.gates import gate_refuses, import_refuses, installed
 from fusepass.rules.site import Site
 from fusepass.specification.attention import Attention, Mask, Scale, ScaleBy
 from fusepass.specification.takes import Takes
@@ -108,8 +109,8 @@ def hadamard(size: int, like: Tensor) -> Tensor:
     for shift in range(size.bit_length() - 1):
         parity = parity ^ (bits >> shift)
     signs: Tensor = 1 - 2 * (parity & 1)
-    found: Tensor = (signs * size**-0.5).to(like.dtype)
-    return found
+    rotation: Tensor = (signs * size**-0.5).to(like.dtype)
+    return rotation
 
 
 def library() -> str:
@@ -137,7 +138,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     """Write the scaling, the casts and the call."""
     spec = site.spec
     scale, x = scaled(site, build, operands(site, build))
-    if build.value(x.q).dtype not in GATES["fp8"].dtypes:
+    if not GATES["fp8"].computes_in(build.value(x.q).dtype):
         raise Refused("queries, keys and values have different dtypes")
     shard_where_used()
     rotate = target.precision != "fp8_unrotated"

@@ -97,8 +97,8 @@ def _run(q: Tensor, k: Tensor, v: Tensor, descale: Tensor, scale: float, causal:
 @cache
 def constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """One, the weights' scale, and its inverse, on the GPU."""
-    made = torch.tensor([1.0, WEIGHT_SCALE, 1 / WEIGHT_SCALE], device=device).view(3, 1, 1, 1, 1)
-    return made[0], made[1], made[2]
+    numbers = torch.tensor([1.0, WEIGHT_SCALE, 1 / WEIGHT_SCALE], device=device).view(3, 1, 1, 1, 1)
+    return numbers[0], numbers[1], numbers[2]
 
 
 def _result(q: Tensor, v: Tensor) -> Tensor:

@@ -1,106 +1,25 @@
-"""What the libraries behind the kernels accept, as data: GPUs, dtypes, head sizes, packages.
+"""Why a library cannot serve a site, or run on this machine: its row in the table of libraries, asked.
 
-Every row states what the library's own interface checks (versions in ``Gate.source``); a kernel's ``refuse``
-looks at its row first, and ``python -m fusepass doctor`` prints the table.
+The table is :mod:`fusepass.host.libraries`.  A kernel's ``refuse`` asks here first.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
 from fusepass.expressions.index import Size
+from fusepass.host.libraries import GATES, Gate, Package, dtype_name
 from fusepass.specification.attention import Attention
 
 Capability = tuple[int, int]
 
-HALF = (torch.float16, torch.bfloat16)
 _GENERATIONS = {
     (7, 0): "Volta", (7, 2): "Volta", (7, 5): "Turing", (8, 0): "Ampere", (8, 6): "Ampere", (8, 7): "Ampere",
     (8, 9): "Ada", (9, 0): "Hopper", (10, 0): "Blackwell", (10, 3): "Blackwell", (11, 0): "Blackwell",
     (12, 0): "Blackwell", (12, 1): "Blackwell",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Package:
-    """A library, and how to tell whether it is installed without importing it."""
-
-    name: str
-    module: str
-    file: str
-    install: str
-
-    def installed(self) -> bool:
-        """Does its file exist?  (Two distributions share the import name ``flash_attn``.)"""
-        return _holds(self.module, self.file)
-
-    def path(self) -> str:
-        """The module that is imported."""
-        inner = self.file.removesuffix(".py").removesuffix("__init__").replace("/", ".")
-        return f"{self.module}.{inner}" if inner else self.module
-
-
-FLASH2 = Package(
-    "flash-attn", "flash_attn", "flash_attn_interface.py", "pip install flash-attn --no-build-isolation"
-)
-FLASH3 = Package(
-    "flash-attn-3",
-    "flash_attn_interface",
-    "",
-    "build it from the `hopper` folder of the flash-attention repository",
-)
-FLASH4 = Package("flash-attn-4", "flash_attn", "cute/interface.py", "pip install --pre flash-attn-4")
-FRONTEND = Package("nvidia-cudnn-frontend", "cudnn", "__init__.py", "pip install nvidia-cudnn-frontend")
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One row of the table.
-
-    majors: major compute capabilities; None means any device, GPU or not.
-    step, least: head sizes are multiples of ``step`` and at least ``least``.
-    head_dims, backward_dims: the largest head size, forward and backward.
-    wide: major compute capabilities that take larger heads, and how large.
-    same_width: keys and values must have the same head size.
-    auto: for a registered kernel: may ``auto`` choose it?  Built-in kernels are always ranked.
-    """
-
-    kernel: str
-    dtypes: tuple[torch.dtype, ...]
-    majors: tuple[int, ...] | None = None
-    package: Package | None = None
-    step: int = 1
-    least: int = 1
-    head_dims: int | None = None
-    backward_dims: int | None = None
-    wide: tuple[tuple[int, int], ...] = ()
-    same_width: bool = False
-    backward: bool = True
-    source: str = ""
-    auto: bool = False
-
-
-_FA2, _CUDNN = "flash-attn 2.8.3, and its folder hopper", "torch 2.11, cuDNN 9.19, frontend 1.32"
-
-GATES: dict[str, Gate] = {
-    g.kernel: g
-    for g in (
-        Gate("flash2", HALF, (8, 9, 10, 11, 12), FLASH2, 8, 8, 256, 256, same_width=True, source=_FA2),
-        Gate("flash3", HALF, (9,), FLASH3, 8, 8, 256, 256, same_width=True, source=_FA2),
-        Gate("flash4", HALF, (9, 10, 11), FLASH4, 8, 8, 256, 256, source="flash-attn-4 4.0.0b36"),
-        Gate("cudnn", HALF, (8, 9, 10, 11, 12), None, 8, 8, 128, 128, ((9, 256),), source=_CUDNN),
-        Gate("fp8", HALF, (9,), FRONTEND, 128, 128, 128, same_width=True, backward=False, source=_CUDNN),
-        Gate("flex_flash", HALF, (9, 10), FLASH4, 8, 8, 256, 256, source="torch 2.11, flash-attn-4 4.0.0b36"),
-        Gate(
-            "flex", (torch.float32, *HALF), None, None, 1, 16, 512, 256, source="torch 2.11, Triton and C++"
-        ),
-    )
 }  # fmt: skip
 
 
@@ -109,9 +28,8 @@ def gate_refuses(kernel: str, spec: Attention, device: str, training: bool) -> s
     gate = GATES[kernel]
     if reason := machine_refuses(gate, device):
         return reason
-    if spec.dtype not in gate.dtypes:
-        taken = " and ".join(_dtype_name(d) for d in gate.dtypes)
-        return f"it computes in {taken}, and this is {_dtype_name(spec.dtype)}"
+    if not gate.computes_in(spec.dtype):
+        return f"it computes in {' and '.join(gate.dtype_names())}, and this is {dtype_name(spec.dtype)}"
     if training and not gate.backward:
         return "it has no backward pass"
     return _head_sizes(gate, spec.head_dim, spec.value_dim, training)
@@ -131,7 +49,7 @@ def machine_refuses(gate: Gate, device: str) -> str | None:
 
 def _packages(gate: Gate) -> list[Package]:
     """The libraries of a kernel; any one of them will do."""
-    return [p for p in (gate.package, FLASH3 if gate.kernel == "fp8" else None) if p is not None]
+    return [package for package in (gate.package, gate.substitute) if package is not None]
 
 
 def runs_here(kernel: str, device: str) -> bool:
@@ -216,23 +134,7 @@ def import_refuses(package: Package) -> str | None:
     return None
 
 
-def _holds(module: str, file: str) -> bool:
-    try:
-        spec = find_spec(module)
-    except (ImportError, ValueError):
-        return False
-    if spec is None:
-        return False
-    if not file:
-        return True
-    return any((Path(place) / file).is_file() for place in spec.submodule_search_locations or [])
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 __all__ = [
-    "GATES", "Capability", "Gate", "Package", "capability", "capability_refuses", "gate_refuses",
-    "import_refuses", "installed", "library_refuses", "machine_refuses", "runs_here",
+    "Capability", "capability", "capability_refuses", "gate_refuses", "import_refuses", "installed",
+    "library_refuses", "machine_refuses", "runs_here",
 ]  # fmt: skip

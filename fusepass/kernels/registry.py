@@ -15,8 +15,9 @@ from torch._ops import HigherOrderOperator, OpOverload
 from fusepass.dialects.torch.nodes import size_of
 from fusepass.host.faults import first_line, strict
 from fusepass.host.kernel_names import KERNELS, REGISTERED, look_for_packages
+from fusepass.host.libraries import GATES, Gate
 from fusepass.kernels.base import Kernel, Refused, Target
-from fusepass.kernels.gates import GATES, Gate, gate_refuses
+from fusepass.kernels.gates import gate_refuses
 from fusepass.rules.site import Site
 from fusepass.specification.attention import Attention
 from fusepass.specification.takes import Takes
@@ -69,9 +70,9 @@ def register_kernel(
         takes: the modifiers that it computes. All others are refused; every field defaults to "no".
         gate: its machines, dtypes and head sizes, whether it has a backward pass, and the package it needs.
         refuse: `(spec, target) -> reason or None`, for what `takes` and `gate` cannot say.
-        rounds: does it round more than the dtype does, as FP8 does? Then it serves by name only, and
+        rounds: does it round more than its dtype, as FP8 does? Then it is used by name only, and
             `validate` does not judge it.
-        of_torch: is it made of PyTorch's own operators, which `torch.func` can differentiate?
+        of_torch: does it consist of PyTorch's operators, which `torch.func` can differentiate?
         replace: take the place of a kernel that was registered under this name.
 
     Returns:
@@ -88,7 +89,7 @@ def register_kernel(
 
 
 def unregister_kernel(name: str) -> None:
-    """Forget a registered kernel; graphs that were compiled with it keep it.
+    """Remove a registered kernel; graphs that were compiled with it keep it.
 
     Raises:
         ValueError: there is none of this name.
@@ -129,7 +130,7 @@ def _check(name: str, gate: Gate, rounds: bool, replace: bool) -> None:
 
 
 def _with_gate(name: str, refuse: Refuse | None) -> Refuse:
-    """What a kernel refuses that takes all it declares: by its gate, then by its own word."""
+    """A registered kernel's reasons to refuse what it takes: those of its gate, then its own."""
 
     def more(spec: Attention, target: Target) -> str | None:
         reason = gate_refuses(name, spec, target.device, target.training)
@@ -139,7 +140,7 @@ def _with_gate(name: str, refuse: Refuse | None) -> Refuse:
 
 
 def _careful(name: str, emit: Emit) -> Emit:
-    """Writing whose faults cost this kernel alone, and whose result is what a site needs."""
+    """``emit``, checked: a fault in it costs only this kernel, and its result has to fit the site."""
 
     def careful(site: Site, build: Builder, target: Target) -> fx.Node:
         try:
@@ -159,7 +160,7 @@ def _careful(name: str, emit: Emit) -> Emit:
 
 
 def _wrong_result(site: Site, build: Builder, out: fx.Node) -> str | None:
-    """What of a result is not what a site needs; sizes that are not known are compared when they are used."""
+    """How a result differs from what a site needs; None if it fits. Unknown sizes are not compared here."""
     spec, value = site.spec, build.value(out)
     wanted = (spec.batch, spec.heads, spec.queries, spec.value_dim)
     shape = tuple(size_of(n) for n in value.shape)
@@ -169,16 +170,14 @@ def _wrong_result(site: Site, build: Builder, out: fx.Node) -> str | None:
     if fits and value.dtype is spec.out_dtype:
         return None
     sizes = ", ".join(map(str, wanted))
-    made = f"{list(value.shape)} of {value.dtype}"
-    return f"its result is {made}, and a site needs [B, H, Q, Dv] = [{sizes}] of {spec.out_dtype}"
+    written = f"{list(value.shape)} of {value.dtype}"
+    return f"its result is {written}, and a site needs [B, H, Q, Dv] = [{sizes}] of {spec.out_dtype}"
 
 
 def _no_operator(build: Builder) -> str | None:
-    """Why what was written cannot stand in an exported graph; None if it can."""
-    written = {
-        node.target for node in build.made if not isinstance(node.target, (OpOverload, HigherOrderOperator))
-    }
-    for target in written:
+    """Why new nodes cannot be part of an exported graph; None if they can."""
+    targets = {node.target for node in build.new_nodes}
+    for target in (t for t in targets if not isinstance(t, (OpOverload, HigherOrderOperator))):
         if getattr(target, "__module__", "") != "_operator":  # arithmetic of sizes
             name = getattr(target, "__qualname__", str(target))
             return f"exported graphs hold operators of torch.ops, and it writes a call of '{name}'"

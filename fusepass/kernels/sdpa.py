@@ -27,6 +27,7 @@ from fusepass.kernels.base import (
     Refused,
     Rows,
     Target,
+    absorbed,
     after_weights,
     conjunction,
     finish_rows,
@@ -86,7 +87,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
         mask = attn_mask(site, build, target, x)
     else:
         rows = rows_of(site, build, build.value(x.q).dtype)
-        x = Operands(muted(build, rows, x.q), x.k, x.v)
+        x = absorbed(site, build, target, rows, x)
         mask = _levels_and_biases(site, build, rows, build.value(x.q).dtype)
     if spec.sink is not None:
         x, mask = _with_sink(site, build, target, x, mask)
@@ -154,7 +155,7 @@ def attn_mask(site: Site, build: Builder, target: Target, x: Operands) -> fx.Nod
 def _as_operand(site: Site, build: Builder, target: Target, total: fx.Node, dtype: torch.dtype) -> fx.Node:
     """Everything that is added to the scores, including a sink, in the dtype that the call takes."""
     extra = site.spec.added
-    wide = build.value(total).dtype
+    wide = torch.promote_types(build.value(total).dtype, dtype)
     overflows = 2 * torch.finfo(dtype).max < torch.finfo(wide).max  # not in bfloat16
     large = len(extra) > 1 or (overflows and any(isinstance(m, Bias) and m.hides for m in extra))
     if large and wide.itemsize > dtype.itemsize:
@@ -269,18 +270,19 @@ def _forms(site: Site, build: Builder, x: Operands) -> Iterator[tuple[Operands, 
 
     Each form writes its nodes only when the iterator reaches it, so unneeded forms leave no nodes.
     """
-    grouped, head_dim, width = bool(site.roles.group), site.spec.head_dim, site.spec.value_dim
-    made: list[tuple[Operands, Size | None]] = [(x, None)]
+    grouped, width = bool(site.roles.group), site.spec.value_dim
+    head_dim = size_of(build.value(x.q).shape[3])
+    forms: list[tuple[Operands, Size | None]] = [(x, None)]
     yield x, grouped, None
     dense = _dense(build, x)
     if dense is not None:
-        made = [(dense, None)]
+        forms = [(dense, None)]
         yield dense, grouped, None
     ordered = site.space.facts.at_most(width, head_dim) or site.space.facts.at_most(head_dim, width)
     if head_dim != width and ordered:
-        made.append((_same_width(site, build, made[0][0]), width))
-        yield made[-1][0], grouped, width
-    for form, cut in made if grouped else ():
+        forms.append((_same_width(site, build, forms[0][0], head_dim), width))
+        yield forms[-1][0], grouped, width
+    for form, cut in forms if grouped else ():
         yield _repeated(site, build, form), False, cut
 
 
@@ -337,9 +339,9 @@ def _why_math(site: Site, build: Builder, target: Target, mask: fx.Node | None, 
     return f"{where} {dtype} with head sizes {sizes[0]} and {sizes[1]}"
 
 
-def _same_width(site: Site, build: Builder, x: Operands) -> Operands:
+def _same_width(site: Site, build: Builder, x: Operands, head_dim: Size) -> Operands:
     """Pad the narrower of keys and values with zeros, which add nothing to a product."""
-    head_dim, width = site.spec.head_dim, site.spec.value_dim
+    width = site.spec.value_dim
     if site.space.facts.at_most(width, head_dim):
         return Operands(x.q, x.k, build.op("pad", x.v, [0, build.size(head_dim - width)]))
     missing = [0, build.size(width - head_dim)]

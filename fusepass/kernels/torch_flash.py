@@ -29,12 +29,12 @@ def window(spec: Attention, target: Target, dtype: torch.dtype) -> tuple[int | N
     have, sizes = gates.capability(), (spec.head_dim, spec.value_dim)
     if target.device != "cuda" or target.aten or have is None or have[0] not in _MAJORS:
         return None
-    if dtype not in gates.HALF or TAKES.refuse(spec) is not None:
+    if dtype not in (torch.float16, torch.bfloat16) or TAKES.refuse(spec) is not None:
         return None
     if sizes[0] != sizes[1] or not isinstance(sizes[0], int) or sizes[0] % 8 or sizes[0] > 256:
         return None
-    found = bottom_right(spec)
-    return None if isinstance(found, str) or found[0] is None else found
+    bounds = bottom_right(spec)
+    return None if isinstance(bounds, str) or bounds[0] is None else bounds
 
 
 def emit(
@@ -44,11 +44,11 @@ def emit(
     q, k, v = (build.op("transpose", t, 1, 2) for t in (x.q, x.k, x.v))
     lengths = build.size(site.spec.queries), build.size(site.spec.keys)
     left, right = (-1 if b is None else b for b in bounds)
-    found = build.call(
+    results = build.call(
         torch.ops.aten._flash_attention_forward.default, q, k, v, None, None, *lengths, 0.0, False, False,
         scale=scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
-    return build.op("transpose", build.call(operator.getitem, found, 0), 1, 2)
+    return build.op("transpose", build.call(operator.getitem, results, 0), 1, 2)
 
 
 __all__ = ["emit", "window"]

@@ -31,6 +31,7 @@ from fusepass.specification.attention import (
     fills_after,
     is_less_precise,
     merge_scales,
+    negligible,
     rounds_scores,
 )
 
@@ -69,6 +70,7 @@ class Fills:
         scores = [self._overflown(m, self.core.dtype, product) for m in scores]
         pairs = zip(scores, merged, strict=True)
         self.partly = [m for m, as_merged in pairs if self._absorbs_in_part(m, as_merged, rounded)]
+        self._check_narrowed(scores, roundings(written, product))
         return self._floored(self._finite(self._filled(scores)))
 
     def check(self, scores: Sequence[ScoreModifier], rows_seen: bool) -> None:
@@ -90,6 +92,25 @@ class Fills:
                 f"where a query sees no key, '{large}' holds numbers that the mask's fill does not absorb",
                 self.core.scores.expr,
             )
+
+    def _check_narrowed(self, scores: Sequence[ScoreModifier], rounded: dict[int, Written]) -> None:
+        """Check that no bias holds numbers that hide in the dtype its sum is rounded to, and not in its own.
+
+        Raises:
+            Refuse: the original absorbs the scores of a row that it hides, and a wider sum would not.
+        """
+        for mod in scores:
+            if not isinstance(mod, Bias) or (written := rounded.get(mod.slot)) is None:
+                continue
+            operand = self.scope.operands[mod.slot].expr
+            low = -self.meanings.constants(mod)
+            casts = (DTYPES[step.dtype] for step in written.steps if isinstance(step, Cast))
+            for dtype in (written.dtype, *casts, self.core.dtype):
+                if negligible(low, dtype) and not negligible(low, operand.dtype):
+                    raise Refuse(
+                        f"a bias of {low:g} in {operand.dtype} is rounded to {dtype}, where it hides scores",
+                        operand,
+                    )
 
     def _rounded(
         self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, Written]
@@ -130,7 +151,7 @@ class Fills:
         if written is None:
             return False
         scale = math.prod(abs(step.factor) for step in written.steps if isinstance(step, Scale))
-        if math.frexp(scale)[0] == 0.5:
+        if math.frexp(scale)[0] == 0.5 and not written.scaled_by_tensor:
             return False
         if isinstance(mod, Bias):
             fill = -self.meanings.constants(mod) / abs(mod.factor) if mod.factor else 0.0
@@ -345,11 +366,15 @@ def without_exact_casts(mods: Sequence[ScoreModifier], product: torch.dtype) -> 
 
 @dataclass(frozen=True)
 class Written:
-    """A mask or bias as written: the dtype of what it gives, and the scales and roundings after it."""
+    """A mask or bias as written: the dtype of what it gives, and the scales and roundings after it.
+
+    ``scaled_by_tensor``: the scales are not all known numbers.
+    """
 
     modifier: Any
     dtype: torch.dtype
     steps: tuple[Any, ...]
+    scaled_by_tensor: bool
 
 
 def roundings(mods: Sequence[ScoreModifier], product: torch.dtype) -> dict[int, Written]:
@@ -362,7 +387,9 @@ def roundings(mods: Sequence[ScoreModifier], product: torch.dtype) -> dict[int, 
         if isinstance(mod, (Mask, Bias)):
             dtype = DTYPES[mod.dtype] if mod.dtype else dtype
             known = itertools.takewhile(lambda m: isinstance(m, (Scale, Cast, Mask, Bias)), mods[at + 1 :])
-            found[mod.slot] = Written(mod, dtype, tuple(m for m in known if isinstance(m, (Scale, Cast))))
+            steps = tuple(m for m in known if isinstance(m, (Scale, Cast)))
+            by_tensor = any(isinstance(m, ScaleBy) for m in mods[at + 1 :])
+            found[mod.slot] = Written(mod, dtype, steps, by_tensor)
     return found
 
 

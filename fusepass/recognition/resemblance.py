@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
-from fusepass.expressions.ir import Expr
+from fusepass.expressions.ir import POINTWISE, VIEWS, Expr
 from fusepass.patterns.scores import holds_product
 
 T = TypeVar("T")
@@ -22,6 +22,8 @@ _ENDS = frozenset({"input", "dot"})
 _behind: WeakKeyDictionary[Expr, tuple[Expr, ...]] = WeakKeyDictionary()
 #: Is there a product of two tensors of rank 3 or more below, up to the next products?
 _active: WeakKeyDictionary[Expr, bool] = WeakKeyDictionary()
+#: Is one of those products one of queries and keys, as far as its factors tell?
+_scored: WeakKeyDictionary[Expr, bool] = WeakKeyDictionary()
 
 
 def _upwards(
@@ -97,6 +99,44 @@ def _of_rank_three(node: Expr, below: Sequence[Expr]) -> bool:
     if node.op == "dot":
         return min(a.rank for a in node.args) >= 3
     return any(_active[a] for a in below)
+
+
+def are_scores(node: Expr) -> bool:
+    """Does it come from a product of two tensors of rank 3 or more, whose own factors hold no softmax?"""
+    return node.op not in _SOFTMAXES and _upwards(node, _scored, _ENDS | _SOFTMAXES, _holds_scores)
+
+
+def _holds_scores(node: Expr, below: Sequence[Expr]) -> bool:
+    if node.op == "dot":
+        return _of_rank_three(node, ()) and not softmaxes_behind(node)
+    return any(_scored[a] for a in below)
+
+
+def unpeeled(scores: Expr) -> str | None:
+    """The outermost operation that keeps rules from the product in some scores; None if none does."""
+    todo, seen = [scores], {scores}
+    while todo:
+        node = todo.pop(0)
+        if node.op not in POINTWISE and node.op not in VIEWS and node.op not in _ENDS:
+            return node.op
+        fresh = [a for a in node.args if a not in seen and are_scores(a)] if node.op != "dot" else []
+        seen.update(fresh)
+        todo.extend(fresh)
+    return None
+
+
+def leaves_behind(root: Expr) -> list[Expr]:
+    """The leaves below an expression, up to the next products and softmaxes."""
+    todo, seen, found = [root], {root}, []
+    while todo:
+        node = todo.pop()
+        if node.op == "input":
+            found.append(node)
+        elif node.op not in _ENDS | _SOFTMAXES:
+            fresh = [a for a in node.args if a not in seen]
+            seen.update(fresh)
+            todo.extend(fresh)
+    return found
 
 
 def were_scores(softmax: Expr, before: Mapping[Expr, Expr]) -> bool:

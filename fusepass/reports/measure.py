@@ -67,8 +67,8 @@ def _peak_cpu(call: Callable[[], object]) -> int | None:
             profile.__exit__(None, None, None)
     if profile.kineto_results is None:
         return None
-    found: list[Any] = profile.kineto_results.events()
-    events = [event for event in found if event.name() == "[memory]"]
+    recorded: list[Any] = profile.kineto_results.events()
+    events = [event for event in recorded if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()

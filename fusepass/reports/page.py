@@ -26,18 +26,18 @@ class RangeTime:
 
 def range_times(events: Iterable[Any]) -> dict[str, RangeTime]:
     """The ranges of fused sites among a profiler's averages (`profile.key_averages()`), by label."""
-    found: dict[str, RangeTime] = {}
+    ranges: dict[str, RangeTime] = {}
     for event in events:
         if event.key.startswith("fusepass "):
             device = getattr(event, "device_time_total", 0.0)
-            before = found.get(event.key, RangeTime(0, 0.0, 0.0))
+            before = ranges.get(event.key, RangeTime(0, 0.0, 0.0))
             on_cpu = str(getattr(event, "device_type", "")).endswith("CPU")
-            found[event.key] = RangeTime(
+            ranges[event.key] = RangeTime(
                 before.calls + (event.count if on_cpu else 0),
                 before.cpu + event.cpu_time_total / 1e3,
                 max(before.device, device / 1e3),
             )
-    return found
+    return ranges
 
 
 def page(
@@ -124,8 +124,8 @@ def _card(site: SiteReport, all_of: Sequence[SiteReport], times: Mapping[str, Ra
     parts = [f"<h3>{kind} {many}{badge}</h3>", _source(site.source)]
     if site.reason or not site.fused:
         parts.append(f"<p class=reason>{escape(site.reason or 'no reason was recorded')}</p>")
-    if found := [time for one in all_of for time in _of(one, times)]:
-        parts.append(_spent(found))
+    if spent := [time for one in all_of for time in _of(one, times)]:
+        parts.append(_spent(spent))
     if site.spec:
         parts.append(f"<p class=spec><code>{escape(site.spec)}</code></p>")
     errors = [one.max_error for one in all_of if one.max_error is not None]
@@ -147,10 +147,10 @@ def _of(site: SiteReport, times: Mapping[str, RangeTime]) -> list[RangeTime]:
     return [times[name] for name in names if name in times]
 
 
-def _spent(found: Sequence[RangeTime]) -> str:
+def _spent(times: Sequence[RangeTime]) -> str:
     """The time spent in the kernels of some sites."""
     calls, cpu, device = (
-        sum(values) for values in zip(*((t.calls, t.cpu, t.device) for t in found), strict=True)
+        sum(values) for values in zip(*((t.calls, t.cpu, t.device) for t in times), strict=True)
     )
     gpu = f", {_time(device)} on the GPU" if device else ""
     return f"<p class=spent>{_time(cpu)} in {calls} calls{gpu}</p>"

@@ -10,6 +10,18 @@ from torch import fx
 
 
 @dataclass(frozen=True)
+class DenseTerm:
+    """A mask or bias that varies over queries and keys, and is no band of positions."""
+
+    name: str
+    """What the specification calls it, such as "mask[ij]"."""
+    formula: str
+    """How one element of it is computed, with `b`, `h`, `i`, `j` for batch, head, query and key."""
+    stored: bool
+    """Is a tensor over queries and keys read?  Otherwise FlexAttention computes it from smaller ones."""
+
+
+@dataclass(frozen=True)
 class SiteReport:
     """One attention site of one graph."""
 
@@ -31,6 +43,8 @@ class SiteReport:
     """Largest error seen by validation, if it ran."""
     label: str | None = None
     """Its name in profiler traces and generated code, if it is fused."""
+    dense: tuple[DenseTerm, ...] = ()
+    """Its masks and biases over queries and keys that are no band and no padding."""
 
 
 def merged(site: SiteReport) -> SiteReport:

@@ -55,7 +55,7 @@ class Refuse(Exception):
 
 @dataclass(frozen=True)
 class Peel:
-    """One layer taken off: the term below it and what the layer does (None: nothing but layout)."""
+    """One layer taken off: the term below it and what the layer does (None: only layout)."""
 
     inner: Term
     modifier: ScoreModifier | WeightModifier | None = None

@@ -64,14 +64,15 @@ def fastest(
         if written is not None:
             times[kernel.name] = milliseconds(original, written[0], compiler, training)
             written[1]()
-    found = {name: ms for name, ms in times.items() if ms is not None}
-    return remember(key, found) if found else None
+    measured = {name: ms for name, ms in times.items() if ms is not None}
+    return remember(key, measured) if measured else None
 
 
 def remembered(key: str) -> str | None:
     """The kernel that was fastest in an earlier measurement, if there was one."""
-    found = _read().get(key)
-    return found["kernel"] if isinstance(found, dict) and isinstance(found.get("kernel"), str) else None
+    earlier = _read().get(key)
+    kernel = earlier.get("kernel") if isinstance(earlier, dict) else None
+    return kernel if isinstance(kernel, str) else None
 
 
 def remember(key: str, milliseconds: dict[str, float]) -> str:
@@ -81,9 +82,9 @@ def remember(key: str, milliseconds: dict[str, float]) -> str:
         table = _read() | {key: {"kernel": best, "milliseconds": milliseconds}}
         place = costs.cache_folder() / "autotune.json"
         place.parent.mkdir(parents=True, exist_ok=True)
-        fresh = place.with_suffix(f".{threading.get_ident()}.tmp")
-        fresh.write_text(json.dumps(table, indent=1))
-        fresh.replace(place)
+        temporary = place.with_suffix(f".{threading.get_ident()}.tmp")
+        temporary.write_text(json.dumps(table, indent=1))
+        temporary.replace(place)
     return best
 
 

@@ -34,8 +34,8 @@ def in_turn(steps: Sequence[Callable[[], object]], device: torch.device, repeats
     """
     if device.type != "cuda":
         return [
-            median(found)
-            for found in zip(*([_clocked(s) for s in steps] for _ in range(repeats)), strict=True)
+            median(rounds)
+            for rounds in zip(*([_clocked(s) for s in steps] for _ in range(repeats)), strict=True)
         ]
     counts = []
     for step in steps:
@@ -49,13 +49,13 @@ def in_turn(steps: Sequence[Callable[[], object]], device: torch.device, repeats
         counts.append(max(3, int(min(enough, _LONG / turns / first))))
     if len(steps) == 1:
         return [_settled(steps[0], counts[0])]
-    found: list[list[float]] = [[] for _ in steps]
+    rounds: list[list[float]] = [[] for _ in steps]
     for turn in range(_ROUNDS):
         order = list(range(len(steps)))
         random.Random(turn).shuffle(order)  # the step before determines how warm the GPU is
         for n in order:
-            found[n].append(median(_events(steps[n], counts[n])))
-    return [median(times) for times in found]
+            rounds[n].append(median(_events(steps[n], counts[n])))
+    return [median(times) for times in rounds]
 
 
 def _clocked(step: Callable[[], object]) -> float:
@@ -66,10 +66,10 @@ def _clocked(step: Callable[[], object]) -> float:
 
 def _settled(step: Callable[[], object], count: int) -> float:
     """The smallest median.  Measures until two medians in a row agree, because queued work may still run."""
-    found = [median(_events(step, count))]
-    while len(found) < _BATCHES and (len(found) == 1 or abs(found[-1] / found[-2] - 1) > _AGREES):
-        found.append(median(_events(step, count)))
-    return min(found)
+    medians = [median(_events(step, count))]
+    while len(medians) < _BATCHES and (len(medians) == 1 or abs(medians[-1] / medians[-2] - 1) > _AGREES):
+        medians.append(median(_events(step, count)))
+    return min(medians)
 
 
 #: The maximum number of medians, and how closely two in a row must agree.

@@ -159,7 +159,7 @@ def curves(samples: Iterable[Sample]) -> tuple[Curve, ...]:
         return s.kernel, s.kind, s.head_dim, s.mode
 
     ordered = sorted(samples, key=group)
-    return tuple(_curve(key, list(found)) for key, found in itertools.groupby(ordered, group))
+    return tuple(_curve(key, list(measured)) for key, measured in itertools.groupby(ordered, group))
 
 
 def _curve(key: tuple[str, str, int, str], samples: Sequence[Sample]) -> Curve:
@@ -169,10 +169,10 @@ def _curve(key: tuple[str, str, int, str], samples: Sequence[Sample]) -> Curve:
         at.setdefault(round(16 * math.log2(s.keys)), []).append(s)
     points = tuple(
         (
-            _rounded(fmean(s.keys for s in found)),
-            _rounded(min(s.milliseconds / s.size * _MILLION for s in found)),
+            _rounded(fmean(s.keys for s in times)),
+            _rounded(min(s.milliseconds / s.size * _MILLION for s in times)),
         )
-        for _, found in sorted(at.items())
+        for _, times in sorted(at.items())
     )
     return Curve(*key, _rounded(min(s.launch for s in samples)), points)
 
@@ -221,9 +221,9 @@ def _profile(device: str, cache: str) -> Profile | None:
     if own.is_file():
         return load(own)
     for place in sorted(SHIPPED.glob("*.json")):
-        found = load(place)
-        if device in found.devices:
-            return found
+        loaded = load(place)
+        if device in loaded.devices:
+            return loaded
     return None
 
 

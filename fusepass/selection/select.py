@@ -90,11 +90,11 @@ def rank(
     if profile is None:
         return [Ranked(k) for k in by_rule(site.spec, sizes_of(site), kernels)]
     work = work_of(site, target.training, learned)
-    found = [Ranked(k, predicted(profile, k.name, work)) for k in kernels]
-    known = sorted((r for r in found if r.milliseconds is not None), key=lambda r: r.milliseconds or 0.0)
-    near = [r for r in found if r.milliseconds is not None and r.milliseconds <= EQUAL * _first(known)]
+    ranked = [Ranked(k, predicted(profile, k.name, work)) for k in kernels]
+    known = sorted((r for r in ranked if r.milliseconds is not None), key=lambda r: r.milliseconds or 0.0)
+    near = [r for r in ranked if r.milliseconds is not None and r.milliseconds <= EQUAL * _first(known)]
     known = [*near, *(r for r in known if r not in near)]
-    rest = {r.kernel.name for r in found if r.milliseconds is None and r.kernel is not None}
+    rest = {r.kernel.name for r in ranked if r.milliseconds is None and r.kernel is not None}
     unknown = [Ranked(k) for k in by_rule(site.spec, sizes_of(site), kernels) if k.name in rest]
     if not known:
         return unknown

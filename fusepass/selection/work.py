@@ -90,8 +90,8 @@ def hint(size: Size, site: Site) -> int:
         return size
     env: Any = site.space.facts._env
     values = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
-    found = sympy.sympify(size).xreplace(dict(values))
-    return int(found) if found.is_number else 1024
+    number = sympy.sympify(size).xreplace(dict(values))
+    return int(number) if number.is_number else 1024
 
 
 def work_of(site: Site, training: bool, learned: frozenset[int] = frozenset()) -> Work:

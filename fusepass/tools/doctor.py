@@ -20,7 +20,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from fusepass.host.kernel_names import LIBRARIES
-from fusepass.kernels.gates import GATES, Capability, capability_refuses, installed, library_refuses
+from fusepass.host.libraries import GATES
+from fusepass.kernels.gates import Capability, capability_refuses, installed, library_refuses
 from fusepass.kernels.registry import Registered, registered
 
 
@@ -97,7 +98,7 @@ PACKAGES = (
 def diagnose() -> Diagnosis:
     """This machine, and every kernel's answer to it."""
     machine = _machine()
-    answers = {**_ANSWERS, **{name: _of_package(found) for name, found in registered().items()}}
+    answers = {**_ANSWERS, **{name: _of_package(registration) for name, registration in registered().items()}}
     kernels = tuple(KernelStatus(name, *answer(machine), *_limits(name)) for name, answer in answers.items())
     return Diagnosis(machine, kernels)
 
@@ -108,14 +109,14 @@ def _limits(name: str) -> tuple[str, str, str]:
     if gate is None:
         return "any", "any", "any"
     gpus = "any" if gate.majors is None else ", ".join(f"{m}.x" for m in gate.majors)
-    short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+    short = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
     multiples = f", ×{gate.step}" if gate.step > 1 else ""
     sizes = f"{gate.least}…{gate.head_dims or ''}{multiples}"
     if not gate.backward:
         sizes += "; forward only"
     elif gate.backward_dims != gate.head_dims:
         sizes += f"; backward …{gate.backward_dims}"
-    return gpus, " ".join(short.get(d, str(d).removeprefix("torch.")) for d in gate.dtypes), sizes
+    return gpus, " ".join(short.get(d, d) for d in gate.dtype_names()), sizes
 
 
 def _machine() -> Machine:
@@ -154,13 +155,13 @@ def _flex(machine: Machine) -> Answer:
             return False, "needs triton to generate the kernel: pip install triton"
         return True, "FlexAttention, a Triton kernel generated for each site"
     compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
-    found = next((path for name in compilers if name and (path := shutil.which(name))), None)
-    if found is None:
+    compiler = next((path for name in compilers if name and (path := shutil.which(name))), None)
+    if compiler is None:
         return (
             False,
             "on a CPU FlexAttention needs a C++ compiler, and none is on the PATH (g++, clang++, CXX)",
         )
-    return True, f"FlexAttention for CPUs, compiled with {found}; inference only"
+    return True, f"FlexAttention for CPUs, compiled with {compiler}; inference only"
 
 
 def _cudnn(machine: Machine) -> Answer:
@@ -178,28 +179,28 @@ def _library(kernel: str) -> Callable[[Machine], "Answer"]:
         package, refusal = GATES[kernel].package, _refusal(kernel, machine)
         if package is None:
             return refusal is None, refusal or "part of torch"
-        found = installed(package)
+        there = installed(package)
         version = machine.packages.get(package.name, "of unknown version")
         state = (
-            f"{package.name} {version}" if found else f"{package.name} is not installed: {package.install}"
+            f"{package.name} {version}" if there else f"{package.name} is not installed: {package.install}"
         )
         if refusal:
-            return False, f"{refusal}; {state}" + (" is installed" if found else "")
-        if found and (broken := library_refuses(kernel)):
+            return False, f"{refusal}; {state}" + (" is installed" if there else "")
+        if there and (broken := library_refuses(kernel)):
             return False, broken
-        return found, state
+        return there, state
 
     return answer
 
 
-def _of_package(found: Registered) -> Callable[[Machine], Answer]:
+def _of_package(registration: Registered) -> Callable[[Machine], Answer]:
     """The answer for a registered kernel: what its gate says, and who registered it."""
 
     def answer(machine: Machine) -> Answer:
-        unasked = "`auto` may choose it" if found.by_auto else "by name only"
-        state = f"registered by {found.module}; {unasked}"
-        name = found.kernel.name
-        if found.gate.package is not None:
+        unasked = "`auto` may choose it" if registration.by_auto else "by name only"
+        state = f"registered by {registration.module}; {unasked}"
+        name = registration.kernel.name
+        if registration.gate.package is not None:
             runs, why = _library(name)(machine)
             return runs, f"{why}; {state}"
         refusal = _refusal(name, machine)

@@ -78,8 +78,8 @@ def copied(tree: Any, dtype: torch.dtype | None = None, device: str | None = Non
         if not isinstance(leaf, torch.Tensor):
             return copy.deepcopy(leaf)
         floating = leaf.is_floating_point()
-        made = leaf.detach().to(device=device or leaf.device, dtype=dtype if floating else None, copy=True)
-        return made.requires_grad_(leaf.requires_grad)
+        tensor = leaf.detach().to(device=device or leaf.device, dtype=dtype if floating else None, copy=True)
+        return tensor.requires_grad_(leaf.requires_grad)
 
     return pytree.tree_map(one, tree)
 
@@ -87,11 +87,11 @@ def copied(tree: Any, dtype: torch.dtype | None = None, device: str | None = Non
 def named_tensors(tree: Any) -> dict[str, torch.Tensor]:
     """The floating tensors in a nest of outputs, by their path."""
     leaves, _ = pytree.tree_flatten_with_path(tree)
-    found = {}
+    tensors = {}
     for path, leaf in leaves:
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-            found[".".join(map(_step, path)) or "output"] = leaf
-    return found
+            tensors[".".join(map(_step, path)) or "output"] = leaf
+    return tensors
 
 
 def _step(key: object) -> str:

@@ -68,8 +68,8 @@ def load(name: str, dtype: str | None = None, device: str | None = None) -> Targ
     return _target(name, factory()).to(DTYPES[dtype] if dtype else None, device)
 
 
-def _target(name: str, made: object) -> Target:
-    match made:
+def _target(name: str, built: object) -> Target:
+    match built:
         case (model, tuple() | list() as args, dict() as kwargs) if callable(model):
             return Target(model, tuple(args), kwargs)
         case (model, dict() as kwargs) if callable(model):
@@ -78,13 +78,13 @@ def _target(name: str, made: object) -> Target:
             return Target(model, tuple(args), {})
         case (model, torch.Tensor() as only) if callable(model):
             return Target(model, (only,), {})
-    raise UsageError(f"model {name!r}: the factory returned {_shape(made)}; {RETURNS}")
+    raise UsageError(f"model {name!r}: the factory returned {_shape(built)}; {RETURNS}")
 
 
-def _shape(made: object) -> str:
-    if isinstance(made, tuple):
-        return "(" + ", ".join(type(part).__name__ for part in made) + ")"
-    return f"a {type(made).__name__}"
+def _shape(built: object) -> str:
+    if isinstance(built, tuple):
+        return "(" + ", ".join(type(part).__name__ for part in built) + ")"
+    return f"a {type(built).__name__}"
 
 
 def _from_file(path: str) -> ModuleType:

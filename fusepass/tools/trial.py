@@ -95,8 +95,8 @@ def _gradients(outputs: Tensors, leaves: Tensors) -> Tensors:
     if not roots or not leaves:
         return {}
     weights = [torch.randn(root.shape, generator=generator).to(root) for root in roots]
-    found = torch.autograd.grad(roots, list(leaves.values()), weights, allow_unused=True)
-    return {name: grad for name, grad in zip(leaves, found, strict=True) if grad is not None}
+    gradients = torch.autograd.grad(roots, list(leaves.values()), weights, allow_unused=True)
+    return {name: grad for name, grad in zip(leaves, gradients, strict=True) if grad is not None}
 
 
 def distance(got: torch.Tensor, want: torch.Tensor, like: torch.Tensor, scale: float = 0.0) -> float:

@@ -73,7 +73,7 @@ class Builder(Layouts[fx.Node]):
         self.graph = anchor.graph
         self.key = "example_value" if "example_value" in anchor.meta else "val"
         self.is_aten = isinstance(anchor.target, torch._ops.OpOverload)
-        self.made: list[fx.Node] = []
+        self.new_nodes: list[fx.Node] = []
         self.shared = {} if shared is None else shared
         self._sharing: list[Any] = []
         self._exprs: dict[Expr, Any] = {}
@@ -97,7 +97,7 @@ class Builder(Layouts[fx.Node]):
         """A new node with a known fake value."""
         with self.graph.inserting_before(self.anchor):
             node = self.graph.call_function(target, args, kwargs)
-        self.made.append(node)
+        self.new_nodes.append(node)
         for name in ("stack_trace", "nn_module_stack", "seq_nr", "source_fn_stack", "from_node"):
             if name in self.anchor.meta:
                 node.meta[name] = self.anchor.meta[name]
@@ -133,11 +133,11 @@ class Builder(Layouts[fx.Node]):
 
     def before(self, user: fx.Node, target: Callable[..., Any], node: fx.Node) -> fx.Node:
         """A call on a node of the graph, written in front of ``user``, which is a new node as well."""
-        made = self.call(target, node)
-        user.prepend(made)
-        self.made.remove(made)
-        self.made.insert(self.made.index(user), made)
-        return made
+        new = self.call(target, node)
+        user.prepend(new)
+        self.new_nodes.remove(new)
+        self.new_nodes.insert(self.new_nodes.index(user), new)
+        return new
 
     def _reshaped(self, node: fx.Node, old: Sequence[Size], new: Sequence[Size]) -> fx.Node:
         """A reshaped node.
@@ -175,9 +175,9 @@ class Builder(Layouts[fx.Node]):
         for key in self._sharing:
             del self.shared[key]
         self._sharing.clear()
-        for node in reversed(self.made):
+        for node in reversed(self.new_nodes):
             self.graph.erase_node(node)
-        self.made.clear()
+        self.new_nodes.clear()
         self._exprs.clear()
         self._sizes.clear()
 
@@ -292,11 +292,11 @@ class Builder(Layouts[fx.Node]):
 
     def as_tensor(self, node: Expr) -> fx.Node:
         """A node that holds a tensor; a number becomes a tensor."""
-        made = self.tensor(node)
-        value = value_of(made) if isinstance(made, fx.Node) else made
-        if isinstance(made, fx.Node) and isinstance(value, torch.Tensor):
-            return made
-        return self.op("scalar_tensor", made, dtype=node.dtype, device=self.value(self.anchor).device)
+        tensor = self.tensor(node)
+        value = value_of(tensor) if isinstance(tensor, fx.Node) else tensor
+        if isinstance(tensor, fx.Node) and isinstance(value, torch.Tensor):
+            return tensor
+        return self.op("scalar_tensor", tensor, dtype=node.dtype, device=self.value(self.anchor).device)
 
 
 def _int(value: sympy.Expr) -> Size:

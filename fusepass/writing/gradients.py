@@ -19,7 +19,7 @@ from fusepass.writing.emit import Builder, CannotEmit
 from fusepass.writing.stored import stored_op
 
 
-def learns(node: fx.Node) -> bool:
+def requires_grad(node: fx.Node) -> bool:
     """Does a gradient flow to a node's tensor?"""
     return bool(getattr(value_of(node), "requires_grad", False))
 
@@ -36,9 +36,11 @@ def keep_for_backward(build: Builder, products: Sequence[Expr], out: fx.Node) ->
     reader, end = build.reader, build.reader.order[build.anchor]
     if _overwrites_what_is_kept(build, products):
         raise CannotEmit("a tensor that the original keeps for its backward pass is written to afterwards")
-    written = [n for n in given_to(build.made) if reader.written_between(reader.memory.of(n), end)]
+    written = [
+        n for n in tensors_read_by(build.new_nodes) if reader.written_between(reader.memory.of(n), end)
+    ]
     for node in written:
-        users = [m for m in build.made if node in m.all_input_nodes]
+        users = [m for m in build.new_nodes if node in m.all_input_nodes]
         copied = build.before(users[0], stored_op, node)
         for user in users:
             user.replace_input_with(node, copied)
@@ -55,27 +57,29 @@ def _overwrites_what_is_kept(build: Builder, products: Sequence[Expr]) -> bool:
     """
     reader = build.reader
     for node in (*map(reader.definer.get, products), build.anchor):
-        given = [n for n in node.all_input_nodes if isinstance(value_of(n), Tensor)] if node else []
-        for operand in given:
-            needed = any(learns(n) for n in given if n is not operand)
+        operands = [n for n in node.all_input_nodes if isinstance(value_of(n), Tensor)] if node else []
+        for operand in operands:
+            needed = any(requires_grad(n) for n in operands if n is not operand)
             if needed and node and reader.written_between(reader.memory.of(operand), reader.order[node]):
                 return True
     return False
 
 
-def given_to(made: Sequence[fx.Node]) -> list[fx.Node]:
+def tensors_read_by(new_nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """The graph's own tensors that new nodes read."""
-    inside = set(made)
-    found = {n: None for m in made for n in m.all_input_nodes if n not in inside}
-    return [n for n in found if isinstance(value_of(n), Tensor)]
+    inside = set(new_nodes)
+    read = {n: None for new in new_nodes for n in new.all_input_nodes if n not in inside}
+    return [n for n in read if isinstance(value_of(n), Tensor)]
 
 
-def tie(build: Builder, out: fx.Node, made: Sequence[fx.Node]) -> fx.Node:
-    """``out``, with zero gradients for everything that the original depended on and ``inserted`` does not.
+def with_zero_gradients(build: Builder, out: fx.Node, new_nodes: Sequence[fx.Node]) -> fx.Node:
+    """``out``, with zero gradients for everything that the original depends on and ``new_nodes`` do not.
 
     Source: the derivative of ``torch.where`` is zero for the branch that is not taken, whatever its value.
     """
-    lost = [n for n in unreached(build.anchor, given_to(made), build.reader.order) if learns(n)]
+    lost = [
+        n for n in unreached(build.anchor, tensors_read_by(new_nodes), build.reader.order) if requires_grad(n)
+    ]
     if not lost:
         return out
     value = build.value(out)
@@ -89,7 +93,7 @@ def tie(build: Builder, out: fx.Node, made: Sequence[fx.Node]) -> fx.Node:
 
 def unreached(anchor: fx.Node, used: Iterable[fx.Node], order: dict[fx.Node, int]) -> list[fx.Node]:
     """The nodes nearest to ``anchor`` that its gradients reach, but not through ``used``."""
-    through = {n for n in used if learns(n)}
+    through = {n for n in used if requires_grad(n)}
     first = min((order.get(n, 0) for n in through if n.op in ("call_function", "call_method")), default=0)
     leads: dict[fx.Node, bool] = dict.fromkeys(through, True)
     todo: list[tuple[fx.Node, bool]] = [(anchor, False)]
@@ -101,10 +105,10 @@ def unreached(anchor: fx.Node, used: Iterable[fx.Node], order: dict[fx.Node, int
             leads[node] = False
             if order.get(node, first) >= first:  # nodes that replaced an earlier site have no position
                 todo.append((node, True))
-                todo.extend((n, False) for n in node.all_input_nodes if learns(n))
+                todo.extend((n, False) for n in node.all_input_nodes if requires_grad(n))
     on_the_way = [n for n, leads_there in leads.items() if n is anchor or (leads_there and n not in through)]
     edges = (n for node in on_the_way for n in node.all_input_nodes)
-    lost = [n for n in dict.fromkeys(edges) if learns(n) and not leads.get(n, False)]
+    lost = [n for n in dict.fromkeys(edges) if requires_grad(n) and not leads.get(n, False)]
     return [n for n in lost if not _is_behind(n, through, order)]
 
 
@@ -116,11 +120,11 @@ def _is_behind(node: fx.Node, through: set[fx.Node], order: dict[fx.Node, int]) 
         if at is node:
             return True
         since = order.get(node, 0)
-        given = (n for n in at.all_input_nodes if n not in seen and learns(n))
-        fresh = [n for n in given if order.get(n, since) >= since]
-        seen.update(fresh)
-        todo.extend(fresh)
+        inputs = (n for n in at.all_input_nodes if n not in seen and requires_grad(n))
+        later = [n for n in inputs if order.get(n, since) >= since]
+        seen.update(later)
+        todo.extend(later)
     return False
 
 
-__all__ = ["given_to", "keep_for_backward", "learns", "tie", "unreached"]
+__all__ = ["keep_for_backward", "requires_grad", "tensors_read_by", "unreached", "with_zero_gradients"]

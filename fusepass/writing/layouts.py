@@ -20,7 +20,7 @@ Groups = Sequence[Sequence[str]]
 
 
 class CannotEmit(Exception):
-    """A tensor that cannot be made from those of the graph, with a reason for the user."""
+    """Raised for a tensor that cannot be made from those of the graph, with a reason for the user."""
 
 
 class Layouts(ABC, Generic[N]):
@@ -60,11 +60,11 @@ class Layouts(ABC, Generic[N]):
 
     def digits(self, term: Term) -> list[tuple[str, ...]] | None:
         """The axes of each dimension, if the index names every element of the tensor exactly once."""
-        found = [self.space.digits(i, n) for i, n in zip(term.index, term.expr.shape, strict=True)]
-        if any(f is None for f in found):
+        digits = [self.space.digits(i, n) for i, n in zip(term.index, term.expr.shape, strict=True)]
+        if any(f is None for f in digits):
             return None
-        flat = [a for f in found for a in f or ()]
-        return found if len(set(flat)) == len(flat) else None  # type: ignore[return-value]
+        flat = [a for f in digits for a in f or ()]
+        return digits if len(set(flat)) == len(flat) else None  # type: ignore[return-value]
 
     def finest(self, groups: Groups) -> list[list[str]]:
         """Groups in the finest axes: reading an operand may have split some since they were listed."""
@@ -87,11 +87,11 @@ class Layouts(ABC, Generic[N]):
         wanted = [a for g in groups for a in g]
         best: tuple[tuple[int, int, int], Term] | None = None
         for depth, term in enumerate(chain):
-            found = self.digits(term)
-            if found is None or self.home(term.expr) is None:
+            digits = self.digits(term)
+            if digits is None or self.home(term.expr) is None:
                 continue
-            flat = [a for f in found for a in f]
-            cost = (len(flat), self._work(found, groups, wanted), -depth)
+            flat = [a for f in digits for a in f]
+            cost = (len(flat), self._work(digits, groups, wanted), -depth)
             if best is None or cost < best[0]:
                 best = (cost, term)
         return best[1] if best is not None else chain[0]
@@ -105,26 +105,26 @@ class Layouts(ABC, Generic[N]):
             at = scope.step(at)
         return term
 
-    def _work(self, found: list[tuple[str, ...]], groups: Groups, wanted: list[str]) -> int:
+    def _work(self, digits: list[tuple[str, ...]], groups: Groups, wanted: list[str]) -> int:
         """The number of operations that change the layout: a reshape, a permutation, another reshape."""
-        flat = [a for f in found for a in f]
+        flat = [a for f in digits for a in f]
         present = [tuple(a for a in g if a in flat) for g in groups]
-        dims = [f for f in found if f]
+        dims = [f for f in digits if f]
         if flat == [a for a in wanted if a in flat]:
-            return int(dims != [p for p in present if p] or len(found) != len(groups))
+            return int(dims != [p for p in present if p] or len(digits) != len(groups))
         last = [[a] for p in present for a in p] != [list(p) for p in present]
-        return 1 + int(any(len(f) > 1 for f in found)) + int(last)
+        return 1 + int(any(len(f) > 1 for f in digits)) + int(last)
 
     def layout(self, term: Term, groups: Groups, full: bool) -> N:
         """``term``'s tensor with one dimension per group; absent groups have size 1 unless ``full``."""
-        node, shape, found = self._read(term)
-        return self.relayout(node, [a for f in found for a in f], shape, self.finest(groups), full, found)
+        node, shape, digits = self._read(term)
+        return self.relayout(node, [a for f in digits for a in f], shape, self.finest(groups), full, digits)
 
     def _read(self, term: Term) -> tuple[N, list[Size], list[tuple[str, ...]]]:
         """A tensor in which each element is named exactly once, its shape, and the axes of its dimensions."""
-        found = self.digits(term)
-        if found is not None:
-            return self.as_tensor(term.expr), list(term.expr.shape), found
+        digits = self.digits(term)
+        if digits is not None:
+            return self.as_tensor(term.expr), list(term.expr.shape), digits
         cuts = [self._cut(i, n) for i, n in zip(term.index, term.expr.shape, strict=True)]
         axes = [a for cut in cuts if cut is not None for a in cut[3]]
         if None in cuts or len(set(axes)) < len(axes):

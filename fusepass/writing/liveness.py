@@ -35,9 +35,9 @@ def outside_reader(
     """
     inner = inner_products(reader, anchor)
     for node in _computing(reader, product, anchor, inner):
-        found = _reader_of(reader, live, node, anchor, inner, product, shared)
-        if found is not None:
-            return found
+        outside = _reader_of(reader, live, node, anchor, inner, product, shared)
+        if outside is not None:
+            return outside
     return None
 
 
@@ -45,15 +45,15 @@ def inner_products(reader: Reader, anchor: fx.Node) -> set[fx.Node]:
     """The products, and their sums, that ``anchor`` normalises or sums."""
     if _op(reader, anchor) in ("mul", "div"):
         return {n for n in anchor.all_input_nodes if _is_product(reader, n)}
-    found: set[fx.Node] = set()
+    products: set[fx.Node] = set()
     todo = [anchor]
     while todo:
         node = todo.pop()
         if _op(reader, node) == "add":
-            fresh = [n for n in node.all_input_nodes if n not in found]
-            found.update(n for n in fresh if _op(reader, n) == "add" or _is_product(reader, n))
-            todo.extend(fresh)
-    return found
+            unseen = [n for n in node.all_input_nodes if n not in products]
+            products.update(n for n in unseen if _op(reader, n) == "add" or _is_product(reader, n))
+            todo.extend(unseen)
+    return products
 
 
 def _op(reader: Reader, node: fx.Node) -> str:
@@ -70,7 +70,7 @@ def _computing(
     reader: Reader, product: Expr, anchor: fx.Node, inner: set[fx.Node], limit: int = 400
 ) -> list[fx.Node]:
     """The nodes behind ``anchor`` that compute ``product``."""
-    found, seen, todo = [], {anchor}, [anchor]
+    computing, seen, todo = [], {anchor}, [anchor]
     while todo and len(seen) < limit:
         node = todo.pop()
         for source in node.all_input_nodes:
@@ -79,10 +79,10 @@ def _computing(
             seen.add(source)
             meaning = reader.defined.get(source)
             if meaning is product:
-                found.append(source)
+                computing.append(source)
             if _passes_on(reader, source, product) or source in inner or _is_light(reader, source, meaning):
                 todo.append(source)
-    return found
+    return computing
 
 
 def _passes_on(reader: Reader, node: fx.Node, product: Expr) -> bool:

@@ -125,10 +125,10 @@ def _run(build: Builder, user: fx.Node, changed: dict[fx.Node, Any]) -> Any:
     """The value that the reader has with the new layout."""
 
     def value(n: fx.Node) -> Any:
-        found = changed.get(n, value_of(n))
-        if found is None:
+        value = changed.get(n, value_of(n))
+        if value is None:
             raise CannotEmit(f"'{n.name}' has no known value")
-        return found
+        return value
 
     args, kwargs = fx.map_arg((user.args, user.kwargs), value)
     with build.trial(), torch.no_grad():

@@ -60,18 +60,18 @@ def _ratio(ours: Tensor, theirs: Tensor, truth: Tensor) -> float:
 
 def site_nodes(original: fx.Node, replacement: fx.Node, order: dict[fx.Node, int]) -> set[fx.Node]:
     """The nodes of a site: from both ends back to large operations, inputs and parameters."""
-    found: set[fx.Node] = set()
+    nodes: set[fx.Node] = set()
     todo = [original, replacement]
     while todo:
         node = todo.pop()
-        if node in found or node.op in ("placeholder", "get_attr"):
+        if node in nodes or node.op in ("placeholder", "get_attr"):
             continue
         if node not in (original, replacement) and _is_boundary(node):
             continue
-        found.add(node)
+        nodes.add(node)
         todo.extend(node.all_input_nodes)
         todo.extend(u for u in node.users if node in written_operands(u) and order[u] < order[original])
-    return found
+    return nodes
 
 
 def _is_boundary(node: fx.Node) -> bool:

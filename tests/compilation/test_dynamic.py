@@ -72,9 +72,9 @@ def check_all(p: Program, fn: Callable[..., Tensor], sizes: tuple[Sizes, ...]) -
         given = programs.inputs(sized, seed=n)
         eager = checking.call(programs.function(p), given).out
         exact = checking.call(programs.function(p, exact=True), given, torch.float64).out
-        fresh = head_sizes_fixed(sized, checking.copies(given))
+        fixed = head_sizes_fixed(sized, checking.copies(given))
         with collector.collect() as seen, torch.no_grad():
-            out = fn(**fresh)
+            out = fn(**fixed)
         runs.append(checking.Run(seen.sites, out, {}))
         checking.assert_as_accurate(runs[-1].out, eager, exact, str(size))
     return runs

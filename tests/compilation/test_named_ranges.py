@@ -23,11 +23,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 MARK = re.compile(r"\b_fusepass_\d|^ *except NameError: pass$|^ *#")
 
 
+@pytest.fixture(scope="module")
+def compiled_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where C++ compilers leave what several tests need."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture(autouse=True)
-def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Code is generated again in each test."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    with torch._inductor.config.patch(force_disable_caches=True):
+def caches(compiled_code: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Programs are generated again in each test; C++ that is the same is compiled once."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled_code))
+    generated_again = torch._functorch.config.patch(enable_autograd_cache=False)
+    with torch._inductor.config.patch(fx_graph_cache=False), generated_again:
         yield
 
 
@@ -157,12 +164,14 @@ def test_a_pass_of_the_user_runs_too() -> None:
     assert marks.Marking(("a",), ()).uuid() != marks.Marking(("b",), ()).uuid()
 
 
-def test_programs_come_from_the_cache() -> None:
+def test_programs_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.utils import counters
 
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = MODELS["two layers"]()
     hits = []
-    with torch._inductor.config.patch(force_disable_caches=False, fx_graph_cache=True):
+    kept = torch._functorch.config.patch(enable_autograd_cache=True)
+    with torch._inductor.config.patch(fx_graph_cache=True), kept:
         for _ in range(2):
             counters.clear()
             generated(model, training=False)

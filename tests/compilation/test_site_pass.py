@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from fusepass.compilation.site_pass import Made, Rejected, Shared, SiteGraph, SitePass, Summands, Withdrawn
+from fusepass.compilation.site_pass import (
+    Rejected,
+    Replacement,
+    Shared,
+    SiteGraph,
+    SitePass,
+    Summands,
+    Withdrawn,
+)
 from fusepass.expressions.index import Facts, Size
 from fusepass.expressions.ir import Expr, leaf
 from fusepass.patterns import examples as eg
@@ -22,16 +30,16 @@ class Notebook(Layouts[str]):
     """Writes operations as text; what is discarded is crossed out."""
 
     def __init__(self, book: list[str], kernel: str) -> None:
-        self.book, self.made = book, [f"{kernel}{len(book)}"]
-        book += self.made
+        self.book, self.new_nodes = book, [f"{kernel}{len(book)}"]
+        book += self.new_nodes
 
     def op(self, name: str, *args: Any, **kwargs: Any) -> str:
-        self.made.append(f"{name}({', '.join(args)})")
-        self.book.append(self.made[-1])
-        return self.made[-1]
+        self.new_nodes.append(f"{name}({', '.join(args)})")
+        self.book.append(self.new_nodes[-1])
+        return self.new_nodes[-1]
 
     def discard(self) -> None:
-        for text in self.made:
+        for text in self.new_nodes:
             self.book.remove(text)
 
     def size(self, size: Size) -> Size:
@@ -82,22 +90,24 @@ class Table(SiteGraph[str, str, Notebook]):
     def serves(self, node: str, site: Site) -> bool:
         return self.kernel_refuses("first", site) is None
 
-    def write(self, node: str, site: Site, rejected: Rejected) -> Made[str, Notebook] | None:
+    def write(self, node: str, site: Site, rejected: Rejected) -> Replacement[str, Notebook] | None:
         for kernel in ("first", "second"):
             if kernel in dict(rejected):
                 continue
             if (reason := self.kernel_refuses(kernel, site)) is None:
                 build = Notebook(self.book, kernel)
-                return Made(build.made[0], build, kernel)
+                return Replacement(build.new_nodes[0], build, kernel)
             rejected.append((kernel, reason))
         return None
 
-    def place(self, node: str, sites: Sequence[Site], made: Sequence[Made[str, Notebook]], out: str) -> None:
-        if withdrawn := self.judge(made[0].kernel):
+    def place(
+        self, node: str, sites: Sequence[Site], written: Sequence[Replacement[str, Notebook]], out: str
+    ) -> None:
+        if withdrawn := self.judge(written[0].kernel):
             raise withdrawn
         self.stands[node] = out
 
-    def again(self, node: str, meaning: Expr) -> None:
+    def reuse(self, node: str, meaning: Expr) -> None:
         first = next(name for name, other in self.meanings.items() if other is meaning)
         self.stands[node] = self.stands[first]
 

@@ -449,6 +449,32 @@ def test_steps_of_a_score_and_their_derivatives(cute: None) -> None:
     torch.testing.assert_close(found.data, torch.autograd.grad(want, s, grad)[0])
 
 
+@pytest.mark.parametrize(
+    ("step", "function"),
+    [
+        (["clamp", -0.25, 0.5], lambda s: s.clamp(-0.25, 0.5)),
+        (["clamp", -INF, 0.5], lambda s: s.clamp(max=0.5)),
+        (["leaky_relu", 0.2], lambda s: torch.nn.functional.leaky_relu(s, 0.2)),
+        (["leaky_relu", 0.0], torch.relu),
+        (["abs"], torch.abs),
+    ],
+)
+def test_functions_of_a_score_and_their_derivatives(
+    step: list[Any], function: Callable[[Tensor], Tensor], cute: None
+) -> None:
+    forward, backward = cute_mods.score_mods(fm.read(fm.text([["scale", 0.5], step])))
+    s = torch.tensor([-3.0, -0.4, 0.0, 0.1, 0.8, 4.0, INF, -INF, math.nan], requires_grad=True)
+    at = [Lanes(torch.zeros(9, dtype=torch.int32)) for _ in range(4)]
+    named: dict[str, Any] = {"q_idx": at[2], "kv_idx": at[3], "seqlen_info": None, "aux_tensors": []}
+    want = function(s * 0.5)
+    torch.testing.assert_close(
+        forward(Lanes(s.detach()), *at[:2], **named).data, want.detach(), equal_nan=True
+    )
+    grad = torch.randn(9)
+    found = backward(Lanes(grad), Lanes(s.detach()), *at[:2], **named).data
+    torch.testing.assert_close(found[:6], torch.autograd.grad(want, s, grad)[0][:6])
+
+
 def test_modifiers_are_kept_by_what_they_compute() -> None:
     first, second = (cute_mods.mask_mod(fm.read(fm.text(f)), 0) for f in (CAUSAL, KEEP))
     again = cute_mods.mask_mod(fm.read(fm.text(CAUSAL)), 0)
@@ -618,6 +644,9 @@ MODS: dict[str, tuple[float, list[Any], Any, int | None, int | None]] = {
     "window": (0.3, [], None, 5, 2),
     "negative scale": (-0.3, [["softcap", 0.7], ["scale", 2.0]], None, None, None),
     "softcap": (0.8, [["softcap", 0.7]], None, None, 0),
+    "clamp": (0.8, [["clamp", -0.5, 0.25]], None, None, 0),
+    "leaky relu": (0.8, [["leaky_relu", 0.2]], None, 5, None),
+    "abs": (0.8, [["abs"], ["scale", -1.0]], KEEP, None, None),
     "bias": (0.3, [["add", ["mul", SLOPE, GAP], 0.5]], None, None, 0),
     "factor": (0.3, [["times", SLOPE]], None, 5, None),
     "padding": (0.3, [], ["and", NEAR, KEEP], None, None),
@@ -667,9 +696,15 @@ def _densely(q: Tensor, k: Tensor, v: Tensor, scores: list[Tensor], masks: list[
     sizes, group = (2, q.shape[2], q.shape[1], k.shape[1]), q.shape[2] // k.shape[2]
     letters = dict(zip("bhij", torch.meshgrid(*map(torch.arange, sizes), indexing="ij"), strict=True))
     s = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(group, 2)) * scale
-    for kind, given, *factor in steps:
+    for kind, given, *factor in ((*step, None) for step in steps):
         if kind == "scale":
             s = s * given
+        elif kind == "clamp":
+            s = s.clamp(given, factor[0])
+        elif kind == "leaky_relu":
+            s = torch.nn.functional.leaky_relu(s, given)
+        elif kind == "abs":
+            s = s.abs()
         elif kind == "softcap":
             s = torch.tanh(s / given) * given
         else:

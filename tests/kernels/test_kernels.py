@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from fusepass.compilation.rewrite import rewrite_graph
 from fusepass.host.config import Options
 from fusepass.host.kernel_names import KERNELS as NAMES
-from fusepass.kernels import BY_NAME, FLEX, KERNELS, REFERENCE, SDPA, Kernel, Target, reference
+from fusepass.kernels import BY_NAME, KERNELS, REFERENCE, SDPA, Kernel, Target, reference
+from fusepass.kernels.flex import FLEX
 from fusepass.reports.collector import collect
 from fusepass.specification.attention import (
     Attention,

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, fx
 
 from fusepass.compilation.rewrite import rewrite_graph
+from fusepass.host import libraries
 from fusepass.host.config import Options
-from fusepass.kernels import BY_NAME, CUDNN, FLASH2, FLASH3, FLASH4, Kernel, Target, flash, flash_ops, gates
+from fusepass.kernels import BY_NAME, Kernel, Target, flash, flash_ops, gates
+from fusepass.kernels.cudnn import CUDNN
+from fusepass.kernels.flash import FLASH2, FLASH3, FLASH4
 from fusepass.reports.report import SiteReport
 from fusepass.specification.attention import (
     Attention,
@@ -183,17 +186,17 @@ def test_a_library_that_lacks_a_part_is_not_called(
     """It is installed, but imports something that is not: the site stays, and `doctor` says so."""
     (tmp_path / "half_there.py").write_text("import no_such_package\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    half = gates.Package("half-there", "half_there", "", "")
+    half = libraries.Package("half-there", "half_there", "", "")
     assert half.installed() and half.path() == "half_there"
-    assert gates.FLASH4.path() == "flash_attn.cute.interface" and gates.FRONTEND.path() == "cudnn"
-    monkeypatch.setitem(gates.GATES, "flash4", replace(gates.GATES["flash4"], package=half))
+    assert libraries.FLASH4.path() == "flash_attn.cute.interface" and libraries.FRONTEND.path() == "cudnn"
+    monkeypatch.setitem(libraries.GATES, "flash4", replace(libraries.GATES["flash4"], package=half))
     words = "half-there is installed but cannot be imported (ModuleNotFoundError: No module named"
     site = rewritten(lambda q, k, v: (q @ k.mT * 0.125).softmax(-1) @ v, "flash4", *[(2, 4, 64, 64)] * 3)[1]
     assert not site.fused and words in str(site.reason)
     assert gates.library_refuses("sdpa") is None and gates.library_refuses("flash3") is None
-    absent = gates.Package("absent", "no_such_package", "", "")
-    monkeypatch.setattr(gates, "FLASH3", half)
-    monkeypatch.setitem(gates.GATES, "fp8", replace(gates.GATES["fp8"], package=absent))
+    absent = libraries.Package("absent", "no_such_package", "", "")
+    fp8 = replace(libraries.GATES["fp8"], package=absent, substitute=half)
+    monkeypatch.setitem(libraries.GATES, "fp8", fp8)
     assert words in str(gates.library_refuses("fp8"))
     runs, why = doctor._ANSWERS["flash4"](doctor.Machine((9, 0), "1 × GPU", {}))
     assert not runs and words in why

@@ -14,12 +14,14 @@ import pytest
 import torch
 
 import fusepass
+from fusepass.host.libraries import FLASH3, FRONTEND, GATES
 from fusepass.kernels import blocks, fp8
-from fusepass.kernels.gates import FLASH3, FRONTEND, GATES, installed, machine_refuses
+from fusepass.kernels.gates import installed, machine_refuses
 from fusepass.tools.bench import measuring as bench
 from fusepass.tools.bench.cases import VARIANTS
 from tests.attention_cases import CASES, Case, full
 from tests.checking import Run, assert_same_accuracy, call, compiled
+from tests.kernels.test_kernels_blocks import assert_gradients_agree, hiding_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -60,6 +62,11 @@ def test_inference_under_inductor(kernel: str, name: str) -> None:
         assert not got.site.fused and "score modifiers can read no tensors" in str(got.site.reason)
         return
     check(CASES[name], kernel, "inductor", grads=False)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "flex"])
+def test_gradients_of_rows_that_a_bias_hides(kernel: str) -> None:
+    assert_gradients_agree(hiding_rows("cuda"), kernel, "aot_eager" if kernel == "sdpa" else "inductor")
 
 
 @pytest.mark.parametrize("kernel", ["flex", "flash4"])

@@ -67,9 +67,9 @@ def test_a_form_that_the_handler_does_not_describe_is_no_fault() -> None:
     assert call_handler(HANDLERS["recipes::cap"], found, (x, x)) is None
 
 
-def test_without_its_handler_it_is_a_leaf() -> None:
-    """Nobody knows what lies below it: the softmax is that of a tensor like any other."""
-    assert not agrees(called, *qkv()).sites
+def test_without_its_handler_it_is_a_leaf_and_the_reason_names_it() -> None:
+    (site,) = agrees(called, *qkv()).sites
+    assert not site.fused and "its scores go through 'recipes::cap'" in str(site.reason)
 
 
 # ------------------------------------------------------------ a front end

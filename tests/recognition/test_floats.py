@@ -203,6 +203,12 @@ def rows_absorbed_in_part_and_divided(s: Tensor) -> Tensor:
 
 
 @unsound
+def rows_absorbed_in_part_and_divided_by_a_tensor(s: Tensor) -> Tensor:
+    s = (s * 3 + torch.zeros(N, 1).masked_fill(~ROWS, -1e8)) / (torch.full((), 0.5).abs() + 1)
+    return s.double().softmax(-1).float()
+
+
+@unsound
 def biases_that_a_fill_keeps(s: Tensor) -> Tensor:
     s = s + torch.where(KEYS, 0.0, -1e4)
     return (s + torch.zeros(N, N).masked_fill(~ROWS, -1e9)).softmax(-1)
@@ -354,6 +360,15 @@ def test_a_look_alike_is_right_fused_or_not(program: Scores, kernel: str) -> Non
     seen = agrees(attention_with(program), kernel)
     if kernel == "sdpa":
         assert not any(s.fused and s.kind == "full" for s in seen.sites)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_that_a_wide_bias_hides_in_half(kernel: str) -> None:
+    def weights(s: Tensor) -> Tensor:
+        return (s + torch.zeros(N, 1).masked_fill(~ROWS, -65504.0)).half().softmax(-1)
+
+    q, k, v = (t.half() for t in inputs().values())
+    agrees(attention_with(weights), kernel, close=2e-3, q=q, k=k, v=v)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "auto"])

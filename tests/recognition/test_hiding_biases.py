@@ -94,3 +94,41 @@ def test_gradients_of_rows_that_a_bias_hides(
     assert seen.fused and not seen.left, seen.sites
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+LEVELS = {
+    "two levels": [LOWEST, LOWEST / 2, LOWEST, LOWEST / 2],
+    "one level and -inf": [LOWEST, float("-inf"), LOWEST, float("-inf")],
+    "raised": [0.0, -LOWEST, -LOWEST, 1.0],
+    "raised a little": [2e3, 2e3 + 1, 2e3 - 1, 2e3],
+}
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "auto"])
+@pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS.keys())
+def test_gradients_of_rows_whose_keys_differ(levels: list[float], kernel: str) -> None:
+    """The weights of a row that absorbs its scores are known only at run time, and so are its gradients."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> Tensor:
+        return (q @ k.mT * 0.35 + added).softmax(-1) @ v
+
+    added = torch.tensor(levels).repeat(N // 4).expand(2, 1, N, N) * (torch.arange(N) % 2)[:, None]
+    added = added.nan_to_num(0.0, float("inf"), float("-inf"))
+    args = list(qkv(Q=N))
+    want = gradients(attention, args, added)
+    with collector.collect() as seen:
+        got = gradients(checking.compiled(attention, kernel), args, added)
+    assert seen.fused and not seen.left, seen.sites
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "auto"])
+def test_a_bias_of_integers(kernel: str) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT + (torch.arange(N) - torch.arange(N)[:, None]) * -1).softmax(-1) @ v
+
+    args = qkv(Q=N)
+    got, seen = compiled(attention, *args, kernel=kernel)
+    assert seen.fused and not seen.left, seen.sites
+    torch.testing.assert_close(got, attention(*args))

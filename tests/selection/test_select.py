@@ -15,7 +15,9 @@ from torch.nn import functional as F
 import fusepass
 from fusepass.compilation.rewrite import rewrite_graph
 from fusepass.host.config import Options
-from fusepass.kernels import FLASH3, FLASH4, FLEX, KERNELS, SDPA, Target, reference
+from fusepass.kernels import KERNELS, SDPA, Target, reference
+from fusepass.kernels.flash import FLASH3, FLASH4
+from fusepass.kernels.flex import FLEX
 from fusepass.reports import collector
 from fusepass.selection import costs, select, work
 from fusepass.selection.costs import Curve, Profile, Sample

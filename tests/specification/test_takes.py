@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from fusepass.kernels import FLEX, KERNELS, REFERENCE, SDPA, Kernel, Refused
+from fusepass.kernels import KERNELS, REFERENCE, SDPA, Kernel, Refused
 from fusepass.kernels.base import Target, conjunction, operands, scaled
+from fusepass.kernels.flex import FLEX
 from fusepass.rules.site import Site
 from fusepass.selection import select
 from fusepass.specification.attention import (

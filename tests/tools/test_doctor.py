@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from fusepass.host.kernel_names import KERNELS
-from fusepass.kernels.gates import GATES, Package
+from fusepass.host.libraries import GATES, Package
 from fusepass.tools import doctor
 from fusepass.tools.doctor import Machine, diagnose
 

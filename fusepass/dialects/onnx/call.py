@@ -49,13 +49,13 @@ class Call:
 
     def attr(self, name: str, default: Any = None) -> Any:
         """The value of an attribute."""
-        found = self.node.attributes.get(name)
-        return default if found is None else found.value
+        attribute = self.node.attributes.get(name)
+        return default if attribute is None else attribute.value
 
     def numbers(self, position: int, name: str | None = None) -> tuple[Size, ...] | None:
         """Integers given as an input (newer opsets) or as an attribute (older ones)."""
-        if position < len(self.known) and (found := self.known[position]) is not None:
-            return elements(found)
+        if position < len(self.known) and (numbers := self.known[position]) is not None:
+            return elements(numbers)
         given = self.inputs[position] if position < len(self.inputs) else None
         number = (
             None if given is None or given.rank > 1 or given.shape not in ((), (1,)) else scalar_of(given)

@@ -37,9 +37,9 @@ def closed_form(array: Array, dtype: torch.dtype) -> Expr | None:
     if bool((array == first).all()):
         return filled(_result(array.shape, dtype), first.item())
     if dtype in (torch.int64, torch.int32):
-        found = _affine(array, dtype)
-        if found is not None:
-            return found
+        form = _affine(array, dtype)
+        if form is not None:
+            return form
     return _band(array, dtype) if array.ndim >= 2 else None
 
 
@@ -87,10 +87,10 @@ def _band(array: Array, dtype: torch.dtype) -> Expr | None:
         low, high = int(gap[where].min()), int(gap[where].max())
         if np.array_equal(where, (gap >= low) & (gap <= high)):
             inside = _inside(rows, columns, low, high)
-            made = pointwise(
+            band = pointwise(
                 "where", inside, const(inner.item(), dtype), const(outer.item(), dtype), dtype=dtype
             )
-            return view("expand", made, tuple(array.shape))
+            return view("expand", band, tuple(array.shape))
     return None
 
 

@@ -228,8 +228,8 @@ class OnnxReader:
             self.home,
         )
         self._read_safely(call, self._record_numbers)
-        made = self._read_safely(call, self._meaning)
-        parts = made if isinstance(made, tuple) else (made,)
+        meanings = self._read_safely(call, self._meaning)
+        parts = meanings if isinstance(meanings, tuple) else (meanings,)
         for position, value in enumerate(node.outputs):
             part = parts[position] if position < len(parts) else None
             if part is None and value in self.known:
@@ -251,15 +251,15 @@ class OnnxReader:
         given = zip(call.inputs, call.node.inputs, strict=True)
         if any(meaning is None and value is not None for meaning, value in given):
             return None
-        found: Meaning = call_handler(handler, call, call.inputs)
-        return found
+        result: Meaning = call_handler(handler, call, call.inputs)
+        return result
 
     # -- integers ----------------------------------------------------------------------------
 
     def _record_numbers(self, call: Call) -> None:
-        found = self._numbers(call)
-        if found is not None and len(onnx_sizes.elements(found)) <= _MOST:
-            self.known[call.node.outputs[0]] = found
+        numbers = self._numbers(call)
+        if numbers is not None and len(onnx_sizes.elements(numbers)) <= _MOST:
+            self.known[call.node.outputs[0]] = numbers
 
     def _numbers(self, call: Call) -> Known | None:
         """The numbers of an integer result."""

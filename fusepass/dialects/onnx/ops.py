@@ -32,22 +32,22 @@ def _pointwise(c: Call, op: str, *args: Expr, dtype: torch.dtype | None = None) 
     if shape is None:
         return None
     args = tuple(fitted(c, a, shape) for a in args)
-    made = pointwise(op, *args, dtype=dtype)
-    made = made if made.shape == shape else expr(op, args, (), shape, made.dtype)
-    return _folded(op, made) or made
+    result = pointwise(op, *args, dtype=dtype)
+    result = result if result.shape == shape else expr(op, args, (), shape, result.dtype)
+    return _folded(op, result) or result
 
 
 _FOLDED = frozenset("neg abs sqrt log exp tanh add sub mul div pow max min".split())
 
 
-def _folded(op: str, made: Expr) -> Expr | None:
+def _folded(op: str, node: Expr) -> Expr | None:
     """Arithmetic on numbers, folded."""
-    values = [scalar_of(a) for a in made.args]
-    if op not in _FOLDED or not made.is_float or any(v is None for v in values):
+    values = [scalar_of(a) for a in node.args]
+    if op not in _FOLDED or not node.is_float or any(v is None for v in values):
         return None
-    dtypes = [a.dtype for a in made.args]
-    value = arithmetic.folded(op, tuple(zip(values, dtypes, strict=True)), made.dtype)
-    return None if value is None else view("expand", const(value, made.dtype), made.shape)
+    dtypes = [a.dtype for a in node.args]
+    value = arithmetic.folded(op, tuple(zip(values, dtypes, strict=True)), node.dtype)
+    return None if value is None else view("expand", const(value, node.dtype), node.shape)
 
 
 # ---------------------------------------------------------------------------------------- pointwise
@@ -158,9 +158,9 @@ def _leaky_relu(c: Call, x: Expr) -> Expr | None:
 
 @handles("And")
 def _and(c: Call, a: Expr, b: Expr) -> Expr | None:
-    made = _pointwise(c, "and", a, b, dtype=torch.bool)
-    never = made is not None and any(scalar_of(x) is False for x in (a, b))
-    return view("expand", const(False, torch.bool), made.shape) if never and made is not None else made
+    both = _pointwise(c, "and", a, b, dtype=torch.bool)
+    never = both is not None and any(scalar_of(x) is False for x in (a, b))
+    return view("expand", const(False, torch.bool), both.shape) if never and both is not None else both
 
 
 @handles("Where")
@@ -260,8 +260,8 @@ def _eye(c: Call, x: Expr) -> Expr | None:
     dtype = DTYPES.get(ir.DataType(c.attr("dtype"))) if c.attr("dtype") else x.dtype
     if dtype is None or c.attr("k", 0):
         return None
-    made = torch_ops.HANDLERS["eye"](c.result(x.shape, dtype))
-    return made if isinstance(made, Expr) else None
+    eye = torch_ops.HANDLERS["eye"](c.result(x.shape, dtype))
+    return eye if isinstance(eye, Expr) else None
 
 
 @handles("Trilu")
@@ -289,8 +289,8 @@ def _matmul(c: Call, a: Expr, b: Expr) -> Expr | None:
     shape = _matmul_shape(c, a, b)
     if shape is None or not a.is_float:
         return None
-    made = torch_ops.HANDLERS["matmul"](c.result(shape, a.dtype), a, b)
-    return made if isinstance(made, Expr) else None
+    product = torch_ops.HANDLERS["matmul"](c.result(shape, a.dtype), a, b)
+    return product if isinstance(product, Expr) else None
 
 
 @handles("FusedMatMul", "TransposeMatMul", domain="com.microsoft")
@@ -337,8 +337,8 @@ def _einsum(c: Call, *tensors: Expr) -> Expr | None:
     if any(letter not in sizes for letter in out):
         return None
     shape = tuple(sizes[letter] for letter in out)
-    made = torch_ops.HANDLERS["einsum"](c.result(shape, tensors[0].dtype), c.attr("equation"), *tensors)
-    return made if isinstance(made, Expr) else None
+    product = torch_ops.HANDLERS["einsum"](c.result(shape, tensors[0].dtype), c.attr("equation"), *tensors)
+    return product if isinstance(product, Expr) else None
 
 
 # ---------------------------------------------------------------------------------------- reductions
@@ -371,8 +371,8 @@ HANDLERS["", "ReduceLogSumExp"] = _reduce("logsumexp")
 @handles("ReduceMean", "ReduceMin", "ReduceProd", "ReduceL2", "ReduceSumSquare", "ReduceL1")
 def _reduced(c: Call, x: Expr, *_: Expr | None) -> Expr | None:
     """Only its shape is known."""
-    found = _reduce("sum")(c, x)
-    return _unread(c, found) if isinstance(found, Expr) else None
+    total = _reduce("sum")(c, x)
+    return _unread(c, total) if isinstance(total, Expr) else None
 
 
 @handles("CumSum")

@@ -31,10 +31,10 @@ def symbol(name: str) -> sympy.Symbol:
 def parse_dim(text: str) -> Size:
     """The size that a dimension's name denotes: ``batch``, ``2*s0``, ``past + seq``, ``floor(s0/2)``."""
     try:
-        found = _parsed(ast.parse(text, mode="eval").body)
+        size = _parsed(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError):
         return symbol(text)
-    return simplify_size(found) if found.is_integer else symbol(text)
+    return simplify_size(size) if size.is_integer else symbol(text)
 
 
 def _parsed(node: ast.expr) -> Any:

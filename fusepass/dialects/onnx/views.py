@@ -87,8 +87,8 @@ def _tile(c: Call, x: Expr, *_: Expr | None) -> Expr | None:
     if repeats is None or len(repeats) != x.rank:
         return None
     shape = tuple(simplify_size(n * r) for n, r in zip(x.shape, repeats, strict=True))
-    made = torch_ops.HANDLERS["repeat"](c.result(shape, x.dtype), x, *repeats)
-    return made if isinstance(made, Expr) else None
+    tiled = torch_ops.HANDLERS["repeat"](c.result(shape, x.dtype), x, *repeats)
+    return tiled if isinstance(tiled, Expr) else None
 
 
 @handles("Slice")

@@ -12,13 +12,14 @@ import logging
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fusepass.dialects.torch.expansion import Expansion
+from fusepass.dialects.torch.kept import written_out
 from fusepass.dialects.torch.nodes import is_pytorchs, replaced_function, size_of, value_of
 from fusepass.host.faults import first_line, strict
 from fusepass.host.surroundings import graph_context
@@ -26,50 +27,9 @@ from fusepass.host.surroundings import graph_context
 log = logging.getLogger("fusepass")
 
 
-@dataclass
-class Expansion:
-    """A call and the nodes that compute the same results step by step."""
-
-    call: fx.Node
-    steps: list[fx.Node]
-    results: tuple[fx.Node | None, ...]
-
-    def engage(self) -> None:
-        """Use the steps' results in place of the call's."""
-        for user, result in self._pairs():
-            user.replace_all_uses_with(result, propagate_meta=False)
-
-    def revert(self) -> None:
-        """Use the call's results again, and remove the steps."""
-        for user, result in self._pairs():
-            result.replace_all_uses_with(user, propagate_meta=False)
-        for node in reversed(self.steps):
-            self.call.graph.erase_node(node)
-
-    def accept(self) -> None:
-        """Remove the call, and the nodes that read results which nothing needs."""
-        _erase_with_users(self.call)
-
-    def used_outside(self) -> bool:
-        """Does anything except the steps and the call's readers use a step?"""
-        inside, results = set(self.steps), {r for _, r in self._pairs()}
-        return any(u not in inside for n in self.steps if n not in results for u in n.users)
-
-    def _pairs(self) -> list[tuple[fx.Node, fx.Node]]:
-        """The nodes that read the call's results, each with the step that computes it."""
-        read = [(u, self.results[int(u.args[1])]) for u in self.call.users]  # type: ignore[arg-type]
-        return [(u, r) for u, r in read if r is not None]
-
-
-def _erase_with_users(node: fx.Node) -> None:
-    for user in list(node.users):
-        _erase_with_users(user)
-    node.graph.erase_node(node)
-
-
 def expand_all(graph: fx.Graph) -> tuple[list[Expansion], list[tuple[fx.Node, str]]]:
     """Write out every composite call; the second list has the calls that stay, with their reasons."""
-    found: list[Expansion] = []
+    expansions = list(written_out(graph))
     stay: list[tuple[fx.Node, str]] = []
     calls = [n for n in graph.nodes if n.op == "call_function" and n.target in COMPOSITES]
     calls = [n for n in calls if is_pytorchs(n.target)]
@@ -78,10 +38,10 @@ def expand_all(graph: fx.Graph) -> tuple[list[Expansion], list[tuple[fx.Node, st
         expansion = _expand(call, COMPOSITES[call.target], live)
         if isinstance(expansion, Expansion):
             expansion.engage()
-            found.append(expansion)
+            expansions.append(expansion)
         else:
             stay.append((call, expansion))
-    return found, stay
+    return expansions, stay
 
 
 def _reaching_output(graph: fx.Graph) -> set[fx.Node]:
@@ -110,8 +70,8 @@ def _expand(call: fx.Node, steps: Callable[..., Any], live: set[fx.Node]) -> Exp
     if isinstance(results, str):
         _erase_new(call.graph, before)
         return results
-    made = [n for n in call.graph.nodes if n not in before]
-    return Expansion(call, made, tuple(r.node if isinstance(r, fx.Proxy) else None for r in results))
+    new_nodes = [n for n in call.graph.nodes if n not in before]
+    return Expansion(call, new_nodes, tuple(r.node if isinstance(r, fx.Proxy) else None for r in results))
 
 
 def _written(
@@ -152,11 +112,11 @@ def _argument(value: Any, tracer: Any) -> Any:
     return fx.Proxy(value, tracer)
 
 
-def _give_values(call: fx.Node, made: list[fx.Node], mode: Any) -> None:
+def _give_values(call: fx.Node, steps: list[fx.Node], mode: Any) -> None:
     """Compute the fake values of new nodes."""
     key = "example_value" if "example_value" in call.meta else "val"
     with graph_context(), mode:
-        for node in made:
+        for node in steps:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
             if node.op == "call_method":
                 node.meta[key] = getattr(args[0], str(node.target))(*args[1:], **kwargs)

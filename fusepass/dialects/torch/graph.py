@@ -53,7 +53,7 @@ class Known:
     Attributes:
         constants: values that never change.
         static: tensors whose elements may be relied on under a guard.
-        given: meanings in terms of the graph that calls this one.
+        meanings: expressions in terms of the graph that calls this one.
         contents: what is known about the leaves in those meanings.
         own_gradient: whether the graph is the forward of a function that defines its own gradient, so that
             nothing in the graph computes gradients.
@@ -62,7 +62,7 @@ class Known:
 
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     static: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    given: Mapping[str, Expr] = field(default_factory=dict)
+    meanings: Mapping[str, Expr] = field(default_factory=dict)
     contents: Contents | None = None
     own_gradient: bool = False
     gradients: bool = field(default_factory=lambda: settings().grad)
@@ -90,7 +90,7 @@ class Reader:
     ) -> None:
         self.graph = graph
         self.known = known or Known()
-        self._prefix = f"{id(graph):x}." if self.known.given else ""  # leaf names are unique to a graph
+        self._prefix = f"{id(graph):x}." if self.known.meanings else ""  # leaf names are unique to a graph
         self._tensors: dict[Expr, torch.Tensor] = {}
         self.contents = self.known.contents or Contents(self._tensors)
         self.owner = owner
@@ -251,7 +251,7 @@ class Reader:
         return leaf(self._prefix + name, shape, dtype)
 
     def _leaf(self, node: fx.Node, value: torch.Tensor) -> Expr:
-        meant = self.known.given.get(node.name) if node.op == "placeholder" else None
+        meant = self.known.meanings.get(node.name) if node.op == "placeholder" else None
         if meant is not None and meant.shape == shape_of(value) and meant.dtype is value.dtype:
             return meant
         made = self._unique_leaf(node.name, shape_of(value), value.dtype)

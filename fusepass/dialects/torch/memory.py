@@ -68,17 +68,17 @@ class Memory:
 
     def of(self, node: fx.Node) -> Storages:
         """The storages that hold a node's tensors."""
-        found = self._of.get(node)
-        if found is None:
-            found = self._of[node] = self._find_storages(node)
-        return found
+        storages = self._of.get(node)
+        if storages is None:
+            storages = self._of[node] = self._find_storages(node)
+        return storages
 
     def written(self, node: fx.Node) -> Storages:
         """The storages that a node writes to."""
-        found = self._written.get(node)
-        if found is None:
-            found = self._written[node] = _NONE.union(*(self.of(n) for n in self._targets(node)))
-        return found
+        storages = self._written.get(node)
+        if storages is None:
+            storages = self._written[node] = _NONE.union(*(self.of(n) for n in self._targets(node)))
+        return storages
 
     @functools.cached_property
     def all_written(self) -> Storages:
@@ -113,18 +113,19 @@ class Memory:
         if self.rebinds:
             return frozenset({_ANY})
         value = value_of(node)
-        found = set(self._keys(value))
+        storages = set(self._keys(value))
         if node.op == "get_attr":
-            found.add(("attribute", str(node.target)))
+            storages.add(("attribute", str(node.target)))
             held = _attribute(self._owner, str(node.target))
-            found.update(self._keys(held) if isinstance(held, Tensor) else ())
+            storages.update(self._keys(held) if isinstance(held, Tensor) else ())
         elif value is None and node.op not in ("placeholder", "output"):
-            found.update(*(self.of(n) for n in node.all_input_nodes))  # it may be a view of any of them
+            storages.update(*(self.of(n) for n in node.all_input_nodes))  # it may be a view of any of them
         elif isinstance(node.target, torch._ops.OpOverload):
-            found.update(*(self.of(n) for n in _aliased(node)))
+            storages.update(*(self.of(n) for n in _aliased(node)))
         elif operation(node)[0].endswith("dropout"):
-            found.update(*(self.of(n) for n in _nodes_in(first_operand(node))))  # in eval mode, its operand
-        return frozenset(found)
+            of_operand = (self.of(n) for n in _nodes_in(first_operand(node)))
+            storages.update(*of_operand)  # in eval mode, the result is the operand
+        return frozenset(storages)
 
     def _keys(self, value: Any) -> Iterator[Storage]:
         if isinstance(value, (tuple, list)):
@@ -213,9 +214,9 @@ def _bound(schema: Any, node: fx.Node) -> Iterator[tuple[Any, Any]]:
 
 
 def _nodes_in(value: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.map_arg(value, lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
-    return found
+    nodes: list[fx.Node] = []
+    fx.map_arg(value, lambda n: nodes.append(n) or n)  # type: ignore[func-returns-value]
+    return nodes
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
@@ -244,28 +245,28 @@ def written_operands(node: fx.Node) -> list[fx.Node]:
     if isinstance(node.target, torch._ops.OpOverloadPacket):
         packet = node.target
         return _marked(node, [getattr(packet, name)._schema for name in packet.overloads()])
-    found = _nodes_in(node.kwargs["out"]) if node.kwargs.get("out") is not None else []
+    operands = _nodes_in(node.kwargs["out"]) if node.kwargs.get("out") is not None else []
     name, in_place = operation(node)
     if node.target is operator.setitem or name == "__setitem__":
-        return found + _nodes_in(node.args[:1])
+        return operands + _nodes_in(node.args[:1])
     if in_place:
         known = _schemas_in_place(name)
-        found += _marked(node, known) if known else []
-        return list(dict.fromkeys(found)) or _nodes_in(first_operand(node)) or _tensors(node)
+        operands += _marked(node, known) if known else []
+        return list(dict.fromkeys(operands)) or _nodes_in(first_operand(node)) or _tensors(node)
     if node.op == "call_function":
-        found += _by_convention(node, name)
-    return found
+        operands += _by_convention(node, name)
+    return operands
 
 
 def _marked(node: fx.Node, schemas: Iterable[Any]) -> list[fx.Node]:
     """The operands that any of the matching schemas marks as written."""
-    found: dict[fx.Node, None] = {}
+    marked: dict[fx.Node, None] = {}
     for schema in schemas:
         if schema.is_mutable:
             for argument, given in _bound(schema, node):
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    found.update(dict.fromkeys(_nodes_in(given)))
-    return list(found)
+                    marked.update(dict.fromkeys(_nodes_in(given)))
+    return list(marked)
 
 
 @functools.cache

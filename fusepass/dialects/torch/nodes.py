@@ -71,13 +71,13 @@ def replaced_function(function: types.FunctionType, others: Iterable[str] = ()) 
         at = todo.pop()
         names += [(n, place) for n in at.__code__.co_names for place in (at.__globals__, vars(torch))]
         for name, place in names:
-            found = place.get(name)
-            if callable(found) and not is_pytorchs(found):
+            present = place.get(name)
+            if callable(present) and not is_pytorchs(present):
                 return name
-            if isinstance(found, types.FunctionType) and found not in seen:
-                seen.add(found)
-                if found.__module__ == function.__module__:
-                    todo.append(found)
+            if isinstance(present, types.FunctionType) and present not in seen:
+                seen.add(present)
+                if present.__module__ == function.__module__:
+                    todo.append(present)
         names.clear()
     return None
 
@@ -85,8 +85,8 @@ def replaced_function(function: types.FunctionType, others: Iterable[str] = ()) 
 def value_of(node: fx.Node) -> Any:
     """The fake tensor (or number) recorded for a node, or None."""
     meta = node.meta
-    found = meta.get("example_value")
-    return meta.get("val") if found is None else found
+    value = meta.get("example_value")
+    return meta.get("val") if value is None else value
 
 
 def fake_mode_of(value: Any) -> Any:

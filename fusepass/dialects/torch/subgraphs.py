@@ -32,7 +32,7 @@ class Call:
         """Is the body the forward of a function that defines its own gradient?"""
         return _name(self.node) == _OWN_GRADIENT and _bodies(self.outer, self.node)[0] is self.body
 
-    def given(self, reader: Reader) -> dict[str, Expr]:
+    def operand_meanings(self, reader: Reader) -> dict[str, Expr]:
         """The meanings of the body's placeholders in the outer graph, which ``reader`` reads.
 
         The result is empty unless the operator is known to pass its operands one by one: it has a single body
@@ -46,12 +46,12 @@ class Call:
         placeholders = self.body.graph.find_nodes(op="placeholder")
         if len(operands) != len(placeholders):
             return {}
-        given = {}
+        meanings = {}
         for placeholder, node in zip(placeholders, operands, strict=True):
             meaning = reader.defined.get(node) if isinstance(node, fx.Node) else None
             if isinstance(meaning, Expr) and isinstance(node, fx.Node) and not reader.was_written(node):
-                given[placeholder.name] = meaning
-        return given
+                meanings[placeholder.name] = meaning
+        return meanings
 
 
 def graphs_of(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, Call | None]]:
@@ -79,13 +79,13 @@ def recompute_nothing(gm: fx.GraphModule, fused: Collection[fx.GraphModule]) -> 
     for module in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
         for node in module.graph.find_nodes(op="call_function", target=tag_activation_checkpoint):
             inside = (m for body in _bodies(module, node) for m in body.modules())
-            if any(m in fused for m in inside) and not _learns(value_of(node)):
+            if any(m in fused for m in inside) and not _may_require_grad(value_of(node)):
                 node.target = wrap
                 node.kwargs = tag_activation_checkpoint.divide_kwargs(node.kwargs)[1]
                 module.recompile()
 
 
-def _learns(value: Any) -> bool:
+def _may_require_grad(value: Any) -> bool:
     """Does a gradient flow to a result, or may it?"""
     tensors = [t for t in pytree.tree_leaves(value) if not isinstance(t, (int, float, torch.SymInt))]
     return any(t is None or t.requires_grad for t in tensors)
@@ -94,8 +94,8 @@ def _learns(value: Any) -> bool:
 def _bodies(module: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
     """The graph modules among a higher-order operator's arguments."""
     named = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
-    found = [getattr(module, str(name), None) for name in named]
-    return [m for m in found if isinstance(m, fx.GraphModule)]
+    modules = [getattr(module, str(name), None) for name in named]
+    return [m for m in modules if isinstance(m, fx.GraphModule)]
 
 
 def _name(node: fx.Node) -> str:

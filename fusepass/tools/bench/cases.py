@@ -72,13 +72,13 @@ class Variant:
         """Random tensors."""
         generator = torch.Generator(device).manual_seed(0)
         sizes = ((shape.queries, shape.heads), (shape.keys, shape.kv_heads), (shape.keys, shape.kv_heads))
-        made = {
+        tensors = {
             name: torch.randn(
                 shape.batch, n, h, shape.head_dim, device=device, dtype=dtype, generator=generator
             )
             for name, (n, h) in zip("qkv", sizes, strict=True)
         }
-        return made | {
+        return tensors | {
             name: t.to(dtype) if t.is_floating_point() else t for name, t in self.extra(shape, device).items()
         }
 
@@ -218,8 +218,8 @@ def _flash(name: str, **options: Any) -> Callable[..., Any]:
             more["alibi_slopes"] = slopes.float()
         if sinks is not None:
             more["learnable_sink"] = sinks
-        found = import_module(_FLASH[name]).flash_attn_func(q, k, v, **options, **more)
-        out: Tensor = found[0] if isinstance(found, tuple) else found
+        result = import_module(_FLASH[name]).flash_attn_func(q, k, v, **options, **more)
+        out: Tensor = result[0] if isinstance(result, tuple) else result
         return out.flatten(2)
 
     return call

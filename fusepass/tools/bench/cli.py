@@ -29,12 +29,12 @@ def command(arguments: argparse.Namespace) -> int:
         about = machine(arguments.device) | {"dtype": arguments.dtype}
         results = [(_measure(arguments, console, about), about)]
         console.print(f"{len(results[0][0])} measurements in {arguments.out}", highlight=False)
-    rows, about = [row for found, _ in results for row in found], results[-1][1]
+    rows, about = [row for measured, _ in results for row in measured], results[-1][1]
     if arguments.profile or arguments.profile_to:
-        made = bench_report.profile_of(rows, about)
+        profile = bench_report.profile_of(rows, about)
         place = arguments.profile_to or costs.place_of(about["device"])
-        made.save(place)
-        console.print(bench_report.curves_table(made))
+        profile.save(place)
+        console.print(bench_report.curves_table(profile))
         console.print(f"profile in {place}", highlight=False)
     else:
         bench_report.show(rows, console)
@@ -85,11 +85,11 @@ def _measure(arguments: argparse.Namespace, console: Console, about: dict[str, s
 
 
 def _chosen(text: str, accepted: list[str], noun: str) -> list[str]:
-    found = accepted if text == "all" else text.split(",")
-    for name in found:
+    chosen = accepted if text == "all" else text.split(",")
+    for name in chosen:
         if name not in accepted:
             raise UsageError(f"unknown {noun} {name!r}; accepted are {', '.join(accepted)}")
-    return found
+    return chosen
 
 
 def _numbers(text: str) -> list[int]:

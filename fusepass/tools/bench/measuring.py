@@ -96,7 +96,7 @@ def jobs(
     contenders: Sequence[str], **settings: Any,
 ) -> list[Job]:  # fmt: skip
     """Every combination that can be measured; "hand" stands for all hand-written calls of a variant."""
-    found = []
+    work = []
     for head_dim, mode, length, name in itertools.product(head_dims, modes, lengths, variants):
         variant = VARIANTS[name]
         if not (variant.backward if mode == "training" else variant.forward):
@@ -107,8 +107,8 @@ def jobs(
             if contender.startswith(("hand ", "repaired ", "prepared ")) and contender not in variant.hand:
                 continue
             names = list(variant.hand) if contender == "hand" else [contender]
-            found += [Job(name, length, head_dim, mode, n, **settings) for n in names]
-    return found
+            work += [Job(name, length, head_dim, mode, n, **settings) for n in names]
+    return work
 
 
 def run(
@@ -122,9 +122,9 @@ def run(
     rows: list[Row] = []
     lost: list[tuple[Job, Row]] = []
 
-    def keep(found: list[tuple[Job, Row]]) -> None:
-        broken = len(found) > 1 and any(row.problem.startswith(_LOST) for _, row in found)
-        for job, row in found:
+    def keep(results: list[tuple[Job, Row]]) -> None:
+        broken = len(results) > 1 and any(row.problem.startswith(_LOST) for _, row in results)
+        for job, row in results:
             if broken and row.milliseconds is None:
                 lost.append((job, row))  # another contender may have broken the process
             else:
@@ -319,9 +319,9 @@ def _contender(job: Job, variant: Variant) -> tuple[Callable[..., Tensor], Calla
         if seen.graphs:
             out: Tensor = compiled(**inputs)
             return out
-        with collect() as found:
+        with collect() as reports:
             out = compiled(**inputs)
-        seen.graphs.extend(found.graphs)
+        seen.graphs.extend(reports.graphs)
         return out
 
     def kernel() -> str:

@@ -103,18 +103,18 @@ def plot(results: Results, folder: Path) -> list[Path]:
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    made = []
+    files = []
     with pyplot.rc_context(STYLE):
         for variant in sorted({row.variant for rows, _ in results for row in rows}):
             head_dim = _head_dim(results, variant)
             panels = {mode: list(lines_of(results, variant, mode, head_dim)) for mode in _PASSES}
             panels = {mode: lines for mode, lines in panels.items() if lines}
             if panels:
-                made.append(folder / f"{variant}.svg")
+                files.append(folder / f"{variant}.svg")
                 figure = _picture(pyplot, variant, panels, _setting(results, head_dim))
-                figure.savefig(made[-1], metadata={"Date": None}, facecolor="white")
+                figure.savefig(files[-1], metadata={"Date": None}, facecolor="white")
                 pyplot.close(figure)
-    return made
+    return files
 
 
 def _head_dim(results: Results, variant: str) -> int:
@@ -126,18 +126,22 @@ def _head_dim(results: Results, variant: str) -> int:
 def lines_of(results: Results, variant: str, mode: str, head_dim: int) -> Iterator[Line]:
     """The lines of a panel, by machine and length."""
     for rows, about in results:
-        for (kind, passes, size, length), found in sorted(by_case(rows).items()):
-            if (kind, passes, size) != (variant, mode, head_dim) or "auto" not in found:
+        for (kind, passes, size, length), rows_by_name in sorted(by_case(rows).items()):
+            if (kind, passes, size) != (variant, mode, head_dim) or "auto" not in rows_by_name:
                 continue
-            known = {"compile": found.get("compile"), "auto": found["auto"], "by hand": best_by_hand(found)}
+            known = {
+                "compile": rows_by_name.get("compile"),
+                "auto": rows_by_name["auto"],
+                "by hand": best_by_hand(rows_by_name),
+            }
             there = {name: row for name, row in known.items() if row is not None}
             yield Line(_short(about.get("device", "")), length, there)
 
 
 def _short(device: str) -> str:
     """A GPU's usual name, such as "H100"."""
-    found = re.search(r"\b[A-Z]+\d+\w*", device)
-    return found[0] if found else device
+    match = re.search(r"\b[A-Z]+\d+\w*", device)
+    return match[0] if match else device
 
 
 def _setting(results: Results, head_dim: int) -> str:

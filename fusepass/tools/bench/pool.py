@@ -132,9 +132,9 @@ class Pool(Generic[J, R]):
         self.workers.clear()
 
     def _start_workers(self, count: int) -> None:
-        late = self.limit is not None and time.monotonic() > self.limit + _GRACE
+        timed_out = self.limit is not None and time.monotonic() > self.limit + _GRACE
         for worker in list(self.workers):
-            if late and worker.job is not None:
+            if timed_out and worker.job is not None:
                 self._end_worker(worker, "cut off by the limit")
             elif worker.state == "works" and time.monotonic() - worker.since > self.patience:
                 self._end_worker(worker, f"took more than {self.patience:.0f} s to compile or run")

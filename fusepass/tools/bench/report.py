@@ -26,13 +26,13 @@ def by_case(rows: Iterable[Row]) -> dict[Key, dict[str, Row]]:
     return table
 
 
-def best_by_hand(found: dict[str, Row], gpu: bool = True) -> Row | None:
+def best_by_hand(contenders: dict[str, Row], gpu: bool = True) -> Row | None:
     """The fastest of the hand-written calls that compute the same; ``gpu``: by the GPU's time, if known."""
-    return _fastest(found, "repaired ", gpu) or _fastest(found, "hand ", gpu)
+    return _fastest(contenders, "repaired ", gpu) or _fastest(contenders, "hand ", gpu)
 
 
-def _fastest(found: dict[str, Row], kind: str, gpu: bool) -> Row | None:
-    named = [row for name, row in found.items() if name.startswith(kind)]
+def _fastest(contenders: dict[str, Row], kind: str, gpu: bool) -> Row | None:
+    named = [row for name, row in contenders.items() if name.startswith(kind)]
     return min(named, key=lambda r: _spent(r, gpu) or 0.0, default=None)
 
 
@@ -51,19 +51,19 @@ def lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
 
     Times are the GPU's if they are known; the last column compares calls back to back.
     """
-    made: list[tuple[str, ...]] = []
+    table: list[tuple[str, ...]] = []
     rows = list(rows)
     others = of_packages(rows)
-    for (variant, mode, head_dim, length), found in sorted(by_case(rows).items()):
-        hand, auto, plain = best_by_hand(found), found.get("auto"), found.get("compile")
-        made.append((
-            variant, mode, str(head_dim), str(length), _time(found.get("eager")), _time(plain),
+    for (variant, mode, head_dim, length), contenders in sorted(by_case(rows).items()):
+        hand, auto, plain = best_by_hand(contenders), contenders.get("auto"), contenders.get("compile")
+        table.append((
+            variant, mode, str(head_dim), str(length), _time(contenders.get("eager")), _time(plain),
             "" if hand is None else f"{_time(hand)} {hand.contender.split()[1]}", _time(auto),
             "" if auto is None else auto.kernel, _ratio(plain, auto), _ratio(hand, auto),
-            _ratio(best_by_hand(found, gpu=False), auto, gpu=False),
-            *(_time(found.get(name)) for name in others),
+            _ratio(best_by_hand(contenders, gpu=False), auto, gpu=False),
+            *(_time(contenders.get(name)) for name in others),
         ))  # fmt: skip
-    return made
+    return table
 
 
 def of_packages(rows: Sequence[Row]) -> list[str]:
@@ -80,14 +80,15 @@ def by_name(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]
     A kernel's cell also tells how many times as fast as ``compile`` it is.
     """
     named = list(dict.fromkeys(row.contender for row in rows))
-    made: list[tuple[str, ...]] = []
-    for (variant, mode, head_dim, length), found in sorted(by_case(rows).items()):
-        cells = [_time(found.get(name)) for name in named]
+    table: list[tuple[str, ...]] = []
+    for (variant, mode, head_dim, length), contenders in sorted(by_case(rows).items()):
+        cells = [_time(contenders.get(name)) for name in named]
         for place, name in enumerate(named):
-            if name not in ("eager", "compile") and (ratio := _ratio(found.get("compile"), found.get(name))):
+            ratio = _ratio(contenders.get("compile"), contenders.get(name))
+            if ratio and name not in ("eager", "compile"):
                 cells[place] += f" ({ratio}×)"
-        made.append((variant, mode, str(head_dim), str(length), *cells))
-    return (*HEAD[:4], *named), made
+        table.append((variant, mode, str(head_dim), str(length), *cells))
+    return (*HEAD[:4], *named), table
 
 
 def _head_and_lines(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -99,11 +100,11 @@ def _head_and_lines(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[st
 def summary(rows: Iterable[Row]) -> Table:
     """The lines as a table for a terminal."""
     table = Table(title="Attention, median milliseconds", title_justify="left", header_style="bold")
-    head, found = _head_and_lines(list(rows))
+    head, body = _head_and_lines(list(rows))
     for name in head:
         left = name in ("variant", "pass", "best by hand", "kernel")
         table.add_column(name, justify="left" if left else "right")
-    for line in found:
+    for line in body:
         table.add_row(*line)
     return table
 
@@ -126,7 +127,7 @@ a kernel is fusepass with that kernel; in brackets stands how many times as fast
 
 def markdown(rows: Sequence[Row], machine: dict[str, str], source: str) -> str:
     """The lines as a page."""
-    head, made = _head_and_lines(rows)
+    head, table = _head_and_lines(rows)
     automatic = head[: len(HEAD)] == HEAD
     about = ABOUT if automatic else ABOUT_NAMED
     device = f" on {machine['device']}" if "device" in machine else ""
@@ -134,15 +135,15 @@ def markdown(rows: Sequence[Row], machine: dict[str, str], source: str) -> str:
             f"Made by `python -m fusepass bench --read {source} --markdown`, from measurements with:", "",
             *(f"- {k}: {v}" for k, v in machine.items()), "", about, ""]  # fmt: skip
     text += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    text += [f"| {' | '.join(line)} |" for line in made]
+    text += [f"| {' | '.join(line)} |" for line in table]
     if not automatic:
         return "\n".join([*text, ""])
-    return "\n".join([*text, "", *_behind(made), *_unrepaired(rows)])
+    return "\n".join([*text, "", *_behind(table), *_unrepaired(rows)])
 
 
-def _behind(made: Sequence[tuple[str, ...]]) -> list[str]:
+def _behind(table: Sequence[tuple[str, ...]]) -> list[str]:
     """The cases in which the best call by hand is more than 3% faster than `auto`."""
-    compared = [line for line in made if line[10]]
+    compared = [line for line in table if line[10]]
     lost = [line for line in compared if float(line[10]) < 0.97]
     kept = f"{len(compared) - len(lost)} of {len(compared)}"
     text = f"In {kept} cases `auto` is at least 0.97 times as fast as the best call by hand."
@@ -151,7 +152,7 @@ def _behind(made: Sequence[tuple[str, ...]]) -> list[str]:
     cases: dict[str, list[str]] = {}
     for variant, mode, head_dim, length, *_, by_hand, _ in (line[:12] for line in lost):
         cases.setdefault(variant, []).append(f"{mode} {head_dim} × {length} ({by_hand})")
-    listed = [f"- {variant}: {', '.join(found)}" for variant, found in cases.items()]
+    listed = [f"- {variant}: {', '.join(places)}" for variant, places in cases.items()]
     return [f"{text} It loses in (head size × length, times as fast):", "", *listed, ""]
 
 
@@ -164,9 +165,9 @@ by hand above repair them. Here is the fastest call that does not."""
 def _unrepaired(rows: Sequence[Row]) -> list[str]:
     """The cases in which a faster hand-written call computes something else."""
     text = []
-    for (variant, mode, head_dim, length), found in sorted(by_case(rows).items()):
-        auto, best = found.get("auto"), _fastest(found, "hand ", gpu=True)
-        if auto is not None and best is not None and _fastest(found, "repaired ", gpu=True) is not None:
+    for (variant, mode, head_dim, length), contenders in sorted(by_case(rows).items()):
+        auto, best = contenders.get("auto"), _fastest(contenders, "hand ", gpu=True)
+        if auto is not None and best is not None and _fastest(contenders, "repaired ", gpu=True) is not None:
             cells = (
                 variant,
                 mode,
@@ -189,8 +190,8 @@ def _time(row: Row | None) -> str:
 
 
 def _ratio(other: Row | None, mine: Row | None, gpu: bool = True) -> str:
-    found = times_as_fast(other, mine, gpu)
-    return "" if found is None else f"{found:.2f}"
+    ratio = times_as_fast(other, mine, gpu)
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 def times_as_fast(other: Row | None, mine: Row | None, gpu: bool = True) -> float | None:
@@ -214,7 +215,7 @@ def problems(rows: Iterable[Row]) -> dict[str, int]:
 
 def samples(rows: Iterable[Row]) -> list[costs.Sample]:
     """The rows that the cost model learns from: kernels by name, and plain `torch.compile`."""
-    made, known = [], bench.by_name()
+    chosen, known = [], bench.by_name()
     for row in rows:
         kernel = UNFUSED if row.contender == "compile" else row.contender
         if row.milliseconds is None or kernel not in (UNFUSED, *known):
@@ -225,8 +226,8 @@ def samples(rows: Iterable[Row]) -> list[costs.Sample]:
         size = rows_of_queries * 2 * row.head_dim
         spent = row.best_known or row.milliseconds
         launch = max(spent, row.milliseconds)
-        made.append(costs.Sample(kernel, kind, row.head_dim, row.mode, size, keys, spent, launch))
-    return made
+        chosen.append(costs.Sample(kernel, kind, row.head_dim, row.mode, size, keys, spent, launch))
+    return chosen
 
 
 #: Devices that share a profile: the same chip with different memory.
