@@ -147,6 +147,8 @@ class Fills:
         """
         if not isinstance(mod, (Mask, Bias)) or not isinstance(merged, (Mask, Bias)):
             return False
+        if isinstance(mod, Mask) and not mod.atoms:
+            return False  # it hides nothing
         written = rounded.get(merged.slot)
         if written is None:
             return False
