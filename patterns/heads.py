@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 from fusepass.expressions.index import Affine, Size
 from fusepass.rules.engine import Refuse, Scope, Term
 from fusepass.rules.site import Roles
@@ -73,6 +76,44 @@ def assign(
     roles.kv_heads = shared[-1:] if several else []
     roles.batch = [a for a in shared if a not in roles.kv_heads]
     return roles
+
+
+def alternatives(scope: Scope, roles: Roles, scores: Term) -> Iterator[Roles]:
+    """Other roles that the same operands allow, by which masks may be told what they are.
+
+    Axes that neither keys nor values vary over may be queries or groups of heads, and any one of the others
+    may be the head: only their places in the scores make some likelier than others.
+    """
+    roles = replace(roles, **{name: _finest(scope, getattr(roles, name)) for name in _NAMES})
+    free = ordered(scope, scores.index)
+    free = [a for a in free if a in (*roles.query, *roles.group)]
+    queries = [roles.query]
+    if roles.query and len(free) > 1:
+        places = [[a for a in ordered(scope, [i]) if a in free] for i in scores.index]
+        queries += [q for q in (*places, *([a] for a in free)) if q]
+    heads = [roles.kv_heads]
+    shared = [a for a in ordered(scope, scores.index) if a in (*roles.batch, *roles.kv_heads)]
+    heads += [[a] for a in shared] if roles.kv_heads else []
+    for query in _different(queries):
+        for head in _different(heads):
+            yield replace(
+                roles,
+                query=query,
+                group=[a for a in free if a not in query],
+                kv_heads=head,
+                batch=[a for a in (*roles.batch, *roles.kv_heads) if a not in head],
+            )
+
+
+_NAMES = ("batch", "kv_heads", "group", "query", "key", "head_dim", "value_dim")
+
+
+def _finest(scope: Scope, axes: list[str]) -> list[str]:
+    return ordered(scope, [Affine(((a, 1),)) for a in axes])
+
+
+def _different(choices: list[list[str]]) -> list[list[str]]:
+    return [c for n, c in enumerate(choices) if all(set(c) != set(d) for d in choices[:n])]
 
 
 def _behind_batch(scope: Scope, scores: Term, axis: str) -> bool:

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import sympy
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 Size = int | sympy.Expr
 
@@ -45,6 +46,7 @@ class Facts:
     def __init__(self, shape_env: Any = None) -> None:
         self._env = shape_env
         self._memo: dict[tuple[str, Size, Size], bool] = {}
+        self._numbers: tuple[int, dict[Any, Any]] = (0, {})  # how many guards were read, and what they say
 
     def _ask(self, kind: str, a: Size, b: Size) -> bool:
         key = (kind, a, b)
@@ -61,11 +63,44 @@ class Facts:
             return bool(sympy.simplify(claim) is sympy.true)
         return self._env._maybe_evaluate_static(claim) is sympy.true
 
+    def settled(self, size: Size) -> Size:
+        """A size in which divisions are ratios, where they are proved to be exact, and in which symbols that
+        guards equate with numbers are these numbers.
+        """
+        if isinstance(size, int) or self._env is None:
+            return size
+        size = self._env.replace(size)  # symbols may have become numbers since the graph was read
+        return simplify_size(sympy.expand(self._with_ratios(size).xreplace(self._known_numbers())))
+
+    def _with_ratios(self, size: Any) -> Any:
+        exact = {}
+        for division in size.atoms(FloorDiv):
+            base, divisor = division.args
+            if self._ask("eq", Mod(base, divisor), 0):
+                exact[division] = self._with_ratios(base) / self._with_ratios(divisor)
+        return size.xreplace(exact)
+
+    def _known_numbers(self) -> dict[Any, Any]:
+        """The symbols that guards equate with numbers, in equations of a single symbol."""
+        guards = self._env.guards
+        if self._numbers[0] < len(guards):
+            found: dict[Any, Any] = {}
+            self._numbers = len(guards), found
+            for claim in (g.expr for g in guards if isinstance(g.expr, sympy.Eq)):
+                rest = sympy.expand(self._with_ratios(claim.lhs) - self._with_ratios(claim.rhs))
+                symbols = list(rest.free_symbols)
+                if len(symbols) == 1 and rest.is_polynomial() and sympy.degree(rest, symbols[0]) == 1:
+                    value = sympy.solve(rest, symbols[0])[0]
+                    found |= {symbols[0]: value} if value.is_Integer else {}
+        return self._numbers[1]
+
     def equal(self, a: Size, b: Size) -> bool:
         """Is ``a == b`` for every input the graph may be given?"""
         if isinstance(a, int) and isinstance(b, int):
             return a == b
         if a == b or sympy.expand(sympy.sympify(a) - b) == 0:
+            return True
+        if sympy.expand(sympy.sympify(self.settled(a)) - self.settled(b)) == 0:
             return True
         return self._ask("eq", a, b)
 
@@ -74,6 +109,8 @@ class Facts:
         if isinstance(a, int) and isinstance(b, int):
             return a <= b
         difference = sympy.expand(sympy.sympify(a) - b)
+        if not difference.is_Integer:
+            difference = sympy.sympify(self.settled(difference))
         if difference.is_Integer:
             return bool(difference <= 0)
         return self._ask("le", sympy.sympify(a), sympy.sympify(b))
@@ -84,6 +121,9 @@ class Facts:
             return a // b if b and a % b == 0 else None
         if self.equal(a, b):
             return 1
+        a, b = self.settled(a), self.settled(b)
+        if b == 0:
+            return None
         ratio = sympy.cancel(sympy.sympify(a) / b)
         exact = (
             ratio.is_polynomial() and all(c.is_Integer for c in sympy.Poly(ratio).coeffs())

@@ -21,7 +21,7 @@ import sympy
 import torch
 
 from fusepass.expressions.contents import FILL, Contents
-from fusepass.expressions.index import Affine, AxisSpace, Facts
+from fusepass.expressions.index import Affine, AxisSpace, Facts, prod
 from fusepass.expressions.ir import VIEWS, Expr, is_integer, opmath, rounded_to
 
 Interval = tuple[float, float]
@@ -177,7 +177,22 @@ class Ranges:
         if node.op == "cast":
             return _cast(args[0], node.dtype)
         interval = self._real(node, args)
+        if node.op == "div" and (averaged := self._averaged(node)) is not None:
+            low, high = self._known[averaged] or (-math.inf, math.inf)
+            interval = 2 * min(low, 0.0), 2 * max(high, 0.0)  # rounding does not double it, of however many
         return None if interval is None else _rounded(interval, node.dtype)
+
+    def _averaged(self, node: Expr) -> Expr | None:
+        """What a mean is the mean of, if the number of its elements is a symbol."""
+        total, count = node.args
+        while total.op in VIEWS:
+            total = total.args[0]
+        if total.op != "sum" or count.op != "iota" or count.rank or self._known[total.args[0]] is None:
+            return None
+        if torch.finfo(total.dtype).max < FILL:
+            return None  # the sum may overflow
+        elements = prod(total.args[0].shape[d] for d in total.attrs[0])
+        return total.args[0] if self.facts.equal(elements, count.attrs[0]) else None
 
     def _real(self, node: Expr, args: list[Interval]) -> Interval | None:
         """The operation on real numbers."""

@@ -19,6 +19,7 @@ from fusepass.specification.attention import (
     Attention,
     Band,
     Bias,
+    Dense,
     Keep,
     KeyGate,
     Mask,
@@ -92,14 +93,10 @@ class Meanings:
 
     def _positions(self) -> masks.Positions:
         return masks.Positions(
-            self._position(self.roles.query), self._position(self.roles.key), self.roles.letters()
+            _position(self.scope, self.roles.query),
+            _position(self.scope, self.roles.key),
+            self.roles.letters(),
         )
-
-    def _position(self, axes: list[str]) -> Affine:
-        index = Affine()
-        for axis in axes:
-            index = index * self.scope.space.sizes[axis] + Affine(((axis, 1),))
-        return index
 
     def _atoms(self, attends: Expr) -> tuple[Atom, ...]:
         """The parts of a visibility, named."""
@@ -172,4 +169,42 @@ def settle(scope: Scope, roles: Roles) -> None:
         setattr(roles, name, heads.ordered(scope, [Affine(((a, 1),)) for a in axes]))
 
 
-__all__ = ["Meanings"]
+def told_by_masks(scope: Scope, roles: Roles, scores: Term, mods: Sequence[ScoreModifier]) -> Roles:
+    """The roles under which most parts of the masks have names, and fewest parts vary over heads.
+
+    A mask ties the queries to the keys, and a padding the sequences.  What the places of the axes say decides
+    between roles that are alike in this.
+    """
+    known = formulas.Formulas(scope)
+    parts = [p for m in mods if isinstance(m, (Mask, Bias)) for p in _parts(known, scope, m)]
+    if not parts:
+        return roles
+
+    def unnamed(choice: Roles) -> tuple[int, int]:
+        at = masks.Positions(_position(scope, choice.query), _position(scope, choice.key), choice.letters())
+        named = [masks.classify(p, at, scope.space) for p in parts]
+        over = sum("h" in masks.letters(p, at, scope.space) for p in parts)
+        return sum(isinstance(a, Dense) for a in named), over
+
+    return min(heads.alternatives(scope, roles, scores), key=unnamed)
+
+
+def _parts(known: formulas.Formulas, scope: Scope, mod: Mask | Bias) -> list[Expr]:
+    """The parts of what a mask, or a bias that is one, leaves visible."""
+    term = scope.operands[mod.slot]
+    formula = known.lift(term)
+    if isinstance(mod, Mask):
+        return masks.conjuncts(formula if mod.attends else known.make("not", (formula,), torch.bool))
+    hidden = visibility.additive_mask(known, formula, term.expr.dtype)
+    return [] if hidden is None else masks.conjuncts(hidden.attends)
+
+
+def _position(scope: Scope, axes: list[str]) -> Affine:
+    """The position that some axes count together, outermost first."""
+    index = Affine()
+    for axis in axes:
+        index = index * scope.space.sizes[axis] + Affine(((axis, 1),))
+    return index
+
+
+__all__ = ["Meanings", "told_by_masks"]

@@ -26,7 +26,7 @@ from fusepass.patterns.scores import SCORES, holds_product
 from fusepass.patterns.softmax import SOFTMAX
 from fusepass.patterns.weights import WEIGHTS, holds_softmax, parts
 from fusepass.recognition.fills import Fills, without_empty
-from fusepass.recognition.meanings import Meanings
+from fusepass.recognition.meanings import Meanings, told_by_masks
 from fusepass.recognition.operands import chain_of, check_operands
 from fusepass.recognition.sums import Summed, Sums, whole
 from fusepass.rules.engine import (
@@ -350,6 +350,7 @@ class _Reading:
         key_scales, key_chain = chain_of(scope, key, low)
         _, value_chain = chain_of(scope, self.values, low, scales=False)
         roles = self._roles(core, found.product, query, key)
+        roles = told_by_masks(scope, roles, core.scores, found.modifiers)
         dtype = query_chain[-1].expr.dtype
         meanings = Meanings(scope, roles, found.node.dtype)
         fills = Fills(meanings, core, dtype)

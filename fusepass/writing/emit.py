@@ -186,6 +186,8 @@ class Builder(Layouts[fx.Node]):
 
     def size(self, size: Size) -> Any:
         """An integer, or a node that computes a symbolic size."""
+        if not isinstance(size, int) and isinstance(known := self.reader.facts.settled(size), int):
+            size = known
         if isinstance(size, int):
             return size
         if size not in self._sizes:

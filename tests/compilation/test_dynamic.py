@@ -185,3 +185,62 @@ def test_sizes_that_depend_on_data(program: Callable[..., Tensor], fused: bool, 
     else:
         words = "depends on data" if fused else "there may be no keys: u0"
         assert not got.site.fused and words in str(got.site.reason), got.site
+
+
+# ---------------------------------------------------------------------------------------- grids and means
+
+
+def a_grid_and_back(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Sizes that literals fix, by guards on remainders and quotients."""
+    s = (q @ k.mT).view(-1, 3, 3, 3, 3) + torch.arange(3.0)
+    return s.view(-1, 9, 9).softmax(-1) @ v
+
+
+def a_grid_by_sizes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Relative positions of a picture, added row by row and column by column, as in SAM."""
+    b, h, w, d = q.shape
+    s = q.flatten(1, 2) @ k.flatten(1, 2).mT
+    rows = torch.einsum("bhwc,hkc->bhwk", q, torch.ones(h, h, 1, dtype=q.dtype).expand(h, h, d))
+    s = (s.view(b, h, w, h, w) + rows[..., None]).view(b, h * w, h * w)
+    return (s.softmax(-1) @ v.flatten(1, 2)).view(b, h, w, d)
+
+
+def less_the_mean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT
+    return (s - s.mean(-1, keepdim=True)).softmax(-1) @ v
+
+
+def less_the_mean_of_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT
+    return (s - s.mean()).softmax(-1) @ v
+
+
+SHAPES = {a_grid_and_back: ((8, 9, 8), (4, 9, 8)), a_grid_by_sizes: ((2, 3, 5, 8), (3, 4, 2, 8))}
+
+
+FOLLOWED = [a_grid_and_back, a_grid_by_sizes, less_the_mean, less_the_mean_of_all]
+
+
+@pytest.mark.parametrize("program", FOLLOWED, ids=lambda f: f.__name__)
+def test_what_fuses_at_fixed_sizes_fuses_at_any(program: Callable[..., Tensor]) -> None:
+    fn = checking.compiled(program, "reference", dynamic=True)
+    for shape in SHAPES.get(program, ((2, 4, 6, 8), (3, 4, 9, 8))):
+        given = {n: torch.randn(shape) for n in "qkv"}
+        eager, exact = checking.call(program, given), checking.call(program, given, torch.float64)
+        got = checking.call(fn, given)
+        assert all(site.fused for site in got.sites), got.sites  # none where it is not compiled again
+        assert got.sites or shape != SHAPES.get(program, ((2, 4, 6, 8),))[0]
+        checking.assert_same_accuracy(got, eager, exact)
+
+
+def test_half_precision_sums_may_overflow() -> None:
+    """A sum in half precision is no mean, however it is divided."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.mT
+        return (s - s.sum(-1, keepdim=True) / s.shape[-1]).softmax(-1) @ v
+
+    given = {n: torch.randn(2, 2, 6, 8).half() * 1e2 for n in "qkv"}
+    want = checking.call(attention, given).out
+    got = checking.call(checking.compiled(attention, "reference", dynamic=True), given)
+    torch.testing.assert_close(got.out, want, rtol=1e-2, atol=1e-2, equal_nan=True)

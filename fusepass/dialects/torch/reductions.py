@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 
@@ -18,7 +17,7 @@ from fusepass.dialects.handlers import (
     reshape,
 )
 from fusepass.dialects.torch.views import slice_dim
-from fusepass.expressions.index import simplify_size
+from fusepass.expressions.index import prod, simplify_size
 from fusepass.expressions.ir import Expr, cast, const, expr, opmath, pointwise
 
 #: How many truth values are written out as a conjunction.
@@ -97,10 +96,12 @@ def _mean(r: Result, x: Expr, dim: Value = None, keepdim: bool = False, **kw: Va
     dims = _dims(kw.get("axis", dim), x.rank)
     if dims is None or not x.rank:
         return None
-    sizes, total = [x.shape[d] for d in dims], _total(r, x, dims, keepdim)
-    if not isinstance(total, Expr) or not all(isinstance(n, int) for n in sizes) or 0 in sizes:
+    count, total = prod(x.shape[d] for d in dims), _total(r, x, dims, keepdim)
+    if not isinstance(total, Expr) or not r.facts.at_most(1, count):
         return None
-    return pointwise("div", total, const(float(math.prod(sizes)), opmath(r.dtype)), dtype=r.dtype)
+    if isinstance(count, int):
+        return pointwise("div", total, const(float(count), opmath(r.dtype)), dtype=r.dtype)
+    return pointwise("div", total, expr("iota", (), (count, 0), (), torch.int64), dtype=r.dtype)
 
 
 def _extreme(op: str) -> Handler:
