@@ -73,21 +73,23 @@ def quotient(term: Term, scope: Scope) -> Core | None:
     return sunk
 
 
-def _form(scores: Expr, dim: int, scope: Scope) -> Literal["softmax", "bare", "relative"]:
+def _form(scores: Expr, dim: int, scope: Scope) -> Literal["softmax", "bare", "late", "relative"]:
     """The ``form`` of a softmax by what was subtracted from its logits before the exponential."""
-    node = under_casts(scores)
+    node, masked = under_casts(scores), False
     while True:
         if node.op == "where" and scalar_of(node.args[2]) == -math.inf:
-            node = under_casts(node.args[1])
+            node, masked = under_casts(node.args[1]), True
         elif node.op == "where" and scalar_of(node.args[1]) == -math.inf:
-            node = under_casts(node.args[2])
+            node, masked = under_casts(node.args[2]), True
         elif node.op == "mul" and (scalar_of(node.args[1]) or 0) > 0:
             node = under_casts(node.args[0])
         else:
             break
     if node.op != "sub" or not holds_product(node.args[0]):
         return "bare"
-    return "softmax" if _subtracts_maximum(node, dim, scope) else "relative"
+    if not _subtracts_maximum(node, dim, scope):
+        return "relative"
+    return "late" if masked else "softmax"
 
 
 def _subtracts_maximum(node: Expr, dim: int, scope: Scope) -> bool:

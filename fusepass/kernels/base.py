@@ -439,13 +439,24 @@ def absorbed(site: Site, build: Builder, target: Target, rows: Rows, x: Operands
     Raises:
         Refused: the gradients of such rows are not known.
     """
-    if not (target.training and _is_opaque(site.spec)):
+    if not learns_hidden_rows(site, build, target):
         return Operands(muted(build, rows, x.q), x.k, x.v)
-    _check_gradients(site, build)
     hidden = build.cast(build.op("logical_not", rows.seen), build.value(x.q).dtype)
     negative = build.op("neg", build.op("mul", build.op("detach", x.q), hidden))
     q = build.op("cat", [x.q, negative], 3)
     return Operands(q, build.op("cat", [x.k, build.op("detach", x.k)], 3), x.v)
+
+
+def learns_hidden_rows(site: Site, build: Builder, target: Target) -> bool:
+    """Are there gradients of rows that see no key, and is it not known which keys such a row weighs?
+
+    Raises:
+        Refused: these gradients are not known.
+    """
+    if not (target.training and _is_opaque(site.spec)):
+        return False
+    _check_gradients(site, build)
+    return True
 
 
 def _is_opaque(spec: Attention) -> bool:

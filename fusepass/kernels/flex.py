@@ -29,11 +29,11 @@ from fusepass.kernels.base import (
     Refused,
     Rows,
     Target,
-    absorbed,
     after_weights,
     all_operands,
     finish_rows,
     hiders,
+    learns_hidden_rows,
     may_empty_rows,
     muted,
     operands,
@@ -116,8 +116,9 @@ def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
         original = x = without_hidden_keys(site, build, target, x)
         rows = rows_of(site, build, build.value(x.q).dtype)
         scale = math.prod(m.factor for m in spec.scores if isinstance(m, Scale))
-        x = absorbed(site, build, target, rows, x)
-        spec, tensors = _with_levels(site, build, rows)
+        learns = learns_hidden_rows(site, build, target)
+        x = x if learns else Operands(muted(build, rows, x.q), x.k, x.v)
+        spec, tensors = _with_levels(site, build, rows, learns)
     else:
         tensors = all_operands(site, build, bands=True)
     if target.device == "cpu":
@@ -144,8 +145,16 @@ def _stored(build: Builder, node: fx.Node) -> fx.Node:
     return node if node.op == "placeholder" else build.call(stored_op, node)
 
 
-def _with_levels(site: Site, build: Builder, rows: Rows) -> tuple[Attention, list[fx.Node]]:
-    """The specification with its masks replaced by one bias, which has no effect in rows that see no key."""
+#: Adding this to a score leaves none of it, up to 2 ** 15.
+LARGE = 2.0**40
+
+
+def _with_levels(site: Site, build: Builder, rows: Rows, learns: bool) -> tuple[Attention, list[fx.Node]]:
+    """The specification with its masks replaced by one bias, which has no effect in rows that see no key.
+
+    If ``learns``, the scores of such rows are absorbed by a large number that is added and subtracted again:
+    it leaves zero, and the gradients of the scores.
+    """
     kept: list[ScoreModifier] = []
     hiding = hiders(site.spec)
     tensors: list[fx.Node] = []
@@ -159,6 +168,10 @@ def _with_levels(site: Site, build: Builder, rows: Rows) -> tuple[Attention, lis
             tensors.append(muted(build, rows, tensor) if isinstance(mod, Bias) else tensor)
             mod = replace(mod, slot=len(tensors) - 1)
         kept.append(mod)
+    if learns:
+        hidden = build.cast(build.op("logical_not", rows.seen), torch.float32)
+        tensors.append(build.op("mul_scalar", hidden, LARGE))
+        kept += [Bias(len(tensors) - 1), Bias(len(tensors) - 1, factor=-1.0)]
     tensors.append(rows.level)
     return replace(site.spec, scores=(*kept, Bias(len(tensors) - 1))), tensors
 

@@ -118,7 +118,7 @@ def plan(site: Site, build: Builder) -> Plan | None:
                 made.scores.append(step)
             elif isinstance(mod, Bias):
                 value = _value(made.of_scores, mod.slot, build)
-                made.hides_rows |= mod.hides and fm.may_hide(value, LOWEST)
+                made.hides_rows |= mod.hides and _may_hide(site, mod.slot)
                 made.scores.append(["add", value, mod.factor])
             elif isinstance(mod, ScaleBy):
                 made.scores.append(["times", _value(made.of_scores, mod.slot, build)])
@@ -145,6 +145,14 @@ def _step(mod: ScoreModifier) -> list[Any] | None:
         case Finite(nan, low, high):
             return ["finite", nan, low, high]
     return None
+
+
+def _may_hide(site: Site, slot: int) -> bool:
+    """May a bias hide scores, by its formula, if it has one?"""
+    try:
+        return fm.may_hide(fm.Writer(site).term(site.operands[slot]), LOWEST)
+    except fm.Unwritable:
+        return True
 
 
 def _value(writer: fm.Writer, slot: int, build: Builder) -> Any:

@@ -55,6 +55,7 @@ class Fills:
     def __init__(self, meanings: Meanings, core: Core, dtype: torch.dtype) -> None:
         self.scope, self.meanings, self.core, self.dtype = meanings.scope, meanings, core, dtype
         self.partly: list[ScoreModifier] = []
+        self.overflows: Mask | None = None
 
     def understood(self, written: Sequence[ScoreModifier]) -> tuple[ScoreModifier, ...]:
         """The modifiers of the scores: scales are merged, masks understood, and fills are as they reach the
@@ -71,6 +72,8 @@ class Fills:
         pairs = zip(scores, merged, strict=True)
         self.partly = [m for m, as_merged in pairs if self._absorbs_in_part(m, as_merged, rounded)]
         self._check_narrowed(scores, roundings(written, product))
+        casts = [DTYPES[m.dtype] for m in written if isinstance(m, Cast)]
+        self.overflows = self._overflowing(scores, [self.core.dtype, product, *casts])
         return self._floored(self._finite(self._filled(scores)))
 
     def check(self, scores: Sequence[ScoreModifier], rows_seen: bool) -> None:
@@ -82,6 +85,11 @@ class Fills:
         if self.partly and not (rows_seen and all(isinstance(m, Mask) for m in self.partly)):
             raise Refuse(
                 f"'{self.partly[0]}' absorbs scores in part, and the scores are scaled afterwards",
+                self.core.scores.expr,
+            )
+        if self.overflows is not None and not rows_seen:
+            raise Refuse(
+                f"the fill of '{self.overflows}' and the constants of a bias overflow together",
                 self.core.scores.expr,
             )
         if (
@@ -111,6 +119,19 @@ class Fills:
                         f"a bias of {low:g} in {operand.dtype} is rounded to {dtype}, where it hides scores",
                         operand,
                     )
+
+    def _overflowing(self, scores: Sequence[ScoreModifier], dtypes: Sequence[torch.dtype]) -> Mask | None:
+        """A mask whose fill is a number of the narrowest dtype, except together with constants of biases."""
+        narrow = torch.finfo(min(dtypes, key=lambda d: torch.finfo(d).max))
+        most = narrow.max * (1 + narrow.eps / 4)  # what is larger is rounded to infinity
+        for at, mod in enumerate(scores):
+            if not isinstance(mod, Mask) or not -most < mod.fill:
+                continue
+            reached = scores if mod.additive else scores[at + 1 :]
+            constants = sum(self.meanings.constants(m) for m in reached if isinstance(m, Bias))
+            if constants and mod.fill - constants <= -most:
+                return mod
+        return None
 
     def _rounded(
         self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, Written]
@@ -260,7 +281,7 @@ class Fills:
         finite = [m for m in under if m.additive and math.isfinite(m.fill)]
         if finite and any(map(_is_infinite, before)):
             return "fills are added to others that are infinite"
-        if sum(m.fill for m in finite) < lowest:
+        if _lowest_level(under) < lowest:
             return "fills overflow together"
         if len(finite) < len(under) and any(map(_is_infinite, after)):
             return "infinite ones are added to them"
@@ -304,6 +325,8 @@ class Fills:
             )
         if self.core.form == "softmax" or (rows_seen and self.core.form != "bare" and hiding is None):
             return scores
+        if self.core.form == "late" and hiding is None and not any(map(_is_finite_mask, scores)):
+            return scores
         large = self.core.form == "bare" and (
             not all(self._is_small(m) for m in scores if isinstance(m, Bias))
             or any(isinstance(m, Scale) and abs(m.factor) > 1 for m in scores)
@@ -344,6 +367,19 @@ class Fills:
 def _stays_low(scores: Sequence[ScoreModifier], at: int) -> bool:
     """Do scores that the mask at a position fills stay low through all later modifiers?"""
     return all(level is not None and level <= SMALL for level in fill_levels(scores, at))
+
+
+def _lowest_level(masks: Sequence[Mask]) -> float:
+    """The lowest number that finite fills of masks give, those that are added on top of those before them."""
+    level = 0.0
+    for mask in masks:
+        if math.isfinite(mask.fill):
+            level = level + mask.fill if mask.additive else min(level, mask.fill)
+    return level
+
+
+def _is_finite_mask(mod: ScoreModifier) -> bool:
+    return isinstance(mod, Mask) and math.isfinite(mod.fill)
 
 
 def _is_infinite(mod: ScoreModifier) -> bool:

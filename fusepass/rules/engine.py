@@ -71,6 +71,7 @@ class Core:
         form: what a row gives in which every score is a low fill.  ``"softmax"``: the same weight for all
             keys;
             ``"bare"``: NaN, since exponentials from which no maximum was subtracted are all zero;
+            ``"late"``: something else where a mask hides the key of the maximum, since it came after that;
             ``"relative"``: something else, since a logsumexp or an unknown shift was subtracted;
             ``"gated"``: zero, or NaN where the fill is infinite, in spite of a sink.
     """
@@ -79,7 +80,7 @@ class Core:
     dim: int
     dtype: torch.dtype
     sink: Term | None = None
-    form: Literal["softmax", "bare", "relative", "gated"] = "softmax"
+    form: Literal["softmax", "bare", "late", "relative", "gated"] = "softmax"
 
 
 @dataclass(frozen=True)

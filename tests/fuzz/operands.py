@@ -135,7 +135,7 @@ def prepared(sk: Sketch, name: str, prefix: str) -> str:
     )
     if step == "{x} @ w":
         width = "E" if prefix == "v" else "D"
-        step = "{x} @ " + sk.learned("w", width, width)
+        step = "{x} @ (" + sk.learned("w", width, width) + " / 4)"  # scores stay of usual size
     return sk.new(prefix, step.format(x=name))
 
 

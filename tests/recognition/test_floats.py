@@ -209,6 +209,20 @@ def rows_absorbed_in_part_and_divided_by_a_tensor(s: Tensor) -> Tensor:
 
 
 @unsound
+def fills_that_overflow_before_they_are_cleaned(s: Tensor) -> Tensor:
+    s = s.masked_fill(~ROWS, LOW) + torch.zeros(N, 1).masked_fill(~ROWS, LOW)
+    return s.nan_to_num().softmax(-1)
+
+
+@unsound
+def masked_after_the_maximum(s: Tensor) -> Tensor:
+    """The only key that the first row sees is the one of its maximum, and is hidden later."""
+    e = s.masked_fill(~CAUSAL, LOW)
+    e = (e - e.amax(-1, keepdim=True)).exp() * (1 - torch.eye(N))
+    return e / e.sum(-1, keepdim=True)
+
+
+@unsound
 def biases_that_a_fill_keeps(s: Tensor) -> Tensor:
     s = s + torch.where(KEYS, 0.0, -1e4)
     return (s + torch.zeros(N, N).masked_fill(~ROWS, -1e9)).softmax(-1)
@@ -369,6 +383,29 @@ def test_rows_that_a_wide_bias_hides_in_half(kernel: str) -> None:
 
     q, k, v = (t.half() for t in inputs().values())
     agrees(attention_with(weights), kernel, close=2e-3, q=q, k=k, v=v)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_fill_and_a_bias_that_overflow_in_half(kernel: str) -> None:
+    def weights(s: Tensor) -> Tensor:
+        s = s.masked_fill(~ROWS, -65504.0) + torch.where(KEYS, -100.0, -120.0)
+        return s.half().softmax(-1)
+
+    q, k, v = (t.half() for t in inputs().values())
+    agrees(attention_with(weights), kernel, close=2e-3, q=q, k=k, v=v)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_scores_overwritten_where_autograd_does_not_see_it(kernel: str) -> None:
+    """The derivative of a clamp reads the scores again."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q @ k.mT) * 0.5
+        clamped = s.clamp(max=0.5)
+        s.data.mul_(7)
+        return clamped.softmax(-1) @ v
+
+    gradients_agree(attention, kernel)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "auto"])

@@ -401,7 +401,8 @@ def is_type_check(node: fx.Node) -> bool:
 def live_nodes(graph: fx.Graph, memory: Memory, without: Collection[fx.Node] = ()) -> set[fx.Node]:
     """The nodes that the output, an effect, or a visible write depends on.
 
-    A write is visible outside (arguments, attributes), or to a later node that gets a tensor on the storage.
+    A write is visible outside (arguments, attributes), to a later node that gets a tensor on the storage, or
+    to a backward pass that reads what a tensor held, and is not told (``.data``).
     ``without``: nodes that have been replaced, including their writes.
     """
     live: set[fx.Node] = set()
@@ -410,10 +411,22 @@ def live_nodes(graph: fx.Graph, memory: Memory, without: Collection[fx.Node] = (
         if node in without:
             continue
         needed = node.op in ("output", "placeholder") or any(u in live for u in node.users)
-        if needed or has_effect(node) or not memory.written(node).isdisjoint(seen):
+        visible = has_effect(node) or not memory.written(node).isdisjoint(seen)
+        if needed or visible or _is_unseen_by_autograd(node):
             live.add(node)
             seen |= memory.read(node)
     return live
+
+
+def _is_unseen_by_autograd(node: fx.Node) -> bool:
+    """Does a node write through ``.data`` or ``detach`` to a tensor that gradients flow to?"""
+    for operand in written_operands(node):
+        while isinstance(base := first_operand(operand), fx.Node):
+            learns = [bool(getattr(value_of(n), "requires_grad", False)) for n in (base, operand)]
+            if learns == [True, False]:
+                return True
+            operand = base
+    return False
 
 
 __all__ = [
