@@ -113,7 +113,7 @@ def _is_foreign(node: fx.Node) -> bool:
     """Is it a function or operator that is not PyTorch's, or one that runs another graph?"""
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target.namespace not in ("aten", "prims")
-    return not is_pytorchs(node.target)
+    return node.op == "call_function" and not is_pytorchs(node.target)
 
 
 def _name(node: fx.Node) -> str:
