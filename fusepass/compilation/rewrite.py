@@ -43,7 +43,7 @@ from fusepass.recognition.resemblance import (
 from fusepass.reports.report import GraphReport, SiteReport, label_for, source_of
 from fusepass.rules.site import Site
 from fusepass.selection import autotune
-from fusepass.selection.select import candidates
+from fusepass.selection.select import candidates, may_skip, skips_hidden
 from fusepass.selection.work import UNFUSED
 from fusepass.specification.attention import Bias
 from fusepass.writing.emit import Builder, CannotEmit
@@ -211,14 +211,27 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         return any(k.refuse(site.spec, target) is None for k in kernels)
 
     def write(self, node: fx.Node, site: Site, rejected: Rejected) -> _Made | None:
+        if site.original is not None:
+            made = self._write(node, site.original, list(rejected), copies=False)
+            if made is not None:
+                return made
+        made = self._write(node, site, rejected)
+        if made is not None and site.windowed is not None:
+            made.note = made.note or COPIED
+        return made
+
+    def _write(self, node: fx.Node, site: Site, rejected: Rejected, copies: bool = True) -> _Made | None:
+        """Write the first kernel that serves; without ``copies`` of the keys, one that skips hidden keys."""
         asked, target = {name for name, _ in rejected}, self._target(node)
         measure = functools.partial(self._fastest, node, site, target)
         learned = self._learned(node, site) if target.training else frozenset()
+        if not copies and not may_skip(site, target):
+            return None
         for kernel in candidates(node, site, target, self.options, learned, measure):
             if kernel is None:
                 rejected.append((UNFUSED, "measured faster as it is"))
                 return None
-            if kernel.name in asked:
+            if kernel.name in asked or not (copies or skips_hidden(kernel, site, target)):
                 continue
             written = self._written(node, site, kernel, target)
             if not isinstance(written, str):
@@ -335,7 +348,7 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
     def _label(self, node: fx.Node, site: Site, made: _Made) -> str:
         """The label that the nodes of a fused site get."""
         number = next(self.numbers)
-        label = label_for(number, site.spec.kind(), made.kernel, source_of(node))
+        label = label_for(number, site.meaning.kind(), made.kernel, source_of(node))
         annotate(made.build.made, number, label, self.compiled)
         return label
 
@@ -369,6 +382,7 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         )
 
 
+COPIED = "keys and values stay unfolded: no kernel is faster over the original ones here"
 _REBOUND = "the graph puts a tensor on another storage (set_), so that what was read before is not known"
 _MAY_OVERLAP = "an argument is written to before it, which may share memory with one that it reads"
 _LOST = "the scores are written to in a way no rule follows"

@@ -42,6 +42,9 @@ class Site:
 
     ``query``, ``keys`` and ``values`` list the tensors that may serve, from the operand of the product
     inwards through its views; every element of the operand is an element of each of them.
+
+    If its keys were unfolded, ``windowed`` says what it is over the original ones; ``original`` is that site,
+    if kernels can compute it.
     """
 
     spec: Attention
@@ -54,6 +57,13 @@ class Site:
     out: Term
     product: Expr
     scope: Scope
+    windowed: Attention | None = None
+    original: Site | None = None
+
+    @property
+    def meaning(self) -> Attention:
+        """The specification that says what the site means."""
+        return self.windowed or self.spec
 
     @property
     def trace(self) -> list[str]:

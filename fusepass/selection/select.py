@@ -17,12 +17,12 @@ from torch import fx
 
 from fusepass.dialects.torch.nodes import operation
 from fusepass.host.config import Options
-from fusepass.kernels import FP8, KERNELS, Kernel, Target, flash, named, reference, sdpa
+from fusepass.kernels import FP8, KERNELS, Kernel, Target, flash, named, reference, sdpa, torch_flash
 from fusepass.kernels.gates import runs_here
 from fusepass.kernels.registry import registered
 from fusepass.rules.site import Site
 from fusepass.selection import costs
-from fusepass.selection.work import FIXED, LEARNED, UNFUSED, Work, sizes_of, work_of
+from fusepass.selection.work import FIXED, LEARNED, UNFUSED, Work, kind_of, sizes_of, work_of
 from fusepass.specification.attention import Attention, Band, Document, KeyPadding
 
 #: Above this many query–key pairs a dense mask is the slower choice.
@@ -125,6 +125,21 @@ def predicted(profile: costs.Profile, kernel: str, work: Work) -> float | None:
     return curve.milliseconds(work.size, keys, hidden)
 
 
+def may_skip(site: Site, target: Target) -> bool:
+    """May some kernel be faster over the original keys than over copies of them (windows)?
+
+    Not on a CPU: there every kernel computes all pairs of queries and keys.
+    """
+    return target.device == "cuda"
+
+
+def skips_hidden(kernel: Kernel, site: Site, target: Target) -> bool:
+    """Does a kernel skip the keys that a site's masks hide, without a tensor over queries and keys?"""
+    if kernel is sdpa.SDPA:
+        return torch_flash.window(site.spec, target, site.spec.dtype) is not None
+    return kernel is not reference.REFERENCE and not costs.sees_all(kernel.name, kind_of(site.spec))
+
+
 def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel]) -> list[Kernel]:
     """The order without measurements.
 
@@ -155,6 +170,8 @@ __all__ = [
     "Ranked",
     "by_rule",
     "candidates",
+    "may_skip",
     "rank",
     "predicted",
+    "skips_hidden",
 ]
