@@ -43,7 +43,7 @@ from fusepass.recognition.resemblance import (
 from fusepass.reports.report import GraphReport, SiteReport, label_for, source_of
 from fusepass.rules.site import Site
 from fusepass.selection import autotune
-from fusepass.selection.select import candidates, may_skip, skips_hidden
+from fusepass.selection.select import candidates, skips_copies
 from fusepass.selection.work import UNFUSED
 from fusepass.specification.attention import Bias
 from fusepass.writing.emit import Builder, CannotEmit
@@ -106,6 +106,11 @@ def rewrite_graph(
 
 
 _Made = Made[fx.Node, Builder]
+
+
+def _any_kernel(_: Kernel) -> bool:
+    return True
+
 
 #: What may lie between a softmax and the product with the values.
 _PEELED = VIEWS | {"cast", "dropout", "nan_to_num", "where", "mul", "div"}
@@ -212,26 +217,29 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
 
     def write(self, node: fx.Node, site: Site, rejected: Rejected) -> _Made | None:
         if site.original is not None:
-            made = self._write(node, site.original, list(rejected), copies=False)
+            skips = functools.partial(skips_copies, site=site, target=self._target(node))
+            made = self._write(node, site.original, list(rejected), skips)
             if made is not None:
                 return made
         made = self._write(node, site, rejected)
         if made is not None and site.windowed is not None:
-            made.note = made.note or COPIED
+            made.note = made.note or _COPIED
         return made
 
-    def _write(self, node: fx.Node, site: Site, rejected: Rejected, copies: bool = True) -> _Made | None:
-        """Write the first kernel that serves; without ``copies`` of the keys, one that skips hidden keys."""
+    def _write(
+        self, node: fx.Node, site: Site, rejected: Rejected, allowed: Callable[[Kernel], bool] = _any_kernel
+    ) -> _Made | None:
+        """Write the first of the allowed kernels that serves."""
         asked, target = {name for name, _ in rejected}, self._target(node)
         measure = functools.partial(self._fastest, node, site, target)
         learned = self._learned(node, site) if target.training else frozenset()
-        if not copies and not may_skip(site, target):
+        if not any(map(allowed, KERNELS)):
             return None
         for kernel in candidates(node, site, target, self.options, learned, measure):
             if kernel is None:
                 rejected.append((UNFUSED, "measured faster as it is"))
                 return None
-            if kernel.name in asked or not (copies or skips_hidden(kernel, site, target)):
+            if kernel.name in asked or not allowed(kernel):
                 continue
             written = self._written(node, site, kernel, target)
             if not isinstance(written, str):
@@ -382,7 +390,7 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         )
 
 
-COPIED = "keys and values stay unfolded: no kernel is faster over the original ones here"
+_COPIED = "computed over the unfolded keys and values"
 _REBOUND = "the graph puts a tensor on another storage (set_), so that what was read before is not known"
 _MAY_OVERLAP = "an argument is written to before it, which may share memory with one that it reads"
 _LOST = "the scores are written to in a way no rule follows"

@@ -128,12 +128,13 @@ class Elements:
         if (known := index_of(position)) is not None:
             return [((), known)]
         if position.op == "where":
-            condition, yes, no = position.args
-            bound = against_zero(condition, "le")
-            both = self._cases(yes, size), self._cases(no, size)
-            if bound is None or both[0] is None or both[1] is None:
-                return None
-            return [((bound, *g), i) for g, i in both[0]] + [((bound * -1 + 1, *g), i) for g, i in both[1]]
+            found = []
+            for chosen, wanted in zip(position.args[1:], (True, False), strict=True):
+                cases, where = self._cases(chosen, size), _where(position.args[0], wanted)
+                if cases is None or where is None:
+                    return None
+                found += [((*given, *more), index) for given in where for more, index in cases]
+            return found
         if position.op not in ("min", "max"):
             return None
         first, second = (self._cases(a, size) for a in position.args)
@@ -146,6 +147,25 @@ class Elements:
                 gap = (a - b) * sign  # at most zero where the first one is taken
                 found += [((*given, *other, gap), a), ((*given, *other, gap * -1 + 1), b)]
         return found
+
+
+def _where(condition: Expr, wanted: bool) -> list[tuple[Affine, ...]] | None:
+    """Disjoint systems of inequalities, one of which holds where a condition has a value; None if unknown."""
+    if (bound := against_zero(condition, "le")) is not None:
+        return [(bound if wanted else bound * -1 + 1,)]
+    if condition.op == "not":
+        return _where(condition.args[0], not wanted)
+    if condition.op not in ("and", "or"):
+        return None
+    a, b = condition.args
+    first, second = _where(a, wanted), _where(b, wanted)
+    other = _where(a, not wanted)
+    if first is None or second is None or other is None:
+        return None
+    both = [(*x, *y) for x in first for y in second]
+    if (condition.op == "and") is wanted:
+        return both
+    return first + [(*x, *y) for x in other for y in second]
 
 
 __all__ = ["Elements", "Region"]

@@ -10,7 +10,7 @@ import torch
 from fusepass.expressions.index import Affine, AxisSpace, Size, prod, simplify_size
 from fusepass.expressions.inequalities import implied
 from fusepass.expressions.ir import POINTWISE, Expr, expr, pointwise
-from fusepass.patterns import masks
+from fusepass.patterns import heads, masks
 from fusepass.recognition.meanings import Meanings
 from fusepass.rules.engine import Term
 from fusepass.rules.formulas import TRUE, against_zero
@@ -46,10 +46,15 @@ class Names:
         self.places = [self._place(dim, query) for dim in dims]
 
     def _place(self, dim: Dim, query: Term) -> Affine | None:
-        """The position of the query along the dimension of the keys that its window moves over."""
+        """The number of the query along the dimension of the keys that its window moves over."""
         first = self.space.resolve(dim.first).axes
         found = [i for i in map(self.space.resolve, query.index) if first and first <= i.axes]
-        return found[0] if len(found) == 1 else None
+        if len(found) != 1:
+            return None
+        place = Affine()
+        for axis in heads.ordered(self.meanings.scope, found):
+            place = place * self.space.sizes[axis] + Affine(((axis, 1),))
+        return place
 
     def atoms(self, clauses: Sequence[Expr]) -> tuple[Atom, ...]:
         """The names of clauses; bounds of one window are one atom."""
@@ -66,7 +71,7 @@ class Names:
 
     def _window(self, axis: int, block: Size, bands: Sequence[Band]) -> list[Atom]:
         one = intersect(bands, self.facts)
-        if len(self.dims) == 1 and block == 1:
+        if len(self.dims) == 1 and block == 1 and self.places[0] == self.meanings.positions().query:
             return [one] if one is not None else list(bands)
         number = None if len(self.dims) == 1 else axis
         return [Window(b.left, b.right, block, number) for b in ([one] if one is not None else bands)]

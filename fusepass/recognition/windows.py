@@ -112,16 +112,19 @@ class _Windows:
     def _fitted(self, regions: Sequence[Region]) -> tuple[Term, list[Region]] | None:
         """One index for as many regions as possible, and the regions; the others lose their element."""
         real = [r for r in regions if r.element is not None]
-        best: tuple[int, Term, list[Region]] | None = None
+        over = self.space.resolve(self.site.scope.keys).axes
+        best: tuple[tuple[int, int], Term, list[Region]] | None = None
         for start in real[:8]:
             assert start.element is not None
             candidate = self._general(start, real)
             if candidate is None:
                 continue
             fits = [self._agrees(r, candidate) for r in regions]
-            if best is None or sum(fits) > best[0]:
+            counts = {a for i in candidate.index for a in self.space.resolve(i).axes if a in over}
+            score = len(counts), sum(fits)
+            if best is None or score > best[0]:
                 marked = [r if fit else Region(r.given, None) for r, fit in zip(regions, fits, strict=True)]
-                best = sum(fits), candidate, marked
+                best = score, candidate, marked
         return None if best is None else best[1:]
 
     def _general(self, start: Region, real: Sequence[Region]) -> Term | None:
@@ -228,8 +231,9 @@ class _Windows:
         if any(self._assuming(whole, given) is not FALSE for given in others):
             return None
         inside = [g for g in others if not self._beyond(g, keys, dims)]
-        parts = [(r.given, self._assuming(whole, r.given)) for r in regions if r.element is not None]
-        for _, formula in parts:
+        real = [r.given for r in regions if r.element is not None]
+        parts = [(given, self._assuming(whole, given)) for given in real]
+        for formula in (self._assuming(whole, *real), *(part for _, part in parts)):
             same = all(
                 self._assuming(formula, given) is self._assuming(other, given) for given, other in parts
             )
@@ -243,21 +247,25 @@ class _Windows:
         inside = [part for i, n in bounds for part in (i * -1, i + 1 - n)]
         return impossible([*given, *inside], self.space)
 
-    def _assuming(self, node: Expr, given: Sequence[Affine]) -> Expr:
-        """A formula where all of ``given`` are at most zero: comparisons that this decides are decided."""
+    def _assuming(self, node: Expr, *cases: Sequence[Affine]) -> Expr:
+        """A formula where all inequalities of one of the cases hold: comparisons that each decides alike."""
         bound = against_zero(node, "le")
         if bound is not None:
-            if implied(bound, given, self.space):
+            if all(implied(bound, given, self.space) for given in cases):
                 return TRUE
-            return FALSE if impossible([*given, bound], self.space) else node
+            return FALSE if all(impossible([*given, bound], self.space) for given in cases) else node
         for op, apart in (("eq", FALSE), ("ne", TRUE)):
             same = against_zero(node, op)
-            if same is not None and any(impossible([*given, same * n], self.space) for n in (1, -1)):
+            if same is not None and all(self._apart(same, given) for given in cases):
                 return apart
         if not node.args or node.op == "load":
             return node
-        args = tuple(self._assuming(a, given) for a in node.args)
+        args = tuple(self._assuming(a, *cases) for a in node.args)
         return node if args == node.args else self.formulas.make(node.op, args, node.dtype, node.attrs)
+
+    def _apart(self, index: Affine, given: Sequence[Affine]) -> bool:
+        """Is an index proved not to be zero?"""
+        return any(impossible([*given, index * n], self.space) for n in (1, -1))
 
     def _clauses(self, visible: Expr, dims: Sequence[Dim]) -> list[Expr] | None:
         """The visibility over the original keys, as a conjunction without superfluous terms."""
