@@ -48,16 +48,16 @@ def concatenated(x: Tensor) -> Tensor:
 
 NEIGHBOURS: dict[str, Spelling] = {
     "unfold": lambda x: _padded(x).unfold(2, WIDTH, 1).mT,
-    "unfold, last dimension": lambda x: F.pad(x.mT, (LEFT, RIGHT)).unfold(-1, WIDTH, 1).permute(0, 1, 3, 4, 2),
+    "unfold, last dimension": lambda x: F.pad(x.mT, (LEFT, RIGHT)).unfold(-1, WIDTH, 1).movedim(2, -1),
     "stacked": lambda x: shifted(x, 3),
     "stacked last": lambda x: shifted(x, -1).mT,
     "concatenated": concatenated,
     "rolled": lambda x: torch.stack([x.roll(-n, 2) for n in range(-LEFT, RIGHT + 1)], 3),
     "index": lambda x: _padded(x)[:, :, _positions(x) + LEFT],
     "clamped index": lambda x: x[:, :, _positions(x).clamp(0, x.shape[2] - 1)],
-    "index_select": lambda x: _padded(x)
-    .index_select(2, (_positions(x) + LEFT).flatten())
-    .view(*x.shape[:3], WIDTH, x.shape[3]),
+    "index_select": lambda x: (
+        _padded(x).index_select(2, (_positions(x) + LEFT).flatten()).view(*x.shape[:3], WIDTH, x.shape[3])
+    ),
     "where in an index": lambda x: x[
         :, :, torch.where((_positions(x) < 0) | (_positions(x) >= x.shape[2]), 0, _positions(x))
     ],
@@ -130,8 +130,8 @@ REACH: dict[str, tuple[int, int, Callable[[Tensor, Tensor], Tensor], str]] = {
 }
 
 
-def of_blocks(spelling: str, reach: str, length: int | None = None) -> Program:
-    """Attention of blocks to themselves and their neighbours; ``length``: of the sequence, padded to blocks."""
+def of_blocks(spelling: str, reach: str) -> Program:
+    """Attention of blocks to themselves and their neighbours; a sequence is padded to whole blocks."""
     back, ahead, visible, _ = REACH[reach]
 
     def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -210,7 +210,8 @@ def volume(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         F.pad(t, (0, 0, 1, 1, 1, 1, 1, 0)).unfold(1, 2, 1).unfold(2, 3, 1).unfold(3, 3, 1) for t in (k, v)
     )
     t = torch.arange(H)[:, None] + torch.arange(2) >= 1
-    shown = t[:, None, None, :, None, None] & _rows(3)[:, None, None, :, None] & _rows(3)[None, :, None, None, :]
+    rows, columns = _rows(3)[:, None, None, :, None], _rows(3)[None, :, None, None, :]
+    shown = t[:, None, None, :, None, None] & rows & columns
     s = torch.einsum("btyxd,btyxdauv->btyxauv", q, keys).flatten(-3).masked_fill(~shown.flatten(-3), -INF)
     return torch.einsum("btyxw,btyxdw->btyxd", s.softmax(-1), values.flatten(-3))
 
