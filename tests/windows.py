@@ -46,9 +46,18 @@ def concatenated(x: Tensor) -> Tensor:
     return torch.cat([whole.narrow(2, n, x.shape[2])[:, :, :, None] for n in range(WIDTH)], 3)
 
 
+def strided(x: Tensor) -> Tensor:
+    """A view of a padded tensor in which windows overlap."""
+    padded = _padded(x).contiguous()
+    b, h, s, d = padded.stride()
+    shape = (*x.shape[:3], WIDTH, x.shape[3])
+    return padded.as_strided(shape, (b, h, s, s, d))
+
+
 NEIGHBOURS: dict[str, Spelling] = {
     "unfold": lambda x: _padded(x).unfold(2, WIDTH, 1).mT,
     "unfold, last dimension": lambda x: F.pad(x.mT, (LEFT, RIGHT)).unfold(-1, WIDTH, 1).movedim(2, -1),
+    "strides": strided,
     "stacked": lambda x: shifted(x, 3),
     "stacked last": lambda x: shifted(x, -1).mT,
     "concatenated": concatenated,
@@ -114,11 +123,20 @@ def shorter(x: Tensor, back: int, ahead: int) -> Tensor:
     return torch.cat((torch.cat((torch.zeros_like(x[:, :, :1]), x[:, :, :-1]), 2), x), 3)
 
 
+def strided_blocks(x: Tensor, back: int, ahead: int) -> Tensor:
+    """Chunks that overlap, as in Longformer's code (Beltagy et al., arXiv 2004.05150)."""
+    flat = F.pad(x.flatten(2, 3), (0, 0, back * BLOCK, ahead * BLOCK))
+    b, h, s, d = flat.stride()
+    shape = (*x.shape[:3], (back + ahead + 1) * BLOCK, x.shape[4])
+    return flat.as_strided(shape, (b, h, BLOCK * s, s, d))
+
+
 AROUND: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "slices": around,
     "rolled": rolled,
     "unfold": windows,
     "zeros": shorter,
+    "strides": strided_blocks,
 }
 _OF_BLOCKS = f" of blocks of {BLOCK}"
 REACH: dict[str, tuple[int, int, Callable[[Tensor, Tensor], Tensor], str]] = {

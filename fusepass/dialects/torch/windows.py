@@ -1,4 +1,4 @@
-"""Windows of neighbours, one at every position: ``unfold``, as an index into the tensor."""
+"""Windows of neighbours, one at every position: ``unfold`` and ``as_strided``, as indices into the tensor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from fusepass.dialects.handlers import Result, Value, are_integers, dim_of, handles, permute, reshape
 from fusepass.dialects.torch.joins import padded
-from fusepass.expressions.index import Size
+from fusepass.expressions.index import Size, prod
 from fusepass.expressions.ir import Expr, expr, pointwise
 
 
@@ -58,6 +58,35 @@ def _image_windows(
     return reshape(permute(x, (0, 1, 4, 5, 2, 3)), r.shape)
 
 
+def strided(r: Result, x: Expr, strides: Sequence[Size], start: Size) -> Expr | None:
+    """``as_strided`` of a contiguous tensor: an index into its elements in a row.
+
+    Args:
+        strides: one for each dimension of the result.
+        start: the first element, counted from the first one of ``x``.
+
+    Returns:
+        None where an element may lie outside of ``x``, in other memory of the same storage.
+    """
+    count = prod(x.shape)
+    last = sum((stride * (size - 1) for stride, size in zip(strides, r.shape, strict=True)), start)
+    inside = all(r.facts.at_most(0, n) for n in (start, *strides)) and r.facts.at_most(last, count - 1)
+    if not inside or not r.shape:
+        return None
+    positions: Expr | None = None
+    for dim, (size, stride) in enumerate(zip(r.shape, strides, strict=True)):
+        first = start if positions is None else 0
+        ramp = reshape(expr("iota", (), (first, stride), (size,), torch.int64), _alone(size, dim, r))
+        positions = ramp if positions is None else pointwise("add", positions, ramp, dtype=torch.int64)
+    assert positions is not None
+    return expr("index", (reshape(x, (count,)), positions), (0,), r.shape, x.dtype)
+
+
+def _alone(size: Size, dim: int, r: Result) -> tuple[Size, ...]:
+    """The shape of one dimension among those of the result."""
+    return (size, *(1,) * (len(r.shape) - dim - 1))
+
+
 Pair = tuple[int, int]
 
 
@@ -67,4 +96,4 @@ def _pair(value: Value) -> Pair | None:
     return (pair[0], pair[1]) if len(pair) == 2 and are_integers(pair) else None
 
 
-__all__: list[str] = []
+__all__ = ["strided"]
