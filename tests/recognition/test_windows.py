@@ -106,7 +106,7 @@ def test_windows_inside_the_keys_need_no_mask(over: str) -> None:
     check(program, "window(0, 4)", over=over)
 
 
-def test_a_bias_over_the_window_is_named_and_the_copy_stays() -> None:
+def test_a_bias_over_the_window_is_named_and_the_copy_stays(over: str) -> None:
     def program(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
         keys, values = (F.pad(x, (0, 0, 3, 2)).unfold(2, 6, 1) for x in (k, v))
         at = torch.arange(S)[:, None] + torch.arange(-3, 3)
@@ -118,7 +118,7 @@ def test_a_bias_over_the_window_is_named_and_the_copy_stays() -> None:
     check(program, f"{EDGES}, bias[hij]", given, "copies", kernel="reference")
 
 
-def test_rows_that_see_no_key_keep_their_windows_mean() -> None:
+def test_rows_that_see_no_key_keep_their_windows_mean(over: str) -> None:
     """A finite fill gives the mean over six copies there, and would give that over all keys."""
 
     def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -170,6 +170,14 @@ def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(q, keys, values, (at >= 0) & (at < S))
 
 
+def every_second(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keys, values = (
+        torch.stack([F.pad(t, (0, 0, 2, 2))[:, :, n : n + S] for n in (0, 2, 4)], -1) for t in (k, v)
+    )
+    at = torch.arange(S)[:, None] + torch.tensor([-2, 0, 2])
+    return attend(q, keys, values, (at >= 0) & (at < S))
+
+
 def of_two_tensors(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k, v = (torch.cat((t[:, :, :9], t[:, :, 9:] * 2), 2) for t in (k, v))
     return attend(q, unfolded(k), unfolded(v), edges())
@@ -181,9 +189,12 @@ LOOKALIKES: dict[str, Program] = {
     "the other end is visible": lambda q, k, v: rolled(q, k, v, (1, 0, -1)),
     "the last key is repeated": clamped,
     "other values": lambda q, k, v: attend(q, unfolded(k), unfolded(v, 2), edges()),
+    "other values, edges hidden": lambda q, k, v: attend(
+        q, unfolded(k), unfolded(v, 2), edges(first=1) & edges(2)
+    ),
     "values in reverse": lambda q, k, v: attend(q, unfolded(k), unfolded(v).flip(-1), edges()),
     "a key twice": twice,
-    "every second neighbour": lambda q, k, v: rolled(q, k, v, (2, 0, -2)),
+    "every second neighbour": every_second,
     "a fill within reach": lambda q, k, v: attend(q, unfolded(k), unfolded(v), edges(), -3.0),
     "a key that is zero": lambda q, k, v: attend(
         q, unfolded(first_is_zero(k)), unfolded(first_is_zero(v)), edges()
