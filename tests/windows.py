@@ -186,6 +186,19 @@ def neighbourhood(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhyxw,bhyxdw->bhyxd", w, values.flatten(-2))
 
 
+def flat_neighbourhood(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Queries, keys and values as sequences of pixels."""
+    q, k, v = (t.flatten(2, 3) for t in (q, k, v))
+    keys, values = (
+        F.pad(t.unflatten(2, (SIDE, SIDE)), (0, 0, 1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)
+        for t in (k, v)
+    )
+    keys, values = (t.reshape(B, H, SIDE * SIDE, D, 9) for t in (keys, values))
+    shown = (_rows(3)[:, None, :, None] & _rows(3)[None, :, None, :]).reshape(SIDE * SIDE, 9)
+    w = torch.einsum("bhsd,bhsdw->bhsw", q, keys).masked_fill(~shown, -1e30).softmax(-1)
+    return torch.einsum("bhsw,bhsdw->bhsd", w, values).unflatten(2, (SIDE, SIDE))
+
+
 def stacked_neighbourhood(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Nine shifted images in one stack."""
 
@@ -237,6 +250,7 @@ def volume(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 _AXES = "window(1, 1) along axis 0, window(1, 1) along axis 1"
 GRIDS: dict[str, tuple[Program, str]] = {
     "neighbourhood": (neighbourhood, _AXES),
+    "flat": (flat_neighbourhood, _AXES),
     "stacked": (stacked_neighbourhood, _AXES),
     "image": (image_neighbourhood, _AXES),
     "halo": (halo, "window(1, 1) of blocks of 3 along axis 0, window(1, 1) of blocks of 3 along axis 1"),

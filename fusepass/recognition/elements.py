@@ -17,10 +17,20 @@ MOST = 256
 
 @dataclass(frozen=True)
 class Region:
-    """Where all of ``given`` are at most zero, the operand is ``element``; None is a number: padding."""
+    """Where all of ``given`` are at most zero, the operand is ``element``; None is a number: padding.
+
+    ``views`` are the same element seen through fewer views.
+    """
 
     given: tuple[Affine, ...]
     element: Term | None
+    views: tuple[Term, ...] = ()
+
+    def above(self, count: int) -> Region:
+        """The region with the element that is a number of views above."""
+        if self.element is None:
+            return self
+        return Region(self.given, [*self.views, self.element][-1 - min(count, len(self.views))])
 
     def pins(self, space: AxisSpace) -> dict[str, int]:
         """The axes that have a single value in the region."""
@@ -66,7 +76,7 @@ class Elements:
                 return None
             below = self._below(at)
             if below is None:
-                found.append(Region((*at.given, *self._pinned(at)), at.element))
+                found.append(Region((*at.given, *self._pinned(at)), at.element, at.views))
             else:
                 todo += [r for r in reversed(below) if not impossible(r.given, self.space)]
         return found
@@ -89,7 +99,7 @@ class Elements:
         if term.expr.op == "index":
             return self._gathered(region, term)
         below = self.scope.step(term)
-        return None if below is None else [Region(region.given, below)]
+        return None if below is None else [Region(region.given, below, (*region.views, term))]
 
     def _parts(self, term: Term) -> Iterator[tuple[tuple[Affine, ...], Term]]:
         dim, start = int(term.expr.attrs[0]), simplify_size(0)

@@ -48,12 +48,14 @@ class Names:
     def _place(self, dim: Dim, query: Term) -> Affine | None:
         """The number of the query along the dimension of the keys that its window moves over."""
         first = self.space.resolve(dim.first).axes
+        others = {a for d in self.dims for a in self.space.resolve(d.first).axes if d is not dim}
         found = [i for i in map(self.space.resolve, query.index) if first and first <= i.axes]
-        if len(found) != 1:
-            return None
+        if len(found) != 1 or (others & found[0].axes and found[0].axes - others - first):
+            return None  # a number of several dimensions, and of positions in blocks
         place = Affine()
         for axis in heads.ordered(self.meanings.scope, found):
-            place = place * self.space.sizes[axis] + Affine(((axis, 1),))
+            if axis not in others:
+                place = place * self.space.sizes[axis] + Affine(((axis, 1),))
         return place
 
     def atoms(self, clauses: Sequence[Expr]) -> tuple[Atom, ...]:

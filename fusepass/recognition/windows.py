@@ -49,6 +49,8 @@ from fusepass.specification.attention import (
 
 #: How often an axis is split so that stacked neighbours become rows and columns of them.
 _SPLITS = 4
+#: From how many views above the original keys these are looked at.
+_VIEWS = 3
 
 
 def over_original_keys(site: Site, meanings: Meanings, contracted: Sequence[Affine]) -> Site:
@@ -80,28 +82,31 @@ class _Windows:
         spec = self.site.spec
         if not spec.masks_hide() or not all(map(_is_kept, (*spec.scores, *spec.weights))):
             return None
-        sides = self._sides()
-        if sides is None:
-            return None
-        (keys, values), regions = sides
-        dims = self._dims(keys, values)
-        visible = self._visible(regions, keys, dims) if dims else None
-        if not dims or visible is None:
-            return None
-        clauses = self._clauses(visible, dims)
-        return None if clauses is None else self._over(dims, keys, values, clauses)
+        for views in range(_VIEWS):
+            sides = self._sides(views)
+            if sides is None:
+                return None
+            (keys, values), regions = sides
+            if dims := self._dims(keys, values):
+                visible = self._visible(regions, keys, dims)
+                clauses = None if visible is None else self._clauses(visible, dims)
+                return None if clauses is None else self._over(dims, keys, values, clauses)
+        return None
 
     # -- the map -----------------------------------------------------------------------------
 
-    def _sides(self) -> tuple[tuple[Term, Term], list[Region]] | None:
-        """The elements of the original keys and values, and all regions of the operands."""
+    def _sides(self, views: int) -> tuple[tuple[Term, Term], list[Region]] | None:
+        """The elements of the original keys and values, and all regions of the operands.
+
+        ``views``: seen from how many views above, because a view may merge the axes of a grid.
+        """
         elements = Elements(self.site.scope)
         for _ in range(_SPLITS):
             before = len(self.space.splits)
             found = [elements.regions(chain[0]) for chain in (self.site.keys, self.site.values)]
             if not all(found):
                 return None
-            fitted = [self._fitted(regions) for regions in found if regions is not None]
+            fitted = [self._fitted([r.above(views) for r in regions]) for regions in found if regions]
             sides = [one for one in fitted if one is not None]
             if len(sides) < 2:
                 return None

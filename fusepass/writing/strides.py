@@ -10,12 +10,13 @@ from __future__ import annotations
 import heapq
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusepass.dialects.torch.memory import writes
-from fusepass.dialects.torch.nodes import operation, value_of
+from fusepass.dialects.torch.nodes import operation, size_of, value_of
 from fusepass.writing.emit import Builder, CannotEmit
 from fusepass.writing.sharding import check_placements
 
@@ -52,9 +53,13 @@ def laid_out_as(build: Builder, node: fx.Node, out: fx.Node) -> fx.Node:
 def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Are the strides provably equal in all dimensions of more than one element?"""
     return all(
-        statically_known_true(m == n) or statically_known_true(size == 1)
+        _equal(m, n) or statically_known_true(size == 1)
         for size, m, n in zip(a.shape, a.stride(), b.stride(), strict=True)
     )
+
+
+def _equal(m: Any, n: Any) -> bool:
+    return statically_known_true(m == n) or bool(sympy.expand(size_of(m) - size_of(n)) == 0)
 
 
 def _hint(stride: Any) -> int:
