@@ -196,7 +196,8 @@ def flat_neighbourhood(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     keys, values = (t.reshape(B, H, SIDE * SIDE, D, 9) for t in (keys, values))
     shown = (_rows(3)[:, None, :, None] & _rows(3)[None, :, None, :]).reshape(SIDE * SIDE, 9)
     w = torch.einsum("bhsd,bhsdw->bhsw", q, keys).masked_fill(~shown, -1e30).softmax(-1)
-    return torch.einsum("bhsw,bhsdw->bhsd", w, values).unflatten(2, (SIDE, SIDE))
+    out = torch.einsum("bhsw,bhsdw->bhsd", w, values)
+    return out.view(B, H, SIDE, SIDE, D)
 
 
 def stacked_neighbourhood(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._sympy.functions import Max
 
 from fusepass.dialects.torch.memory import writes
 from fusepass.dialects.torch.nodes import operation, size_of, value_of
@@ -51,15 +52,23 @@ def laid_out_as(build: Builder, node: fx.Node, out: fx.Node) -> fx.Node:
 
 
 def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Are the strides provably equal in all dimensions of more than one element?"""
+    """Are the strides provably equal in all dimensions of more than one element, if there are elements?"""
+    sizes = {size_of(size) for size in (*a.shape, *b.shape)}
     return all(
-        _equal(m, n) or statically_known_true(size == 1)
+        _equal(m, n, sizes) or statically_known_true(size == 1)
         for size, m, n in zip(a.shape, a.stride(), b.stride(), strict=True)
     )
 
 
-def _equal(m: Any, n: Any) -> bool:
-    return statically_known_true(m == n) or bool(sympy.expand(size_of(m) - size_of(n)) == 0)
+def _equal(m: Any, n: Any, sizes: set[Any]) -> bool:
+    """Are two strides equal in a tensor that has elements, so that none of its sizes is zero?"""
+    if statically_known_true(m == n):
+        return True
+    found = []
+    for stride in map(sympy.sympify, map(size_of, (m, n))):
+        positive = {e: size for e in stride.atoms(Max) for size in sizes if e == Max(1, size)}
+        found.append(stride.xreplace(positive))
+    return bool(sympy.expand(found[0] - found[1]) == 0)
 
 
 def _hint(stride: Any) -> int:

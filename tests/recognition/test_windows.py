@@ -75,6 +75,22 @@ def test_unknown_numbers_of_blocks(reach: str, over: str) -> None:
     check(windows.of_blocks("slices", reach), REACH[reach][3], over=over, dynamic=True)
 
 
+def test_unknown_sizes_that_are_viewed_as_blocks_and_back(over: str) -> None:
+    """PyTorch writes the sizes of such views as quotients of quotients."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, h, s, d = q.shape
+        n = s // 8
+        q, k, v = (t.view(b, h, n, 8, d) for t in (q, k, v))
+        k, v = (torch.cat((F.pad(t, (0, 0, 0, 0, 1, 0))[:, :, :-1], t), -2) for t in (k, v))
+        i = torch.arange(s).view(n, 8)
+        j = torch.cat((F.pad(i, (0, 0, 1, 0), value=-1)[:-1], i), -1)[:, None]
+        scores = (q @ k.mT / 3).masked_fill((j > i[..., None]) | (j < 0), -INF)
+        return (scores.softmax(-1) @ v).view(b, h, s, d)
+
+    check(program, REACH["causal"][3], over=over, dynamic=True)
+
+
 def test_padding_is_key_padding(over: str) -> None:
     def program(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
         keys, values = (F.pad(t, (0, 0, 3, 2)).unfold(2, 6, 1) for t in (k, v))
