@@ -18,6 +18,7 @@ from torch.utils._sympy.functions import Max
 
 from fusepass.dialects.torch.memory import writes
 from fusepass.dialects.torch.nodes import operation, size_of, value_of
+from fusepass.expressions.index import Facts, simplify_size
 from fusepass.writing.emit import Builder, CannotEmit
 from fusepass.writing.sharding import check_placements
 
@@ -68,7 +69,8 @@ def _equal(m: Any, n: Any, sizes: set[Any]) -> bool:
     for stride in map(sympy.sympify, map(size_of, (m, n))):
         positive = {e: size for e in stride.atoms(Max) for size in sizes if e == Max(1, size)}
         found.append(stride.xreplace(positive))
-    return bool(sympy.expand(found[0] - found[1]) == 0)
+    env = next((x.node.shape_env for x in (m, n) if isinstance(x, torch.SymInt)), None)
+    return Facts(env).equal(*map(simplify_size, found))
 
 
 def _hint(stride: Any) -> int:
