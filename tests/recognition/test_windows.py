@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,12 @@ from torch import Tensor
 
 import fusepass
 from fusepass.compilation import rewrite
+from fusepass.kernels import KERNELS, Target
+from fusepass.kernels.flex import FLEX
+from fusepass.kernels.reference import REFERENCE
+from fusepass.kernels.sdpa import SDPA
+from fusepass.rules.site import Site
+from fusepass.selection.select import skips_copies
 from tests import checking, windows
 from tests.windows import AROUND, GRIDS, INF, LEFT, NEIGHBOURS, REACH, RIGHT, VISIBLE, WIDTH, Program, S
 
@@ -144,6 +151,20 @@ def test_rows_that_see_no_key_keep_their_windows_mean(over: str) -> None:
         return torch.einsum("bhsw,bhsdw->bhsd", s.softmax(-1), values)
 
     check(program, f"{EDGES}, mask[j]", over="copies")
+
+
+def test_kernels_over_the_original_keys_are_chosen_by_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU those that skip hidden keys; FlexAttention only where many keys would be copied."""
+    seen: list[Site] = []
+    monkeypatch.setattr(rewrite, "skips_copies", lambda kernel, site, target: seen.append(site))
+    check(windows.of_blocks("slices", "causal"), REACH["causal"][3])
+    small = seen[0]
+    large = replace(small, spec=replace(small.spec, batch=1 << 16))
+    gpu, cpu = (Target(device, training=False, aten=False) for device in ("cuda", "cpu"))
+    assert skips_copies(FLEX, large, gpu) and not skips_copies(FLEX, small, gpu)
+    assert not any(skips_copies(kernel, large, cpu) for kernel in KERNELS)
+    assert not any(skips_copies(kernel, replace(large, original=None), gpu) for kernel in KERNELS)
+    assert not skips_copies(SDPA, large, gpu) and not skips_copies(REFERENCE, large, gpu)
 
 
 # ---------------------------------------------------------------------------------------- look-alikes
