@@ -27,7 +27,7 @@ from fusepass.specification.attention import (
     intersect,
 )
 
-__all__ = ["Positions", "classify", "conjuncts", "every_row_sees", "intersect"]
+__all__ = ["Positions", "classify", "conjuncts", "every_row_sees", "intersect", "put_axes"]
 
 
 def may_hide(bias: Expr, contents: Contents, facts: Facts) -> bool:
@@ -169,7 +169,7 @@ def every_row_sees_itself(
     for shift in dict.fromkeys((0, simplify_size(keys - queries))):
         place = _solved(key, query + shift)
         inside = facts.at_most(0, shift) and facts.at_most(simplify_size(queries + shift), keys)
-        if place is not None and inside and all(_put_axes(p, place, formulas) is TRUE for p in parts):
+        if place is not None and inside and all(put_axes(p, place, formulas) is TRUE for p in parts):
             return True
     return False
 
@@ -186,7 +186,7 @@ def _solved(key: Affine, value: Affine) -> dict[str, Affine] | None:
     return {a: Affine(((b, 1),)) for (a, _), (b, _) in zip(mine, other, strict=True)}
 
 
-def _put_axes(node: Expr, place: dict[str, Affine], formulas: Formulas) -> Expr:
+def put_axes(node: Expr, place: dict[str, Affine], formulas: Formulas) -> Expr:
     """A formula with index expressions in place of axes."""
 
     def moved(index: Affine) -> Affine:
@@ -199,5 +199,5 @@ def _put_axes(node: Expr, place: dict[str, Affine], formulas: Formulas) -> Expr:
         return affine(moved(node.attrs[0]))
     if node.op == "load":
         return expr("load", node.args, tuple(map(moved, node.attrs)), (), node.dtype)
-    args = tuple(_put_axes(a, place, formulas) for a in node.args)
+    args = tuple(put_axes(a, place, formulas) for a in node.args)
     return formulas.make(node.op, args, node.dtype, node.attrs) if args else node

@@ -51,7 +51,7 @@ from fusepass.recognition.resemblance import (
 from fusepass.reports.report import GraphReport, SiteReport, label_for, source_of
 from fusepass.rules.site import Site
 from fusepass.selection import autotune
-from fusepass.selection.select import candidates
+from fusepass.selection.select import candidates, skips_copies
 from fusepass.selection.work import UNFUSED
 from fusepass.specification.attention import Bias
 from fusepass.writing.emit import Builder, CannotEmit
@@ -114,6 +114,11 @@ def rewrite_graph(
 
 
 _Replacement = Replacement[fx.Node, Builder]
+
+
+def _any_kernel(_: Kernel) -> bool:
+    return True
+
 
 #: What may lie between a softmax and the product with the values.
 _PEELED = VIEWS | {"cast", "dropout", "nan_to_num", "where", "mul", "div"}
@@ -219,14 +224,30 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         return any(k.refuse(site.spec, target) is None for k in kernels)
 
     def write(self, node: fx.Node, site: Site, rejected: Rejected) -> _Replacement | None:
+        if site.original is not None:
+            skips = functools.partial(skips_copies, site=site, target=self._target(node))
+            one = self._write(node, site.original, list(rejected), skips)
+            if one is not None:
+                return one
+        one = self._write(node, site, rejected)
+        if one is not None and site.windowed is not None:
+            one.note = one.note or _COPIED
+        return one
+
+    def _write(
+        self, node: fx.Node, site: Site, rejected: Rejected, allowed: Callable[[Kernel], bool] = _any_kernel
+    ) -> _Replacement | None:
+        """Write the first of the allowed kernels that serves."""
         tried, target = {name for name, _ in rejected}, self._target(node)
         measure = functools.partial(self._fastest, node, site, target)
         learned = self._learned(node, site) if target.training else frozenset()
+        if not any(map(allowed, KERNELS)):
+            return None
         for kernel in candidates(node, site, target, self.options, learned, measure):
             if kernel is None:
                 rejected.append((UNFUSED, "measured faster as it is"))
                 return None
-            if kernel.name in tried:
+            if kernel.name in tried or not allowed(kernel):
                 continue
             written = self._try_kernel(node, site, kernel, target)
             if not isinstance(written, str):
@@ -357,7 +378,7 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
     def _label(self, node: fx.Node, site: Site, one: _Replacement) -> str:
         """The label that the nodes of a fused site get."""
         number = next(self.numbers)
-        label = label_for(number, site.spec.kind(), one.kernel, source_of(node))
+        label = label_for(number, site.meaning.kind(), one.kernel, source_of(node))
         annotate(one.build.new_nodes, number, label, self.compiled)
         return label
 
@@ -391,6 +412,7 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         )
 
 
+_COPIED = "computed over the unfolded keys and values"
 _REBOUND = "the graph puts a tensor on another storage (set_), so that what was read before is not known"
 _MAY_OVERLAP = "an argument is written to before it, which may share memory with one that it reads"
 _LOST = "the scores are written to in a way no rule follows"

@@ -133,7 +133,7 @@ class SitePass(Generic[N, V, B]):
         rejected: Sequence[tuple[str, str]] = (), error: float | None = None, label: str | None = None,
     ) -> SiteReport:  # fmt: skip
         """What became of a site; without a kernel it stays."""
-        spec, kind = ("", "") if site is None else (str(site.spec), site.spec.kind())
+        spec, kind = ("", "") if site is None else (str(site.meaning), site.meaning.kind())
         name, source = self.graph.name_and_source(node)
         fused, others = kernel is not None, tuple(rejected)
         dense = () if site is None else tuple(DenseTerm(*term) for term in dense_terms(site))

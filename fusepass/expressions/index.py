@@ -36,6 +36,15 @@ def prod(sizes: Iterable[Size]) -> Size:
     return total
 
 
+#: PyTorch's classes of integer quotients.
+_QUOTIENTS = ("FloorDiv", "CleanDiv")
+
+
+def _quotients(size: Any) -> list[Any]:
+    """The integer quotients in a size."""
+    return [e for e in sympy.preorder_traversal(size) if type(e).__name__ in _QUOTIENTS]
+
+
 class Facts:
     """What is known about sizes.  Answers are proofs: ``False`` means "not proved", never "disproved".
 
@@ -102,7 +111,7 @@ class Facts:
             return True
         if sympy.expand(sympy.sympify(self.settled(a)) - self.settled(b)) == 0:
             return True
-        return self._ask("eq", a, b)
+        return self._ask("eq", a, b) or self._multiples(sympy.sympify(a) - b) == 0
 
     def at_most(self, a: Size, b: Size) -> bool:
         """Is ``a <= b`` for every input the graph may be given?"""
@@ -113,7 +122,41 @@ class Facts:
             difference = sympy.sympify(self.settled(difference))
         if difference.is_Integer:
             return bool(difference <= 0)
-        return self._ask("le", sympy.sympify(a), sympy.sympify(b))
+        if self._ask("le", sympy.sympify(a), sympy.sympify(b)):
+            return True
+        multiples = self._multiples(difference)
+        if multiples == difference:
+            return False
+        return bool(multiples <= 0) if multiples.is_Integer else self._ask("le", multiples, 0)
+
+    def without_quotients(self, size: Any) -> Any:
+        """A size in which ``s // (s // c)``, as PyTorch writes the last part of a split, is ``c``, if it is
+        proved to be."""
+        found = {
+            whole: inner.args[1]
+            for whole in _quotients(size)
+            for inner in [whole.args[1]]
+            if type(inner).__name__ in _QUOTIENTS
+            and inner.args[0] == whole.args[0]
+            and self._ask("eq", whole, inner.args[1])
+        }
+        return size.xreplace(found) if found else size
+
+    def _multiples(self, size: Any) -> Any:
+        """A size in which ``s`` is ``c * (s // c)`` for every number ``c`` that is proved to divide it."""
+        for part in _quotients(size):
+            whole, by = part.args
+            if whole.is_Symbol and by.is_Integer and self._divides(part, whole, by):
+                times = sympy.Dummy()
+                size = sympy.expand(size.xreplace({part: times}).xreplace({whole: by * times}))
+                size = size.xreplace({times: part})
+        return size
+
+    def _divides(self, part: Any, whole: Any, by: Any) -> bool:
+        """Does a number divide a size: directly, or because the quotient divides it, and as often?"""
+        if self._prove(sympy.Eq(Mod(whole, by), 0)):
+            return True
+        return self._prove(sympy.Eq(Mod(whole, part), 0)) and self._prove(sympy.Eq(FloorDiv(whole, part), by))
 
     def quotient(self, a: Size, b: Size) -> Size | None:
         """``a / b`` where the division is exact, else None."""

@@ -91,7 +91,8 @@ class Meanings:
         table = self.roles.letters()
         return "".join(sorted({table.get(a, "b") for a in axes}))
 
-    def _positions(self) -> masks.Positions:
+    def positions(self) -> masks.Positions:
+        """The positions of queries and keys as numbers of their axes."""
         return masks.Positions(
             _position(self.scope, self.roles.query),
             _position(self.scope, self.roles.key),
@@ -101,7 +102,7 @@ class Meanings:
     def _atoms(self, attends: Expr) -> tuple[Atom, ...]:
         """The parts of a visibility, named."""
         settle(self.scope, self.roles)
-        space, at = self.scope.space, self._positions()
+        space, at = self.scope.space, self.positions()
         found = [masks.classify(part, at, space) for part in masks.conjuncts(attends)]
         bands = [a for a in found if isinstance(a, Band)]
         if len(bands) > 1:
@@ -158,7 +159,7 @@ class Meanings:
         if masks.every_row_sees(atoms, queries, keys, self.scope):
             return True
         parts = [c for m in scores if isinstance(m, Mask) for c in masks.conjuncts(self.mask_visible(m))]
-        at = self._positions()
+        at = self.positions()
         return masks.every_row_sees_itself(parts, at, queries, keys, self.formulas)
 
 

@@ -29,6 +29,7 @@ from fusepass.recognition.fills import Fills, without_empty
 from fusepass.recognition.meanings import Meanings, told_by_masks
 from fusepass.recognition.operands import chain_of, check_operands
 from fusepass.recognition.sums import Summed, Sums, whole
+from fusepass.recognition.windows import over_original_keys
 from fusepass.rules.engine import (
     STEP_LIMIT,
     Core,
@@ -384,10 +385,11 @@ class _Reading:
         kept = tuple(w for m in weights if (w := meanings.weight(m, spec)) is not None)
         spec = replace(spec, weights=kept)
         check_operands(scope, spec, found.products)
-        return Site(
+        site = Site(
             spec, roles, scope.space, query_chain, key_chain, value_chain, scope.operands, self.out,
             found.node, scope, found.products, found.copied, found.spared,
         )  # fmt: skip
+        return over_original_keys(site, meanings, found.product.axes)
 
     def _query_and_key(self, product: Product) -> tuple[Term, Term]:
         """The operands of the product of queries and keys, in this order."""

@@ -43,6 +43,9 @@ class Site:
     ``query``, ``keys`` and ``values`` list the tensors that may serve, from the operand of the product
     inwards through its views; every element of the operand is an element of each of them.
 
+    If its keys were unfolded, ``windowed`` says what it is over the original ones; ``original`` is that site,
+    if kernels can compute it.
+
     Attributes:
         products: the products that ``product`` is the sum of: itself, unless features are concatenated.
         copied: how many elements are copied to concatenate features.
@@ -64,9 +67,16 @@ class Site:
     copied: Size = 0
     spared: Size = 0
     apart: Site | None = None
+    windowed: Attention | None = None
+    original: Site | None = None
 
     def __post_init__(self) -> None:
         self.products = self.products or (self.product,)
+
+    @property
+    def meaning(self) -> Attention:
+        """The specification that says what the site means."""
+        return self.windowed or self.spec
 
     @property
     def trace(self) -> list[str]:

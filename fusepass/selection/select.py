@@ -17,16 +17,18 @@ from torch import fx
 
 from fusepass.dialects.torch.nodes import operation
 from fusepass.host.config import Options
-from fusepass.kernels import FP8, KERNELS, Kernel, Target, flash, named, reference, sdpa
+from fusepass.kernels import FP8, KERNELS, Kernel, Target, flash, named, reference, sdpa, torch_flash
 from fusepass.kernels.gates import runs_here
 from fusepass.kernels.registry import registered
 from fusepass.rules.site import Site
 from fusepass.selection import costs
-from fusepass.selection.work import FIXED, LEARNED, UNFUSED, Work, sizes_of, work_of
+from fusepass.selection.work import FIXED, LEARNED, UNFUSED, Work, kind_of, sizes_of, work_of
 from fusepass.specification.attention import Attention, Band, Document, KeyPadding
 
 #: Above this many query–key pairs a dense mask is the slower choice.
 LARGE = 1024 * 1024
+#: From this many elements in unfolded keys and values, FlexAttention over the original ones is faster.
+COPIED = 1 << 25
 #: A site stays unfused only if that is predicted to be faster by more than the model's error.
 MARGIN = 1.1
 #: Up to this many keys, a learned bias is not predicted from one that is not learned.  FlexAttention sums its
@@ -125,6 +127,26 @@ def predicted(profile: costs.Profile, kernel: str, work: Work) -> float | None:
     return curve.milliseconds(work.size, keys, hidden)
 
 
+def skips_copies(kernel: Kernel, site: Site, target: Target) -> bool:
+    """Is a kernel faster over the original keys of a window than any kernel over the copies?
+
+    It has to skip hidden keys without a tensor over queries and keys, as none does on a CPU.  On an H100, one
+    that knows the window itself was always faster, and FlexAttention, which needs block tables, from about
+    the number of copied elements in ``COPIED``: neighbourhoods of 7 by 7 from a grid of 16 by 16, blocks of
+    128 that look one block back from a length of 8192.
+    """
+    if site.original is None or target.device != "cuda" or kernel is reference.REFERENCE:
+        return False
+    spec = site.original.spec
+    if kernel is sdpa.SDPA:
+        return torch_flash.window(spec, target, spec.dtype) is not None
+    if costs.sees_all(kernel.name, kind_of(spec)):
+        return False
+    sizes = sizes_of(site)
+    copied = sizes["b"] * sizes["g"] * sizes["j"] * (sizes["d"] + sizes["e"])
+    return not kernel.name.startswith("flex") or copied >= COPIED
+
+
 def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel]) -> list[Kernel]:
     """The order without measurements.
 
@@ -157,4 +179,5 @@ __all__ = [
     "candidates",
     "rank",
     "predicted",
+    "skips_copies",
 ]

@@ -25,7 +25,33 @@ class Band:
             return f"causal+{self.right}"
         if self.right == 0 and self.left != 0:
             return f"window({self.left})"
+        if _reaches(self.left) and _reaches(self.right) and (self.left, self.right) != (0, 0):
+            return f"window({self.left}, {self.right})"
         return f"band({self.left}, {'' if self.right is None else self.right})"
+
+
+def _reaches(bound: Size | None) -> bool:
+    """Is there a bound, and is it not known to be negative?"""
+    return bound is not None and (not isinstance(bound, int) or bound >= 0)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A band of blocks, or along one axis of a grid of positions.
+
+    Queries of one block of ``size`` positions see the same keys: from ``left`` before its first to ``right``
+    after its last position.  None is unbounded.  ``axis`` counts the axes of the grid; None is the only one.
+    """
+
+    left: Size | None
+    right: Size | None
+    size: Size = 1
+    axis: int | None = None
+
+    def __str__(self) -> str:
+        bounds = ", ".join("" if b is None else str(b) for b in (self.left, self.right))
+        blocks = "" if self.size == 1 else f" of blocks of {self.size}"
+        return f"window({bounds}){blocks}" + ("" if self.axis is None else f" along axis {self.axis}")
 
 
 @dataclass(frozen=True)
@@ -72,7 +98,7 @@ class Dense:
         return f"mask[{self.axes}]"
 
 
-Atom = Band | KeyPadding | Prefix | Chunk | Document | Dense
+Atom = Band | Window | KeyPadding | Prefix | Chunk | Document | Dense
 
 
 def intersect(bands: Sequence[Band], facts: Facts) -> Band | None:
@@ -110,6 +136,6 @@ def absorbs(fill: float, dtype: torch.dtype, most: float = 1e8) -> bool:
 
 
 __all__ = [
-    "Atom", "Band", "Chunk", "Dense", "Document", "KeyPadding", "Prefix",
+    "Atom", "Band", "Chunk", "Dense", "Document", "KeyPadding", "Prefix", "Window",
     "absorbs", "intersect", "negligible",
 ]  # fmt: skip

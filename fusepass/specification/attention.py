@@ -28,6 +28,7 @@ from fusepass.specification.atoms import (
     Document,
     KeyPadding,
     Prefix,
+    Window,
     absorbs,
     intersect,
     negligible,
@@ -117,6 +118,10 @@ class Attention:
         last one decides: no later one undoes what it hides.
         """
         return self._stays_hidden(self.scores, max(n for n, mod in enumerate(self.scores) if mod == mask))
+
+    def masks_hide(self) -> bool:
+        """Do all masks hide for good?"""
+        return all(map(self.hides, self.masks))
 
     @property
     def unseen_rows(self) -> bool:
@@ -371,7 +376,7 @@ def reference(
 __all__ = [
     "Absolute", "Atom", "Attention", "Band", "Bias", "Cast", "Chunk", "Clamp", "Dense", "Document", "Dropout",
     "Finite", "Floor", "Keep", "KeyGate", "KeyPadding", "LeakyReLU", "Mask", "Modifier", "Prefix", "Scale",
-    "ScaleBy", "ScoreModifier", "Sink", "SoftCap", "WeightModifier", "WeightScale", "ZeroEmptyRows",
+    "ScaleBy", "ScoreModifier", "Sink", "SoftCap", "WeightModifier", "WeightScale", "Window", "ZeroEmptyRows",
     "absorbs", "dtype_of_sum", "empty_rows", "fill_levels", "fills_after", "finite", "intersect",
     "is_less_precise", "kinds", "merge_scales", "negligible", "one_level", "reference", "rounds_scores",
     "rounds_softmax", "softmax",

@@ -10,12 +10,15 @@ from __future__ import annotations
 import heapq
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._sympy.functions import Max
 
 from fusepass.dialects.torch.memory import writes
-from fusepass.dialects.torch.nodes import operation, value_of
+from fusepass.dialects.torch.nodes import operation, size_of, value_of
+from fusepass.expressions.index import Facts, simplify_size
 from fusepass.writing.emit import Builder, CannotEmit
 from fusepass.writing.sharding import check_placements
 
@@ -50,11 +53,24 @@ def laid_out_as(build: Builder, node: fx.Node, out: fx.Node) -> fx.Node:
 
 
 def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Are the strides provably equal in all dimensions of more than one element?"""
+    """Are the strides provably equal in all dimensions of more than one element, if there are elements?"""
+    sizes = {size_of(size) for size in (*a.shape, *b.shape)}
     return all(
-        statically_known_true(m == n) or statically_known_true(size == 1)
+        _equal(m, n, sizes) or statically_known_true(size == 1)
         for size, m, n in zip(a.shape, a.stride(), b.stride(), strict=True)
     )
+
+
+def _equal(m: Any, n: Any, sizes: set[Any]) -> bool:
+    """Are two strides equal in a tensor that has elements, so that none of its sizes is zero?"""
+    if statically_known_true(m == n):
+        return True
+    found = []
+    for stride in map(sympy.sympify, map(size_of, (m, n))):
+        positive = {e: size for e in stride.atoms(Max) for size in sizes if e == Max(1, size)}
+        found.append(stride.xreplace(positive))
+    env = next((x.node.shape_env for x in (m, n) if isinstance(x, torch.SymInt)), None)
+    return Facts(env).equal(*map(simplify_size, found))
 
 
 def _hint(stride: Any) -> int:

@@ -590,7 +590,7 @@ def test_positions_of_unknown_length_do_not_wrap(dtype: torch.dtype) -> None:
         return (q @ k.mT).masked_fill((n[None, :] - n[:, None]).abs() > 2, -INF).softmax(-1) @ v
 
     (site,) = agrees(fn, *qkv(), dynamic=True).sites
-    assert site.fused and site.kind == "band(2, 2)"
+    assert site.fused and site.kind == "window(2, 2)"
 
 
 def test_a_choice_holds_numbers_in_its_dtype() -> None:

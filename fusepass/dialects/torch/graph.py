@@ -19,7 +19,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusepass.dialects.handlers import Result, Value, as_expr, call_handler, permute, reshape, view
-from fusepass.dialects.torch import joins
+from fusepass.dialects.torch import joins, windows
 from fusepass.dialects.torch.creation import diagonal_filled
 from fusepass.dialects.torch.memory import Memory, Storages
 from fusepass.dialects.torch.nodes import (
@@ -35,7 +35,7 @@ from fusepass.dialects.torch.ops import HANDLERS
 from fusepass.dialects.torch.views import getitem, parts_of
 from fusepass.dialects.torch.writes import assigned
 from fusepass.expressions.contents import Contents
-from fusepass.expressions.index import Facts
+from fusepass.expressions.index import Facts, simplify_size
 from fusepass.expressions.ir import POINTWISE, VIEWS, Expr, Shape, cast, const, expr, is_constant, leaf
 from fusepass.host.faults import Faults
 from fusepass.host.surroundings import settings
@@ -329,10 +329,23 @@ class Reader:
             return self._get_item(node, value)
         if isinstance(value, (tuple, list)):
             return self._many(node, name, value)
+        if name == "as_strided":
+            return self._strided(node, value)
         handler = HANDLERS.get(name)
         if handler is None or not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
             return None
         return self._call(handler, node, value)
+
+    def _strided(self, node: fx.Node, value: torch.Tensor) -> Value:
+        """``as_strided`` of a contiguous tensor; strides and places in the storage are those observed."""
+        source = first_operand(node)
+        x, known = self.meaning.get(source), value_of(source)
+        if not isinstance(x, Expr) or not statically_known_true(known.is_contiguous()):
+            return None
+        start = size_of(value.storage_offset()) - size_of(known.storage_offset())
+        return windows.strided(
+            self._result(node, value), x, [size_of(s) for s in value.stride()], simplify_size(start)
+        )
 
     def _result(self, node: fx.Node, value: torch.Tensor) -> Result:
         return Result(shape_of(value), value.dtype, self.facts, self._prefix + node.name)

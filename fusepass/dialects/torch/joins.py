@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 import torch
 
-from fusepass.dialects.handlers import Result, Value, dim_of, handles, permute, reshape, view
+from fusepass.dialects.handlers import Result, Value, are_integers, dim_of, handles, permute, reshape, view
 from fusepass.dialects.torch.creation import within
 from fusepass.dialects.torch.views import slice_dim, slice_start
 from fusepass.dialects.torch.writes import NEUTRAL
@@ -67,6 +67,29 @@ handles("hstack")(_stack_of_rank(lambda s: s or (1,), 1))
 handles("vstack", "row_stack")(_stack_of_rank(_two, 0))
 handles("dstack")(_stack_of_rank(_three, 2))
 handles("column_stack")(_stack_of_rank(lambda s: s if len(s) > 1 else (*(s or (1,)), 1), 1))
+
+
+@handles("roll")
+def _roll(r: Result, x: Expr, shifts: Value, dims: Value = ()) -> Expr | None:
+    """``roll``: the end of a dimension is put in front of its beginning."""
+    by, along = (v if isinstance(v, (tuple, list)) else (v,) for v in (shifts, dims))
+    if not along or len(by) != len(along) or not are_integers((*by, *along)):
+        return None
+    out: Expr | None = x
+    for shift, dim in zip(by, along, strict=True):
+        out = None if out is None else _rolled(out, dim_of(dim, x.rank), shift, r.facts)
+    return out
+
+
+def _rolled(x: Expr, dim: int, shift: int, facts: Facts) -> Expr | None:
+    size = x.shape[dim]
+    shift = shift % size if isinstance(size, int) and size else shift
+    if shift == 0 or not facts.at_most(abs(shift), size):
+        return x if shift == 0 else None
+    cut = simplify_size(size - shift) if shift > 0 else -shift
+    rest = simplify_size(size - cut)
+    parts = (slice_dim(x, dim, cut, rest), slice_dim(x, dim, 0, cut))
+    return joined(parts, dim, Result(x.shape, x.dtype, facts, ""))
 
 
 # ---------------------------------------------------------------------------------------- padding

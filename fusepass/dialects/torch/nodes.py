@@ -15,7 +15,7 @@ from torch import fx
 
 from fusepass.dialects.handlers import Value
 from fusepass.dialects.torch.ops import HANDLERS
-from fusepass.expressions.index import simplify_size
+from fusepass.expressions.index import Facts, simplify_size
 
 #: Operations whose form with a trailing underscore changes the shape of the tensor it is called on.
 _SHAPES = frozenset("transpose swapaxes swapdims t squeeze unsqueeze resize resize_as as_strided set".split())
@@ -104,7 +104,7 @@ def shape_of(value: Any) -> tuple[Any, ...]:
 def size_of(value: Any) -> Any:
     """A size as an integer or a sympy expression."""
     if isinstance(value, torch.SymInt):
-        return simplify_size(value.node.expr)
+        return simplify_size(Facts(value.node.shape_env).without_quotients(value.node.expr))
     return int(value)
 
 

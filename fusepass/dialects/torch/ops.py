@@ -14,6 +14,7 @@ from fusepass.dialects.torch import products as torch_products
 from fusepass.dialects.torch import reductions as torch_reductions
 from fusepass.dialects.torch import softmax as torch_softmax
 from fusepass.dialects.torch import views as torch_views
+from fusepass.dialects.torch import windows as torch_windows
 from fusepass.dialects.torch import writes as torch_writes
 
 TABLES = (
@@ -24,6 +25,7 @@ TABLES = (
     torch_reductions,
     torch_softmax,
     torch_views,
+    torch_windows,
     torch_writes,
 )
 

@@ -1,0 +1,173 @@
+"""Windows over original keys by name, and their bounds as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fusepass.expressions.index import Affine, AxisSpace, Size, prod, simplify_size
+from fusepass.expressions.inequalities import implied
+from fusepass.expressions.ir import POINTWISE, Expr, expr, pointwise
+from fusepass.patterns import heads, masks
+from fusepass.recognition.meanings import Meanings
+from fusepass.rules.engine import Term
+from fusepass.rules.formulas import TRUE, against_zero
+from fusepass.specification.attention import Atom, Band, Window, intersect
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension of the original keys: the key at ``first + w``, for ``0 <= w < width``.
+
+    Attributes:
+        at: the dimension of the key's and of the value's tensor.
+        first: the first key of a window, in the axes of the queries.
+        digits: the axes that count ``w``, outermost first.
+        size: how many keys there are.
+        key: the new axis of the keys.
+    """
+
+    at: tuple[int, int]
+    first: Affine
+    digits: tuple[str, ...]
+    width: Size
+    size: Size
+    key: Affine
+
+
+class Names:
+    """Names and writes the parts of a visibility over the original keys."""
+
+    def __init__(self, meanings: Meanings, dims: Sequence[Dim], query: Term) -> None:
+        self.meanings, self.dims = meanings, dims
+        self.space, self.facts = meanings.scope.space, meanings.scope.facts
+        self.places = [self._place(dim, query) for dim in dims]
+
+    def _place(self, dim: Dim, query: Term) -> Affine | None:
+        """The number of the query along the dimension of the keys that its window moves over."""
+        first = self.space.resolve(dim.first).axes
+        others = {a for d in self.dims for a in self.space.resolve(d.first).axes if d is not dim}
+        found = [i for i in map(self.space.resolve, query.index) if first and first <= i.axes]
+        if len(found) != 1 or (others & found[0].axes and found[0].axes - others - first):
+            return None  # a number of several dimensions, and of positions in blocks
+        place = Affine()
+        for axis in heads.ordered(self.meanings.scope, found):
+            if axis not in others:
+                place = place * self.space.sizes[axis] + Affine(((axis, 1),))
+        return place
+
+    def atoms(self, clauses: Sequence[Expr]) -> tuple[Atom, ...]:
+        """The names of clauses; bounds of one window are one atom."""
+        found: list[Atom] = []
+        sides: dict[tuple[int, Size], list[Band]] = {}
+        for clause in clauses:
+            side = self._side(clause)
+            if side is None:
+                found.append(masks.classify(clause, self.meanings.positions(), self.space))
+            else:
+                sides.setdefault(side[0], []).append(side[1])
+        whole = [self._window(*key, bands) for key, bands in sides.items()]
+        return tuple(dict.fromkeys([*(a for atoms in whole for a in atoms), *found]))
+
+    def _window(self, axis: int, block: Size, bands: Sequence[Band]) -> list[Atom]:
+        one = intersect(bands, self.facts)
+        if len(self.dims) == 1 and block == 1 and self.places[0] == self.meanings.positions().query:
+            return [one] if one is not None else list(bands)
+        number = None if len(self.dims) == 1 else axis
+        return [Window(b.left, b.right, block, number) for b in ([one] if one is not None else bands)]
+
+    def _side(self, clause: Expr) -> tuple[tuple[int, Size], Band] | None:
+        """A bound of the window along a dimension: the number of that, the size of blocks, and the band."""
+        bound = against_zero(clause, "le")
+        for axis, (dim, place) in enumerate(zip(self.dims, self.places, strict=True)):
+            if bound is None or place is None:
+                continue
+            for sign in (1, -1):
+                rest = self.space.resolve(bound - dim.key * sign)
+                if dim.key.axes & rest.axes:
+                    continue
+                for start, block in self._blocks(dim, place):
+                    gap = self.space.resolve(rest + start * sign)
+                    if not gap.is_const:
+                        continue
+                    reach = simplify_size(gap.const * -1)
+                    if sign < 0:
+                        return (axis, block), Band(reach, None)
+                    return (axis, block), Band(None, simplify_size(reach - block + 1))
+        return None
+
+    def _blocks(self, dim: Dim, place: Affine) -> list[tuple[Affine, Size]]:
+        """The query's position, and the first position of its block with the block's size."""
+        moving = self.space.resolve(dim.first).axes
+        inner = Affine(tuple((a, c) for a, c in place.terms if a not in moving))
+        size = prod(self.space.sizes[a] for a in inner.axes)
+        blocks = [(place, simplify_size(1))]
+        if inner.terms and self.space.digits(inner, size) is not None:
+            blocks.append((place - inner, size))
+        return blocks
+
+    def every_row_sees(self, clauses: Sequence[Expr]) -> bool:
+        """Is it proved that every query sees the key at its own position, or at the start of its window?"""
+        places = [place for place in self.places if place is not None]
+        if len(places) < len(self.dims):
+            return False
+        for shown in (places, [dim.first for dim in self.dims]):
+            inside = all(
+                implied(part, (), self.space)
+                for dim, place in zip(self.dims, shown, strict=True)
+                for part in (place * -1, place + 1 - dim.size)
+            )
+            where = {a: p for dim, p in zip(self.dims, shown, strict=True) for a in dim.key.axes}
+            formulas = self.meanings.formulas
+            if inside and all(masks.put_axes(c, where, formulas) is TRUE for c in clauses):
+                return True
+        return False
+
+    def written(self, clauses: Sequence[Expr]) -> Term | None:
+        """A conjunction as a boolean tensor with one dimension for each axis; None if it has no such form."""
+        whole = clauses[0]
+        for clause in clauses[1:]:
+            whole = expr("and", (whole, clause), (), (), torch.bool)
+        axes = _axes(whole, self.space)
+        made = self._tensor(whole, axes)
+        if made is None:
+            return None
+        index = tuple(
+            Affine() if n == 1 else Affine(((a, 1),))
+            for a, n in zip(axes[len(axes) - made.rank :], made.shape, strict=True)
+        )
+        return Term(made, index)
+
+    def _tensor(self, node: Expr, axes: Sequence[str]) -> Expr | None:
+        if node.op == "const":
+            return node
+        if node.op == "affine":
+            return self._positions(self.space.resolve(node.attrs[0]), axes)
+        if node.op not in POINTWISE or node.attrs:
+            return None
+        args = [self._tensor(a, axes) for a in node.args]
+        known = [a for a in args if a is not None]
+        return pointwise(node.op, *known, dtype=node.dtype) if len(known) == len(args) else None
+
+    def _positions(self, index: Affine, axes: Sequence[str]) -> Expr:
+        """An index expression as a tensor."""
+        out: Expr | None = None
+        for axis, c in index.terms:
+            start = index.const if out is None else 0
+            size, after = self.space.sizes[axis], len(axes) - 1 - axes.index(axis)
+            ramp = expr("iota", (), (start, c), (size,), torch.int64)
+            spread = expr("reshape", (ramp,), (), (size,) + (1,) * after, torch.int64) if after else ramp
+            out = spread if out is None else pointwise("add", out, spread, dtype=torch.int64)
+        return expr("iota", (), (index.const, 0), (), torch.int64) if out is None else out
+
+
+def _axes(node: Expr, space: AxisSpace) -> list[str]:
+    """The axes of a formula."""
+    if node.op == "affine":
+        return sorted(space.resolve(node.attrs[0]).axes)
+    return sorted({axis for a in node.args for axis in _axes(a, space)})
+
+
+__all__ = ["Dim", "Names"]
