@@ -408,6 +408,19 @@ def test_scores_overwritten_where_autograd_does_not_see_it(kernel: str) -> None:
     gradients_agree(attention, kernel)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_weights_overwritten_where_autograd_does_not_see_it(kernel: str) -> None:
+    """The derivative of a softmax reads the weights again, and what is written needs a gradient itself."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        w = (q @ k.mT).softmax(-1)
+        out = w @ v
+        w.data.add_(q.sum())
+        return out
+
+    gradients_agree(attention, kernel)
+
+
 @pytest.mark.parametrize("kernel", ["sdpa", "auto"])
 def test_inductor_keeps_the_casts_of_scores(kernel: str) -> None:
     agrees(attention_with(fill_that_overflows_in_half), kernel, "inductor")

@@ -422,11 +422,16 @@ def _is_unseen_by_autograd(node: fx.Node) -> bool:
     """Does a node write through ``.data`` or ``detach`` to a tensor that gradients flow to?"""
     for operand in written_operands(node):
         while isinstance(base := first_operand(operand), fx.Node):
-            learns = [bool(getattr(value_of(n), "requires_grad", False)) for n in (base, operand)]
-            if learns == [True, False]:
+            if _leaves_autograd(operand) and getattr(value_of(base), "requires_grad", False):
                 return True
             operand = base
     return False
+
+
+def _leaves_autograd(node: fx.Node) -> bool:
+    """Is it the ``.data`` or the ``detach()`` of a tensor?"""
+    data = node.target is getattr and node.args[1:] == ("data",)
+    return data or operation(node)[0] == "detach" or getattr(node.target, "__name__", "") == "_get_data_attr"
 
 
 __all__ = [
