@@ -7,6 +7,7 @@ and the layout of the result is changed only if one depends on it.
 
 from __future__ import annotations
 
+import functools
 import heapq
 from typing import Any
 
@@ -65,12 +66,21 @@ def _equal(m: Any, n: Any, sizes: set[Any]) -> bool:
     """Are two strides equal in a tensor that has elements, so that none of its sizes is zero?"""
     if statically_known_true(m == n):
         return True
+    if not isinstance(m, torch.SymInt) and not isinstance(n, torch.SymInt):
+        return False
     found = []
     for stride in map(sympy.sympify, map(size_of, (m, n))):
         positive = {e: size for e in stride.atoms(Max) for size in sizes if e == Max(1, size)}
         found.append(stride.xreplace(positive))
-    env = next((x.node.shape_env for x in (m, n) if isinstance(x, torch.SymInt)), None)
-    return Facts(env).equal(*map(simplify_size, found))
+    return _facts(next(x.node.shape_env for x in (m, n) if isinstance(x, torch.SymInt))).equal(
+        *map(simplify_size, found)
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _facts(env: Any) -> Facts:
+    """What is known about the sizes of a graph, whose guards are read once."""
+    return Facts(env)
 
 
 def _hint(stride: Any) -> int:
