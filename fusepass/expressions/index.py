@@ -55,7 +55,8 @@ class Facts:
     def __init__(self, shape_env: Any = None) -> None:
         self._env = shape_env
         self._memo: dict[tuple[str, Size, Size], bool] = {}
-        self._numbers: tuple[int, dict[Any, Any]] = (0, {})  # how many guards were read, and what they say
+        self._numbers: dict[Any, Any] = {}
+        self._read = 0  # how many guards were read for numbers
 
     def _ask(self, kind: str, a: Size, b: Size) -> bool:
         key = (kind, a, b)
@@ -91,17 +92,15 @@ class Facts:
 
     def _known_numbers(self) -> dict[Any, Any]:
         """The symbols that guards equate with numbers, in equations of a single symbol."""
-        guards = self._env.guards
-        if self._numbers[0] < len(guards):
-            found: dict[Any, Any] = {}
-            self._numbers = len(guards), found
-            for claim in (g.expr for g in guards if isinstance(g.expr, sympy.Eq)):
-                rest = sympy.expand(self._with_ratios(claim.lhs) - self._with_ratios(claim.rhs))
-                symbols = list(rest.free_symbols)
-                if len(symbols) == 1 and rest.is_polynomial() and sympy.degree(rest, symbols[0]) == 1:
-                    value = sympy.solve(rest, symbols[0])[0]
-                    found |= {symbols[0]: value} if value.is_Integer else {}
-        return self._numbers[1]
+        new = self._env.guards[self._read :]
+        self._read += len(new)
+        for claim in (g.expr for g in new if isinstance(g.expr, sympy.Eq)):
+            rest = sympy.expand(self._with_ratios(claim.lhs) - self._with_ratios(claim.rhs))
+            symbols = list(rest.free_symbols)
+            if len(symbols) == 1 and rest.is_polynomial() and sympy.degree(rest, symbols[0]) == 1:
+                value = sympy.solve(rest, symbols[0])[0]
+                self._numbers |= {symbols[0]: value} if value.is_Integer else {}
+        return self._numbers
 
     def equal(self, a: Size, b: Size) -> bool:
         """Is ``a == b`` for every input the graph may be given?"""

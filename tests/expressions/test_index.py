@@ -13,7 +13,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 from fusepass.expressions.index import Affine, AxisSpace, Facts, Size, prod, simplify_size
 from fusepass.expressions.ir import Expr, expr, leaf
@@ -328,3 +330,21 @@ def test_symbolic_divmod_of_two_axes(hint: int) -> None:
     assert parts is not None and parts == (b, h)
     grid = Grid(space, Evaluator({}, {S0: hint}))
     assert torch.equal(grid.index(parts[0]), grid.index(b * 4 + h) // 4)
+
+
+def test_guards_prove_exact_divisions_and_numbers() -> None:
+    """What a program's views have required: nothing is read off the example's sizes."""
+    env = ShapeEnv()
+    size, other = (
+        env.create_unspecified_symbol(n, ConstantSource(f"size{n}"), DimDynamic.DYNAMIC) for n in (9, 12)
+    )
+    third = FloorDiv(size, 3)
+    facts = Facts(env)
+    assert not facts.equal(size, 3 * third) and facts.quotient(size, third) is None
+    assert env.evaluate_expr(sympy.Eq(Mod(size, 3), 0)) == True  # noqa: E712
+    facts = Facts(env)
+    assert facts.equal(size, 3 * third) and facts.quotient(size, third) == 3
+    assert not facts.equal(size, 9) and not facts.equal(other, 3 * FloorDiv(other, 3))
+    assert env.evaluate_expr(sympy.Eq(third, 3)) == True  # noqa: E712
+    assert facts.equal(size, 9) and facts.settled(third) == 3 and facts.at_most(size, 9)
+    assert not facts.equal(other, 12) and not facts.at_most(other, 12)
