@@ -84,11 +84,17 @@ class Facts:
 
     def _with_ratios(self, size: Any) -> Any:
         exact = {}
-        for division in size.atoms(FloorDiv):
-            base, divisor = division.args
-            if self._ask("eq", Mod(base, divisor), 0):
-                exact[division] = self._with_ratios(base) / self._with_ratios(divisor)
+        for part in _quotients(size):
+            base, divisor = part.args
+            if self._divides(part, base, divisor):
+                exact[part] = self._with_ratios(base) / self._with_ratios(divisor)
         return size.xreplace(exact)
+
+    def _divides(self, part: Any, base: Any, divisor: Any) -> bool:
+        """Does a divisor divide a size: directly, or because the quotient divides it, and as often?"""
+        if self._ask("eq", Mod(base, divisor), 0):
+            return True
+        return self._ask("eq", Mod(base, part), 0) and self._ask("eq", FloorDiv(base, part), divisor)
 
     def _known_numbers(self) -> dict[Any, Any]:
         """The symbols that guards equate with numbers, in equations of a single symbol."""
@@ -98,7 +104,7 @@ class Facts:
             rest = sympy.expand(self._with_ratios(claim.lhs) - self._with_ratios(claim.rhs))
             symbols = list(rest.free_symbols)
             if len(symbols) == 1 and rest.is_polynomial() and sympy.degree(rest, symbols[0]) == 1:
-                value = sympy.solve(rest, symbols[0])[0]
+                value = -rest.coeff(symbols[0], 0) / rest.coeff(symbols[0], 1)
                 self._numbers |= {symbols[0]: value} if value.is_Integer else {}
         return self._numbers
 
@@ -110,23 +116,19 @@ class Facts:
             return True
         if sympy.expand(sympy.sympify(self.settled(a)) - self.settled(b)) == 0:
             return True
-        return self._ask("eq", a, b) or self._multiples(sympy.sympify(a) - b) == 0
+        return self._ask("eq", a, b)
 
     def at_most(self, a: Size, b: Size) -> bool:
         """Is ``a <= b`` for every input the graph may be given?"""
         if isinstance(a, int) and isinstance(b, int):
             return a <= b
         difference = sympy.expand(sympy.sympify(a) - b)
-        if not difference.is_Integer:
-            difference = sympy.sympify(self.settled(difference))
-        if difference.is_Integer:
-            return bool(difference <= 0)
+        settled = sympy.sympify(self.settled(difference))
+        if settled.is_Integer:
+            return bool(settled <= 0)
         if self._ask("le", sympy.sympify(a), sympy.sympify(b)):
             return True
-        multiples = self._multiples(difference)
-        if multiples == difference:
-            return False
-        return bool(multiples <= 0) if multiples.is_Integer else self._ask("le", multiples, 0)
+        return settled != difference and self._ask("le", settled, 0)
 
     def without_quotients(self, size: Any) -> Any:
         """A size in which ``s // (s // c)``, as PyTorch writes the last part of a split, is ``c``, if it is
@@ -140,22 +142,6 @@ class Facts:
             and self._ask("eq", whole, inner.args[1])
         }
         return size.xreplace(found) if found else size
-
-    def _multiples(self, size: Any) -> Any:
-        """A size in which ``s`` is ``c * (s // c)`` for every number ``c`` that is proved to divide it."""
-        for part in _quotients(size):
-            whole, by = part.args
-            if whole.is_Symbol and by.is_Integer and self._divides(part, whole, by):
-                times = sympy.Dummy()
-                size = sympy.expand(size.xreplace({part: times}).xreplace({whole: by * times}))
-                size = size.xreplace({times: part})
-        return size
-
-    def _divides(self, part: Any, whole: Any, by: Any) -> bool:
-        """Does a number divide a size: directly, or because the quotient divides it, and as often?"""
-        if self._prove(sympy.Eq(Mod(whole, by), 0)):
-            return True
-        return self._prove(sympy.Eq(Mod(whole, part), 0)) and self._prove(sympy.Eq(FloorDiv(whole, part), by))
 
     def quotient(self, a: Size, b: Size) -> Size | None:
         """``a / b`` where the division is exact, else None."""

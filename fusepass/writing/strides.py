@@ -7,7 +7,6 @@ and the layout of the result is changed only if one depends on it.
 
 from __future__ import annotations
 
-import functools
 import heapq
 from typing import Any
 
@@ -38,9 +37,9 @@ def laid_out_as(build: Builder, node: fx.Node, out: fx.Node) -> fx.Node:
     Raises:
         CannotEmit: such a reader exists, and no permutation of dimensions gives the layout.
     """
-    before = value_of(node)
+    before, facts = value_of(node), build.reader.facts
     check_placements(before, build.value(out))
-    if same_strides(before, build.value(out)) or not _observed(build, node, build.value(out)):
+    if same_strides(before, build.value(out), facts) or not _observed(build, node, build.value(out)):
         return out
     order = sorted(range(before.dim()), key=lambda d: (-_hint(before.stride(d)), d))
     inverse = [order.index(d) for d in range(before.dim())]
@@ -48,39 +47,29 @@ def laid_out_as(build: Builder, node: fx.Node, out: fx.Node) -> fx.Node:
         out = build.op("contiguous", out)
     else:
         out = build.op("permute", build.op("contiguous", build.op("permute", out, order)), inverse)
-    if not same_strides(before, build.value(out)) and _observed(build, node, build.value(out)):
+    if not same_strides(before, build.value(out), facts) and _observed(build, node, build.value(out)):
         raise CannotEmit("a reader of the result depends on a memory layout that cannot be restored")
     return out
 
 
-def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_strides(a: torch.Tensor, b: torch.Tensor, facts: Facts) -> bool:
     """Are the strides provably equal in all dimensions of more than one element, if there are elements?"""
     sizes = {size_of(size) for size in (*a.shape, *b.shape)}
     return all(
-        _equal(m, n, sizes) or statically_known_true(size == 1)
+        statically_known_true(size == 1) or _equal(m, n, sizes, facts)
         for size, m, n in zip(a.shape, a.stride(), b.stride(), strict=True)
     )
 
 
-def _equal(m: Any, n: Any, sizes: set[Any]) -> bool:
+def _equal(m: Any, n: Any, sizes: set[Any], facts: Facts) -> bool:
     """Are two strides equal in a tensor that has elements, so that none of its sizes is zero?"""
     if statically_known_true(m == n):
         return True
-    if not isinstance(m, torch.SymInt) and not isinstance(n, torch.SymInt):
-        return False
     found = []
     for stride in map(sympy.sympify, map(size_of, (m, n))):
         positive = {e: size for e in stride.atoms(Max) for size in sizes if e == Max(1, size)}
         found.append(stride.xreplace(positive))
-    return _facts(next(x.node.shape_env for x in (m, n) if isinstance(x, torch.SymInt))).equal(
-        *map(simplify_size, found)
-    )
-
-
-@functools.lru_cache(maxsize=1)
-def _facts(env: Any) -> Facts:
-    """What is known about the sizes of a graph, whose guards are read once."""
-    return Facts(env)
+    return facts.equal(*map(simplify_size, found))
 
 
 def _hint(stride: Any) -> int:
@@ -112,7 +101,7 @@ def _observed(build: Builder, node: fx.Node, value: torch.Tensor) -> bool:
             return True
         if _aliases_otherwise(build, user, new, changed):
             return True
-        if not _same(value_of(user), new):
+        if not _same(value_of(user), new, build.reader.facts):
             changed[user] = new
             for reader in user.users:
                 heapq.heappush(todo, (order.get(reader, -1), reader))
@@ -151,10 +140,10 @@ def _run(build: Builder, user: fx.Node, changed: dict[fx.Node, Any]) -> Any:
     """The value that the reader has with the new layout."""
 
     def value(n: fx.Node) -> Any:
-        value = changed.get(n, value_of(n))
-        if value is None:
+        known = changed.get(n, value_of(n))
+        if known is None:
             raise CannotEmit(f"'{n.name}' has no known value")
-        return value
+        return known
 
     args, kwargs = fx.map_arg((user.args, user.kwargs), value)
     with build.trial(), torch.no_grad():
@@ -163,11 +152,11 @@ def _run(build: Builder, user: fx.Node, changed: dict[fx.Node, Any]) -> Any:
         return user.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _same(old: Any, new: Any) -> bool:
+def _same(old: Any, new: Any, facts: Facts) -> bool:
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
-        return old.shape == new.shape and same_strides(old, new)
+        return old.shape == new.shape and same_strides(old, new, facts)
     if isinstance(old, (tuple, list)) and isinstance(new, (tuple, list)):
-        return len(old) == len(new) and all(_same(a, b) for a, b in zip(old, new, strict=True))
+        return len(old) == len(new) and all(_same(a, b, facts) for a, b in zip(old, new, strict=True))
     return not isinstance(new, torch.Tensor)
 
 
