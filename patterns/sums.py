@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from fusepass.expressions.index import Affine
 from fusepass.expressions.ir import VIEWS, Expr, cast, const, expr, number_of, opmath, pointwise, under_casts
@@ -97,14 +97,10 @@ def _factor(node: Expr, scope: Scope) -> Multiple | None:
 
 def product_below(term: Term, scope: Scope) -> tuple[Product, Expr] | None:
     """The product of two tensors that a term is, behind views and casts, and its expression."""
-    for _ in range(STEP_LIMIT):
+    for below in _behind_views(term, scope):
         for rule in PRODUCTS:
-            if isinstance(found := rule.apply(term, scope), Product):
-                return found, term.expr
-        below = term.argument(0) if _is_float_cast(term.expr) else scope.step(term)
-        if below is None:
-            return None
-        term = below
+            if isinstance(found := rule.apply(below, scope), Product):
+                return found, below.expr
     return None
 
 
@@ -114,14 +110,18 @@ def square_below(term: Term, scope: Scope) -> tuple[Term, tuple[Affine, ...]] | 
     if found is not None:
         left, right, axes = found[0].left, found[0].right, found[0].axes
         return (left, axes) if left == right else None
+    total = next((t for t in _behind_views(term, scope) if t.expr.op == "sum"), None)
+    return None if total is None else _sum_of_powers(total, scope)
+
+
+def _behind_views(term: Term, scope: Scope) -> Iterator[Term]:
+    """A term, and what it is behind its views and casts, one after another."""
+    at: Term | None = term
     for _ in range(STEP_LIMIT):
-        if term.expr.op == "sum":
-            return _sum_of_powers(term, scope)
-        below = term.argument(0) if _is_float_cast(term.expr) else scope.step(term)
-        if below is None:
-            return None
-        term = below
-    return None
+        if at is None:
+            return
+        yield at
+        at = at.argument(0) if _is_float_cast(at.expr) else scope.step(at)
 
 
 def _sum_of_powers(term: Term, scope: Scope) -> tuple[Term, tuple[Affine, ...]] | None:

@@ -359,6 +359,13 @@ class AxisSpace:
         out.append(flat)
         return [self.resolve(e) for e in reversed(out)]
 
+    def named_once(self, index: Sequence[Affine], shape: Sequence[Size]) -> list[tuple[str, ...]] | None:
+        """The axes of each dimension, if an index names every element of a tensor exactly once."""
+        found = [self.digits(i, n) for i, n in zip(index, shape, strict=True)]
+        digits = [d for d in found if d is not None]
+        flat = [a for d in digits for a in d]
+        return digits if len(digits) == len(found) and len(set(flat)) == len(flat) else None
+
     def digits(self, index: Affine, size: Size) -> tuple[str, ...] | None:
         """The axes whose mixed-radix number is ``index``, outermost first, if it covers ``0 .. size-1``."""
         index = self.resolve(index)

@@ -146,9 +146,9 @@ def _pick(scope: Scope, chain: Sequence[Term], inner: Sequence[str]) -> tuple[Te
     """
     best: tuple[Term, list[str]] | None = None
     for term in chain:
-        digits = [scope.space.digits(i, n) for i, n in zip(term.index, term.expr.shape, strict=True)]
-        flat = [a for d in digits for a in d or ()]
-        if None in digits or len(set(flat)) < len(flat) or not set(inner) <= set(flat):
+        digits = scope.space.named_once(term.index, term.expr.shape)
+        flat = [a for d in digits or () for a in d]
+        if digits is None or not set(inner) <= set(flat):
             continue
         if scope.readable(term.expr) and (best is None or len(flat) < len(best[1]) + len(inner)):
             best = term, [a for a in flat if a not in inner]
@@ -158,9 +158,7 @@ def _pick(scope: Scope, chain: Sequence[Term], inner: Sequence[str]) -> tuple[Te
 def _laid_out(scope: Scope, term: Term, outer: Sequence[str], inner: Sequence[str]) -> Expr:
     """A tensor with a dimension for each of the outer axes, and one for the features."""
     sizes = scope.space.sizes
-    flat = [
-        a for i, n in zip(term.index, term.expr.shape, strict=True) for a in scope.space.digits(i, n) or ()
-    ]
+    flat = [a for d in scope.space.named_once(term.index, term.expr.shape) or () for a in d]
     order = [*(a for a in outer if a in flat), *inner]
     node = _reshaped(term.expr, tuple(sizes[a] for a in flat))
     if order != flat:

@@ -60,11 +60,7 @@ class Layouts(ABC, Generic[N]):
 
     def digits(self, term: Term) -> list[tuple[str, ...]] | None:
         """The axes of each dimension, if the index names every element of the tensor exactly once."""
-        digits = [self.space.digits(i, n) for i, n in zip(term.index, term.expr.shape, strict=True)]
-        if any(f is None for f in digits):
-            return None
-        flat = [a for f in digits for a in f or ()]
-        return digits if len(set(flat)) == len(flat) else None  # type: ignore[return-value]
+        return self.space.named_once(term.index, term.expr.shape)
 
     def finest(self, groups: Groups) -> list[list[str]]:
         """Groups in the finest axes: reading an operand may have split some since they were listed."""
