@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -30,11 +31,15 @@ class Unread:
     """
 
     def __init__(self, reader: Reader, live: set[fx.Node]) -> None:
-        self.reader = reader
-        self.products = {
+        self.reader, self.live = reader, live
+
+    @cached_property
+    def products(self) -> dict[fx.Node, Expr]:
+        """The products of two tensors of rank 3 or more, with their meanings."""
+        return {
             node: meaning
-            for node, meaning in reader.defined.items()
-            if node in live and isinstance(meaning, Expr) and meaning.op == "dot"
+            for node, meaning in self.reader.defined.items()
+            if node in self.live and isinstance(meaning, Expr) and meaning.op == "dot"
             if min(a.rank for a in meaning.args) >= 3
         }
 
@@ -147,7 +152,7 @@ def _returned(meanings: list[Expr]) -> str | None:
 
 def _under_pointwise(node: Expr) -> Expr:
     """The expression below views and element-wise functions of it alone."""
-    while node.op in VIEWS or (node.op in POINTWISE and len(node.args) == 1) or node.op == "cast":
+    while node.op in VIEWS or (node.op in POINTWISE and len(node.args) == 1):
         node = node.args[0]
     return node
 

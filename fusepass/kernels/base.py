@@ -429,24 +429,6 @@ def _hide(site: Site, build: Builder, level: fx.Node | None, mod: Mask | Bias) -
     return build.op("where", visible(site, build, mod), before, fill)
 
 
-def absorbed(site: Site, build: Builder, target: Target, rows: Rows, x: Operands) -> Operands:
-    """The operands, with scores of zero in rows that see no key, where a fill absorbs the scores.
-
-    In training under a bias that may hold fills, the weights of such a row are known only at run time, and so
-    are the gradients of its scores.  There each score is written as ``q·k - q·k``, over twice the features,
-    and the second product has no gradients.
-
-    Raises:
-        Refused: the gradients of such rows are not known.
-    """
-    if not learns_hidden_rows(site, build, target):
-        return Operands(muted(build, rows, x.q), x.k, x.v)
-    hidden = build.cast(build.op("logical_not", rows.seen), build.value(x.q).dtype)
-    negative = build.op("neg", build.op("mul", build.op("detach", x.q), hidden))
-    q = build.op("cat", [x.q, negative], 3)
-    return Operands(q, build.op("cat", [x.k, build.op("detach", x.k)], 3), x.v)
-
-
 def learns_hidden_rows(site: Site, build: Builder, target: Target) -> bool:
     """Are there gradients of rows that see no key, and is it not known which keys such a row weighs?
 

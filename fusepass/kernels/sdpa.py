@@ -27,11 +27,11 @@ from fusepass.kernels.base import (
     Refused,
     Rows,
     Target,
-    absorbed,
     after_weights,
     conjunction,
     finish_rows,
     hiders,
+    learns_hidden_rows,
     may_empty_rows,
     muted,
     operands,
@@ -87,7 +87,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
         mask = attn_mask(site, build, target, x)
     else:
         rows = rows_of(site, build, build.value(x.q).dtype)
-        x = absorbed(site, build, target, rows, x)
+        x = _with_absorbed_scores(site, build, target, rows, x)
         mask = _levels_and_biases(site, build, rows, build.value(x.q).dtype)
     if spec.sink is not None:
         x, mask = _with_sink(site, build, target, x, mask)
@@ -95,6 +95,24 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     if rows is not None:
         out = finish_rows(site, build, out, original, scale, rows, target)
     return build.cast(after_weights(site, build, out), spec.out_dtype)
+
+
+def _with_absorbed_scores(site: Site, build: Builder, target: Target, rows: Rows, x: Operands) -> Operands:
+    """The operands, with scores of zero in rows that see no key, where a fill absorbs the scores.
+
+    In training under a bias that may hold fills, the weights of such a row are known only at run time, and so
+    are the gradients of its scores.  There each score is written as ``q·k - q·k``, over twice the features,
+    and the second product has no gradients.
+
+    Raises:
+        Refused: the gradients of such rows are not known.
+    """
+    if not learns_hidden_rows(site, build, target):
+        return Operands(muted(build, rows, x.q), x.k, x.v)
+    hidden = build.cast(build.op("logical_not", rows.seen), build.value(x.q).dtype)
+    negative = build.op("neg", build.op("mul", build.op("detach", x.q), hidden))
+    q = build.op("cat", [x.q, negative], 3)
+    return Operands(q, build.op("cat", [x.k, build.op("detach", x.k)], 3), x.v)
 
 
 def _levels_and_biases(site: Site, build: Builder, rows: Rows, dtype: torch.dtype) -> fx.Node:
@@ -278,8 +296,8 @@ def _forms(site: Site, build: Builder, x: Operands) -> Iterator[tuple[Operands, 
     if dense is not None:
         forms = [(dense, None)]
         yield dense, grouped, None
-    ordered = site.space.facts.at_most(width, head_dim) or site.space.facts.at_most(head_dim, width)
-    if head_dim != width and ordered:
+    at_most = site.space.facts.at_most
+    if head_dim != width and (at_most(width, head_dim) or at_most(head_dim, width)):
         forms.append((_same_width(site, build, forms[0][0], head_dim), width))
         yield forms[-1][0], grouped, width
     for form, cut in forms if grouped else ():

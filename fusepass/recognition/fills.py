@@ -66,12 +66,13 @@ class Fills:
         """
         product = self.meanings.computed
         merged = merge_scales(without_exact_casts(written, product))
-        rounded = {} if any(isinstance(m, Cast) for m in merged) else roundings(written, product)
+        all_rounded = roundings(written, product)
+        rounded = {} if any(isinstance(m, Cast) for m in merged) else all_rounded
         scores = [self._rounded(self.meanings.understood(m), m, rounded) for m in merged]
         scores = [self._overflown(m, self.core.dtype, product) for m in scores]
         pairs = zip(scores, merged, strict=True)
         self.partly = [m for m, as_merged in pairs if self._absorbs_in_part(m, as_merged, rounded)]
-        self._check_narrowed(scores, roundings(written, product))
+        self._check_narrowed(scores, all_rounded)
         casts = [DTYPES[m.dtype] for m in written if isinstance(m, Cast)]
         self.overflows = self._overflowing(scores, [self.core.dtype, product, *casts])
         return self._floored(self._finite(self._filled(scores)))

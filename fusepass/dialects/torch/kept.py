@@ -7,6 +7,7 @@ autocast or a transform, with a gradient of its own, or where its results are no
 
 from __future__ import annotations
 
+import logging
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,8 @@ from fusepass.dialects.torch.expansion import Expansion
 from fusepass.dialects.torch.nodes import is_pytorchs, value_of
 from fusepass.host.surroundings import graph_context
 
+log = logging.getLogger("fusepass")
+
 #: What a call's steps take over from it.
 _SOURCE = ("stack_trace", "nn_module_stack")
 
@@ -32,8 +35,9 @@ def written_out(graph: fx.Graph) -> Iterator[Expansion]:
     for call in calls:
         try:
             traced = _trace(call)
-        except Exception:
-            continue  # what cannot be traced stays one call; where it matters to a site, the report names it
+        except Exception:  # what cannot be traced stays one call; where it matters, the report names it
+            log.debug("fusepass: '%s' is not written out", call.name, exc_info=True)
+            continue
         if traced is not None and (expansion := _copied(call, *traced)) is not None:
             expansion.engage()
             yield expansion
