@@ -185,6 +185,8 @@ def shift(term: Term, scope: Scope) -> list[Peel] | None:
     free = [Peel(term.argument(i)) for i in sides if term.expr.op == "add" or i == 0]
     if term.expr.op == "sub" and 1 in sides:
         free.append(Peel(Term(pointwise("neg", term.expr.args[1]), term.argument(1).index)))
+    if free:
+        scope.note_shift(scope.above)
     return free or None
 
 

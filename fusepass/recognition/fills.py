@@ -85,7 +85,7 @@ class Fills:
         """
         if self.partly and not (rows_seen and all(isinstance(m, Mask) for m in self.partly)):
             raise Refuse(
-                f"'{self.partly[0]}' absorbs scores in part, and the scores are scaled afterwards",
+                f"'{self.partly[0]}' absorbs scores in part, after a shift or before a scale",
                 self.core.scores.expr,
             )
         if self.overflows is not None and not rows_seen:
@@ -137,7 +137,11 @@ class Fills:
     def _rounded(
         self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, Written]
     ) -> ScoreModifier:
-        """A mask whose fill becomes minus infinity, since it overflows when the scores are rounded."""
+        """A mask whose fill becomes minus infinity, since it overflows when the scores are rounded.
+
+        Raises:
+            Refuse: it becomes infinity or NaN.
+        """
         if not isinstance(mod, Mask) or not isinstance(merged, (Mask, Bias)) or not math.isfinite(mod.fill):
             return mod
         written = rounded.get(merged.slot)
@@ -158,14 +162,18 @@ class Fills:
                 most = torch.finfo(DTYPES[step.dtype]).max
             fill = fill * step.factor if isinstance(step, Scale) else step.hidden(fill)
             fill = fill if abs(fill) <= most else math.copysign(math.inf, fill)
+        if fill == math.inf or math.isnan(fill):
+            raise Refuse(
+                f"the fill of '{mod}' overflows, and becomes {fill} when it is scaled", self.core.scores.expr
+            )
         return self._infinite(mod) if fill == -math.inf else mod
 
     def _absorbs_in_part(
         self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, Written]
     ) -> bool:
-        """Does adding a mask or a constant round the scores, and does a later scale round them again?
+        """Does adding a mask or a constant round the scores, and are other numbers rounded than were written?
 
-        If the scale moved before the addition, other numbers would be rounded.
+        So it is if a shift before the addition was dropped, or if a scale moved before it.
         """
         if not isinstance(mod, (Mask, Bias)) or not isinstance(merged, (Mask, Bias)):
             return False
@@ -175,14 +183,16 @@ class Fills:
         if written is None:
             return False
         scale = math.prod(abs(step.factor) for step in written.steps if isinstance(step, Scale))
-        if math.frexp(scale)[0] == 0.5 and not written.scaled_by_tensor:
+        shifted = merged.slot in self.scope.shifted
+        if math.frexp(scale)[0] == 0.5 and not written.scaled_by_tensor and not shifted:
             return False
         if isinstance(mod, Bias):
             fill = -self.meanings.constants(mod) / abs(mod.factor) if mod.factor else 0.0
             inexact = rounds_scores(-fill, written.dtype)
         else:
             fill, inexact = mod.fill, mod.additive
-        return inexact and math.isfinite(fill) and not absorbs(fill, written.dtype, USUAL_SCORES * scale)
+        most = USUAL_SCORES * scale * (2 if shifted else 1)
+        return inexact and math.isfinite(fill) and not absorbs(fill, written.dtype, most)
 
     def _unabsorbed_bias(self, scores: Sequence[ScoreModifier], *dtypes: torch.dtype) -> Bias | None:
         """A bias of constants that a later additive mask does not absorb, so that hidden scores still differ.

@@ -131,7 +131,9 @@ class Meanings:
         visible = [masks.conjuncts(self.mask_visible(m)) for m in spec.masks if spec.hides(m)]
         hidden = {c for parts in visible for c in parts}
         covers = hidden <= kept and all(visible)
-        return replace(mod, axes=axes, implied=kept <= hidden, covers=covers)
+        # In a row whose visible keys a bias hides as well, keys that only have a low score get weights.
+        levels = any(isinstance(m, Bias) and m.hides for m in spec.scores) and spec.fills_are_finite
+        return replace(mod, axes=axes, implied=kept <= hidden and not levels, covers=covers)
 
     def _visible(self, slot: int, attends: bool) -> Expr:
         formula = self.formulas.lift(self.scope.operands[slot])

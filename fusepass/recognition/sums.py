@@ -73,6 +73,8 @@ class Sums:
             later = scores.modifiers[at + 1 :]
             cancels = not self.scope.sunk and all(m.keeps_shift for m in later)
             kept = self._without_rows(mod) if isinstance(mod, Bias) and cancels else mod
+            if kept is not mod:
+                self.scope.note_shift(later)
             mods += [] if kept is None else [kept]
         return replace(scores, modifiers=mods)
 

@@ -17,7 +17,7 @@ import torch
 from fusepass.expressions.contents import Contents
 from fusepass.expressions.index import Affine, AxisSpace, Facts
 from fusepass.expressions.ir import POINTWISE, Expr
-from fusepass.specification.attention import ScoreModifier, WeightModifier
+from fusepass.specification.attention import Bias, Mask, ScoreModifier, WeightModifier
 
 STEP_LIMIT = 200
 
@@ -125,6 +125,7 @@ class Scope:
     readable: Callable[[Expr], bool] = always  # whether a kernel can still be given an expression's value
     sunk: bool = False  # the softmax has a sink, or exponentials without a maximum subtracted
     above: Sequence[ScoreModifier] = ()  # what has been peeled off the scores so far
+    shifted: set[int] = field(default_factory=set)  # slots of what is added to scores after a dropped shift
 
     @property
     def facts(self) -> Facts:
@@ -174,6 +175,10 @@ class Scope:
         Modifiers that keep it say so (``keeps_shift``).  With a sink a shift does not cancel.
         """
         return not self.sunk and all(m.keeps_shift for m in self.above)
+
+    def note_shift(self, later: Sequence[ScoreModifier]) -> None:
+        """A shift is dropped, and these modifiers follow it: they are now added to other numbers."""
+        self.shifted.update(m.slot for m in later if isinstance(m, (Bias, Mask)))
 
     def varies_over_keys(self, term: Term) -> bool:
         """Does the term depend on the key position?"""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -134,13 +134,21 @@ class Attention:
 
     @property
     def hiding_alone(self) -> tuple[Mask, ...]:
-        """The masks that hide, each on its own, if no later mask replaces what they fill."""
+        """The masks that hide, each on its own, if nothing later brings back what they fill.
+
+        Later masks that replace scores may do so, and biases that may hide: they are ignored.
+        """
         return tuple(
             mod
             for at, mod in enumerate(self.scores)
             if isinstance(mod, Mask)
-            and self._stays_hidden((mod, *filter(_replaces_nothing, self.scores[at + 1 :])), 0)
+            and self._stays_hidden((mod, *filter(_brings_nothing_back, self.scores[at + 1 :])), 0)
         )
+
+    @property
+    def fills_are_finite(self) -> bool:
+        """Does any mask write a finite number?"""
+        return any(m.fill != -math.inf for m in self.masks)
 
     @property
     def fills_stay_finite(self) -> bool:
@@ -240,8 +248,8 @@ def fill_levels(scores: Sequence[ScoreModifier], at: int) -> Iterator[float | No
     yield from fills_after(scores, at, mask.fill)
 
 
-def _replaces_nothing(mod: ScoreModifier) -> bool:
-    return not isinstance(mod, Mask) or mod.additive
+def _brings_nothing_back(mod: ScoreModifier) -> bool:
+    return not (isinstance(mod, Mask) and not mod.additive) and not (isinstance(mod, Bias) and mod.hides)
 
 
 def dtype_of_sum(mask: Mask, *dtypes: torch.dtype) -> torch.dtype:
@@ -274,7 +282,8 @@ def empty_rows(spec: Attention) -> str:
         ``"zero"``; ``"nan"``; ``"mean"``, the mean of the values of the keys with the highest fill, which are
         all keys where :func:`one_level` holds; or ``"unknown"``: it depends on scores, biases or a sink.
     """
-    if spec.sink is not None or not all(map(spec.hides, spec.masks)) or not _keeps_levels(spec):
+    known = replace(spec, scores=tuple(m for m in spec.scores if not (isinstance(m, Bias) and m.hides)))
+    if spec.sink is not None or not known.masks_hide() or not _keeps_levels(spec):
         return "unknown"
     infinite = any(m.fill == -math.inf for m in spec.masks)
     for weight in spec.weights:

@@ -43,9 +43,9 @@ def gradients(
     for weight, before in zip(reversed(spec.weights), reversed(weights[:-1]), strict=True):
         dw = weight.backward(dw, before, operands, found)
     w = weights[0]
-    mean = (dw * w).sum(-1, keepdim=True)
-    ds = (w * (dw - mean)).to(scores[-1].dtype)
+    ds = torch._softmax_backward_data(dw, w, -1, w.dtype).to(scores[-1].dtype)
     if spec.sink is not None:
+        mean = (dw * w).sum(-1, keepdim=True)
         add_gradient(found, spec.sink.slot, -mean * (1 - w.sum(-1, keepdim=True)))
     for score, before in zip(reversed(spec.scores), reversed(scores[:-1]), strict=True):
         ds = score.backward(ds, before, operands, found)

@@ -346,7 +346,8 @@ class LeakyReLU(ScoreModifier):
         return torch.where(x > 0, x, x * self.slope) if self.slope else x.relu()
 
     def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
-        return torch.where(before > 0, grad, grad * self.slope if self.slope else torch.zeros_like(grad))
+        low = grad * self.slope if self.slope else torch.zeros_like(grad)
+        return torch.where(before <= 0, low, grad)  # a NaN passes
 
     def hidden(self, fill: float) -> float | None:
         return fill if fill > 0 else fill * self.slope if self.slope else 0.0

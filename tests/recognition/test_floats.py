@@ -209,6 +209,17 @@ def rows_absorbed_in_part_and_divided_by_a_tensor(s: Tensor) -> Tensor:
 
 
 @unsound
+def rows_absorbed_in_part_after_a_shift(s: Tensor) -> Tensor:
+    s = s * 4 - (s * 4).amax(-1, keepdim=True)
+    return (s + (~ROWS).float() * -1e8).softmax(-1)
+
+
+@unsound
+def nan_through_a_rectifier(s: Tensor) -> Tensor:
+    return (s + (~ROWS).float() * -INF).relu().softmax(-1)
+
+
+@unsound
 def fills_that_overflow_before_they_are_cleaned(s: Tensor) -> Tensor:
     s = s.masked_fill(~ROWS, LOW) + torch.zeros(N, 1).masked_fill(~ROWS, LOW)
     return s.nan_to_num().softmax(-1)
@@ -679,3 +690,56 @@ def test_rows_of_a_number_that_half_precision_does_not_hold(kernel: str) -> None
 
     given: Any = {name: t[:, :, :1].half() if name != "q" else t.half() for name, t in inputs().items()}
     agrees(program, kernel, close=1e-2, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_fill_that_overflows_and_changes_its_sign(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = torch.where(ROWS, q @ k.mT, torch.finfo(q.dtype).min) * 4 * -0.5
+        return s.softmax(-1, dtype=torch.float32).nan_to_num(0.0).to(v.dtype) @ v
+
+    agrees(program, kernel, close=1e-2, **{name: t.half() for name, t in inputs().items()})
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_that_a_fill_hides_beside_an_unknown_bias_in_half(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        s = q @ k.mT + torch.zeros(N, N).masked_fill(~ROWS, -1e9)
+        return (b + s).softmax(-1).to(v.dtype) @ v
+
+    given: Any = {name: t.half() for name, t in inputs().items()}
+    agrees(program, kernel, close=1e-2, b=torch.randn(N).half(), **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_weights_that_are_zeroed_where_a_bias_hides_the_rest(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        s = torch.where(CAUSAL, q @ k.mT, LOW) + b
+        return s.softmax(-1).masked_fill(~CAUSAL, 0.0) @ v
+
+    bias = torch.zeros(N).index_fill(0, torch.tensor([0]), -INF)
+    agrees(program, kernel, b=bias)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nan_gradients_pass_a_rectifier(kernel: str) -> None:
+    gradients_agree(attention_with(nan_through_a_rectifier), kernel)
+
+
+def test_gradients_of_a_softmax_in_half_cancel_as_eager_s_do() -> None:
+    """The factor of a row that is hidden has no gradient, and its scores are large."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        s = (q @ k.mT).masked_fill(~ROWS, -1e4).half() / (t.abs() + 1)
+        return s.softmax(-1).to(v.dtype) @ v
+
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        given = {n: t[..., :2, :] for n, t in inputs().items()} | {"q": inputs()["q"][..., :1, :]}
+        t = torch.tensor(0.5, requires_grad=True)
+        options: Any = {"inner": "aot_eager", "kernel": "reference"}
+        call: Any = torch.compile(program, backend="fusepass", options=options) if compiled else program
+        call(**given, t=t).square().sum().backward()
+        found.append(t.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-2)
