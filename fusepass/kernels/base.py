@@ -350,7 +350,8 @@ def _reached(site: Site, build: Builder, top: fx.Node) -> fx.Node:
     """Are the highest levels of rows above the fills of masks, and too small to absorb scores?"""
     known = torch.finfo(build.value(top).dtype)
     bound = min(max(FILL, 2 * USUAL_SCORES / known.eps), 0.99 * known.max)
-    highest = max((m.fill for m in site.spec.masks if site.spec.hides(m)), default=-math.inf)
+    known_fills = site.spec.without_hiding_biases
+    highest = max((m.fill for m in known_fills.masks if known_fills.hides(m)), default=-math.inf)
     low, high = (build.number(n, top) for n in (max(-bound, 0.99 * highest), bound))
     usual = build.op("logical_and", build.op("lt", low, top), build.op("lt", top, high))
     return build.op("logical_or", usual, build.op("isnan", top))  # kernels return NaN for NaN

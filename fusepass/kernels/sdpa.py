@@ -226,6 +226,7 @@ def _absorbs(spec: Attention, target: Target, dtype: torch.dtype) -> bool:
     """
     one = len(spec.masks) == 1 == len(hiders(spec)) and empty_rows(spec) == "mean"
     one = one and (spec.masks[0].additive or absorbs(spec.masks[0].fill, dtype))
+    one = one and spec.masks[0].fill >= torch.finfo(dtype).min
     return one and target.device == "cpu" and not target.training and dtype is not torch.float16
 
 

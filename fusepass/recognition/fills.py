@@ -195,21 +195,21 @@ class Fills:
         return inexact and math.isfinite(fill) and not absorbs(fill, written.dtype, most)
 
     def _unabsorbed_bias(self, scores: Sequence[ScoreModifier], *dtypes: torch.dtype) -> Bias | None:
-        """A bias of constants that a later additive mask does not absorb, so that hidden scores still differ.
+        """A bias of constants that an additive mask does not absorb, so that hidden scores still differ.
 
         Args:
             scores: the modifiers.
             dtypes: of the scores, and of the softmax.
         """
-        for at, mod in enumerate(scores):
+        added = [m for m in scores if isinstance(m, Mask) and m.additive]
+        for mod in scores:
             if (
                 not isinstance(mod, Bias)
                 or mod.hides
                 or (most := self.meanings.constants(mod)) <= USUAL_SCORES
             ):
                 continue
-            after = (m for m in scores[at + 1 :] if isinstance(m, Mask) and m.additive)
-            if not all(absorbs(m.fill, dtype_of_sum(m, *dtypes), most) for m in after):
+            if not all(absorbs(m.fill, dtype_of_sum(m, *dtypes), most) for m in added):
                 return mod
         return None
 

@@ -119,6 +119,12 @@ class Attention:
         """
         return self._stays_hidden(self.scores, max(n for n, mod in enumerate(self.scores) if mod == mask))
 
+    @property
+    def without_hiding_biases(self) -> Attention:
+        """The same, without the biases that may hold fills: they may bring back what a mask hides."""
+        kept = tuple(m for m in self.scores if not (isinstance(m, Bias) and m.hides))
+        return replace(self, scores=kept)
+
     def masks_hide(self) -> bool:
         """Do all masks hide for good?"""
         return all(map(self.hides, self.masks))
@@ -282,8 +288,7 @@ def empty_rows(spec: Attention) -> str:
         ``"zero"``; ``"nan"``; ``"mean"``, the mean of the values of the keys with the highest fill, which are
         all keys where :func:`one_level` holds; or ``"unknown"``: it depends on scores, biases or a sink.
     """
-    known = replace(spec, scores=tuple(m for m in spec.scores if not (isinstance(m, Bias) and m.hides)))
-    if spec.sink is not None or not known.masks_hide() or not _keeps_levels(spec):
+    if spec.sink is not None or not spec.without_hiding_biases.masks_hide() or not _keeps_levels(spec):
         return "unknown"
     infinite = any(m.fill == -math.inf for m in spec.masks)
     for weight in spec.weights:

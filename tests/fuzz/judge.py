@@ -126,6 +126,7 @@ def coarseness(program: Program) -> float:
         r"torch\.float64": single / 8,  # most masks, and softmaxes now and then, are of single precision
         r"-1e4|-10000|-30000|\* 100\b": 1e4 * single / 64,  # scores so large, and their log-sum-exp
         LARGE: 256 * single,  # scores so large, and their gradients
+        r"\+= \w+\.sum\(": 4 * single,  # keys, and so scores, many times as large
         r"softmax\([^()]*float16|\.half\(\)\.(log_)?softmax": half,  # rounded weights, and their gradients
     }
     coarse = [eps for text, eps in found.items() if re.search(text, program.text)]

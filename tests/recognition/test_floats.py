@@ -215,6 +215,18 @@ def rows_absorbed_in_part_after_a_shift(s: Tensor) -> Tensor:
 
 
 @unsound
+def a_bias_that_a_fill_before_it_does_not_absorb(s: Tensor) -> Tensor:
+    s = s + (~ROWS).float() * -1e9
+    return (s + torch.where(KEYS, 0.0, -1e4)).softmax(-1)
+
+
+@unsound
+def rows_below_single_precision(s: Tensor) -> Tensor:
+    s = s.double() + (~ROWS).double() * torch.finfo(torch.float64).min
+    return s.softmax(-1).float()
+
+
+@unsound
 def nan_through_a_rectifier(s: Tensor) -> Tensor:
     return (s + (~ROWS).float() * -INF).relu().softmax(-1)
 
@@ -698,7 +710,8 @@ def test_a_fill_that_overflows_and_changes_its_sign(kernel: str) -> None:
         s = torch.where(ROWS, q @ k.mT, torch.finfo(q.dtype).min) * 4 * -0.5
         return s.softmax(-1, dtype=torch.float32).nan_to_num(0.0).to(v.dtype) @ v
 
-    agrees(program, kernel, close=1e-2, **{name: t.half() for name, t in inputs().items()})
+    given: Any = {name: t.half() for name, t in inputs().items()}
+    agrees(program, kernel, close=1e-2, **given)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -709,6 +722,17 @@ def test_rows_that_a_fill_hides_beside_an_unknown_bias_in_half(kernel: str) -> N
 
     given: Any = {name: t.half() for name, t in inputs().items()}
     agrees(program, kernel, close=1e-2, b=torch.randn(N).half(), **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("replaced", [True, False])
+def test_rows_that_a_fill_hides_before_an_unknown_bias(kernel: str, replaced: bool) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        s = q @ k.mT
+        s = s.masked_fill(~ROWS, -1e8) if replaced else s + torch.zeros(N, N).masked_fill(~ROWS, -1e9)
+        return (s + b).softmax(-1) @ v
+
+    agrees(program, kernel, b=torch.randn(H, N, N) * 6)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
