@@ -45,6 +45,29 @@ def _quotients(size: Any) -> list[Any]:
     return [e for e in sympy.preorder_traversal(size) if type(e).__name__ in _QUOTIENTS]
 
 
+def _polynomial(a: Size, b: Size) -> Size | None:
+    """``a / b`` where that is a polynomial of sizes and of integer quotients, with integer coefficients."""
+    if b == 0:
+        return None
+    ratio = sympy.cancel(sympy.sympify(a) / b)
+    opaque = {part: sympy.Dummy(integer=True) for part in _quotients(ratio)}
+    whole = ratio.xreplace(opaque)
+    exact = (
+        whole.is_polynomial() and all(c.is_Integer for c in sympy.Poly(whole).coeffs())
+        if whole.free_symbols
+        else whole.is_Integer
+    )
+    return simplify_size(ratio) if exact else None
+
+
+def _without_ratios(claim: Any) -> Any:
+    """A comparison of ratios as one of integers, which PyTorch can evaluate; None if there is none."""
+    if not any(p.exp.is_negative for p in claim.atoms(sympy.Pow)):
+        return claim
+    above, below = sympy.fraction(sympy.together(claim.lhs - claim.rhs))
+    return claim.func(sympy.expand(above), 0) if below.is_positive else None
+
+
 class Facts:
     """What is known about sizes.  Answers are proofs: ``False`` means "not proved", never "disproved".
 
@@ -56,7 +79,8 @@ class Facts:
         self._env = shape_env
         self._memo: dict[tuple[str, Size, Size], bool] = {}
         self._numbers: dict[Any, Any] = {}
-        self._read = 0  # how many guards were read for numbers
+        self._same: dict[Any, list[Any]] = {}  # the sizes that guards equate with a size
+        self._read = 0  # how many guards were read
 
     def _ask(self, kind: str, a: Size, b: Size) -> bool:
         key = (kind, a, b)
@@ -71,7 +95,8 @@ class Facts:
             return False
         if self._env is None:
             return bool(sympy.simplify(claim) is sympy.true)
-        return self._env._maybe_evaluate_static(claim) is sympy.true
+        whole = _without_ratios(claim)
+        return whole is not None and self._env._maybe_evaluate_static(whole) is sympy.true
 
     def settled(self, size: Size) -> Size:
         """A size in which divisions are ratios, where they are proved to be exact, and in which symbols that
@@ -98,15 +123,27 @@ class Facts:
 
     def _known_numbers(self) -> dict[Any, Any]:
         """The symbols that guards equate with numbers, in equations of a single symbol."""
+        self._read_guards()
+        return self._numbers
+
+    def _known_equal(self, size: Any) -> list[Any]:
+        """Other ways to write a size: what guards equate it with."""
+        if self._env is None:
+            return []
+        self._read_guards()
+        return self._same.get(size, [])
+
+    def _read_guards(self) -> None:
         new = self._env.guards[self._read :]
         self._read += len(new)
         for claim in (g.expr for g in new if isinstance(g.expr, sympy.Eq)):
+            self._same.setdefault(claim.lhs, []).append(claim.rhs)
+            self._same.setdefault(claim.rhs, []).append(claim.lhs)
             rest = sympy.expand(self._with_ratios(claim.lhs) - self._with_ratios(claim.rhs))
             symbols = list(rest.free_symbols)
             if len(symbols) == 1 and rest.is_polynomial() and sympy.degree(rest, symbols[0]) == 1:
                 value = -rest.coeff(symbols[0], 0) / rest.coeff(symbols[0], 1)
                 self._numbers |= {symbols[0]: value} if value.is_Integer else {}
-        return self._numbers
 
     def equal(self, a: Size, b: Size) -> bool:
         """Is ``a == b`` for every input the graph may be given?"""
@@ -149,16 +186,8 @@ class Facts:
             return a // b if b and a % b == 0 else None
         if self.equal(a, b):
             return 1
-        a, b = self.settled(a), self.settled(b)
-        if b == 0:
-            return None
-        ratio = sympy.cancel(sympy.sympify(a) / b)
-        exact = (
-            ratio.is_polynomial() and all(c.is_Integer for c in sympy.Poly(ratio).coeffs())
-            if ratio.free_symbols
-            else ratio.is_Integer
-        )
-        return simplify_size(ratio) if exact else None
+        pairs = ((self.settled(a), self.settled(b)), (a, b), *((n, b) for n in self._known_equal(a)))
+        return next((r for n, m in pairs if (r := _polynomial(n, m)) is not None), None)
 
 
 @dataclass(frozen=True)

@@ -348,3 +348,29 @@ def test_guards_prove_exact_divisions_and_numbers() -> None:
     assert env.evaluate_expr(sympy.Eq(third, 3)) == True  # noqa: E712
     assert facts.equal(size, 9) and facts.settled(third) == 3 and facts.at_most(size, 9)
     assert not facts.equal(other, 12) and not facts.at_most(other, 12)
+
+
+def test_a_size_that_a_guard_equates_with_a_product_is_divided_as_that_product() -> None:
+    env = ShapeEnv()
+    heads, width = (
+        env.create_unspecified_symbol(n, ConstantSource(f"size{n}"), DimDynamic.DYNAMIC) for n in (6, 24)
+    )
+    groups = FloorDiv(width, FloorDiv(width, 3))
+    facts = Facts(env)
+    assert facts.quotient(2 * groups, 2) == groups and facts.quotient(heads, 2) is None
+    assert env.evaluate_expr(sympy.Eq(heads, 2 * groups)) == True  # noqa: E712
+    assert facts.quotient(heads, 2) == groups and facts.quotient(heads, 3) is None
+
+
+def test_ratios_are_compared_as_integers() -> None:
+    """PyTorch evaluates no negative powers: a claim about a ratio is one about its numerator."""
+    env = ShapeEnv()
+    size, part = (
+        env.create_symbol(
+            n, source=ConstantSource(f"size{n}"), dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+        )
+        for n in (12, 4)
+    )
+    facts = Facts(env)
+    assert facts.at_most(size / part, 2 * size / part) and not facts.at_most(size, size / part)
+    assert facts.equal(size / part, size * part / part**2) and not facts.equal(size / part, 3)
