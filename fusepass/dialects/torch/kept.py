@@ -85,9 +85,9 @@ def _has_own_gradient(out: torch.Tensor) -> bool:
         step = todo.pop()
         if isinstance(step, torch.autograd.function.BackwardCFunction):
             return True
-        fresh = [] if step is None else [n for n, _ in step.next_functions if n not in seen]
-        seen.update(fresh)
-        todo.extend(fresh)
+        unseen = [] if step is None else [n for n, _ in step.next_functions if n not in seen]
+        seen.update(unseen)
+        todo.extend(unseen)
     return False
 
 
