@@ -140,7 +140,7 @@ def test_kernels_that_do_not_name_it_refuse_it(squash: Any) -> None:
 @pytest.mark.parametrize(
     ("member", "wrong"),
     [
-        ("backward", lambda self, grad, before, operands, found: grad),
+        ("backward", lambda self, grad, before, operands, gradients: grad),
         ("scaled", lambda self, factor: self),
         ("hidden", lambda self, fill: fill),
         ("keeps_shift", property(lambda self: True)),
