@@ -21,7 +21,7 @@ DEEPEST = 32
 def summands(node: Expr, scope: Scope, depth: int = 0) -> list[Multiple]:
     """The multiples whose sum a tensor is; each broadcasts to the tensor.
 
-    A tensor that is no sum is the only one.
+    A tensor that is not a sum is its own only summand.
     """
     parts = _linear(node, scope) if depth < DEEPEST else None
     if parts is None:

@@ -140,7 +140,7 @@ def _side(
 
 
 def _pick(scope: Scope, chain: Sequence[Term], inner: Sequence[str]) -> tuple[Term, list[str]] | None:
-    """Of the tensors that may serve, the first that names its elements once, and its axes but the features.
+    """The first tensor of a chain that names its elements once, and its axes except the features.
 
     One without axes over which it is merely repeated is preferred.
     """

@@ -191,7 +191,7 @@ class Sums:
     def _fits(self, product: Product) -> bool:
         """Does one operand vary over the keys and not the queries, and the other over the queries alone?
 
-        A single query is no axis.  Fills that are multiplied are masks, and no features.
+        A single query is not an axis.  Fills that are multiplied are masks, not features.
         """
         if holds_fill(product.left.expr) or holds_fill(product.right.expr):
             return False

@@ -208,7 +208,7 @@ class Formulas:
 
         Returns:
             For every list the axis of its position, the mask, and new indices into it; and the values.  None
-            if two lists are read at one position, or something else than a column.
+            if two lists are read at one position, or something other than a column.
         """
         by_axis: dict[str, tuple[Expr, tuple[Affine, ...]]] = {}
         known: dict[Expr, Expr] = {}
