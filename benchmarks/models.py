@@ -152,18 +152,18 @@ def data(case: Case, config: Any, small: bool, device: str, labels: bool) -> dic
     if case.kind == "image":
         size = config.image_size
         pixels = torch.randn(batch, 3, size, size, generator=generator)
-        made = {"pixel_values": pixels.to(device, torch.bfloat16)}
-        return made | ({"labels": torch.arange(batch, device=device) % 10} if labels else {})
+        inputs = {"pixel_values": pixels.to(device, torch.bfloat16)}
+        return inputs | ({"labels": torch.arange(batch, device=device) % 10} if labels else {})
     words = torch.randint(0, config.vocab_size, (batch, length), generator=generator).to(device)
-    made = {"input_ids": words}
+    inputs = {"input_ids": words}
     if case.padded:
         first = torch.linspace(0, length // 2, batch).long()[:, None]
-        made["attention_mask"] = (torch.arange(length) >= first).long().to(device)
+        inputs["attention_mask"] = (torch.arange(length) >= first).long().to(device)
     if labels:
-        made["labels"] = words
+        inputs["labels"] = words
     elif case.kind == "pair":
-        made["decoder_input_ids"] = words
-    return made
+        inputs["decoder_input_ids"] = words
+    return inputs
 
 
 def measured(job: Job, exclusive: Exclusive) -> tuple[Row, bool]:
@@ -272,19 +272,19 @@ def lines(rows: list[Row]) -> list[list[str]]:
     table: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         table.setdefault((row.model, row.mode), {})[row.contender] = row
-    made = []
-    for (model, mode), found in table.items():
-        spent = {c: found[c].milliseconds if c in found else None for c in CONTENDERS}
+    table_rows = []
+    for (model, mode), by_contender in table.items():
+        spent = {c: by_contender[c].milliseconds if c in by_contender else None for c in CONTENDERS}
         by_hand = [t for c in ("sdpa", "flash_attention_2") if (t := spent[c]) is not None]
-        mine, row = spent["fusepass"], next(iter(found.values()))
+        mine, row = spent["fusepass"], next(iter(by_contender.values()))
         others = (spent["eager"], min(by_hand, default=None))
         fast = ["" if t is None or mine is None else f"{t / mine:.2f}" for t in others]
-        made.append(
+        table_rows.append(
             [model, mode, f"{row.batch} × {row.length}"]
             + ["" if spent[c] is None else f"{spent[c]:.2f}" for c in CONTENDERS]
-            + [*fast, found["fusepass"].kernels if "fusepass" in found else ""]
+            + [*fast, by_contender["fusepass"].kernels if "fusepass" in by_contender else ""]
         )
-    return made
+    return table_rows
 
 
 ABOUT = """\

@@ -272,16 +272,16 @@ def session(path: Path, provider: str, profile: Path | None = None) -> Any:
     return opened
 
 
-def bound(made: Any, feeds: dict[str, Any], provider: str) -> Any:
+def bound(session: Any, feeds: dict[str, Any], provider: str) -> Any:
     """Inputs and outputs on the device."""
     import onnxruntime as ort
 
-    binding = made.io_binding()
-    for value in made.get_inputs():
+    binding = session.io_binding()
+    for value in session.get_inputs():
         binding.bind_ortvalue_input(
             value.name, ort.OrtValue.ortvalue_from_numpy(feeds[value.name], provider, 0)
         )
-    for value in made.get_outputs():
+    for value in session.get_outputs():
         binding.bind_output(value.name, provider)
     return binding
 

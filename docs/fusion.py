@@ -28,8 +28,8 @@ HERE = Path(__file__).parent
 def kept(demo: Path, rows: Path) -> dict[str, Any]:
     """The numbers of the picture, out of what the two commands wrote."""
     memory = {
-        title: {way: cost["peak_bytes"] for way, cost in found["costs"].items()}
-        for title, found in json.loads(demo.read_text()).items()
+        title: {way: cost["peak_bytes"] for way, cost in case["costs"].items()}
+        for title, case in json.loads(demo.read_text()).items()
     }
     measured = [json.loads(line) for line in rows.read_text().splitlines()]
     if failed := [row["family"] for row in measured if "failed" in row]:

@@ -69,11 +69,11 @@ def _without_folders(text: str) -> str:
 
 def _outside_code(markdown: str, change: Any) -> str:
     """The page with everything changed except its fenced blocks."""
-    made, end = [], 0
+    parts, end = [], 0
     for block in FENCED.finditer(markdown):
-        made += [change(markdown[end : block.start()]), block[0]]
+        parts += [change(markdown[end : block.start()]), block[0]]
         end = block.end()
-    return "".join([*made, change(markdown[end:])])
+    return "".join([*parts, change(markdown[end:])])
 
 
 def _linked(markdown: str, place: str) -> set[str]:

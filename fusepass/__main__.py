@@ -393,14 +393,14 @@ def _run_as_main(script: str, module: bool, arguments: list[str]) -> None:
         runpy.run_path(script, run_name="__main__")
 
 
-def _show(found: Any, as_json: bool) -> None:
+def _show(result: Any, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(found.to_json(), indent=2))
+        print(json.dumps(result.to_json(), indent=2))
         return
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else 140
-    Console(width=width).print(found)
+    Console(width=width).print(result)
 
 
 if __name__ == "__main__":

@@ -163,12 +163,12 @@ def _is_squared_distance(term: Term, scope: Scope) -> bool | None:
 
     None where it is not; otherwise, whether ``q`` and ``k`` are one tensor.
     """
-    found = summands(term.expr, scope)
-    if len(found) != 3:
+    terms = summands(term.expr, scope)
+    if len(terms) != 3:
         return None
     squares: list[tuple[float, _Operand]] = []
     products: list[tuple[float, _Operand, _Operand]] = []
-    for factor, leaf in found:
+    for factor, leaf in terms:
         at = term.of(leaf)
         if (square := square_below(at, scope)) is not None:
             operand = _operand(square[0], square[1], scope)
@@ -200,9 +200,9 @@ def _operand(term: Term, axes: tuple[Affine, ...], scope: Scope) -> _Operand | N
         below = scope.step(term)
         if below is None and term.expr.op == "cast" and term.expr.args[0].is_float:
             below = term.argument(0)
-        if below is None and (found := summands(term.expr, scope)) and len(found) == 1:
-            below = term.of(found[0][1]) if found[0][1] is not term.expr else None
-            factor *= found[0][0]
+        if below is None and (multiples := summands(term.expr, scope)) and len(multiples) == 1:
+            below = term.of(multiples[0][1]) if multiples[0][1] is not term.expr else None
+            factor *= multiples[0][0]
         if below is None:
             break
         term = below
@@ -215,8 +215,8 @@ def _same(a: _Operand, b: _Operand, scope: Scope) -> bool:
     renamed = {a.axis: b.axis}
 
     def index(term: Term) -> list[Affine]:
-        found = (scope.space.resolve(i) for i in term.index)
-        return [Affine.of({renamed.get(n, n): c for n, c in i.terms}, i.const) for i in found]
+        indices = (scope.space.resolve(i) for i in term.index)
+        return [Affine.of({renamed.get(n, n): c for n, c in i.terms}, i.const) for i in indices]
 
     return a.term.expr is b.term.expr and index(a.term) == index(b.term)
 
@@ -229,9 +229,9 @@ def squares_differences(scores: Expr) -> bool:
         if node.op == "sum" and _is_squared_difference(under_casts(node.args[0])):
             return True
         if node.op not in ("dot", "input"):
-            fresh = [a for a in node.args if a not in seen]
-            seen.update(fresh)
-            todo.extend(fresh)
+            unseen = [a for a in node.args if a not in seen]
+            seen.update(unseen)
+            todo.extend(unseen)
     return False
 
 

@@ -42,9 +42,9 @@ def assign(
     Raises:
         Refuse: the operands do not fit attention, with the reason.
     """
-    found = [scope.axes(t) for t in (query, keys, values)]
+    operand_axes = [scope.axes(t) for t in (query, keys, values)]
     # Looking into the operands may split axes, so every list is made after that.
-    in_q, in_k, in_v = (scope.finest(axes) for axes in found)
+    in_q, in_k, in_v = (scope.finest(axes) for axes in operand_axes)
     value_axes = ordered(scope, [Affine(((a, 1),)) for a in value_axes])
     roles = Roles(value_dim=value_axes)
     roles.head_dim = ordered(scope, contracted)

@@ -46,22 +46,22 @@ class _Side:
 
 def joined(node: Expr) -> Expr | None:
     """``w[:m] . v1 + w[m:] . v2 = w . cat(v1, v2)``: the product that a sum of products is, or None."""
-    found = _summands(node) if node.op == "add" else []
-    if len(found) < 2:
+    parts = _summands(node) if node.op == "add" else []
+    if len(parts) < 2:
         return None
-    whole, dim, first = found[0].whole, found[0].dim, found[0].weights
-    if any(p.whole is not whole or p.dim != dim or p.weights != first for p in found):
+    whole, dim, first = parts[0].whole, parts[0].dim, parts[0].weights
+    if any(p.whole is not whole or p.dim != dim or p.weights != first for p in parts):
         return None
-    found.sort(key=lambda p: float(p.start) if isinstance(p.start, int) else math.inf)
+    parts.sort(key=lambda p: float(p.start) if isinstance(p.start, int) else math.inf)
     ends: list[Size] = [0]
-    for part in found:
+    for part in parts:
         if part.start != ends[-1]:
             return None
         ends.append(simplify_size(part.start + part.length))
     if ends[-1] != simplify_size(whole.shape[dim]):
         return None
-    weights = cast(whole, found[0].dtype)
-    values = _concatenated([p.values for p in found], "d0")
+    weights = cast(whole, parts[0].dtype)
+    values = _concatenated([p.values for p in parts], "d0")
     return None if values is None else _product(_Side(weights, first), values, node)
 
 
@@ -80,18 +80,18 @@ class _Part:
 
 def _summands(node: Expr) -> list[_Part]:
     """The products with slices of weights that ``node`` sums; none where it sums anything else."""
-    found: list[_Part] = []
+    parts: list[_Part] = []
     todo = [node]
-    while todo and len(found) < MOST_PARTS:
+    while todo and len(parts) < MOST_PARTS:
         at = todo.pop()
         sums = [a for a in at.args if a.op == "add"]
         for summand in at.args:
             part = _slice_times_values(summand)
             if summand.shape != node.shape or (summand not in sums and part is None):
                 return []
-            found += [part] if part is not None else []
+            parts += [part] if part is not None else []
         todo += sums
-    return [] if todo else found
+    return [] if todo else parts
 
 
 def _slice_times_values(node: Expr) -> _Part | None:
@@ -127,20 +127,20 @@ def split_softmaxes(product: Expr) -> list[Expr]:
         dim = int(whole.attrs[0])
         if weights.labels[dim] != "d0" or "d1" in weights.labels or _length(values) != whole.shape[dim]:
             continue
-        axis, made = values.labels.index("d0"), []
+        axis, products = values.labels.index("d0"), []
         start: Size = 0
         for part in whole.args:
             length = part.shape[dim]
             shape = (*values.node.shape[:axis], length, *values.node.shape[axis + 1 :])
             cut = expr("slice", (values.node,), (axis, start, 1), shape, values.node.dtype)
             pair = (cast(part, weights.node.dtype), cut)
-            made.append(
+            products.append(
                 expr(
                     "dot", pair if position == 0 else pair[::-1], product.attrs, product.shape, product.dtype
                 )
             )
             start = simplify_size(start + length)
-        return made
+        return products
     return [product]
 
 
@@ -164,8 +164,8 @@ def join(term: Term, scope: Scope) -> Peel | None:
     dim = int(node.attrs[0])
     if scope.space.resolve(term.index[dim]) != scope.space.resolve(scope.keys):
         return None
-    made = _joined_products(node, dim) or _common_layer(node, scope) or _own_layer(node, dim)
-    return None if made is None else Peel(Term(made, term.index))
+    rewritten = _joined_products(node, dim) or _common_layer(node, scope) or _own_layer(node, dim)
+    return None if rewritten is None else Peel(Term(rewritten, term.index))
 
 
 def _joined_products(node: Expr, dim: int) -> Expr | None:

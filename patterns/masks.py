@@ -110,16 +110,16 @@ def _diagonal(part: Expr, at: Positions, space: AxisSpace) -> Band | None:
 
 def letters(part: Expr, at: Positions, space: AxisSpace) -> set[str]:
     """The letters among b, h, i, j that a formula varies over."""
-    found: set[str] = set()
+    varied: set[str] = set()
     todo = [part]
     while todo:
         node = todo.pop()
         for value in node.attrs:
             if isinstance(value, Affine):
-                found |= {at.letters.get(a, "b") for a in space.resolve(value).axes}
+                varied |= {at.letters.get(a, "b") for a in space.resolve(value).axes}
         if node.op != "load":
             todo.extend(node.args)
-    return found
+    return varied
 
 
 def _loads(part: Expr) -> bool:

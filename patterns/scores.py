@@ -50,9 +50,9 @@ def holds_product(node: Expr) -> bool:
         if at.op == "dot" or (at.op == "sum" and at.args[0].op == "mul"):
             return True
         if at.op in POINTWISE or at.op in VIEWS:
-            fresh = [a for a in at.args if a not in seen]
-            seen.update(fresh)
-            todo.extend(fresh)
+            unseen = [a for a in at.args if a not in seen]
+            seen.update(unseen)
+            todo.extend(unseen)
         elif at.op == "cat" and all(holds_product(a) for a in at.args):
             return True
     return False
@@ -97,13 +97,13 @@ def softcap(term: Term, scope: Scope) -> Peel | None:
     if term.expr.op == "mul":
         for position in (0, 1):
             cap = number(term.expr.args[1 - position], scope)
-            found = _tanh_below(term.argument(position), scope)
-            if cap is not None and cap > 0 and found is not None:
-                return _capped(found, cap)
+            tanh = _tanh_below(term.argument(position), scope)
+            if cap is not None and cap > 0 and tanh is not None:
+                return _capped(tanh, cap)
     if term.expr.op == "div":
-        divisor, found = number(term.expr.args[1], scope), _tanh_below(term.argument(0), scope)
-        if divisor is not None and divisor > 0 and found is not None:
-            return _capped(found, 1.0 / divisor)
+        divisor, tanh = number(term.expr.args[1], scope), _tanh_below(term.argument(0), scope)
+        if divisor is not None and divisor > 0 and tanh is not None:
+            return _capped(tanh, 1.0 / divisor)
     return _capped(term, 1.0) if term.expr.op == "tanh" else None
 
 
@@ -226,7 +226,7 @@ def bias(term: Term, scope: Scope) -> list[Peel] | None:
     node = term.expr
     if node.op not in ("add", "sub"):
         return None
-    found = []
+    peels = []
     for side in score_sides(term):
         scores, factor = term.argument(side), 1.0
         if node.op == "sub" and side == 0:
@@ -234,8 +234,8 @@ def bias(term: Term, scope: Scope) -> list[Peel] | None:
         elif node.op == "sub":
             scores = Term(pointwise("neg", scores.expr), scores.index)
         added = Bias(scope.slot(term.argument(1 - side)), factor=factor, dtype=DTYPE_NAMES[node.dtype])
-        found.append(Peel(scores, added))
-    return found or None
+        peels.append(Peel(scores, added))
+    return peels or None
 
 
 @rule("mask: where(m, x, fill)", lambda: pointwise("where", eg.bits(), eg.scores(), eg.number(-math.inf)))
@@ -258,19 +258,19 @@ def mask(term: Term, scope: Scope) -> Peel | None:
 @rule("floor: max(x, c)", lambda: eg.binary("max", eg.scores(), eg.number(-1e300)))
 def floor(term: Term, scope: Scope) -> Peel | None:
     """A clamp from below at a negligible number: it only turns -inf fills into finite ones."""
-    found = _bounded(term, "max", scope)
-    if found is None or not negligible(found[1], term.expr.dtype):
+    bounded = _bounded(term, "max", scope)
+    if bounded is None or not negligible(bounded[1], term.expr.dtype):
         return None
-    return Peel(found[0], Floor(found[1]))
+    return Peel(bounded[0], Floor(bounded[1]))
 
 
 @rule("clamp: max(x, c), min(x, c)", lambda: eg.binary("min", eg.scores(), eg.number(0.5)))
 def clamp(term: Term, scope: Scope) -> Peel | None:
     """A clamp within reach of the scores, from either side."""
-    if (found := _bounded(term, "max", scope)) is not None:
-        return Peel(found[0], Clamp(found[1], math.inf))
-    if (found := _bounded(term, "min", scope)) is not None:
-        return Peel(found[0], Clamp(-math.inf, found[1]))
+    if (bounded := _bounded(term, "max", scope)) is not None:
+        return Peel(bounded[0], Clamp(bounded[1], math.inf))
+    if (bounded := _bounded(term, "min", scope)) is not None:
+        return Peel(bounded[0], Clamp(-math.inf, bounded[1]))
     return None
 
 

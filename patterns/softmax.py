@@ -112,9 +112,9 @@ def _is_maximum(shift: Expr, x: Expr, dim: int, casts: bool = True) -> bool:
 
 def _logits(node: Expr, scope: Scope) -> Expr | None:
     """The ``x`` of ``exp(x)``; of ``exp(x) * m`` and ``where(m, exp(x), 0)`` it is ``where(m, x, -inf)``."""
-    found = _exponential(node)
-    if found is not None:
-        return found
+    exponent = _exponential(node)
+    if exponent is not None:
+        return exponent
     if node.op == "where":
         condition, yes, no = node.args
         if scalar_of(no) == 0 and (x := _logits(under_casts(yes), scope)) is not None:
@@ -175,10 +175,10 @@ def _with_sink(term: Term, scores: Expr, denominator: Expr, numerator: Expr) -> 
                 "that is not a softmax, and it is not needed, because the sum is at least 1",
                 term.expr,
             )
-        found = _extra_logit(scores, extra)
-        if found is None:
+        split = _extra_logit(scores, extra)
+        if split is None:
             raise Refuse("the denominator adds a tensor to the row sum: not a softmax", term.expr)
-        rest, sink = found
+        rest, sink = split
         from_end = rest.rank - dim
         if sink.rank >= from_end and sink.shape[sink.rank - from_end] != 1:
             raise Refuse("the denominator adds a tensor that varies over the keys", term.expr)

@@ -21,7 +21,7 @@ DEEPEST = 32
 def summands(node: Expr, scope: Scope, depth: int = 0) -> list[Multiple]:
     """The multiples whose sum a tensor is; each broadcasts to the tensor.
 
-    A tensor that is no sum is the only one.
+    A tensor that is not a sum is its own only summand.
     """
     parts = _linear(node, scope) if depth < DEEPEST else None
     if parts is None:
@@ -72,8 +72,8 @@ def _linear(node: Expr, scope: Scope) -> list[Multiple] | None:
         return [(1.0, args[0]), (1.0 if node.op == "add" else -1.0, args[1])]
     if node.op in ("neg", "cast"):
         return [(-1.0 if node.op == "neg" else 1.0, args[0])]
-    if node.op in ("mul", "div") and (found := _factor(node, scope)) is not None:
-        return [found]
+    if node.op in ("mul", "div") and (multiple := _factor(node, scope)) is not None:
+        return [multiple]
     if node.op in VIEWS and args[0].op not in VIEWS:
         inner = _linear(args[0], scope)
         if inner is not None and all(part.shape == args[0].shape for _, part in inner):
@@ -99,16 +99,16 @@ def product_below(term: Term, scope: Scope) -> tuple[Product, Expr] | None:
     """The product of two tensors that a term is, behind views and casts, and its expression."""
     for below in _behind_views(term, scope):
         for rule in PRODUCTS:
-            if isinstance(found := rule.apply(below, scope), Product):
-                return found, below.expr
+            if isinstance(product := rule.apply(below, scope), Product):
+                return product, below.expr
     return None
 
 
 def square_below(term: Term, scope: Scope) -> tuple[Term, tuple[Affine, ...]] | None:
     """For a sum of squares over some axes, behind views and casts: what is squared, and the axes."""
-    found = product_below(term, scope)
-    if found is not None:
-        left, right, axes = found[0].left, found[0].right, found[0].axes
+    product = product_below(term, scope)
+    if product is not None:
+        left, right, axes = product[0].left, product[0].right, product[0].axes
         return (left, axes) if left == right else None
     total = next((t for t in _behind_views(term, scope) if t.expr.op == "sum"), None)
     return None if total is None else _sum_of_powers(total, scope)

@@ -46,8 +46,8 @@ def weight_sides(node: Expr) -> list[int]:
     A factor may be made of exponentials too, as in the differential transformer (arXiv 2410.05258), but it is
     smaller.
     """
-    found = [n for n, a in enumerate(node.args) if holds_softmax(a)]
-    return [n for n in found if node.args[n].shape == node.shape] or found
+    sides = [n for n, a in enumerate(node.args) if holds_softmax(a)]
+    return [n for n in sides if node.args[n].shape == node.shape] or sides
 
 
 @rule(

@@ -116,24 +116,24 @@ class Case:
     def inputs(self, device: str = "cuda") -> dict[str, Tensor]:
         torch.manual_seed(0)
         sizes = ((self.queries, self.heads), (self.keys, self.kv_heads), (self.keys, self.kv_heads))
-        found = {
+        tensors = {
             name: torch.randn(2, n, h, self.head_dim, device=device, dtype=self.dtype)
             for name, (n, h) in zip("qkv", sizes, strict=True)
         }
         if self.extra == "sinks":
-            found["sinks"] = torch.randn(self.heads, device=device, dtype=self.dtype)
+            tensors["sinks"] = torch.randn(self.heads, device=device, dtype=self.dtype)
         if self.extra == "slopes":
-            found["slopes"] = 2.0 ** -torch.arange(1, self.heads + 1, device=device, dtype=self.dtype)
+            tensors["slopes"] = 2.0 ** -torch.arange(1, self.heads + 1, device=device, dtype=self.dtype)
         if self.extra == "keep":
             lengths = torch.tensor([self.keys, self.keys // 2 - 3], device=device)
-            found["keep"] = torch.arange(self.keys, device=device) < lengths[:, None]
+            tensors["keep"] = torch.arange(self.keys, device=device) < lengths[:, None]
         if self.extra == "left":  # padding on the left: the first queries see no key
             starts = torch.tensor([0, self.keys // 2 - 3], device=device)
-            found["keep"] = torch.arange(self.keys, device=device) >= starts[:, None]
+            tensors["keep"] = torch.arange(self.keys, device=device) >= starts[:, None]
         if self.extra == "label":
             cuts = torch.tensor([[100, 150], [7, 290]], device=device)
-            found["label"] = (torch.arange(self.keys, device=device) >= cuts[:, :, None]).sum(1)
-        return found
+            tensors["label"] = (torch.arange(self.keys, device=device) >= cuts[:, :, None]).sum(1)
+        return tensors
 
 
 CASES = {

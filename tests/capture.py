@@ -36,9 +36,9 @@ def meaning(fn: Program, *args: Any, dynamic: bool | None = None) -> tuple[Expr,
     gm = dynamo_graph(fn, *args, dynamic=dynamic)
     reader = Reader(gm.graph, gm)
     output = next(n for n in gm.graph.nodes if n.op == "output")
-    found = reader.meaning[output.args[0][0]]
-    assert isinstance(found, Expr)
-    return found, reader
+    result = reader.meaning[output.args[0][0]]
+    assert isinstance(result, Expr)
+    return result, reader
 
 
 def compiled(

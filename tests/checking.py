@@ -57,14 +57,14 @@ def call(fn: Function, inputs: Inputs, dtype: torch.dtype | None = None, grads: 
     given = copies(inputs, dtype, grads)
     with collector.collect() as seen, torch.set_grad_enabled(grads):
         out = fn(**given)
-        found: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
         if grads:
             weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).view(
                 out.shape
             )
             (out * weights.to(out.dtype)).sum().backward()
-            found = {name: t.grad for name, t in given.items() if t.grad is not None}
-    return Run(seen.sites, out.detach(), found)
+            gradients = {name: t.grad for name, t in given.items() if t.grad is not None}
+    return Run(seen.sites, out.detach(), gradients)
 
 
 def assert_as_accurate(

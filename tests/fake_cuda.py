@@ -33,9 +33,9 @@ def fake_graph(
 
     class Propagate(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            found = super().run_node(n)
-            n.meta["example_value"] = found
-            return found
+            result = super().run_node(n)
+            n.meta["example_value"] = result
+            return result
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         given = [torch.empty(s, device="cuda", dtype=dtype) for s in shapes]

@@ -49,7 +49,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 FRONT_DOORS = ("fusepass", "fusepass.__main__", "fusepass.backend", "fusepass.report")
 
 #: The only imports allowed inside functions: libraries that may be missing or take long to load.
-LATE = (
+LAZY = (
     "cudnn",
     "cutlass",
     "flash_attn",
@@ -76,7 +76,7 @@ COMPUTED: dict[str, tuple[str, ...]] = {
     "fusepass.tools.targets": (),  # a model's module, which the command line names
 }
 #: Options are checked where torch is not loaded.
-LATE_TORCH = "fusepass.host.config"
+LAZY_TORCH = "fusepass.host.config"
 
 #: Rooms and modules that are only about expressions: no graphs, no formats, and of torch only dtypes.
 ABSTRACT = ("rules", "patterns", "compilation.site_pass")
@@ -88,7 +88,7 @@ class Import:
 
     name: str
     line: int
-    late: bool
+    lazy: bool
     """Is it inside a function?"""
     for_types: bool
     """Is it under `if TYPE_CHECKING`?"""
@@ -186,31 +186,31 @@ def room_of(module: str) -> str | None:
 
 def violations(texts: Mapping[str, str]) -> list[str]:
     """The violations of the rules in a package's modules, as readable lines."""
-    found: list[str] = []
+    lines: list[str] = []
     packages = {name for name in texts if any(other.startswith(name + ".") for other in texts)}
     graph: dict[str, set[str]] = {name: set() for name in texts}
     at_top: dict[str, list[str]] = {}
     statements = {name: list(imports(text, name, name in packages)) for name, text in texts.items()}
     for module, text in texts.items():
         if (line := computes_names(text)) and module not in (*FRONT_DOORS, *COMPUTED):
-            found.append(f"{module}:{line} imports a module by a computed name: add it to COMPUTED")
+            lines.append(f"{module}:{line} imports a module by a computed name: add it to COMPUTED")
         named = (name for name in COMPUTED.get(module, ()) if name in texts)
-        statements[module] += [Import(name, line, late=False, for_types=False) for name in named]
-    for module, made in statements.items():
-        at_top[module] = [each.name for each in made if not each.late]
-    for module, made in statements.items():
+        statements[module] += [Import(name, line, lazy=False, for_types=False) for name in named]
+    for module, imported in statements.items():
+        at_top[module] = [each.name for each in imported if not each.lazy]
+    for module, imported in statements.items():
         try:
             room = room_of(module)
         except LookupError as unknown:
-            found.append(str(unknown))
+            lines.append(str(unknown))
             continue
-        for each in made:
+        for each in imported:
             target = _module(each.name, texts)
             if target is not None and target not in FRONT_DOORS:
                 graph[module].add(target)
             reasons = () if room is None else _faults(module, room, each, target, at_top)
-            found += [f"{module}:{each.line} {why}" for why in reasons]
-    return found + [f"circle: {' -> '.join(circle)}" for circle in circles(graph)]
+            lines += [f"{module}:{each.line} {why}" for why in reasons]
+    return lines + [f"circle: {' -> '.join(circle)}" for circle in circles(graph)]
 
 
 def _module(name: str, texts: Iterable[str]) -> str | None:
@@ -229,7 +229,7 @@ def _faults(
         yield f"imports {name}: the package knows none of these folders by that name"
     if each.for_types:
         yield f"imports {name} for types alone, which hides a circle"
-    if each.late and not _may_be_late(module, name, target, at_top):
+    if each.lazy and not _may_be_lazy(module, name, target, at_top):
         yield f"imports {name} inside a function, and it is no library that may be missing or loads slowly"
     if target in FRONT_DOORS and name != "fusepass.__version__":
         yield f"imports {name}: nothing may import a front door"
@@ -243,10 +243,10 @@ def _faults(
         yield f"imports {name}: {module} may use the standard library, sympy, and torch for its dtypes"
 
 
-def _may_be_late(module: str, name: str, target: str | None, at_top: Mapping[str, list[str]]) -> bool:
+def _may_be_lazy(module: str, name: str, target: str | None, at_top: Mapping[str, list[str]]) -> bool:
     if target is not None:  # a module that cannot be loaded without such a library
-        return any(within(one, *LATE) for one in at_top[target])
-    return within(name, *LATE) or (name == "torch" and module == LATE_TORCH)
+        return any(within(one, *LAZY) for one in at_top[target])
+    return within(name, *LAZY) or (name == "torch" and module == LAZY_TORCH)
 
 
 def _is_abstract(name: str) -> bool:

@@ -142,13 +142,13 @@ def _build(
     import transformers
 
     torch.manual_seed(0)
-    made = getattr(transformers, config)(**settings)
-    made.use_cache = False
-    for part in (getattr(made, "text_config", None), getattr(made, "vision_config", None)):
+    configuration = getattr(transformers, config)(**settings)
+    configuration.use_cache = False
+    for part in (getattr(configuration, "text_config", None), getattr(configuration, "vision_config", None)):
         if part is not None:
             part.use_cache = False
     kind = getattr(transformers, model)
-    return sharpened(kind._from_config(made, attn_implementation="eager")), inputs
+    return sharpened(kind._from_config(configuration, attn_implementation="eager")), inputs
 
 
 def _decoder(name: str, **more: Any) -> Callable[[], tuple[nn.Module, dict[str, Any]]]:

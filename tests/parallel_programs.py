@@ -267,13 +267,13 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", world_size=2, rank=rank)
     mesh = init_device_mesh("cpu", (2,))
-    found: dict[str, Any] = {}
+    outcomes: dict[str, Any] = {}
     for name in sys.argv[2:] or PROGRAMS:
         try:
-            found[name] = run(name, mesh)
+            outcomes[name] = run(name, mesh)
         except Exception:
-            found[name] = {"error": traceback.format_exc()}
-        (folder / f"{rank}.json").write_text(json.dumps(found))
+            outcomes[name] = {"error": traceback.format_exc()}
+        (folder / f"{rank}.json").write_text(json.dumps(outcomes))
     distributed.destroy_process_group()
 
 

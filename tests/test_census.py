@@ -38,9 +38,9 @@ def test_sites_of_the_demo(name: str) -> None:
     torch.manual_seed(0)
     model, inputs = demo.CASES[name][1]()
     with torch.no_grad():
-        found = fusepass.explain(model, **inputs)
-    assert [(site.kind, site.kernel) for site in found.sites] == KINDS[name], str(found)
-    assert not found.left and not found.collector.notes
+        explanation = fusepass.explain(model, **inputs)
+    assert [(site.kind, site.kernel) for site in explanation.sites] == KINDS[name], str(explanation)
+    assert not explanation.left and not explanation.collector.notes
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -54,14 +54,14 @@ def routed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("program", "sites"), [(attention, 1), (routed, 0)])
 def test_the_census_counts_without_the_pass(program: Callable[..., Tensor], sites: int) -> None:
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     inputs = [torch.randn(2, 4, 8, 16) for _ in range(3)]
-    torch.compile(program, backend=census.counting(found))(*inputs)
-    assert (found["sites"], found["calls"]) == (sites, 0)
-    found.clear()
-    options: dict[str, Any] = {"inner": census.counting(found)}
+    torch.compile(program, backend=census.counting(counts))(*inputs)
+    assert (counts["sites"], counts["calls"]) == (sites, 0)
+    counts.clear()
+    options: dict[str, Any] = {"inner": census.counting(counts)}
     torch.compile(program, backend="fusepass", options=options)(*inputs)
-    assert (found["sites"], found["calls"]) == (0, sites)
+    assert (counts["sites"], counts["calls"]) == (0, sites)
 
 
 def test_a_family_in_a_process_of_its_own() -> None:

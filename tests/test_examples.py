@@ -66,12 +66,12 @@ def comparable(output: str) -> str:
 def test_the_code_of_a_page_runs_and_prints_what_is_shown(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = blocks(page)
-    assert found
+    examples = blocks(page)
+    assert examples
     monkeypatch.chdir(tmp_path)
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)  # Dynamo looks a function's module up by its name
-    for number, (source, shown) in enumerate(found):
+    for number, (source, shown) in enumerate(examples):
         # One namespace: later blocks use what earlier ones define.
         path = tmp_path / (f"example{number + 1}.py" if number else "example.py")
         path.write_text(source, encoding="utf-8")

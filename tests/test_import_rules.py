@@ -26,8 +26,8 @@ from tests.import_rules import (
 
 
 def test_the_package_keeps_the_rules() -> None:
-    found = violations(sources())
-    assert not found, "\n".join(found)
+    broken = violations(sources())
+    assert not broken, "\n".join(broken)
 
 
 def test_every_file_is_in_one_room() -> None:
@@ -111,11 +111,11 @@ def test_each_rule_can_be_broken(module: str, source: str, words: str | None) ->
     others = dict.fromkeys((IR, ENGINE, EMIT, MASKS, SDPA, "fusepass.patterns.heads"), "")
     packages = {"fusepass", "fusepass.__main__", *(name.rpartition(".")[0] for name in others)}
     slow = {"fusepass.writing.slow": "from torch._inductor import ir"}
-    found = violations({**dict.fromkeys(packages, ""), **others, **slow, module: source})
+    broken = violations({**dict.fromkeys(packages, ""), **others, **slow, module: source})
     if words is None:
-        assert not found
+        assert not broken
     else:
-        assert found and words in found[-1], found
+        assert broken and words in broken[-1], broken
 
 
 @pytest.mark.parametrize("how", ["import fusepass.rules.c", "def f():\n    from fusepass.rules import c"])

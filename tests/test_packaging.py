@@ -39,15 +39,15 @@ def copy_checkout(target: Path, links_work: bool) -> Path:
 
 def expected_files() -> set[str]:
     """Every file of the three root folders under its installed name."""
-    found = set()
+    names = set()
     for folder, prefix in {"fusepass": "", "patterns": "fusepass/", "exporters": "fusepass/"}.items():
         for path in (ROOT / folder).rglob("*"):
             relative = path.relative_to(ROOT)
             behind_link = folder == "fusepass" and relative.parts[1] in LINKS
             shipped = path.suffix != ".md" and "__pycache__" not in path.parts
             if path.is_file() and shipped and not behind_link:
-                found.add(prefix + relative.as_posix())
-    return found
+                names.add(prefix + relative.as_posix())
+    return names
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["links", "no_links"])

@@ -227,8 +227,8 @@ def halo(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q = q.view(B, H, n, 3, n, 3, D).permute(0, 1, 2, 4, 3, 5, 6).reshape(B, H, n * n, 9, D)
 
     def with_border(x: Tensor) -> Tensor:
-        found = F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(2, 5, 3).unfold(3, 5, 3)
-        return found.permute(0, 1, 2, 3, 5, 6, 4).reshape(B, H, n * n, 25, D)
+        blocks = F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(2, 5, 3).unfold(3, 5, 3)
+        return blocks.permute(0, 1, 2, 3, 5, 6, 4).reshape(B, H, n * n, 25, D)
 
     inside = F.pad(torch.ones(SIDE, SIDE, dtype=torch.bool), (1, 1, 1, 1)).unfold(0, 5, 3).unfold(1, 5, 3)
     s = (q @ with_border(k).mT).masked_fill(~inside.reshape(n * n, 1, 25), -INF)

@@ -66,8 +66,8 @@ def written(
         site.operands.append(Term(leaf, tuple(index)))
     site = replace(site, spec=replace(spec, operands=len(operands)))
     build = Builder(reader, anchor, {}, site.space, {})
-    made = kernel.write(site, build, target)
-    anchor.replace_all_uses_with(made)
+    result = kernel.write(site, build, target)
+    anchor.replace_all_uses_with(result)
     gm.graph.erase_node(anchor)
     gm.recompile()
     return gm

@@ -320,11 +320,11 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         if all(p in held for p in site.products) or not isinstance(meaning, Expr):
             return site.products
         inside = {p for p in site.products if p not in held}
-        found = [p for p in site.products if p in held]
+        scores = [p for p in site.products if p in held]
         for part in walk(meaning):
             if part not in inside and any(a in inside for a in part.args):
-                (found.append if part in held else inside.add)(part)
-        return found or products_behind(meaning)  # of joined keys there are several
+                (scores.append if part in held else inside.add)(part)
+        return scores or products_behind(meaning)  # of joined keys there are several
 
     def _fastest(self, node: fx.Node, site: Site, target: Target, kernels: Sequence[Kernel]) -> str | None:
         """The name of the kernel that was measured fastest for a site."""

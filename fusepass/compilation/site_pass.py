@@ -166,9 +166,9 @@ class SitePass(Generic[N, V, B]):
                 self._shared[node] = parts[0][1].products
         return self._shared[node]
 
-    def _serves(self, node: N, found: Summands) -> bool:
+    def _serves(self, node: N, summands: Summands) -> bool:
         """Is there a kernel that takes the site in one of its forms?"""
-        return any(self.graph.serves(node, parts[0][1]) for parts in forms(found))
+        return any(self.graph.serves(node, parts[0][1]) for parts in forms(summands))
 
     def _fuse(self, node: N, meaning: Expr, parts: Summands) -> list[SiteReport]:
         """For every summand, write the first kernel that serves; if one has none, write nothing."""

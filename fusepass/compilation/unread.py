@@ -44,7 +44,7 @@ class Unread:
         }
 
     def behind_softmax(self, softmax: Expr) -> str | None:
-        """Why a softmax is no site, if its operand comes from an operation that is not read."""
+        """Why a softmax is not a site, if its operand comes from an operation that is not read."""
         for leaf in leaves_behind(softmax.args[0]):
             node = self._unread(leaf)
             if node is None:

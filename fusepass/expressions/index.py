@@ -170,7 +170,7 @@ class Facts:
     def without_quotients(self, size: Any) -> Any:
         """A size in which ``s // (s // c)``, as PyTorch writes the last part of a split, is ``c``, if it is
         proved to be."""
-        found = {
+        divisors = {
             whole: inner.args[1]
             for whole in _quotients(size)
             for inner in [whole.args[1]]
@@ -178,7 +178,7 @@ class Facts:
             and inner.args[0] == whole.args[0]
             and self._ask("eq", whole, inner.args[1])
         }
-        return size.xreplace(found) if found else size
+        return size.xreplace(divisors) if divisors else size
 
     def quotient(self, a: Size, b: Size) -> Size | None:
         """``a / b`` where the division is exact, else None."""
@@ -390,10 +390,10 @@ class AxisSpace:
 
     def named_once(self, index: Sequence[Affine], shape: Sequence[Size]) -> list[tuple[str, ...]] | None:
         """The axes of each dimension, if an index names every element of a tensor exactly once."""
-        found = [self.digits(i, n) for i, n in zip(index, shape, strict=True)]
-        digits = [d for d in found if d is not None]
+        by_dimension = [self.digits(i, n) for i, n in zip(index, shape, strict=True)]
+        digits = [d for d in by_dimension if d is not None]
         flat = [a for d in digits for a in d]
-        return digits if len(digits) == len(found) and len(set(flat)) == len(flat) else None
+        return digits if len(digits) == len(by_dimension) and len(set(flat)) == len(flat) else None
 
     def digits(self, index: Affine, size: Size) -> tuple[str, ...] | None:
         """The axes whose mixed-radix number is ``index``, outermost first, if it covers ``0 .. size-1``."""

@@ -270,7 +270,7 @@ def range_of(node: Expr, contents: Contents, facts: Facts) -> Interval | None:
 
 
 def is_ordinary(node: Expr, dtype: torch.dtype, contents: Contents, facts: Facts) -> bool:
-    """Is every element provably a finite number that is no fill in ``dtype``, for inputs of usual size?
+    """Is every element provably a finite number that is not a fill in ``dtype``, for inputs of usual size?
 
     In half precision the lowest number absorbs scores, as ``FILL`` does in other dtypes.
     """

@@ -474,13 +474,13 @@ def _unwritten(results: list[Tensor]) -> list[Tensor]:
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in results]
 
 
-def _stored_tables(found: list[Tensor]) -> list[Tensor]:
-    kept = _unwritten(found)
-    torch._foreach_copy_(kept, found)
+def _stored_tables(tables: list[Tensor]) -> list[Tensor]:
+    kept = _unwritten(tables)
+    torch._foreach_copy_(kept, tables)
     return kept
 
 
-_definitions.define("stored_tables(Tensor[] found) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+_definitions.define("stored_tables(Tensor[] tables) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 _definitions.impl("stored_tables", _stored_tables, "CompositeExplicitAutograd")
 torch.library.register_fake("fusepass::stored_tables", _unwritten, lib=_definitions)
 

@@ -98,7 +98,7 @@ def plan(site: Site, build: Builder) -> Plan | None:
 
     Masks hide for good: nothing after the first of them may bring a hidden score back.
     """
-    spec, made = site.spec, Plan(site)
+    spec, planned = site.spec, Plan(site)
     masked = False
     biased = any(isinstance(m, Bias) for m in spec.scores)
     if biased and any(m.fill != -math.inf for m in spec.masks):
@@ -111,22 +111,22 @@ def plan(site: Site, build: Builder) -> Plan | None:
                 masked = True
                 if not spec.hides(mod):
                     return None
-                made.visible.append(_visible(made.of_masks, mod))
+                planned.visible.append(_visible(planned.of_masks, mod))
             elif isinstance(mod, Scale) and position == 0:
-                made.scale = mod.factor
+                planned.scale = mod.factor
             elif (step := _step(mod)) is not None:
-                made.scores.append(step)
+                planned.scores.append(step)
             elif isinstance(mod, Bias):
-                value = _value(made.of_scores, mod.slot, build)
-                made.hides_rows |= mod.hides and _may_hide(site, mod.slot)
-                made.scores.append(["add", value, mod.factor])
+                value = _value(planned.of_scores, mod.slot, build)
+                planned.hides_rows |= mod.hides and _may_hide(site, mod.slot)
+                planned.scores.append(["add", value, mod.factor])
             elif isinstance(mod, ScaleBy):
-                made.scores.append(["times", _value(made.of_scores, mod.slot, build)])
+                planned.scores.append(["times", _value(planned.of_scores, mod.slot, build)])
             else:
                 return None
         except fm.Unwritable:
             return None
-    return made
+    return planned
 
 
 def _step(mod: ScoreModifier) -> list[Any] | None:

@@ -58,15 +58,15 @@ def joined_product(scope: Scope, parts: Sequence[Part], low: torch.dtype) -> Joi
         low: the dtype of the result.
     """
     for scales in (True, False):
-        found = [_operands(scope, part, low, scales) for part in parts]
-        largest = max(abs(o.factor) for o in found)
-        factors = [o.factor / largest for o in found]
-        operands = [t for o in found for t in (o.query[0], o.key[0])]
-        dtypes = {t.expr.dtype for t in operands}
-        if len(dtypes) > 1 or not all(scope.readable(t.expr) for t in operands):
+        operands = [_operands(scope, part, low, scales) for part in parts]
+        largest = max(abs(o.factor) for o in operands)
+        factors = [o.factor / largest for o in operands]
+        tensors = [t for o in operands for t in (o.query[0], o.key[0])]
+        dtypes = {t.expr.dtype for t in tensors}
+        if len(dtypes) > 1 or not all(scope.readable(t.expr) for t in tensors):
             continue
         if all(_is_exact(f, *dtypes) for f in factors):
-            return _joined(scope, parts, found, factors, largest)
+            return _joined(scope, parts, operands, factors, largest)
     return None
 
 
@@ -86,15 +86,15 @@ def _is_exact(factor: float, dtype: torch.dtype) -> bool:
 
 
 def _joined(
-    scope: Scope, parts: Sequence[Part], found: Sequence[_Operands], factors: Sequence[float], scale: float
+    scope: Scope, parts: Sequence[Part], operands: Sequence[_Operands], factors: Sequence[float], scale: float
 ) -> Joint | None:
-    for term in [t for o in found for t in (*o.query, *o.key)]:
+    for term in [t for o in operands for t in (*o.query, *o.key)]:
         scope.axes(term)  # looking into operands may split axes, so everything is laid out after that
     features = [_axes(scope, part.axes) for part in parts]
     size = simplify_size(sum((_size(scope, f) for f in features[1:]), _size(scope, features[0])))
     feature = scope.space.new_axis("d", size)
-    query = _side(scope, [o.query for o in found], features, feature, factors)
-    key = _side(scope, [o.key for o in found], features, feature, None)
+    query = _side(scope, [o.query for o in operands], features, feature, factors)
+    key = _side(scope, [o.key for o in operands], features, feature, None)
     if query is None or key is None:
         return None
     product = Product(query.term, key.term, (feature,))
@@ -129,10 +129,10 @@ def _side(
     for one in sorted((p for p in picked if p is not None), key=lambda p: -len(p[1])):
         outer += [a for a in one[1] if a not in outer]
     laid = []
-    for n, (found, inner) in enumerate(zip(picked, features, strict=True)):
-        if found is None:
+    for n, (choice, inner) in enumerate(zip(picked, features, strict=True)):
+        if choice is None:
             return None
-        node = _laid_out(scope, found[0], outer, inner)
+        node = _laid_out(scope, choice[0], outer, inner)
         laid.append(node if factors is None else _multiplied(node, factors[n]))
     shape = (*(scope.space.sizes[a] for a in outer), scope.space.sizes[feature.terms[0][0]])
     whole = expr("cat", tuple(laid), (len(outer),), shape, laid[0].dtype)
@@ -140,7 +140,7 @@ def _side(
 
 
 def _pick(scope: Scope, chain: Sequence[Term], inner: Sequence[str]) -> tuple[Term, list[str]] | None:
-    """Of the tensors that may serve, the first that names its elements once, and its axes but the features.
+    """The first tensor of a chain that names its elements once, and its axes except the features.
 
     One without axes over which it is merely repeated is preferred.
     """
@@ -187,10 +187,10 @@ def _adjacent(
 ) -> Term | None:
     """The tensor of which the parts' features are adjacent slices, in their order: nothing is copied."""
     for first in chains[0]:
-        found, start = _slice(scope, first, features[0]), None
-        if found is None:
+        place, start = _slice(scope, first, features[0]), None
+        if place is None:
             continue
-        dim, start = found
+        dim, start = place
         end = start + _size(scope, features[0])
         for chain, inner in zip(chains[1:], features[1:], strict=True):
             if not any(_continues(scope, first, t, dim, inner, end) for t in chain):
@@ -226,8 +226,8 @@ def _continues(scope: Scope, first: Term, term: Term, dim: int, inner: Sequence[
 
 def _axes(scope: Scope, indices: Sequence[Affine]) -> list[str]:
     """The finest axes of some indices, outermost first."""
-    found = [(scope.space.digits(i, _extent(scope, i)) or ()) for i in indices]
-    return [a for names in found for a in names]
+    groups = [(scope.space.digits(i, _extent(scope, i)) or ()) for i in indices]
+    return [a for names in groups for a in names]
 
 
 def _extent(scope: Scope, index: Affine) -> Size:

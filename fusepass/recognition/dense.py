@@ -49,9 +49,9 @@ def _loads(formula: Expr) -> Iterator[Expr]:
         if node.op == "load":
             yield node
             continue
-        fresh = [a for a in node.args if a not in seen]
-        seen.update(fresh)
-        todo.extend(fresh)
+        unseen = [a for a in node.args if a not in seen]
+        seen.update(unseen)
+        todo.extend(unseen)
 
 
 def _letters_of(load: Expr, letters: dict[str, str]) -> set[str]:

@@ -38,26 +38,26 @@ class Region:
         for part in map(space.resolve, self.given):
             if isinstance(part.const, int):
                 ends[part.terms] = max(part.const, ends.get(part.terms, part.const))
-        found: dict[str, int] = {}
+        pinned: dict[str, int] = {}
         for terms, const in ends.items():
             if ends.get((Affine(terms) * -1).terms) == -const:  # e + c <= 0 and -e - c <= 0
-                found |= _digits(Affine(terms), -const, space)
-        return found
+                pinned |= _digits(Affine(terms), -const, space)
+        return pinned
 
 
 def _digits(index: Affine, value: int, space: AxisSpace) -> dict[str, int]:
     """The values of the axes of a mixed-radix number, such as ``3*row + column``; none if it is no number."""
     names = space.digits(index, prod(space.sizes[a] for a in index.axes)) or ()
-    found: dict[str, int] = {}
+    digits: dict[str, int] = {}
     for axis in reversed(names):
         size = space.sizes[axis]
         if axis == names[0]:
-            found[axis] = value
+            digits[axis] = value
         elif isinstance(size, int):
-            value, found[axis] = divmod(value, size)
+            value, digits[axis] = divmod(value, size)
         else:
             return {}
-    return found
+    return digits
 
 
 class Elements:
@@ -68,18 +68,18 @@ class Elements:
 
     def regions(self, term: Term) -> list[Region] | None:
         """The regions of an operand's element; None if there are too many."""
-        found: list[Region] = []
+        regions: list[Region] = []
         todo = [Region((), term)]
         while todo:
             at = todo.pop()
-            if len(found) + len(todo) > MOST:
+            if len(regions) + len(todo) > MOST:
                 return None
             below = self._below(at)
             if below is None:
-                found.append(Region((*at.given, *self._pinned(at)), at.element, at.views))
+                regions.append(Region((*at.given, *self._pinned(at)), at.element, at.views))
             else:
                 todo += [r for r in reversed(below) if not impossible(r.given, self.space)]
-        return found
+        return regions
 
     def _pinned(self, region: Region) -> Iterator[Affine]:
         """What follows from mixed-radix numbers that have a single value: so do their digits."""
@@ -138,25 +138,25 @@ class Elements:
         if (known := index_of(position)) is not None:
             return [((), known)]
         if position.op == "where":
-            found = []
+            combined = []
             for chosen, wanted in zip(position.args[1:], (True, False), strict=True):
                 cases, where = self._cases(chosen, size), _where(position.args[0], wanted)
                 if cases is None or where is None:
                     return None
-                found += [((*given, *more), index) for given in where for more, index in cases]
-            return found
+                combined += [((*given, *more), index) for given in where for more, index in cases]
+            return combined
         if position.op not in ("min", "max"):
             return None
         first, second = (self._cases(a, size) for a in position.args)
         if first is None or second is None:
             return None
         sign = 1 if position.op == "min" else -1
-        found = []
+        combined = []
         for given, a in first:
             for other, b in second:
                 gap = (a - b) * sign  # at most zero where the first one is taken
-                found += [((*given, *other, gap), a), ((*given, *other, gap * -1 + 1), b)]
-        return found
+                combined += [((*given, *other, gap), a), ((*given, *other, gap * -1 + 1), b)]
+        return combined
 
 
 def _where(condition: Expr, wanted: bool) -> list[tuple[Affine, ...]] | None:

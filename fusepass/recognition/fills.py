@@ -360,8 +360,8 @@ class Fills:
 
     def _is_small(self, mod: Bias) -> bool:
         """Is a bias so small that it makes no exponential of a row vanish or overflow?"""
-        found = range_of(self.scope.operands[mod.slot].expr, self.scope.contents, self.scope.facts)
-        return found is not None and max(map(abs, found)) * abs(mod.factor) <= SMALL
+        bounds = range_of(self.scope.operands[mod.slot].expr, self.scope.contents, self.scope.facts)
+        return bounds is not None and max(map(abs, bounds)) * abs(mod.factor) <= SMALL
 
     def _is_exact(self, mod: Bias) -> bool:
         """Are all its constants so small that subtracting a log-sum-exp of their size loses no precision?"""
@@ -428,7 +428,7 @@ class Written:
 
 def roundings(mods: Sequence[ScoreModifier], product: torch.dtype) -> dict[int, Written]:
     """How each mask or bias was written, by its slot; scores begin in the product's dtype."""
-    found: dict[int, Written] = {}
+    by_slot: dict[int, Written] = {}
     dtype = product
     for at, mod in enumerate(mods):
         if isinstance(mod, Cast):
@@ -438,8 +438,8 @@ def roundings(mods: Sequence[ScoreModifier], product: torch.dtype) -> dict[int, 
             known = itertools.takewhile(lambda m: isinstance(m, (Scale, Cast, Mask, Bias)), mods[at + 1 :])
             steps = tuple(m for m in known if isinstance(m, (Scale, Cast)))
             by_tensor = any(isinstance(m, ScaleBy) for m in mods[at + 1 :])
-            found[mod.slot] = Written(mod, dtype, steps, by_tensor)
-    return found
+            by_slot[mod.slot] = Written(mod, dtype, steps, by_tensor)
+    return by_slot
 
 
 def without_empty(scores: tuple[ScoreModifier, ...]) -> tuple[ScoreModifier, ...]:

@@ -81,8 +81,8 @@ class Meanings:
     def constants(self, mod: Bias) -> float:
         """How large a bias is because of its constants, whatever its inputs are; 0 if not known."""
         known = intervals.Ranges(self.scope.contents, self.scope.facts, scale=intervals.LEAST)
-        found = known.of(self.scope.operands[mod.slot].expr)
-        return 0.0 if found is None else max(map(abs, found)) * abs(mod.factor)
+        bounds = known.of(self.scope.operands[mod.slot].expr)
+        return 0.0 if bounds is None else max(map(abs, bounds)) * abs(mod.factor)
 
     def letters(self, term: Term) -> str:
         """The letters of the roles that an operand varies over, in order."""
@@ -103,13 +103,13 @@ class Meanings:
         """The parts of a visibility, named."""
         settle(self.scope, self.roles)
         space, at = self.scope.space, self.positions()
-        found = [masks.classify(part, at, space) for part in masks.conjuncts(attends)]
-        bands = [a for a in found if isinstance(a, Band)]
+        atoms = [masks.classify(part, at, space) for part in masks.conjuncts(attends)]
+        bands = [a for a in atoms if isinstance(a, Band)]
         if len(bands) > 1:
             whole = masks.intersect(bands, self.scope.facts)
             if whole is not None:
-                found = [whole, *(a for a in found if not isinstance(a, Band))]
-        return tuple(dict.fromkeys(found))
+                atoms = [whole, *(a for a in atoms if not isinstance(a, Band))]
+        return tuple(dict.fromkeys(atoms))
 
     def weight(self, mod: WeightModifier, spec: Attention) -> WeightModifier | None:
         """A modifier of the weights with its axes named; None if it does nothing.

@@ -115,10 +115,10 @@ def recognise(
         def scope(known: Contents = known) -> Scope:
             return Scope(AxisSpace(facts), views=rules.layout, contents=known, readable=readable)
 
-        found = _read(anchor, position, scope, rules)
-        if isinstance(found, Site):
-            return found
-        miss = miss or found
+        reading = _read(anchor, position, scope, rules)
+        if isinstance(reading, Site):
+            return reading
+        miss = miss or reading
     return miss
 
 
@@ -128,13 +128,13 @@ def _read(anchor: Expr, position: int, scope: Callable[[], Scope], rules: Rules)
     Where products are added, it is read twice: with one product of concatenated features, and with the others
     as biases.
     """
-    found, joins = _read_once(anchor, position, scope(), rules, True)
+    together, joins = _read_once(anchor, position, scope(), rules, True)
     if not joins:
-        return found
+        return together
     apart, _ = _read_once(anchor, position, scope(), rules, False)
-    if not isinstance(found, Site):
+    if not isinstance(together, Site):
         return apart
-    return replace(found, apart=apart) if isinstance(apart, Site) else found
+    return replace(together, apart=apart) if isinstance(apart, Site) else together
 
 
 def _read_once(
@@ -174,17 +174,17 @@ def recognise_sum(
         pieces = _pieces(anchor)
     except Refuse as refusal:
         return Miss(refusal.reason, anchor)
-    found = []
+    sites = []
     for sign, piece in pieces:
         site = recognise(piece, facts, rules, contents, readable)
         if isinstance(site, Site):
-            found.append((sign, site))
+            sites.append((sign, site))
         elif len(pieces) == 1:
             return site
         else:
             why = "not each of them is a softmax of a product" if site is None else site.reason
             return Miss(f"the weights are a sum of several softmaxes: {why}", anchor)
-    return found
+    return sites
 
 
 def _pieces(anchor: Expr) -> list[tuple[int, Expr]]:
@@ -238,11 +238,11 @@ class _Reading:
             raise Refuse("the softmax runs over more keys than are summed with the values", core.scores.expr)
         rounds = is_less_precise(core.dtype, core.scores.expr.dtype)
         self.scope.sunk = core.sink is not None or core.form == "bare" or rounds
-        found = self._peel_scores(core.scores, [])
-        if isinstance(found, Miss):
+        scores = self._peel_scores(core.scores, [])
+        if isinstance(scores, Miss):
             differences = squares_differences(core.scores.expr)
-            return replace(found, reason=_DIFFERENCES) if differences else found
-        return self._finish(core, self._summed(core, found), mods)
+            return replace(scores, reason=_DIFFERENCES) if differences else scores
+        return self._finish(core, self._summed(core, scores), mods)
 
     def _extent(self, axis: Affine) -> Size:
         """The length of an axis."""
@@ -257,12 +257,12 @@ class _Reading:
         for _ in range(STEP_LIMIT):
             if term.expr.op == "cast":
                 rounded.append(term.expr.dtype)
-            found = apply_first(
+            layers = apply_first(
                 (*self.rules.softmax, *self.rules.weights, *self.rules.layout), term, self.scope
             )
-            if not found:
+            if not layers:
                 return None
-            layer = found[0]
+            layer = layers[0]
             if isinstance(layer, Core):
                 self._check_weights(rounded, layer.dtype)
                 return list(reversed(mods)), layer
@@ -294,9 +294,9 @@ class _Reading:
                 term.expr,
             )
         self.scope.above = mods
-        found = apply_first((*self.rules.products, *self.rules.layout, *self.rules.scores), term, self.scope)
+        layers = apply_first((*self.rules.products, *self.rules.layout, *self.rules.scores), term, self.scope)
         miss: Miss | None = None
-        for layer in found:
+        for layer in layers:
             if isinstance(layer, Product):
                 reason = self._not_query_key(layer)
                 if reason is None:
@@ -332,30 +332,30 @@ class _Reading:
 
     # -- understanding -----------------------------------------------------------------------
 
-    def _summed(self, core: Core, found: _Scores) -> Summed:
+    def _summed(self, core: Core, peeled: _Scores) -> Summed:
         """The scores without terms that cancel, and their sum of products as one, where it is joined."""
-        scores = whole(found.modifiers, found.product, found.node)
-        if not any(isinstance(m, Bias) for m in found.modifiers):
+        scores = whole(peeled.modifiers, peeled.product, peeled.node)
+        if not any(isinstance(m, Bias) for m in peeled.modifiers):
             return scores
-        query, key = self._query_and_key(found.product)
-        sums = Sums(self.scope, self._roles(core, found.product, query, key), self.out.expr.dtype)
+        query, key = self._query_and_key(peeled.product)
+        sums = Sums(self.scope, self._roles(core, peeled.product, query, key), self.out.expr.dtype)
         scores = sums.without_rows(scores)
         one = sums.joined(scores) if self.joins else None
         self.joined = one is not None
         return one or scores
 
-    def _finish(self, core: Core, found: Summed, weights: list[WeightModifier]) -> Site:
+    def _finish(self, core: Core, summed: Summed, weights: list[WeightModifier]) -> Site:
         scope, low = self.scope, self.out.expr.dtype
-        query, key = self._query_and_key(found.product)
+        query, key = self._query_and_key(summed.product)
         query_scales, query_chain = chain_of(scope, query, low)
         key_scales, key_chain = chain_of(scope, key, low)
         _, value_chain = chain_of(scope, self.values, low, scales=False)
-        roles = self._roles(core, found.product, query, key)
-        roles = told_by_masks(scope, roles, core.scores, found.modifiers)
+        roles = self._roles(core, summed.product, query, key)
+        roles = told_by_masks(scope, roles, core.scores, summed.modifiers)
         dtype = query_chain[-1].expr.dtype
-        meanings = Meanings(scope, roles, found.node.dtype)
+        meanings = Meanings(scope, roles, summed.node.dtype)
         fills = Fills(meanings, core, dtype)
-        written = [Scale(f) for f in (*query_scales, *key_scales)] + found.modifiers
+        written = [Scale(f) for f in (*query_scales, *key_scales)] + summed.modifiers
         scores = fills.understood(written)
         sizes = meanings.sizes()
         rows_seen = meanings.rows_seen(scores)
@@ -384,12 +384,12 @@ class _Reading:
             )
         kept = tuple(w for m in weights if (w := meanings.weight(m, spec)) is not None)
         spec = replace(spec, weights=kept)
-        check_operands(scope, spec, found.products)
+        check_operands(scope, spec, summed.products)
         site = Site(
             spec, roles, scope.space, query_chain, key_chain, value_chain, scope.operands, self.out,
-            found.node, scope, found.products, found.copied, found.spared,
+            summed.node, scope, summed.products, summed.copied, summed.spared,
         )  # fmt: skip
-        return over_original_keys(site, meanings, found.product.axes)
+        return over_original_keys(site, meanings, summed.product.axes)
 
     def _query_and_key(self, product: Product) -> tuple[Term, Term]:
         """The operands of the product of queries and keys, in this order."""

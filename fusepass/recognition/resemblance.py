@@ -57,8 +57,8 @@ def _at_or_behind(node: Expr) -> tuple[Expr, ...]:
     """The softmaxes and exponentials at an expression, or the nearest ones behind it."""
     if node.op in _SOFTMAXES:
         return (node,)
-    found = _upwards(node, _behind, _ENDS | _SOFTMAXES, _joined)
-    return (node, *found) if node.op == "exp" else found
+    nearest = _upwards(node, _behind, _ENDS | _SOFTMAXES, _joined)
+    return (node, *nearest) if node.op == "exp" else nearest
 
 
 def _joined(node: Expr, below: Sequence[Expr]) -> tuple[Expr, ...]:
@@ -75,19 +75,19 @@ def softmaxes_behind(anchor: Expr) -> set[Expr]:
 
 def products_behind(anchor: Expr) -> list[Expr]:
     """The score products behind the softmaxes of a sum of products."""
-    found: dict[Expr, None] = {}
+    products: dict[Expr, None] = {}
     behind = dict.fromkeys(s for part in anchor.args for a in part.args for s in _at_or_behind(a))
     todo = list(dict.fromkeys(s.args[0] for s in behind))
     seen = set(todo)
     while todo:
         node = todo.pop()
         if node.op == "dot":
-            found[node] = None
+            products[node] = None
         elif node.op != "input":
-            fresh = [a for a in dict.fromkeys(node.args) if a not in seen]
-            seen.update(fresh)
-            todo.extend(fresh)
-    return list(found)
+            unseen = [a for a in dict.fromkeys(node.args) if a not in seen]
+            seen.update(unseen)
+            todo.extend(unseen)
+    return list(products)
 
 
 def of_activations(scores: Expr) -> bool:
@@ -119,24 +119,24 @@ def unpeeled(scores: Expr) -> str | None:
         node = todo.pop(0)
         if node.op not in POINTWISE and node.op not in VIEWS and node.op not in _ENDS:
             return node.op
-        fresh = [a for a in node.args if a not in seen and are_scores(a)] if node.op != "dot" else []
-        seen.update(fresh)
-        todo.extend(fresh)
+        unseen = [a for a in node.args if a not in seen and are_scores(a)] if node.op != "dot" else []
+        seen.update(unseen)
+        todo.extend(unseen)
     return None
 
 
 def leaves_behind(root: Expr) -> list[Expr]:
     """The leaves below an expression, up to the next products and softmaxes."""
-    todo, seen, found = [root], {root}, []
+    todo, seen, leaves = [root], {root}, []
     while todo:
         node = todo.pop()
         if node.op == "input":
-            found.append(node)
+            leaves.append(node)
         elif node.op not in _ENDS | _SOFTMAXES:
-            fresh = [a for a in node.args if a not in seen]
-            seen.update(fresh)
-            todo.extend(fresh)
-    return found
+            unseen = [a for a in node.args if a not in seen]
+            seen.update(unseen)
+            todo.extend(unseen)
+    return leaves
 
 
 def were_scores(softmax: Expr, before: Mapping[Expr, Expr]) -> bool:
@@ -152,7 +152,7 @@ def were_scores(softmax: Expr, before: Mapping[Expr, Expr]) -> bool:
         if node in before and of_activations(before[node]):
             return True
         if node.op != "dot":
-            fresh = [a for a in node.args if a not in seen]
-            seen.update(fresh)
-            todo.extend(fresh)
+            unseen = [a for a in node.args if a not in seen]
+            seen.update(unseen)
+            todo.extend(unseen)
     return False

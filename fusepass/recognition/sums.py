@@ -110,20 +110,20 @@ class Sums:
             for term in [self.scope.operands[mod.slot]]
             for _, leaf in summands(term.expr, self.scope)
         ]
-        found = [square_below(leaf, self.scope) for leaf in leaves]
-        if not any(found):
+        squares = [square_below(leaf, self.scope) for leaf in leaves]
+        if not any(squares):
             return
         others = (product_below(t, self.scope) for t in leaves)
         products = [scores.product, *(p[0] for p in others if p is not None)]
         pairs = [(p.left, p.right) for p in products if p.left != p.right]
         operands = {e for pair in pairs for t in pair for e in self._through(t)}
-        for leaf, square in zip(leaves, found, strict=True):
+        for leaf, square in zip(leaves, squares, strict=True):
             if square is not None and operands.intersection(self._through(square[0])):
                 self.scope.contents.ordinary.add(leaf.expr)
 
     def _through(self, term: Term) -> list[Expr]:
         """An operand, and what is below its views, casts and constant factors."""
-        found = [term.expr]
+        terms = [term.expr]
         for _ in range(STEP_LIMIT):
             below = self.scope.step(term)
             alone = summands(term.expr, self.scope) if below is None else []
@@ -132,8 +132,8 @@ class Sums:
             if below is None:
                 break
             term = below
-            found.append(term.expr)
-        return found
+            terms.append(term.expr)
+        return terms
 
     # -- products ----------------------------------------------------------------------------
 
@@ -162,12 +162,12 @@ class Sums:
             if isinstance(mod, Bias):
                 kept = self._taken(mod, scale, largest, parts)
             mods += [] if kept is None else [kept]
-        found = joined_product(self.scope, parts, self.low) if len(parts) > 1 else None
-        if found is None:
+        joint = joined_product(self.scope, parts, self.low) if len(parts) > 1 else None
+        if joint is None:
             return None
-        outside: list[ScoreModifier] = [] if found.scale == 1.0 else [Scale(found.scale)]
+        outside: list[ScoreModifier] = [] if joint.scale == 1.0 else [Scale(joint.scale)]
         products = tuple(dict.fromkeys(p.node for p in parts))
-        return Summed([*outside, *mods], found.product, found.node, products, found.copied, found.spared)
+        return Summed([*outside, *mods], joint.product, joint.node, products, joint.copied, joint.spared)
 
     def _taken(self, mod: Bias, scale: float, largest: float, parts: list[Part]) -> Bias | None:
         """What is left of a bias without the products that it holds, which are added to the parts.
@@ -191,7 +191,7 @@ class Sums:
     def _fits(self, product: Product) -> bool:
         """Does one operand vary over the keys and not the queries, and the other over the queries alone?
 
-        A single query is no axis.  Fills that are multiplied are masks, and no features.
+        A single query is not an axis.  Fills that are multiplied are masks, not features.
         """
         if holds_fill(product.left.expr) or holds_fill(product.right.expr):
             return False

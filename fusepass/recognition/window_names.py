@@ -49,27 +49,27 @@ class Names:
         """The number of the query along the dimension of the keys that its window moves over."""
         first = self.space.resolve(dim.first).axes
         others = {a for d in self.dims for a in self.space.resolve(d.first).axes if d is not dim}
-        found = [i for i in map(self.space.resolve, query.index) if first and first <= i.axes]
-        if len(found) != 1 or (others & found[0].axes and found[0].axes - others - first):
+        indices = [i for i in map(self.space.resolve, query.index) if first and first <= i.axes]
+        if len(indices) != 1 or (others & indices[0].axes and indices[0].axes - others - first):
             return None  # a number of several dimensions, and of positions in blocks
         place = Affine()
-        for axis in heads.ordered(self.meanings.scope, found):
+        for axis in heads.ordered(self.meanings.scope, indices):
             if axis not in others:
                 place = place * self.space.sizes[axis] + Affine(((axis, 1),))
         return place
 
     def atoms(self, clauses: Sequence[Expr]) -> tuple[Atom, ...]:
         """The names of clauses; bounds of one window are one atom."""
-        found: list[Atom] = []
+        named: list[Atom] = []
         sides: dict[tuple[int, Size], list[Band]] = {}
         for clause in clauses:
             side = self._side(clause)
             if side is None:
-                found.append(masks.classify(clause, self.meanings.positions(), self.space))
+                named.append(masks.classify(clause, self.meanings.positions(), self.space))
             else:
                 sides.setdefault(side[0], []).append(side[1])
         whole = [self._window(*key, bands) for key, bands in sides.items()]
-        return tuple(dict.fromkeys([*(a for atoms in whole for a in atoms), *found]))
+        return tuple(dict.fromkeys([*(a for atoms in whole for a in atoms), *named]))
 
     def _window(self, axis: int, block: Size, bands: Sequence[Band]) -> list[Atom]:
         one = intersect(bands, self.facts)
@@ -131,14 +131,14 @@ class Names:
         for clause in clauses[1:]:
             whole = expr("and", (whole, clause), (), (), torch.bool)
         axes = _axes(whole, self.space)
-        made = self._tensor(whole, axes)
-        if made is None:
+        tensor = self._tensor(whole, axes)
+        if tensor is None:
             return None
         index = tuple(
             Affine() if n == 1 else Affine(((a, 1),))
-            for a, n in zip(axes[len(axes) - made.rank :], made.shape, strict=True)
+            for a, n in zip(axes[len(axes) - tensor.rank :], tensor.shape, strict=True)
         )
-        return Term(made, index)
+        return Term(tensor, index)
 
     def _tensor(self, node: Expr, axes: Sequence[str]) -> Expr | None:
         if node.op == "const":

@@ -64,12 +64,12 @@ def over_original_keys(site: Site, meanings: Meanings, contracted: Sequence[Affi
     if len(site.products) > 1:
         return site  # its features are concatenated already
     try:
-        found = _Windows(site, meanings, contracted).run()
+        outcome = _Windows(site, meanings, contracted).run()
     except Refuse:
-        found = None
-    if found is None:
+        outcome = None
+    if outcome is None:
         return site
-    original, same = found
+    original, same = outcome
     return replace(site, windowed=original.spec, original=original if same else None)
 
 
@@ -105,10 +105,10 @@ class _Windows:
         elements = Elements(self.site.scope)
         for _ in range(_SPLITS):
             before = len(self.space.splits)
-            found = [elements.regions(chain[0]) for chain in (self.site.keys, self.site.values)]
-            if not all(found):
+            by_operand = [elements.regions(chain[0]) for chain in (self.site.keys, self.site.values)]
+            if not all(by_operand):
                 return None
-            fitted = [self._fitted([r.above(views) for r in regions]) for regions in found if regions]
+            fitted = [self._fitted([r.above(views) for r in regions]) for regions in by_operand if regions]
             sides = [one for one in fitted if one is not None]
             if len(sides) < 2:
                 return None
@@ -153,7 +153,7 @@ class _Windows:
         if axis in self.space.splits or axis not in self.space.resolve(self.site.scope.keys).axes:
             return None
         assert start.element is not None
-        found: dict[int, list[int]] = {}
+        by_distance: dict[int, list[int]] = {}
         for other in real:
             theirs = other.pins(self.space)
             if other.element is None or other.element.expr is not start.element.expr or axis not in theirs:
@@ -165,11 +165,11 @@ class _Windows:
                 for a, b in zip(start.element.index, other.element.index, strict=True)
             ]
             if all(g.is_const and isinstance(g.const, int) for g in gaps):
-                found[theirs[axis] - value] = [int(g.const) for g in gaps]
-        near = found.get(1) or ([-n for n in found[-1]] if -1 in found else None)
+                by_distance[theirs[axis] - value] = [int(g.const) for g in gaps]
+        near = by_distance.get(1) or ([-n for n in by_distance[-1]] if -1 in by_distance else None)
         if near is None:
             return None
-        wrong = [n for n, gap in sorted(found.items()) if gap != [n * step for step in near]]
+        wrong = [n for n, gap in sorted(by_distance.items()) if gap != [n * step for step in near]]
         if wrong and value == 0 and wrong[0] > 1:
             self.space.split(axis, wrong[0])
         return near
@@ -196,7 +196,7 @@ class _Windows:
         pairs = [self._windowed(term, over) for term in (keys, values)]
         if len(pairs[0]) != len(pairs[1]):
             return []
-        found: list[Dim] = []
+        dims: list[Dim] = []
         for a, b in zip(*pairs, strict=True):
             index, size = self.space.resolve(keys.index[a]), keys.expr.shape[a]
             if index != self.space.resolve(values.index[b]) or size != values.expr.shape[b]:
@@ -206,16 +206,16 @@ class _Windows:
             digits = self.space.digits(counted, width)
             if digits is None:
                 return []
-            found.append(Dim((a, b), index - counted, digits, width, size, Affine()))
-        moving = {x for d in found for x in d.first.axes}
-        used = [x for d in found for x in (*d.digits, *d.first.axes)]
-        if {x for d in found for x in d.digits} != set(over) or len(set(used)) < len(used):
+            dims.append(Dim((a, b), index - counted, digits, width, size, Affine()))
+        moving = {x for d in dims for x in d.first.axes}
+        used = [x for d in dims for x in (*d.digits, *d.first.axes)]
+        if {x for d in dims for x in d.digits} != set(over) or len(set(used)) < len(used):
             return []
         fixed = [keys.index[d] for d in range(keys.expr.rank) if d not in pairs[0]]
         fixed += [values.index[d] for d in range(values.expr.rank) if d not in pairs[1]]
-        if any(moving & self.space.resolve(i).axes for i in fixed) or not any(map(self._overlap, found)):
+        if any(moving & self.space.resolve(i).axes for i in fixed) or not any(map(self._overlap, dims)):
             return []
-        return [replace(d, key=self.space.new_axis("j", d.size)) for d in found]
+        return [replace(d, key=self.space.new_axis("j", d.size)) for d in dims]
 
     def _windowed(self, term: Term, over: frozenset[str]) -> list[int]:
         return [d for d, i in enumerate(term.index) if self.space.resolve(i).axes & over]
@@ -279,7 +279,7 @@ class _Windows:
         moved = self._moved(visible, dims)
         if moved is None:
             return None
-        found = [c for c in masks.conjuncts(moved) if against_zero(c, "le") is None]
+        others = [c for c in masks.conjuncts(moved) if against_zero(c, "le") is None]
         bounds = [b for c in masks.conjuncts(moved) if (b := against_zero(c, "le")) is not None]
         for dim in dims:
             inside = self.space.resolve(dim.key - dim.first)
@@ -289,7 +289,7 @@ class _Windows:
             rest = [b for b in kept if b != bound]
             if implied(bound, rest, self.space):
                 kept = rest
-        simpler = [self._assuming(c, kept) for c in found]
+        simpler = [self._assuming(c, kept) for c in others]
         return [*map(self.formulas.at_most_zero, kept), *(p for c in simpler for p in masks.conjuncts(c))]
 
     def _moved(self, node: Expr, dims: Sequence[Dim]) -> Expr | None:
@@ -298,9 +298,9 @@ class _Windows:
             index = self._index(node.attrs[0], dims)
             return None if index is None else affine(index)
         if node.op == "load":
-            found = [self._index(i, dims) for i in node.attrs]
-            whole = tuple(i for i in found if i is not None)
-            return expr("load", node.args, whole, (), node.dtype) if len(whole) == len(found) else None
+            indices = [self._index(i, dims) for i in node.attrs]
+            whole = tuple(i for i in indices if i is not None)
+            return expr("load", node.args, whole, (), node.dtype) if len(whole) == len(indices) else None
         args = [self._moved(a, dims) for a in node.args]
         if any(a is None for a in args):
             return None
@@ -340,14 +340,14 @@ class _Windows:
         if roles is None or meanings is None:
             return None
         names = Names(meanings, dims, old.query[-1])
-        made, kept = self._masks(meanings, names, clauses), self._renamed(meanings, dims)
-        if made is None or kept is None:
+        new_masks, kept = self._masks(meanings, names, clauses), self._renamed(meanings, dims)
+        if new_masks is None or kept is None:
             return None
         seen = names.every_row_sees(clauses)
         # Of a row that sees no key, a finite fill gives the mean over its window.
         same = seen or all(m.fill == -math.inf for m in spec.masks)
         same = same and not any(set(new.slots()) - set(mod.slots()) for mod, new in kept)
-        scores = merge_scales([*map(Scale, scales), *(new for _, new in kept), *made])
+        scores = merge_scales([*map(Scale, scales), *(new for _, new in kept), *new_masks])
         return replace(
             old, spec=self._spec(meanings, scores, seen), roles=roles, keys=key, values=value,
             operands=scope.operands, scope=scope,
@@ -377,7 +377,7 @@ class _Windows:
         A tensor that varies over a window gets an index that no view has: kernels cannot be given it.
         """
         scope = meanings.scope
-        found: list[tuple[ScoreModifier, ScoreModifier]] = []
+        renamed: list[tuple[ScoreModifier, ScoreModifier]] = []
         for mod in self.site.spec.scores:
             if isinstance(mod, (Bias, ScaleBy)):
                 term = self.site.operands[mod.slot]
@@ -386,10 +386,10 @@ class _Windows:
                 if len(index) < len(moved):
                     return None
                 now = Term(term.expr, index) if index != tuple(map(self.space.resolve, term.index)) else term
-                found.append((mod, replace(mod, slot=scope.slot(now), axes=meanings.letters(now))))
+                renamed.append((mod, replace(mod, slot=scope.slot(now), axes=meanings.letters(now))))
             elif not isinstance(mod, Mask):
-                found.append((mod, mod))
-        return found
+                renamed.append((mod, mod))
+        return renamed
 
     def _original(self, term: Term, dims: Sequence[Dim], side: int) -> Term:
         axes = {dim.at[side]: dim.key for dim in dims}
@@ -400,8 +400,8 @@ class _Windows:
     ) -> Roles | None:
         """The roles of the axes: what the windows move with is a position of the queries."""
         query = self.site.query
-        found = [scope.axes(chain[0]) for chain in (query, key, value)]
-        in_q, in_k, in_v = (scope.finest(axes) for axes in found)
+        operand_axes = [scope.axes(chain[0]) for chain in (query, key, value)]
+        in_q, in_k, in_v = (scope.finest(axes) for axes in operand_axes)
         out = heads.ordered(scope, list(self.site.out.index))
         fine = [heads.ordered(scope, [Affine(((a, 1),)) for a in group]) for group in
                 (self.site.roles.query, self.site.roles.value_dim)]  # fmt: skip
@@ -424,12 +424,12 @@ class _Windows:
         """One mask for all that positions decide, and one for each tensor; None if a clause is neither."""
         scope = meanings.scope
         of_positions = [c for c in clauses if not _loads(c)]
-        made: list[Mask] = []
+        new_masks: list[Mask] = []
         if of_positions:
             written = names.written(of_positions)
             if written is None:
                 return None
-            made.append(Mask(scope.slot(written), -math.inf, atoms=names.atoms(of_positions)))
+            new_masks.append(Mask(scope.slot(written), -math.inf, atoms=names.atoms(of_positions)))
         for clause in clauses:
             if not _loads(clause):
                 continue
@@ -438,8 +438,8 @@ class _Windows:
                 return None
             slot = scope.slot(Term(load.args[0], load.attrs))
             atoms = (masks.classify(clause, meanings.positions(), self.space),)
-            made.append(Mask(slot, -math.inf, attends=clause is load, atoms=atoms))
-        return made
+            new_masks.append(Mask(slot, -math.inf, attends=clause is load, atoms=atoms))
+        return new_masks
 
 
 def _is_kept(mod: Modifier) -> bool:

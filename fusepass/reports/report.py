@@ -11,7 +11,7 @@ from torch import fx
 
 @dataclass(frozen=True)
 class DenseTerm:
-    """A mask or bias that varies over queries and keys, and is no band of positions."""
+    """A mask or bias that varies over queries and keys, and is not a band of positions."""
 
     name: str
     """What the specification calls it, such as "mask[ij]"."""
@@ -44,7 +44,7 @@ class SiteReport:
     label: str | None = None
     """Its name in profiler traces and generated code, if it is fused."""
     dense: tuple[DenseTerm, ...] = ()
-    """Its masks and biases over queries and keys that are no band and no padding."""
+    """Its masks and biases over queries and keys that are neither bands nor paddings."""
 
 
 def merged(site: SiteReport) -> SiteReport:

@@ -92,8 +92,9 @@ class Product:
     axes: tuple[Affine, ...]
 
 
-Found = Peel | Core | Product
-Apply = Callable[[Term, "Scope"], "Sequence[Found] | Found | None"]
+#: The outermost layer of a term, as a rule reads it.
+Layer = Peel | Core | Product
+Apply = Callable[[Term, "Scope"], "Sequence[Layer] | Layer | None"]
 Example = Callable[[], Expr]
 
 
@@ -141,7 +142,7 @@ class Scope:
 
     def axes(self, term: Term) -> frozenset[str]:
         """The axes a term really varies over, seen through views and element-wise operations."""
-        found: set[str] = set()
+        varied: set[str] = set()
         todo, seen = [term], {term}
         while todo:
             at = todo.pop()
@@ -151,11 +152,11 @@ class Scope:
                 inner = self.step(at)
                 below = [] if inner is None else [inner]
                 if inner is None:
-                    found.update(a for i in at.index for a in self.space.resolve(i).axes)
-            fresh = [t for t in dict.fromkeys(below) if t not in seen]
-            seen.update(fresh)
-            todo.extend(reversed(fresh))
-        return self.finest(frozenset(found))
+                    varied.update(a for i in at.index for a in self.space.resolve(i).axes)
+            unseen = [t for t in dict.fromkeys(below) if t not in seen]
+            seen.update(unseen)
+            todo.extend(reversed(unseen))
+        return self.finest(frozenset(varied))
 
     def finest(self, axes: frozenset[str]) -> frozenset[str]:
         """The given axes in their finest form: looking into a tensor may have split some of them."""
@@ -164,9 +165,9 @@ class Scope:
     def step(self, term: Term) -> Term | None:
         """The term below one view, or None."""
         for view in self.views:
-            found = view.apply(term, self)
-            if isinstance(found, Peel):
-                return found.inner
+            peeled = view.apply(term, self)
+            if isinstance(peeled, Peel):
+                return peeled.inner
         return None
 
     def shifts_cancel(self) -> bool:
@@ -186,11 +187,11 @@ class Scope:
         return bool(self.space.resolve(self.keys).axes & over)
 
 
-def apply_first(rules: Sequence[Rule], term: Term, scope: Scope) -> list[Found]:
+def apply_first(rules: Sequence[Rule], term: Term, scope: Scope) -> list[Layer]:
     """The result of the first rule that applies to a term; empty where none does."""
     for candidate in rules:
-        found = candidate.apply(term, scope)
-        if found is not None:
+        peeled = candidate.apply(term, scope)
+        if peeled is not None:
             scope.trace.append(f"{candidate.name}: {term.expr.op} {list(map(str, term.expr.shape))}")
-            return list(found) if isinstance(found, (list, tuple)) else [found]  # type: ignore[list-item]
+            return list(peeled) if isinstance(peeled, (list, tuple)) else [peeled]  # type: ignore[list-item]
     return []

@@ -64,10 +64,10 @@ class Formulas:
 
     def lift(self, term: Term) -> Expr:
         """The scalar formula of one element."""
-        found = self._lifted.get(term)
-        if found is None:
-            found = self._lifted[term] = self._lift(term)
-        return found
+        formula = self._lifted.get(term)
+        if formula is None:
+            formula = self._lifted[term] = self._lift(term)
+        return formula
 
     def _lift(self, term: Term) -> Expr:
         node = term.expr
@@ -196,8 +196,10 @@ class Formulas:
             return None  # a list is read beside something else at the same positions
         axes = frozenset().union(*(self.space.resolve(r).axes for r in rows.index)) - gone
         axes |= frozenset(a for _, _, index in masks for i in index for a in i.axes)
-        found = solve(known, term.index, axes, self.space)
-        return None if found is None else self._at_solution(found, [(m, index) for _, m, index in masks])
+        solution = solve(known, term.index, axes, self.space)
+        return (
+            None if solution is None else self._at_solution(solution, [(m, index) for _, m, index in masks])
+        )
 
     def _listed(
         self, values: list[Expr]
@@ -206,9 +208,9 @@ class Formulas:
 
         Returns:
             For every list the axis of its position, the mask, and new indices into it; and the values.  None
-            if two lists are read at one position, or something else than a column.
+            if two lists are read at one position, or something other than a column.
         """
-        found: dict[str, tuple[Expr, tuple[Affine, ...]]] = {}
+        by_axis: dict[str, tuple[Expr, tuple[Affine, ...]]] = {}
         known: dict[Expr, Expr] = {}
         for load in dict.fromkeys(node for v in values for node in walk(v) if node.op == "load"):
             if load.args[0].op != "nonzero":
@@ -217,12 +219,12 @@ class Formulas:
             if len(row.terms) != 1 or row.terms[0][1] != 1 or row.const != 0 or not column.is_const:
                 return None
             axis = row.terms[0][0]
-            if axis not in found:
-                found[axis] = mask, tuple(self.space.new_axis("m", n) for n in mask.shape)
-            if found[axis][0] is not mask:
+            if axis not in by_axis:
+                by_axis[axis] = mask, tuple(self.space.new_axis("m", n) for n in mask.shape)
+            if by_axis[axis][0] is not mask:
                 return None
-            known[load] = affine(found[axis][1][int(column.const)])
-        return [(a, *f) for a, f in found.items()], [self._substitute(v, known) for v in values]
+            known[load] = affine(by_axis[axis][1][int(column.const)])
+        return [(a, *f) for a, f in by_axis.items()], [self._substitute(v, known) for v in values]
 
     def _within(self, value: Expr, size: Size) -> Affine | None:
         """An index that is proved to be within a dimension; a negative one counts from its end."""
@@ -237,18 +239,18 @@ class Formulas:
             return at + size
         return None
 
-    def _at_solution(self, found: Solution, masks: list[tuple[Expr, tuple[Affine, ...]]]) -> Expr | None:
+    def _at_solution(self, solution: Solution, masks: list[tuple[Expr, tuple[Affine, ...]]]) -> Expr | None:
         """Is the position among those of the index tensors?  None if that is not an expression of indices."""
         zero = const(0, torch.int64)
         inside = TRUE
-        for e in found.equations:
+        for e in solution.equations:
             last = (self.space.sizes[e.axis] - 1) * e.step
             ends = self._logic("and", (self.at_most_zero(e.value * -1), self.at_most_zero(e.value - last)))
             whole = self.make("mod", (affine(e.value), const(e.step, torch.int64)), torch.int64)
             even = TRUE if e.step == 1 else self.make("eq", (whole, zero), torch.bool)
             inside = self._all("and", [inside, ends, even])
-        out, place = inside, found.place
-        for rest in found.zeros:
+        out, place = inside, solution.place
+        for rest in solution.zeros:
             out = self._logic("and", (out, self.make("eq", (affine(rest), zero), torch.bool)))
         for mask, index in masks:
             if not all(i.axes <= place.keys() for i in index):
@@ -305,9 +307,9 @@ class Formulas:
         for rewrite in (
             self._arithmetic, self._boolean_product, self._distribute, self._in_both, self._compare,
         ):  # fmt: skip
-            found = rewrite(op, args, dtype)
-            if found is not None:
-                return found
+            simpler = rewrite(op, args, dtype)
+            if simpler is not None:
+                return simpler
         return self._in_range(op, args, attrs, dtype)
 
     def _in_range(
@@ -421,19 +423,19 @@ class Formulas:
         if c.op == "const":
             return []
         yes, no = (TRUE, FALSE) if truth else (FALSE, TRUE)
-        found = [(c, yes), (self._not(c), no)]
+        pinned = [(c, yes), (self._not(c), no)]
         if c.op == "not":
-            return found + self._pinned(c.args[0], not truth)
+            return pinned + self._pinned(c.args[0], not truth)
         if c.op == ("and" if truth else "or"):
-            return found + self._pinned(c.args[0], truth) + self._pinned(c.args[1], truth)
+            return pinned + self._pinned(c.args[0], truth) + self._pinned(c.args[1], truth)
         x, value = c.args[0] if c.args else c, None
         if c.op == ("eq" if truth else "ne"):
             value = _pin(x, c.args[1])
         elif c.op == "cast" and not truth:
             value = const(0, x.dtype)
         if value is not None and x.op not in ("const", "affine"):
-            found.append((x, value))
-        return found
+            pinned.append((x, value))
+        return pinned
 
     def _substitute(self, node: Expr, known: dict[Expr, Expr]) -> Expr:
         """``node`` with known values substituted, except where the sign of zero matters: zeros lose it."""
@@ -481,8 +483,8 @@ class Formulas:
             return b
         if b is neutral:
             return a
-        found = self._absorbed(op, a, b)
-        return expr(op, (a, b), (), (), torch.bool) if found is None else found
+        absorbed = self._absorbed(op, a, b)
+        return expr(op, (a, b), (), (), torch.bool) if absorbed is None else absorbed
 
     def _absorbed(self, op: str, a: Expr, b: Expr) -> Expr | None:
         """``a or (not a and b) = a or b``; ``a or b = b`` where ``a`` implies ``b``; ``and`` likewise."""
@@ -524,8 +526,8 @@ class Formulas:
             return None
         if dtype.is_floating_point and not all(self._is_exact_in(a, dtype) for a in args):
             return None
-        made = _affine_sum(op, *parts)  # type: ignore[arg-type]
-        return None if made is None else self._cast(affine(made), dtype)
+        index = _affine_sum(op, *parts)  # type: ignore[arg-type]
+        return None if index is None else self._cast(affine(index), dtype)
 
     def _boolean_product(self, op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
         """``where(c, 1, 0) * x = where(c, x, 0)`` of finite numbers."""

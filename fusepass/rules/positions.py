@@ -50,7 +50,7 @@ def solve(
         unknown: the axes of the position.
     """
     rest = [space.resolve(v - t) for v, t in zip(values, targets, strict=True)]
-    left, found = set(unknown), Solution()
+    left, solution = set(unknown), Solution()
     while left:
         at = next(((n, e) for n, r in enumerate(rest) if (e := _equation(r, rest, left)) is not None), None)
         if at is None:
@@ -59,9 +59,9 @@ def solve(
         del rest[n]
         left.discard(equation.axis)
         rest = [space.resolve(_put(r, equation)) for r in rest]
-        found.equations.append(equation)
-    found.zeros = rest
-    return found
+        solution.equations.append(equation)
+    solution.zeros = rest
+    return solution
 
 
 def _equation(rest: Affine, others: Sequence[Affine], unknown: set[str]) -> Equation | None:

@@ -341,10 +341,10 @@ def _all_infinite(spec: Attention) -> bool:
 def softmax(spec: Attention, s: Tensor, operands: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The weights of scores ``s`` (``[B, H, Q, K]``), computed in ``dtype``."""
     if spec.sink is None:
-        found = torch.softmax(s, -1, dtype=dtype)
+        weights = torch.softmax(s, -1, dtype=dtype)
         if not any(isinstance(w, ZeroEmptyRows) and not w.every for w in spec.weights):
-            return found
-        return found.masked_fill((s == -math.inf).all(-1, keepdim=True), 0.0)
+            return weights
+        return weights.masked_fill((s == -math.inf).all(-1, keepdim=True), 0.0)
     wide = torch.promote_types(s.dtype, dtype)  # finfo.min of the one may be infinite in the other
     sink = operands[spec.sink.slot].to(wide).expand(*s.shape[:-1], 1)
     return torch.softmax(torch.cat([s.to(wide), sink], -1), -1, dtype=dtype)[..., :-1]

@@ -35,23 +35,23 @@ def gradients(
     weights = [softmax(spec, scores[-1], operands, spec.softmax_dtype)]
     for weight in spec.weights:
         weights.append(weight.apply(weights[-1], operands))
-    found: list[Tensor] = [torch.zeros_like(t) for t in operands]
+    of_operands: list[Tensor] = [torch.zeros_like(t) for t in operands]
 
     grad = grad.to(v.dtype)
     dv = weights[-1].to(v.dtype).transpose(-2, -1) @ grad
     dw = (grad @ wide_v.transpose(-2, -1)).to(weights[-1].dtype)
     for weight, before in zip(reversed(spec.weights), reversed(weights[:-1]), strict=True):
-        dw = weight.backward(dw, before, operands, found)
+        dw = weight.backward(dw, before, operands, of_operands)
     w = weights[0]
     ds = torch._softmax_backward_data(dw, w, -1, w.dtype).to(scores[-1].dtype)
     if spec.sink is not None:
         mean = (dw * w).sum(-1, keepdim=True)
-        add_gradient(found, spec.sink.slot, -mean * (1 - w.sum(-1, keepdim=True)))
+        add_gradient(of_operands, spec.sink.slot, -mean * (1 - w.sum(-1, keepdim=True)))
     for score, before in zip(reversed(spec.scores), reversed(scores[:-1]), strict=True):
-        ds = score.backward(ds, before, operands, found)
+        ds = score.backward(ds, before, operands, of_operands)
     ds = ds.to(q.dtype)
     dk = ds.transpose(-2, -1) @ q
-    return [ds @ wide_k, _summed(dk, group), _summed(dv, group), *found]
+    return [ds @ wide_k, _summed(dk, group), _summed(dv, group), *of_operands]
 
 
 def _summed(grad: Tensor, group: int) -> Tensor:

@@ -71,8 +71,8 @@ class Step(Modifier):
         """What it computes."""
 
     @abstractmethod
-    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
-        """The gradient of ``before``, given that of the result; those of operands are added to ``found``."""
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
+        """The gradient of ``before``, given that of the result; adds those of operands to ``gradients``."""
 
 
 class ScoreModifier(Step):
@@ -109,7 +109,7 @@ def kinds(of: Callable[..., _Kind]) -> list[type[_Kind]]:
     return [k for k in KINDS.values() if issubclass(k, base) and not inspect.isabstract(k)]
 
 
-def add_gradient(found: list[Tensor], slot: int, grad: Tensor) -> None:
+def add_gradient(gradients: list[Tensor], slot: int, grad: Tensor) -> None:
     """Add the gradient of an operand, summed over the dimensions in which it is broadcast."""
-    if found[slot].is_floating_point():
-        found[slot] = found[slot] + grad.sum_to_size(found[slot].shape).to(found[slot].dtype)
+    if gradients[slot].is_floating_point():
+        gradients[slot] = gradients[slot] + grad.sum_to_size(gradients[slot].shape).to(gradients[slot].dtype)

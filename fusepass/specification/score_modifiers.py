@@ -30,7 +30,7 @@ class Scale(ScoreModifier):
     def apply(self, x: Tensor, operands: Tensors) -> Tensor:
         return x * self.factor
 
-    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
         return (grad * self.factor).to(before.dtype)
 
     def scaled(self, factor: float) -> Scale:
@@ -65,8 +65,8 @@ class ScaleBy(ScoreModifier):
     def apply(self, x: Tensor, operands: Tensors) -> Tensor:
         return x * operands[self.slot]
 
-    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
-        add_gradient(found, self.slot, grad * before)
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
+        add_gradient(gradients, self.slot, grad * before)
         return (grad * operands[self.slot]).to(before.dtype)
 
     def scaled(self, factor: float) -> ScaleBy:
@@ -89,7 +89,7 @@ class SoftCap(ScoreModifier):
     def apply(self, x: Tensor, operands: Tensors) -> Tensor:
         return self.cap * torch.tanh(x / self.cap)
 
-    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
         return grad * (1 - torch.tanh(before / self.cap) ** 2)
 
     def hidden(self, fill: float) -> float | None:
@@ -125,8 +125,8 @@ class Bias(ScoreModifier):
         bias, x = operands[self.slot], _widened(x, self.dtype)
         return x + (bias if self.factor == 1 else bias * self.factor)
 
-    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
-        add_gradient(found, self.slot, grad * self.factor)
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
+        add_gradient(gradients, self.slot, grad * self.factor)
         return grad.to(before.dtype)
 
     def scaled(self, factor: float) -> Bias:
@@ -183,10 +183,10 @@ class Mask(ScoreModifier):
         low = -math.inf if self.fill == -math.inf else max(self.fill, torch.finfo(x.dtype).min)
         return x.masked_fill(~tensor if self.attends else tensor, low)
 
-    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
         tensor = operands[self.slot]
         if self.additive:
-            add_gradient(found, self.slot, grad)
+            add_gradient(gradients, self.slot, grad)
             return grad.to(before.dtype)
         return grad.masked_fill(~tensor if self.attends else tensor, 0.0)
 
@@ -235,7 +235,7 @@ class Cast(ScoreModifier):
     def apply(self, x: Tensor, operands: Tensors) -> Tensor:
         return x.to(DTYPES[self.dtype])
 
-    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
         return grad.to(before.dtype)
 
     def hidden(self, fill: float) -> float | None:
@@ -265,7 +265,7 @@ class Floor(ScoreModifier):
     def apply(self, x: Tensor, operands: Tensors) -> Tensor:
         return x.clamp(min=max(self.bound, torch.finfo(x.dtype).min))
 
-    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
         return torch.where(before >= self.bound, grad, torch.zeros_like(grad))
 
     def hidden(self, fill: float) -> float | None:
@@ -293,7 +293,7 @@ class Finite(ScoreModifier):
     def apply(self, x: Tensor, operands: Tensors) -> Tensor:
         return finite(x, self.nan, self.low, self.high)
 
-    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
         return grad * before.isfinite()  # as in PyTorch: NaN stays NaN
 
     def hidden(self, fill: float) -> float | None:
@@ -321,7 +321,7 @@ class Clamp(ScoreModifier):
         most = torch.finfo(x.dtype).max
         return x.clamp(*(n if math.isinf(n) else min(max(n, -most), most) for n in (self.low, self.high)))
 
-    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
         inside = (before >= self.low) & (before <= self.high)
         return torch.where(inside, grad, torch.zeros_like(grad))
 
@@ -345,7 +345,7 @@ class LeakyReLU(ScoreModifier):
     def apply(self, x: Tensor, operands: Tensors) -> Tensor:
         return torch.where(x > 0, x, x * self.slope) if self.slope else x.relu()
 
-    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
         low = grad * self.slope if self.slope else torch.zeros_like(grad)
         return torch.where(before <= 0, low, grad)  # a NaN passes
 
@@ -367,7 +367,7 @@ class Absolute(ScoreModifier):
     def apply(self, x: Tensor, operands: Tensors) -> Tensor:
         return x.abs()
 
-    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
         return grad * before.sign()
 
     def hidden(self, fill: float) -> float | None:

@@ -74,8 +74,8 @@ class Takes:
         checks: tuple[Callable[[Attention], str | None], ...] = (
             self._order, self._weights, self._factors, self._fills, self._rounding,
         )  # fmt: skip
-        found = (reason for check in checks if (reason := check(spec)) is not None)
-        return next(found, None) or self._rows(spec, training)
+        reasons = (reason for check in checks if (reason := check(spec)) is not None)
+        return next(reasons, None) or self._rows(spec, training)
 
     def _order(self, spec: Attention) -> str | None:
         at = 0

@@ -23,7 +23,7 @@ class Dropout(WeightModifier):
     def apply(self, x: Tensor, operands: Tensors) -> Tensor:
         return self._drawn(x)
 
-    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
         return self._drawn(grad)
 
     def _drawn(self, x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Keep(WeightModifier):
             return x * (tensor if self.attends else ~tensor)
         return x.masked_fill(~tensor if self.attends else tensor, 0.0)
 
-    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
         return self.apply(grad, operands)
 
     @classmethod
@@ -86,10 +86,10 @@ class WeightScale(WeightModifier):
     def apply(self, x: Tensor, operands: Tensors) -> Tensor:
         return x * (self.factor if self.slot is None else operands[self.slot])
 
-    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
         if self.slot is None:
             return grad * self.factor
-        add_gradient(found, self.slot, grad * before)
+        add_gradient(gradients, self.slot, grad * before)
         return (grad * operands[self.slot]).to(before.dtype)
 
     @classmethod
@@ -110,8 +110,8 @@ class KeyGate(WeightModifier):
     def apply(self, x: Tensor, operands: Tensors) -> Tensor:
         return x * operands[self.slot]
 
-    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
-        add_gradient(found, self.slot, grad * before)
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
+        add_gradient(gradients, self.slot, grad * before)
         return (grad * operands[self.slot]).to(before.dtype)
 
     @classmethod
@@ -134,7 +134,7 @@ class ZeroEmptyRows(WeightModifier):
     def apply(self, x: Tensor, operands: Tensors) -> Tensor:
         return torch.nan_to_num(x, nan=0.0) if self.every else x  # rows of fills: in the softmax
 
-    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
+    def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
         return grad * before.isfinite() if self.every else grad
 
     @classmethod

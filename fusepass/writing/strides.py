@@ -65,11 +65,11 @@ def _equal(m: Any, n: Any, sizes: set[Any], facts: Facts) -> bool:
     """Are two strides equal in a tensor that has elements, so that none of its sizes is zero?"""
     if statically_known_true(m == n):
         return True
-    found = []
+    strides = []
     for stride in map(sympy.sympify, map(size_of, (m, n))):
         positive = {e: size for e in stride.atoms(Max) for size in sizes if e == Max(1, size)}
-        found.append(stride.xreplace(positive))
-    return facts.equal(*map(simplify_size, found))
+        strides.append(stride.xreplace(positive))
+    return facts.equal(*map(simplify_size, strides))
 
 
 def _hint(stride: Any) -> int:

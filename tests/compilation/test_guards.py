@@ -197,10 +197,10 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     functorch = torch._functorch.config.patch(force_autograd_cache=True, bundled_autograd_cache=True)
     with torch._dynamo.config.patch(caching_precompile=True), functorch:
-        made = Store()
-        made.start()
-        yield made
-        made.start()
+        new_store = Store()
+        new_store.start()
+        yield new_store
+        new_store.start()
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
@@ -357,8 +357,8 @@ def ahead(model: Any, path: Path, args: list[Tensor] | None = None, **kwargs: An
     fn = compiled(model, fullgraph=True, **kwargs)
     target = fn.forward if isinstance(model, nn.Module) else fn
     with torch.no_grad():
-        made = target.aot_compile((tuple(random_heads() if args is None else args), {}))
-    made.save_compiled_function(str(path))
+        function = target.aot_compile((tuple(random_heads() if args is None else args), {}))
+    function.save_compiled_function(str(path))
     torch._dynamo.reset()
     with path.open("rb") as file:
         loaded = torch.compiler.load_compiled_function(file)

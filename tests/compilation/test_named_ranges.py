@@ -146,9 +146,9 @@ def test_other_kernels_and_lengths(kernel: str) -> None:
         for length in sizes:
             x = torch.randn(2, length, 64)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-        found = sorted((e.time_range.start, e.time_range.end, e.name) for e in trace(lambda: compiled(x)))
-    assert [name[:10] for _, _, name in found] == ["fusepass 0", "fusepass 1"]
-    assert found[0][1] <= found[1][0], "one after the other"
+        ranges = sorted((e.time_range.start, e.time_range.end, e.name) for e in trace(lambda: compiled(x)))
+    assert [name[:10] for _, _, name in ranges] == ["fusepass 0", "fusepass 1"]
+    assert ranges[0][1] <= ranges[1][0], "one after the other"
 
 
 def test_a_pass_of_the_user_runs_too() -> None:

@@ -47,15 +47,15 @@ def spread(mesh: Any, *dims: int | None, heads: int = 4, learns: bool = False) -
     """DTensors of two ranks, queries, keys and values each split by a dimension (None: copied)."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    found = []
+    tensors = []
     for n, dim in enumerate(dims if len(dims) == 3 else dims * 3):
         shape = [4, heads if n else 4, 8, 16]
         if dim is not None:
             shape[dim] //= 2
         kind = Replicate() if dim is None else Shard(dim)
         part = torch.randn(shape)
-        found.append(DTensor.from_local(part, mesh, (kind,), run_check=False).requires_grad_(learns))
-    return found
+        tensors.append(DTensor.from_local(part, mesh, (kind,), run_check=False).requires_grad_(learns))
+    return tensors
 
 
 @pytest.fixture
@@ -170,14 +170,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_train_as_one(name: str, trained: list[dict[str, Any]]) -> None:
-    for found in (results[name] for results in trained):
-        assert "error" not in found, found["error"]
-        assert found["loss"] < 1e-5 and found["gradient"] < 1e-5 and found["parameters"]
-        assert found["sites"] and found["seconds"] < 5
+    for outcome in (results[name] for results in trained):
+        assert "error" not in outcome, outcome["error"]
+        assert outcome["loss"] < 1e-5 and outcome["gradient"] < 1e-5 and outcome["parameters"]
+        assert outcome["sites"] and outcome["seconds"] < 5
         if name == "tensor_parallel_in_dtensors":
-            assert all(not fused and "strategy" in reason for fused, reason in found["sites"])
+            assert all(not fused and "strategy" in reason for fused, reason in outcome["sites"])
         else:
-            assert all(fused for fused, _ in found["sites"])
+            assert all(fused for fused, _ in outcome["sites"])
 
 
 def test_every_program_is_run() -> None:

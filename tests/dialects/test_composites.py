@@ -68,13 +68,13 @@ def test_the_pooling_of_clip(train: bool, batch: int, dynamic: bool) -> None:
 
 def call_arguments(**more: Any) -> dict[str, Any]:
     """The arguments of a call by name; queries and keys have different lengths."""
-    found = {
+    arguments = {
         "query": torch.randn(Q, B, E), "key": torch.randn(K, B, E), "value": torch.randn(K, B, E),
         "embed_dim_to_check": E, "num_heads": H, "in_proj_weight": torch.randn(3 * E, E) / 4,
         "in_proj_bias": torch.randn(3 * E), "bias_k": None, "bias_v": None, "add_zero_attn": False,
         "dropout_p": 0.0, "out_proj_weight": torch.randn(9, E), "out_proj_bias": torch.randn(9),
     }  # fmt: skip
-    return found | more
+    return arguments | more
 
 
 def alone(**more: Any) -> dict[str, Any]:
@@ -179,8 +179,8 @@ def test_weights_that_are_read(index: int) -> None:
     (read,) = (n for n in gm.graph.nodes if n.target is operator.getitem and n.args[1] == 1)
     read.args = (read.args[0], index)
     before = list(gm.graph.nodes)
-    found, stay = composites.expand_all(gm.graph)
-    assert not found and [reason for _, reason in stay] == ["its attention weights are read"]
+    expanded, stay = composites.expand_all(gm.graph)
+    assert not expanded and [reason for _, reason in stay] == ["its attention weights are read"]
     assert list(gm.graph.nodes) == before
 
 

@@ -104,8 +104,8 @@ ANYTHING = (X, MASK, NODE, N, None, "text", 1, 2.5, (0, NODE), (N, 1), torch.flo
 def test_no_handler_fails_on_what_it_does_not_describe(name: str) -> None:
     for count in range(4):
         for args in itertools.product(ANYTHING, repeat=count):
-            found = call_handler(HANDLERS[name], result(2, 3, 4), args)
-            assert found is None or isinstance(found, (Expr, tuple)), args
+            meaning = call_handler(HANDLERS[name], result(2, 3, 4), args)
+            assert meaning is None or isinstance(meaning, (Expr, tuple)), args
 
 
 #: Calls with arguments that are known only when the graph runs, or that no sample of PyTorch covers.
@@ -150,8 +150,8 @@ def test_what_is_not_known_is_not_described(name: str) -> None:
 def test_tensors_without_dimensions() -> None:
     x = leaf("x", (), torch.float32)
     for operation, args in (("permute", ()), ("movedim", (0, 0)), ("transpose", (0, 0)), ("flip", ((),))):
-        found = call_handler(HANDLERS[operation], result(), (x, *args))
-        assert isinstance(found, Expr) and found.shape == (), operation
+        meaning = call_handler(HANDLERS[operation], result(), (x, *args))
+        assert isinstance(meaning, Expr) and meaning.shape == (), operation
 
 
 def test_a_list_of_indices_is_no_index_of_several_dimensions() -> None:
@@ -159,8 +159,8 @@ def test_a_list_of_indices_is_no_index_of_several_dimensions() -> None:
     from fusepass.dialects.torch.views import getitem
 
     assert getitem(result(2, 3, 4), X, (0, 1)) is None
-    found = getitem(result(4), X, (0, 1))
-    assert found is not None and found.shape == (4,)
+    element = getitem(result(4), X, (0, 1))
+    assert element is not None and element.shape == (4,)
     with_axes = getitem(result(1, 4), X, (0, None, 1))
     assert with_axes is not None and with_axes.shape == (1, 4)
 

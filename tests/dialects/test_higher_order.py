@@ -283,11 +283,11 @@ class Functional(SelfAttention):
     def forward(self, x: Tensor) -> Tensor:
         m = self.attention
         t = x.transpose(0, 1)
-        found = F.multi_head_attention_forward(
+        results = F.multi_head_attention_forward(
             t, t, t, WIDTH, H, m.in_proj_weight, m.in_proj_bias, None, None, False, 0.0,
             m.out_proj.weight, m.out_proj.bias, training=self.training, need_weights=self.weights,
         )  # fmt: skip
-        return found[0].transpose(0, 1)
+        return results[0].transpose(0, 1)
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])

@@ -247,14 +247,14 @@ def run(program: Any, grads: str) -> list[Tensor]:
         given[name].requires_grad_()
     out = program(**given)
     outs = out if isinstance(out, tuple) else (out,)
-    found = [t.detach().clone() for t in outs]
+    results = [t.detach().clone() for t in outs]
     if grads:
         learning = [t for t in outs if t.requires_grad]
         torch.autograd.backward(
             [(t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in learning]
         )
-        found += [torch.full((), torch.nan) if (g := given[n].grad) is None else g for n in grads]
-    return found + [t.detach() for t in given.values()]
+        results += [torch.full((), torch.nan) if (g := given[n].grad) is None else g for n in grads]
+    return results + [t.detach() for t in given.values()]
 
 
 def agrees(program: Program, grads: str, inner: str, kernel: str) -> collector.Collector:

@@ -58,9 +58,9 @@ def test_a_handler_that_fails_costs_its_node(
     assert whole.fused >= fused and not whole.graph.notes
     monkeypatch.setitem(HANDLERS, ("", operator), broken)
     with caplog.at_level(logging.WARNING, logger="fusepass"):
-        found = optimized(tmp_path)
-    assert found.fused == fused and all(c.ok for c in found.checks), found.graph.sites
-    (note,) = found.graph.notes
+        report = optimized(tmp_path)
+    assert report.fused == fused and all(c.ok for c in report.checks), report.graph.sites
+    (note,) = report.graph.notes
     assert note.startswith(f"'{operator}' is not looked into") and "TypeError: tuple indices" in note
     warned = [r for r in caplog.records if note in r.getMessage()]
     assert len(warned) == 1 and warned[0].exc_info

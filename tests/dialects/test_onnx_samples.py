@@ -75,10 +75,10 @@ def test_examples_of_the_specification() -> None:
         warnings.simplefilter("ignore")
         for case in collect_testcases(None):
             if case.model is not None and case.data_sets:
-                number, found = read_otherwise(case)
+                number, differences = read_otherwise(case)
                 operator = case.model.graph.node[0].op_type
                 compared[operator] = compared.get(operator, 0) + number
-                wrong += found
+                wrong += differences
     assert not wrong, "\n".join(wrong)
     assert sum(map(bool, compared.values())) > 40, "operators that are read"
     assert sum(compared.values()) > 300

@@ -104,9 +104,9 @@ def captured(spelling: Spelling, sample: Any) -> tuple[Captured, Any] | None:
 
 def read_otherwise(call: Captured, result: Any) -> tuple[int, list[str]]:
     """How many results were read, and which ones were read wrongly."""
-    found = Reader(call.graph).meaning.get(call.node)
-    several = isinstance(found, tuple) and isinstance(result, (tuple, list))
-    pairs = zip(found, result, strict=False) if several else [(found, result)]  # type: ignore[arg-type]
+    meanings = Reader(call.graph).meaning.get(call.node)
+    several = isinstance(meanings, tuple) and isinstance(result, (tuple, list))
+    pairs = zip(meanings, result, strict=False) if several else [(meanings, result)]  # type: ignore[arg-type]
     compared, wrong = 0, []
     for meaning, want in pairs:
         if not isinstance(meaning, Expr) or not isinstance(want, Tensor):
@@ -133,14 +133,14 @@ def test_samples_are_read_as_what_they_compute(operators: Any) -> None:
             name = getattr(spelling[0], "__name__", spelling[0])
             for dtype in (d for d in DTYPES if op.supports_dtype(d, "cpu")):
                 for _, sample in zip(range(MOST_SAMPLES), op.sample_inputs("cpu", dtype), strict=False):
-                    made = captured(spelling, sample)
-                    if made is None:
+                    capture = captured(spelling, sample)
+                    if capture is None:
                         continue
-                    if operation(made[0].node)[0] not in HANDLERS:
+                    if operation(capture[0].node)[0] not in HANDLERS:
                         break
-                    number, found = read_otherwise(*made)
+                    number, differences = read_otherwise(*capture)
                     compared[op.name] = compared.get(op.name, 0) + number
-                    wrong += [f"{name} ({spelling[1]}, {dtype}): {what}; {sample}" for what in found]
+                    wrong += [f"{name} ({spelling[1]}, {dtype}): {what}; {sample}" for what in differences]
     assert not wrong, "\n".join(wrong[:20])
     assert sum(map(bool, compared.values())) > 80, "most of the operators that have a handler are compared"
     assert sum(compared.values()) > 3000

@@ -67,8 +67,8 @@ def test_what_is_read_is_what_is_computed(name: str) -> None:
 
 
 def _leaves(node: Any) -> list[Any]:
-    found = [node] if node.op == "input" else []
-    return found + [leaf for a in node.args for leaf in _leaves(a)]
+    own = [node] if node.op == "input" else []
+    return own + [leaf for a in node.args for leaf in _leaves(a)]
 
 
 def test_other_paddings_are_not_looked_into() -> None:

@@ -414,17 +414,17 @@ def test_packed_projections_fuse(parts: Callable[[Tensor], Any]) -> None:
 def test_a_written_part_of_a_packed_projection(parts: Callable[[Tensor], Any], which: int) -> None:
     def program(x: Tensor) -> Any:
         x = x * 1.0
-        found = parts(x)
-        s = product(found[0], found[1])
-        found[which].mul_(2.0)
-        return s.softmax(-1) @ found[2]
+        qkv = parts(x)
+        s = product(qkv[0], qkv[1])
+        qkv[which].mul_(2.0)
+        return s.softmax(-1) @ qkv[2]
 
     def whole(x: Tensor) -> Any:
         x = x * 1.0
-        found = parts(x)
-        s = product(found[0], found[1])
+        qkv = parts(x)
+        s = product(qkv[0], qkv[1])
         x.add_(1.0)
-        return s.softmax(-1) @ found[2]
+        return s.softmax(-1) @ qkv[2]
 
     agrees(program if which else whole, torch.randn(2, 2, N, 24))
 

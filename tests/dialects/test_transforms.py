@@ -234,15 +234,15 @@ def test_a_detached_query_within_enable_grad(grad: bool) -> None:
 
     torch.manual_seed(0)
     model, given = Guided(), drawn(2, 4)
-    found = list[Tensor]()
+    gradients = list[Tensor]()
     for run in (model, torch.compile(model, backend="fusepass", options={"inner": "aot_eager"})):
         model.w.grad = None
         with torch.set_grad_enabled(grad):
             out = run(*given)
         out.backward()
         assert model.w.grad is not None
-        found.append(model.w.grad)
-    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+        gradients.append(model.w.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
 
 
 def test_the_next_compilation_is_not_disturbed() -> None:

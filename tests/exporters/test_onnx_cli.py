@@ -41,8 +41,8 @@ def test_export_and_optimize(factory: str, tmp_path: Path, capsys: pytest.Captur
     assert printed.rstrip().rpartition("Written")[2].count("m.onnx") == 1, "a table comes last"
     assert [str(n) for n in ir.load(path).graph.inputs[0].shape or ()][2] == "32", "a constant size stays one"
     assert main(["optimize", str(path), str(out), "--json"]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert found["operators"] == {"Attention": 1} and found["sites"] == 0
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert report["operators"] == {"Attention": 1} and report["sites"] == 0
     assert nodes(out, "Attention")
 
 

@@ -55,8 +55,8 @@ def test_a_feature_becomes_the_operators(feature: str, tmp_path: Path) -> None:
     report = exported(model, path, drawn(), dynamic_shapes=({0: BATCH, 1: LENGTH},))
     assert (report.sites, report.fused, report.softmaxes) == (1, 1, 0)
     assert report.max_error <= 1e-5
-    found = attributes(path)
-    assert {k: pytest.approx(v) for k, v in expected.items()} == found
+    written = attributes(path)
+    assert {k: pytest.approx(v) for k, v in expected.items()} == written
     assert used(path) == inputs
     assert not nodes(path, "Expand") or feature in ("window", "bias")
     assert len({c.inputs for c in report.checks}) == 2, "checked at two shapes"
@@ -252,44 +252,46 @@ def test_a_sink_elsewhere_is_one_more_key(settings: dict[str, Any], target: str,
 class Gated(nn.Module):
     """Every key's weight, or score, times its own number, with causality and optional padding."""
 
-    def __init__(self, group: int = 1, late: bool = True) -> None:
+    def __init__(self, group: int = 1, on_weights: bool = True) -> None:
         super().__init__()
-        self.group, self.late = group, late
+        self.group, self.on_weights = group, on_weights
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, mask: Tensor | None = None) -> Tensor:
         """q: ``[B, H, S, D]``; gate: ``[B, H | 1, 1, S]``; mask: ``[B, S]``."""
         k, v = (t.repeat_interleave(self.group, 1) for t in (k, v))
         n = torch.arange(q.shape[2])
         s = q @ k.transpose(-1, -2) * 0.25
-        s = (s if self.late else s * gate).masked_fill(n[None, :] > n[:, None], torch.finfo(q.dtype).min)
+        s = (s if self.on_weights else s * gate).masked_fill(
+            n[None, :] > n[:, None], torch.finfo(q.dtype).min
+        )
         if mask is not None:
             s = s.masked_fill(mask[:, None, None, :] == 0, torch.finfo(q.dtype).min)
         w: Tensor = s.softmax(-1)
-        return (w * gate if self.late else w) @ v
+        return (w * gate if self.on_weights else w) @ v
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("target", ["onnx", "ort", "tensorrt"])
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("on_weights", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_factors_of_keys_go_into_keys_and_values(
-    padded: bool, late: bool, target: str, dtype: torch.dtype, tmp_path: Path
+    padded: bool, on_weights: bool, target: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     q, k, v = (torch.randn(2, 4, 6, 16, dtype=dtype) for _ in range(3))
     gate = torch.rand(2, 4, 1, 6, dtype=dtype)
     given = (q, k, v, gate, MASK) if padded else (q, k, v, gate)
     shapes = (*({0: BATCH, 2: LENGTH},) * 3, {0: BATCH, 3: LENGTH}, *({0: BATCH, 1: LENGTH},) * padded)
     path = tmp_path / "model.onnx"
-    report = exported(Gated(late=late), path, *given, target=target, dynamic_shapes=shapes)
+    report = exported(Gated(on_weights=on_weights), path, *given, target=target, dynamic_shapes=shapes)
     assert (report.fused, report.softmaxes) == (1, 0)
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("on_weights", [False, True])
 @pytest.mark.parametrize("heads", [1, 4])
-def test_factors_of_heads_that_share_keys_stay(heads: int, late: bool, tmp_path: Path) -> None:
+def test_factors_of_heads_that_share_keys_stay(heads: int, on_weights: bool, tmp_path: Path) -> None:
     q, (k, v) = torch.randn(2, 4, 6, 16), torch.randn(2, 2, 2, 6, 16)
     gate = torch.rand(2, heads, 1, 6)
-    report = exported(Gated(group=2, late=late), tmp_path / "model.onnx", q, k, v, gate)
+    report = exported(Gated(group=2, on_weights=on_weights), tmp_path / "model.onnx", q, k, v, gate)
     assert (report.fused, report.softmaxes) == ((1, 0) if heads == 1 else (0, 1))
     assert heads == 1 or "varies over keys and heads" in str(report.graph.sites[0].reason)
 

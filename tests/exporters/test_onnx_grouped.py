@@ -22,8 +22,8 @@ def test_a_window_in_half_precision_is_grouped_query_attention(tmp_path: Path) -
     model = sharpened(Attention(kv=2, causal=True, window=3, cap=5.0)).half()
     report = exported(model, path, drawn().half(), target="ort", dynamic_shapes=({0: BATCH, 1: LENGTH},))
     assert report.operators == {"com.microsoft.GroupQueryAttention": 1}
-    found = attributes(path, "GroupQueryAttention")
-    assert found["local_window_size"] == 3 and found["kv_num_heads"] == 2 and found["softcap"] == 5.0
+    written = attributes(path, "GroupQueryAttention")
+    assert written["local_window_size"] == 3 and written["kv_num_heads"] == 2 and written["softcap"] == 5.0
     assert not nodes(path, "Where"), "no mask is left"
 
 
@@ -144,8 +144,8 @@ class Turning(nn.Module):
         return mixed, k, v
 
 
-class Fresh(Turning):
-    """Without a cache; ``keeps``: the turned keys are an output too."""
+class WithoutCache(Turning):
+    """``keeps``: the turned keys are an output too."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Any:  # type: ignore[override]
         n = q.shape[1]
@@ -166,9 +166,9 @@ def half(*shape: int, seed: int = 0) -> Tensor:
 
 def turning_inputs(batch: int, n: int, past: int | None) -> list[Tensor]:
     """Queries, keys, values, one row of positions, a cache."""
-    found = [half(batch, n, w, seed=w + j) for j, w in enumerate((64, 32, 32))]
-    found.append((torch.arange(n) * 3 + 2)[None])
-    return found + ([] if past is None else [half(batch, 2, past, 16, seed=j) for j in (7, 8)])
+    inputs = [half(batch, n, w, seed=w + j) for j, w in enumerate((64, 32, 32))]
+    inputs.append((torch.arange(n) * 3 + 2)[None])
+    return inputs + ([] if past is None else [half(batch, 2, past, 16, seed=j) for j in (7, 8)])
 
 
 @pytest.mark.parametrize("window", [0, 3])
@@ -177,12 +177,12 @@ def test_rotary_embeddings_are_done_by_the_operator(neighbours: bool, window: in
     """Any positions will do, as long as all sequences have the same ones."""
     path = tmp_path / "model.onnx"
     shapes = ({0: BATCH, 1: LENGTH},) * 3 + ({1: LENGTH},)
-    model = Fresh(window, neighbours).eval()
+    model = WithoutCache(window, neighbours).eval()
     report = exported(model, path, *turning_inputs(2, 6, None), target="ort", dynamic_shapes=shapes)
     assert report.operators == {"com.microsoft.GroupQueryAttention": 1}
-    found = attributes(path, GQA)
-    assert found["do_rotary"] == 1 and found["rotary_interleaved"] == int(neighbours)
-    assert found.get("local_window_size", 0) == window and not nodes(path, "Where")
+    written = attributes(path, GQA)
+    assert written["do_rotary"] == 1 and written["rotary_interleaved"] == int(neighbours)
+    assert written.get("local_window_size", 0) == window and not nodes(path, "Where")
 
 
 @pytest.mark.parametrize("kind", ["one token", "one sequence", "two sequences"])
@@ -197,8 +197,8 @@ def test_rotary_embeddings_after_a_cache(window: int, kind: str, tmp_path: Path)
     model = Turning(window).eval()
     report = exported(model, path, *given, target="ort", dynamic_shapes=shapes)
     assert report.operators == {"com.microsoft.GroupQueryAttention": 1}
-    found = attributes(path, GQA)
-    assert found["do_rotary"] == 1 and found["num_heads"] == 4 * (2 if kind == "two sequences" else 1)
+    written = attributes(path, GQA)
+    assert written["do_rotary"] == 1 and written["num_heads"] == 4 * (2 if kind == "two sequences" else 1)
     names = ("q", "k", "v", "positions", "past_k", "past_v")
     given = [*given[:4], *(t[:, :, :0] for t in given[4:])]
     got = run(path, **dict(zip(names, given, strict=True)))
@@ -210,12 +210,12 @@ def test_positions_that_differ_between_sequences_are_an_operator_of_their_own(tm
     path = tmp_path / "model.onnx"
     q, k, v, _ = turning_inputs(2, 6, None)
     positions = torch.stack([torch.arange(6), torch.arange(6) * 2])
-    report = exported(Fresh(3).eval(), path, q, k, v, positions, target="ort")
+    report = exported(WithoutCache(3).eval(), path, q, k, v, positions, target="ort")
     assert report.operators == {"RotaryEmbedding": 2, "com.microsoft.GroupQueryAttention": 1}
     assert attributes(path, GQA).get("do_rotary", 0) == 0
 
 
 def test_turned_keys_that_are_a_result_are_turned_once(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    report = exported(Fresh(3, keeps=True).eval(), path, *turning_inputs(2, 6, None), target="ort")
+    report = exported(WithoutCache(3, keeps=True).eval(), path, *turning_inputs(2, 6, None), target="ort")
     assert report.operators == {"RotaryEmbedding": 2, "com.microsoft.GroupQueryAttention": 1}

@@ -94,8 +94,8 @@ def test_what_onnxscript_has_left(target: str, tmp_path: Path) -> None:
 
     before, middle, after = (tmp_path / f"{n}.onnx" for n in ("before", "middle", "after"))
     plain(sharpened(Pair()), before, drawn(), MASK)
-    made: Any = optimize_for_ort(ir.load(before))
-    ir.save(made[0] if isinstance(made, tuple) else made, middle)
+    optimized: Any = optimize_for_ort(ir.load(before))
+    ir.save(optimized[0] if isinstance(optimized, tuple) else optimized, middle)
     theirs = [n for n in ir.load(middle).graph if n.domain == "com.microsoft" and "Attention" in n.op_type]
     assert len(theirs) == 1, "one is fused by onnxscript"
     report = fusepass.optimize_onnx(middle, after, target=target)

@@ -212,9 +212,9 @@ def test_splits_of_splits_resolve_to_the_finest_axes() -> None:
         else space.splits["x0"].terms[0][0]
     )
     assert space.split(low, 2)
-    found = space.resolve(x)
-    assert sorted(int(c) for _, c in found.terms) == [1, 2, 6]
-    assert not found.axes & set(space.splits)
+    resolved = space.resolve(x)
+    assert sorted(int(c) for _, c in resolved.terms) == [1, 2, 6]
+    assert not resolved.axes & set(space.splits)
 
 
 @given(st.integers(2, 4), st.integers(2, 4), st.integers(1, 24))
@@ -254,8 +254,8 @@ def test_digits_only_of_permutations(sizes: list[int], order: list[int], shift: 
     flat, stride = Affine((), shift), 1
     for d in [o for o in order if o < len(sizes)]:
         flat, stride = flat + axes[d] * stride, stride * sizes[d]
-    found = space.digits(flat, stride)
-    assert (found is not None) == (shift == 0)
+    digits = space.digits(flat, stride)
+    assert (digits is not None) == (shift == 0)
 
 
 # ---------------------------------------------------------------------------------------- symbolic sizes

@@ -88,43 +88,43 @@ def reduced(op: str, x: Expr) -> Expr:
 def expressions(draw: st.DrawFn) -> tuple[Expr, Contents, dict[str, Tensor]]:
     """An expression over tables, positions, constants and given integers, with values for its leaves."""
     tables: dict[Expr, Tensor] = {}
-    made: list[Expr] = []
+    nodes: list[Expr] = []
     inputs: dict[str, Tensor] = {}
     for n in range(2):
         dtype = draw(st.sampled_from(FLOATS))
         held = torch.tensor(draw(st.lists(st.sampled_from(NUMBERS[:-3]), min_size=N, max_size=N))).to(dtype)
-        made.append(leaf(f"t{n}", (N,), dtype))
-        tables[made[-1]] = inputs[f"t{n}"] = held
+        nodes.append(leaf(f"t{n}", (N,), dtype))
+        tables[nodes[-1]] = inputs[f"t{n}"] = held
     kind = draw(st.sampled_from(INTEGERS))
-    made.append(leaf("n", (N,), kind))
+    nodes.append(leaf("n", (N,), kind))
     inputs["n"] = torch.tensor(draw(st.lists(st.integers(-300, 300), min_size=N, max_size=N))).to(kind)
-    made.append(expr("iota", (), (draw(st.integers(-3, 3)), draw(st.integers(-2, 2))), (N,), torch.int64))
-    made.append(const(draw(st.sampled_from(NUMBERS)), draw(st.sampled_from(FLOATS[:2]))))
-    made.append(const(draw(st.integers(-3, 300)), torch.int64))
+    nodes.append(expr("iota", (), (draw(st.integers(-3, 3)), draw(st.integers(-2, 2))), (N,), torch.int64))
+    nodes.append(const(draw(st.sampled_from(NUMBERS)), draw(st.sampled_from(FLOATS[:2]))))
+    nodes.append(const(draw(st.integers(-3, 300)), torch.int64))
     for _ in range(draw(st.integers(1, 5))):
         op = draw(
             st.sampled_from([*UNARY, *BINARY, *BINARY, "sum", "amax", "cumsum", "softmax", "logsumexp"])
         )
-        args = [made[draw(st.integers(0, len(made) - 1))] for _ in range(2)]
+        args = [nodes[draw(st.integers(0, len(nodes) - 1))] for _ in range(2)]
         if op in UNARY or op in BINARY:
-            made.append(applied(op, args, draw(st.sampled_from([*FLOATS, *INTEGERS]))))
+            nodes.append(applied(op, args, draw(st.sampled_from([*FLOATS, *INTEGERS]))))
         else:
-            made.append(reduced(op, args[0]))
-    return made[-1], Contents(tables), inputs
+            nodes.append(reduced(op, args[0]))
+    return nodes[-1], Contents(tables), inputs
 
 
 @settings(max_examples=1500)
 @given(expressions())
 def test_what_is_computed_lies_within_the_bounds(drawn: tuple[Expr, Contents, dict[str, Tensor]]) -> None:
     node, contents, inputs = drawn
-    found = range_of(node, contents, Facts())
+    bounds = range_of(node, contents, Facts())
     try:
         value = Exact(inputs)(node).double()
     except RuntimeError:
         return  # a division by the integer zero, a negative power of an integer
-    if found is not None:
-        assert not value.isnan().any(), (found, value)
-        assert float(value.min()) >= found[0] and float(value.max()) <= found[1], (found, value)
+    if bounds is not None:
+        assert not value.isnan().any(), (bounds, value)
+        assert float(value.min()) >= bounds[0] and float(value.max()) <= bounds[1], (bounds, value)
     if is_ordinary(node, torch.float32, contents, Facts()) and inputs["n"].abs().max() <= 64:
         assert value.isfinite().all() and float(value.abs().max()) < FILL
 
@@ -185,9 +185,9 @@ BOUNDED: dict[str, tuple[Expr, float, float]] = {
 @pytest.mark.parametrize("name", BOUNDED)
 def test_bounds(name: str) -> None:
     node, low, high = BOUNDED[name]
-    found = range_of(node, contents(), Facts())
-    assert found is not None
-    assert low <= found[0] and found[1] <= high, found
+    bounds = range_of(node, contents(), Facts())
+    assert bounds is not None
+    assert low <= bounds[0] and bounds[1] <= high, bounds
 
 
 UNBOUNDED: dict[str, Expr] = {

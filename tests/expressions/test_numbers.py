@@ -80,15 +80,15 @@ def defined(value: Any, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [*AWKWARD, *WHOLE, True, False], ids=repr)
 def test_a_constant_is_what_its_dtype_holds(value: Any, dtype: torch.dtype) -> None:
-    made = const(value, dtype)
-    assert made.dtype is dtype and made.shape == ()
+    constant = const(value, dtype)
+    assert constant.dtype is dtype and constant.shape == ()
     if defined(value, dtype):
-        assert same(scalar_of(made), meant(value, dtype))
+        assert same(scalar_of(constant), meant(value, dtype))
         assert same(scalar_of(cast(const(value, torch.float64), dtype)), meant(float(value), dtype)) or (
             not defined(float(value), dtype) or isinstance(value, int)
         )
     else:
-        assert made.op == "cast" and scalar_of(made) is None
+        assert constant.op == "cast" and scalar_of(constant) is None
 
 
 @settings(max_examples=300)
@@ -123,10 +123,10 @@ def test_what_has_no_meaning_stays_a_cast() -> None:
 
 
 def test_complex_numbers_are_numbers_that_nobody_takes_for_real() -> None:
-    made = const(2, torch.complex64)
-    assert made.attrs[0] == 2 + 0j and scalar_of(made) is None
+    constant = const(2, torch.complex64)
+    assert constant.attrs[0] == 2 + 0j and scalar_of(constant) is None
     assert const(0.5 + 1j, torch.float32).op == "cast"
-    assert number(made, Scope(AxisSpace(Facts()))) is None
+    assert number(constant, Scope(AxisSpace(Facts()))) is None
     assert arithmetic.folded("add", ((1j, torch.complex64), (2.0, torch.float32)), torch.complex64) is None
 
 
@@ -271,18 +271,18 @@ def drawn(data: st.DataObject) -> Callable[[], Tensor]:
     )
 
     def program() -> Tensor:
-        made = [torch.arange(5).to(leaves[0])[:, None], torch.arange(5).to(leaves[1])[None, :]]
+        tensors = [torch.arange(5).to(leaves[0])[:, None], torch.arange(5).to(leaves[1])[None, :]]
         for name, a, b in steps:
-            x, y = made[a % len(made)], made[b % len(made)]
+            x, y = tensors[a % len(tensors)], tensors[b % len(tensors)]
             if name in SINGLE:
-                made.append(
+                tensors.append(
                     SINGLE[name](x) if x.dtype is not torch.bool or name == "tril" else x.logical_not()
                 )
             else:
                 y = y.to(x.dtype) if name == "max" or torch.bool in (x.dtype, y.dtype) else y
                 bits = x.dtype is torch.bool
-                made.append(x.logical_and(y) if bits else PAIRS[name](x, y))
-        return made[-1].expand(5, 5)
+                tensors.append(x.logical_and(y) if bits else PAIRS[name](x, y))
+        return tensors[-1].expand(5, 5)
 
     return program
 
@@ -595,8 +595,8 @@ def test_positions_of_unknown_length_do_not_wrap(dtype: torch.dtype) -> None:
 
 def test_a_choice_holds_numbers_in_its_dtype() -> None:
     x = leaf("x", (3,), torch.float16)
-    made = pointwise("where", leaf("m", (3,), torch.bool), x, const(-1e9), dtype=torch.float16)
-    assert made.args[2] is const(-INF, torch.float16)
+    choice = pointwise("where", leaf("m", (3,), torch.bool), x, const(-1e9), dtype=torch.float16)
+    assert choice.args[2] is const(-INF, torch.float16)
 
 
 LOWEST = torch.finfo(torch.float32).min

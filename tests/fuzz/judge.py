@@ -120,7 +120,7 @@ def expect(program: Program) -> Expected:
 def coarseness(program: Program) -> float:
     """The rounding unit of the least precise dtype that a program mentions."""
     single, half, brain = (torch.finfo(d).eps for d in (torch.float32, torch.float16, torch.bfloat16))
-    found = {
+    units = {
         r"bfloat16": brain / 8,
         r"(?<!b)float16|half\(": half / 8,
         r"torch\.float64": single / 8,  # most masks, and softmaxes now and then, are of single precision
@@ -129,7 +129,7 @@ def coarseness(program: Program) -> float:
         r"\+= \w+\.sum\(": 4 * single,  # keys, and so scores, many times as large
         r"softmax\([^()]*float16|\.half\(\)\.(log_)?softmax": half,  # rounded weights, and their gradients
     }
-    coarse = [eps for text, eps in found.items() if re.search(text, program.text)]
+    coarse = [eps for text, eps in units.items() if re.search(text, program.text)]
     steep = 16 if re.search(r"float16|half\(", program.text) and re.search(LARGE, program.text) else 1
     return max(coarse, default=2 * single) * max(1, 4 * len(coarse) - 4) * steep
 

@@ -141,14 +141,14 @@ def _value(sk: Sketch) -> str:
 def _buffer(sk: Sketch) -> str:
     """A mask that the module holds, and maybe changes."""
     name = sk.name("mask")
-    made = sk.pick(
+    contents = sk.pick(
         "torch.ones(12, 12, dtype=torch.bool).tril()",
         "torch.ones(12, 12).tril() != 0",
         "torch.ones(12, 12).tril()",
         "torch.ones(12, 12, dtype=torch.uint8)",
         "torch.arange(144).view(12, 12) % 3 != 0",
     )
-    sk.state.append(f"self.register_buffer({name!r}, {made}{sk.pick('', ', persistent=False')})")
+    sk.state.append(f"self.register_buffer({name!r}, {contents}{sk.pick('', ', persistent=False')})")
     edit = sk.pick(
         *(
             "pass",

@@ -51,23 +51,23 @@ class Program:
         """The program itself: `inputs`, `edit` and `f`, a function or the class of a module."""
         names = ", ".join(f"{name}={name}" for name in self.args)
         sizes = [f"{', '.join(SIZES)} = {list(self.sizes)}[turn]"]
-        made = _function("def inputs(turn):", [*sizes, *self.inputs, f"return dict({names})"])
+        inputs = _function("def inputs(turn):", [*sizes, *self.inputs, f"return dict({names})"])
         edit = _function("def edit(self):", self.edits or ("pass",))
         body = [*self.body, f"return ({', '.join(self.results)},)"]
         if not self.is_module:
-            return "\n\n\n".join([made, edit, _function(f"def f({', '.join(self.args)}):", body)]) + "\n"
+            return "\n\n\n".join([inputs, edit, _function(f"def f({', '.join(self.args)}):", body)]) + "\n"
         start = _function("def __init__(self):", ["super().__init__()", *self.state])
         forward = _function(f"def forward({', '.join(('self', *self.args))}):", body)
         module = _function("class f(torch.nn.Module):", [start, "\n" + forward])
-        return "\n\n\n".join([made, edit, module]) + "\n"
+        return "\n\n\n".join([inputs, edit, module]) + "\n"
 
     @property
     def exact_text(self) -> str:
         """The same in float64, with arguments rounded as before."""
-        made, rest = self.text.split("def edit(self):")
+        inputs, rest = self.text.split("def edit(self):")
         exact = re.sub(r"\.(float|half|bfloat16)\(\)", ".double()", rest)
         exact = re.sub(r"torch\.(float32|float16|bfloat16)\b", "torch.float64", exact)
-        return f"{made.replace('torch.float32', 'torch.float64')}def edit(self):{exact}"
+        return f"{inputs.replace('torch.float32', 'torch.float64')}def edit(self):{exact}"
 
     @property
     def script(self) -> str:

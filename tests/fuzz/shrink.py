@@ -63,12 +63,12 @@ def _tidier(program: Program) -> Program:
         for place, line in enumerate(program.body)
         if assigned(line) is None or assigned(line) in _read(program.body[place + 1 :], program.results)
     )
-    made = tuple(
+    inputs = tuple(
         line
         for place, line in enumerate(program.inputs)
         if assigned(line) is None or assigned(line) in _read(program.inputs[place + 1 :], args)
     )
-    return next(_inlined(replace(program, args=args, body=body, inputs=made)), ("", program))[1]
+    return next(_inlined(replace(program, args=args, body=body, inputs=inputs)), ("", program))[1]
 
 
 def _read(*lines: tuple[str, ...]) -> set[str]:

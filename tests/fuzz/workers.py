@@ -76,8 +76,8 @@ class Examiner:
             return Result(program, verdict)
 
         def as_bad(candidate: Program) -> bool:
-            found = judge(candidate)
-            return found.kind == verdict.kind and bool(symptoms(found) & symptoms(verdict))
+            other = judge(candidate)
+            return other.kind == verdict.kind and bool(symptoms(other) & symptoms(verdict))
 
         return Result(program, verdict, shrink(program, as_bad, self.task.shrink_seconds))
 

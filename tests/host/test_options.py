@@ -140,15 +140,15 @@ def test_what_compiles_takes_all_options(
     options |= {"precision": "native", "validate": False}
     more = {"fusepass_repeats": 0} if function is fusepass.verify else {}
     given = Options(**options) if ready else options
-    found = function(Attention(), Q, Q, Q, fusepass_options=given, **more)
-    assert [site.kernel for site in found.sites] == ["sdpa"]
+    result = function(Attention(), Q, Q, Q, fusepass_options=given, **more)
+    assert [site.kernel for site in result.sites] == ["sdpa"]
     assert inductor == ([MAX] if more else [])
 
 
 def test_a_mode_chooses_inductor_in_verify(inductor: list[dict[str, Any]]) -> None:
     mode = {"mode": "max-autotune-no-cudagraphs"}
-    found = fusepass.verify(Attention(), Q, Q, Q, fusepass_options=mode, fusepass_repeats=0)
-    assert found.inner == "inductor"
+    verification = fusepass.verify(Attention(), Q, Q, Q, fusepass_options=mode, fusepass_repeats=0)
+    assert verification.inner == "inductor"
     assert inductor == [MAX]
 
 

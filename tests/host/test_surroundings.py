@@ -262,8 +262,8 @@ def test_there_is_one_way_into_a_clean_context() -> None:
         r"_disable_current_modes|unset_fake_temporarily|DisableTorchFunction|_set_tracing|_pop_mode"
     )
     files = [*ROOT.rglob("*.py"), *(ROOT / "patterns").rglob("*.py"), *(ROOT / "exporters").rglob("*.py")]
-    found = {f.name for f in files if private.search(f.read_text(encoding="utf-8"))}
-    assert found == {"surroundings.py"}
+    names = {f.name for f in files if private.search(f.read_text(encoding="utf-8"))}
+    assert names == {"surroundings.py"}
 
 
 # ---------------------------------------------------------------------------------- checkpoints around

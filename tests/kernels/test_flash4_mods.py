@@ -55,8 +55,8 @@ def rewritten(
 
 
 def call_of(graph: fx.GraphModule) -> Any:
-    (found,) = [n for n in graph.graph.nodes if "fusepass.flash4" in str(n.target)]
-    return found
+    (call,) = [n for n in graph.graph.nodes if "fusepass.flash4" in str(n.target)]
+    return call
 
 
 def alibi(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
@@ -126,12 +126,12 @@ SIZES = {"b": 2, "h": 1, "i": 300, "j": 420}
 def compiled(function: Callable[..., Any], backend: str, count: int, given: Tensor) -> Any:
     """What a backend makes of a graph that calls ``function``, as the pass leaves it behind."""
     graph = fx.Graph()
-    found = graph.call_function(function, (graph.placeholder("given"),))
-    graph.output(tuple(graph.call_function(operator.getitem, (found, n)) for n in range(count)))
+    results = graph.call_function(function, (graph.placeholder("given"),))
+    graph.output(tuple(graph.call_function(operator.getitem, (results, n)) for n in range(count)))
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with torch._guards.tracing(torch._guards.TracingContext(mode)):
-        made = lookup_backend(backend)(fx.GraphModule({}, graph), [given])
-    return made(given)
+        run = lookup_backend(backend)(fx.GraphModule({}, graph), [given])
+    return run(given)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
@@ -144,8 +144,8 @@ def test_traced_tables_are_the_tables(backend: str, both: bool, stored: bool) ->
     want = blocks.tables_op(*given)
 
     def make(keep: Tensor) -> list[Tensor]:
-        found = blocks.plain_tables([keep], *given[1:])  # type: ignore[arg-type]
-        return torch.ops.fusepass.stored_tables(found) if stored else found
+        tables = blocks.plain_tables([keep], *given[1:])  # type: ignore[arg-type]
+        return torch.ops.fusepass.stored_tables(tables) if stored else tables
 
     got = make(keep) if backend == "eager" else compiled(make, backend, len(want), keep)
     assert len(got) == len(want) == (8 if both else 4)
@@ -408,8 +408,8 @@ def test_formulas_have_the_values_that_pytorch_gives(name: str, cute: None) -> N
 
 
 def test_divisions_of_what_may_be_negative_are_not_written() -> None:
-    found = cute_mods.unwritable(fm.read(fm.text(["eq", ["floordiv", GAP, ["const", 3]], ["const", 1]])))
-    assert found == "floordiv of a number that may be negative"
+    reason = cute_mods.unwritable(fm.read(fm.text(["eq", ["floordiv", GAP, ["const", 3]], ["const", 1]])))
+    assert reason == "floordiv of a number that may be negative"
     assert cute_mods.unwritable(("cast", fm.read(fm.text(Q)), "f64")) == "a cast to f64"
 
 
@@ -445,8 +445,8 @@ def test_steps_of_a_score_and_their_derivatives(cute: None) -> None:
     got = forward(Lanes(s.detach()), *where[:2], **named)
     torch.testing.assert_close(got.data, want.detach())
     grad = torch.randn(2)
-    found = backward(Lanes(grad), Lanes(s.detach()), *where[:2], **named)
-    torch.testing.assert_close(found.data, torch.autograd.grad(want, s, grad)[0])
+    gradient = backward(Lanes(grad), Lanes(s.detach()), *where[:2], **named)
+    torch.testing.assert_close(gradient.data, torch.autograd.grad(want, s, grad)[0])
 
 
 @pytest.mark.parametrize(
@@ -471,8 +471,8 @@ def test_functions_of_a_score_and_their_derivatives(
         forward(Lanes(s.detach()), *at[:2], **named).data, want.detach(), equal_nan=True
     )
     grad = torch.randn(9)
-    found = backward(Lanes(grad), Lanes(s.detach()), *at[:2], **named).data
-    torch.testing.assert_close(found[:6], torch.autograd.grad(want, s, grad)[0][:6])
+    gradient = backward(Lanes(grad), Lanes(s.detach()), *at[:2], **named).data
+    torch.testing.assert_close(gradient[:6], torch.autograd.grad(want, s, grad)[0][:6])
 
 
 def test_modifiers_are_kept_by_what_they_compute() -> None:
@@ -552,11 +552,11 @@ class CuteInterface:
         (*_, queries, keys), (b, h, lines, entries) = sizes, index.shape
         wanted = (-(-queries // rows), -(-keys // columns))
         assert (lines, entries) == (wanted[::-1] if by_keys else wanted) and count.shape == (b, h, lines)
-        found = torch.zeros(b, h, lines, entries, dtype=torch.bool)
+        listed = torch.zeros(b, h, lines, entries, dtype=torch.bool)
         for place in itertools.product(*map(range, (b, h, lines))):
-            found[place][index[place][: int(count[place])].long()] = True
-        found = found.mT if by_keys else found
-        return found.repeat_interleave(rows, 2).repeat_interleave(columns, 3)[:, :, :queries, :keys]
+            listed[place][index[place][: int(count[place])].long()] = True
+        listed = listed.mT if by_keys else listed
+        return listed.repeat_interleave(rows, 2).repeat_interleave(columns, 3)[:, :, :queries, :keys]
 
     def _parts(
         self, q: Tensor, k: Tensor, scale: float, window: Any, mods: Any, aux: Any, tables: Any, by_keys: bool
@@ -566,17 +566,17 @@ class CuteInterface:
         memory = None if aux is None else [Memory(t) for t in aux]
         s = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(q.shape[2] // k.shape[2], 2)) * scale
         score_mod, mask_mod = mods
-        made = s
+        scores = s
         if score_mod is not None:
             b, h, i, j = at[0]
             told = {"q_idx": i, "kv_idx": j, "seqlen_info": None, "aux_tensors": memory}
-            made = score_mod(Lanes(s.flatten()), b, h, **told).data.view(s.shape)
+            scores = score_mod(Lanes(s.flatten()), b, h, **told).data.view(s.shape)
         gap = torch.arange(k.shape[1]) - torch.arange(q.shape[1])[:, None] - (k.shape[1] - q.shape[1])
         left, right = window
-        made = made if left is None else made.masked_fill(gap < -left, -INF)
-        made = made if right is None else made.masked_fill(gap > right, -INF)
-        made = made.masked_fill(~self._seen(at, mask_mod, memory, tables, by_keys), -INF)
-        return at, memory, s, made.softmax(-1), made.logsumexp(-1)
+        scores = scores if left is None else scores.masked_fill(gap < -left, -INF)
+        scores = scores if right is None else scores.masked_fill(gap > right, -INF)
+        scores = scores.masked_fill(~self._seen(at, mask_mod, memory, tables, by_keys), -INF)
+        return at, memory, s, scores.softmax(-1), scores.logsumexp(-1)
 
     def _flash_attn_fwd(
         self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool,
@@ -623,17 +623,17 @@ class CuteInterface:
 @pytest.fixture
 def interface(monkeypatch: pytest.MonkeyPatch, cute: None) -> Iterator[CuteInterface]:
     """The operator on CPU tensors, over the stand-in of its library."""
-    found, sparse = CuteInterface(), types.ModuleType("flash_attn.cute.block_sparsity")
+    stand_in, sparse = CuteInterface(), types.ModuleType("flash_attn.cute.block_sparsity")
     sparse.__dict__["BlockSparseTensorsTorch"] = lambda *tables, block_size: (*tables, block_size)
     for name in ("flash_attn", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, sparse.__name__, sparse)
-    library = types.SimpleNamespace(interface=found)
+    library = types.SimpleNamespace(interface=stand_in)
     monkeypatch.setattr("fusepass.kernels.flash_ops.library", lambda name: library)
     with torch.library._scoped_library("fusepass", "FRAGMENT") as scope:
         scope.impl("flash4_mods", flash4_mods._run, "CPU")
         scope.impl("flash4_mods_backward", flash4_mods._run_backward, "CPU")
-        yield found
+        yield stand_in
 
 
 NEAR = ["lt", ["abs", GAP], ["const", 25]]

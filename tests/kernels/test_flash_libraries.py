@@ -57,10 +57,12 @@ def again(
     leaves = [t.detach().requires_grad_() for t in (q, k, v, *([] if sink is None else [sink]))]
     with torch.enable_grad():
         q, k, v, *rest = leaves
-        made, found = attention(q, k, v, scale, left, right, softcap, slopes, rest[0] if rest else None, kept)
-    torch.testing.assert_close(made.detach(), out)
-    torch.testing.assert_close(found.detach(), lse)
-    return list(torch.autograd.grad(made, leaves, grad))
+        result, log_sum_exp = attention(
+            q, k, v, scale, left, right, softcap, slopes, rest[0] if rest else None, kept
+        )
+    torch.testing.assert_close(result.detach(), out)
+    torch.testing.assert_close(log_sum_exp.detach(), lse)
+    return list(torch.autograd.grad(result, leaves, grad))
 
 
 def dropped(q: Tensor, k: Tensor, dropout_p: float, rng_state: Tensor) -> Tensor | float:
@@ -102,11 +104,11 @@ class Interface2(Interface):
     ) -> Tensor:  # fmt: skip
         self.deterministic.append(deterministic)
         kept = dropped(q, k, dropout_p, torch.tensor([8, 0]) if rng_state is None else rng_state)
-        found = again(
+        gradients = again(
             dout, out, softmax_lse, q, k, v, None, softmax_scale, window_size_left,
             0 if causal else window_size_right, softcap, alibi_slopes, kept=kept,
         )  # fmt: skip
-        for mine, given in zip((dq, dk, dv), found, strict=True):
+        for mine, given in zip((dq, dk, dv), gradients, strict=True):
             mine.copy_(given)
         return softmax_lse
 
@@ -132,8 +134,8 @@ class Interface3(Interface):
         self.deterministic.append(deterministic)
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         right = 0 if is_causal else window_size_right
-        found = again(dout, out, softmax_lse, q, k, v, None, scale, window_size_left, right, softcap)
-        for mine, given in zip((dq, dk, dv), found, strict=True):
+        gradients = again(dout, out, softmax_lse, q, k, v, None, scale, window_size_left, right, softcap)
+        for mine, given in zip((dq, dk, dv), gradients, strict=True):
             mine.copy_(given)
 
 
@@ -173,16 +175,16 @@ LIBRARIES: dict[str, tuple[Any, type[Interface]]] = {
 @pytest.fixture
 def interfaces(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Interface]]:
     """The operators on CPU tensors, each over the stand-in of its library."""
-    made, found = {}, {}
+    adapters, stand_ins = {}, {}
     for name, (adapter, interface) in LIBRARIES.items():
-        made[name], found[name] = adapter.__new__(adapter), interface()
-        made[name].interface = found[name]
-    monkeypatch.setattr(flash_ops, "library", made.__getitem__)
+        adapters[name], stand_ins[name] = adapter.__new__(adapter), interface()
+        adapters[name].interface = stand_ins[name]
+    monkeypatch.setattr(flash_ops, "library", adapters.__getitem__)
     with torch.library._scoped_library("fusepass", "FRAGMENT") as scope:
         for name in LIBRARIES:
             scope.impl(name, flash_ops._forward(name), "CPU")
             scope.impl(f"{name}_backward", flash_ops._backward(name), "CPU")
-        yield found
+        yield stand_ins
 
 
 @dataclass(frozen=True)
@@ -272,8 +274,8 @@ HALF = torch.bfloat16
 
 
 def windowed(*scores: Any, **more: Any) -> Attention:
-    made = Attention(2, 4, 2, 64, 64, 64, 64, HALF, scores or (Scale(0.1), BAND), out_dtype=HALF)
-    return replace(made, **more)
+    default = Attention(2, 4, 2, 64, 64, 64, 64, HALF, scores or (Scale(0.1), BAND), out_dtype=HALF)
+    return replace(default, **more)
 
 
 NO_WINDOW: dict[str, tuple[Attention, Target, torch.dtype]] = {

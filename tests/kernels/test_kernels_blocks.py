@@ -74,10 +74,10 @@ def operands(batch: int, queries: int, keys: int) -> list[Tensor]:
     ]  # fmt: skip
 
 
-def dense(found: Any, tensors: list[Tensor], batch: int, queries: int, keys: int) -> Tensor:
+def dense(visible: Any, tensors: list[Tensor], batch: int, queries: int, keys: int) -> Tensor:
     """The formula at every element, ``[B, 1, Q, K]``."""
     grid = torch.meshgrid(*(torch.arange(n) for n in (batch, 1, queries, keys)), indexing="ij")
-    value = formula.evaluate(found, dict(zip("bhij", grid, strict=True)), tensors)
+    value = formula.evaluate(visible, dict(zip("bhij", grid, strict=True)), tensors)
     return value.expand(batch, 1, queries, keys).bool()
 
 
@@ -85,10 +85,10 @@ def dense(found: Any, tensors: list[Tensor], batch: int, queries: int, keys: int
 @pytest.mark.parametrize(("queries", "keys"), [(384, 384), (300, 513), (1, 700)])
 def test_what_is_said_of_a_block_is_true(name: str, queries: int, keys: int) -> None:
     torch.manual_seed(0)
-    tensors, found = operands(2, queries, keys), formula.read(formula.text(FORMULAS[name]))
+    tensors, visible = operands(2, queries, keys), formula.read(formula.text(FORMULAS[name]))
     sizes = {"b": 2, "h": 1, "i": queries, "j": keys}
-    every, some = block_visibility(found, sizes, tensors, torch.device("cpu"))
-    true = dense(found, tensors, 2, queries, keys)
+    every, some = block_visibility(visible, sizes, tensors, torch.device("cpu"))
+    true = dense(visible, tensors, 2, queries, keys)
     for b, i, j in itertools.product(*(range(n) for n in (2, every.shape[2], every.shape[3]))):
         part = true[b, 0, i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
         assert not every[b, 0, i, j] or (bool(part.all()) and part.numel() == BLOCK**2)
@@ -140,12 +140,12 @@ def test_nothing_is_concluded_from_what_is_no_number(name: str, traced: bool) ->
     )
     for operation, n, opposite in itertools.product(COMPARED, range(len(BOUNDS)), (False, True)):
         written: Any = [operation, ODD[name], BOUNDS[n]]
-        found = formula.read(formula.text(["not", written] if opposite else written))
-        every, some = block_visibility(found, sizes, tensors, torch.device("cpu"), traced)
+        visible = formula.read(formula.text(["not", written] if opposite else written))
+        every, some = block_visibility(visible, sizes, tensors, torch.device("cpu"), traced)
         true = (getattr(torch, operation)(value, bounds[n]) ^ opposite).unflatten(2, (-1, BLOCK))
         true = true.unflatten(4, (-1, BLOCK)).transpose(3, 4).flatten(4)
-        assert not (every & ~true.all(4)).any(), (found, "all")
-        assert not (true.any(4) & ~some).any(), (found, "any")
+        assert not (every & ~true.all(4)).any(), (visible, "all")
+        assert not (true.any(4) & ~some).any(), (visible, "any")
 
 
 @pytest.mark.parametrize("operation", ["lt", "le", "gt", "ge"])
@@ -153,9 +153,9 @@ def test_a_block_with_one_nan_keeps_its_other_keys(operation: str) -> None:
     numbers = torch.zeros(256)
     numbers[3] = math.nan
     bound = ["const", 1.0 if operation in ("lt", "le") else -1.0]
-    found = formula.read(formula.text([operation, NUMBER, bound]))
+    visible = formula.read(formula.text([operation, NUMBER, bound]))
     sizes = {"b": 1, "h": 1, "i": 128, "j": 256}
-    every, some = block_visibility(found, sizes, [numbers], torch.device("cpu"))
+    every, some = block_visibility(visible, sizes, [numbers], torch.device("cpu"))
     assert every.flatten().tolist() == [False, True] and some.all()
 
 
@@ -166,10 +166,10 @@ EXACT = ["causal", "window", "padding", "causal and padding", "lengths", "chunks
 def test_whole_blocks_are_found(name: str) -> None:
     """Not only sound but complete: every block that is entirely visible or hidden is recognised."""
     torch.manual_seed(0)
-    tensors, found = operands(2, 768, 768), formula.read(formula.text(FORMULAS[name]))
+    tensors, visible = operands(2, 768, 768), formula.read(formula.text(FORMULAS[name]))
     sizes = {"b": 2, "h": 1, "i": 768, "j": 768}
-    every, some = block_visibility(found, sizes, tensors, torch.device("cpu"))
-    true = dense(found, tensors, 2, 768, 768).unflatten(2, (-1, BLOCK)).unflatten(4, (-1, BLOCK))
+    every, some = block_visibility(visible, sizes, tensors, torch.device("cpu"))
+    true = dense(visible, tensors, 2, 768, 768).unflatten(2, (-1, BLOCK)).unflatten(4, (-1, BLOCK))
     assert torch.equal(every, true.all(5).all(3)) and torch.equal(some, true.any(5).any(3))
 
 
@@ -186,11 +186,11 @@ def test_indices_are_compared_as_written(operation: str, bound: int, constant: i
     for written, value in (
         (terms, index), (terms[1::2], constant - i - 3 * b), (terms[::2], constant + 2 * j + h // 2 % 2),
     ):  # fmt: skip
-        found: Any = [operation, ["index", constant, written], ["const", bound]]
+        comparison: Any = [operation, ["index", constant, written], ["const", bound]]
         want = getattr(torch, operation)(value, bound)
         for _ in range(opposites):
-            found, want = ["not", found], ~want
-        read = formula.read(formula.text(found))
+            comparison, want = ["not", comparison], ~want
+        read = formula.read(formula.text(comparison))
         assert torch.equal(formula.evaluate(read, dict(zip("bhij", grid, strict=True)), []), want)
 
 
@@ -211,10 +211,14 @@ def test_the_operator_is_sound() -> None:
 
 
 def test_stored_tables_are_copies() -> None:
-    found = tables(torch.eye(3, dtype=torch.bool).view(1, 1, 3, 3), torch.ones(1, 1, 3, 3, dtype=torch.bool))
-    torch.library.opcheck(torch.ops.fusepass.stored_tables.default, (found,))
-    kept = torch.ops.fusepass.stored_tables(found)
-    assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in zip(kept, found, strict=True))
+    computed = tables(
+        torch.eye(3, dtype=torch.bool).view(1, 1, 3, 3), torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    )
+    torch.library.opcheck(torch.ops.fusepass.stored_tables.default, (computed,))
+    kept = torch.ops.fusepass.stored_tables(computed)
+    assert all(
+        torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in zip(kept, computed, strict=True)
+    )
 
 
 def test_fixed_tables_are_kept_and_copied() -> None:
@@ -269,19 +273,19 @@ def hiding_rows(device: str = "cpu") -> dict[str, Tensor]:
     bias[5], bias[5, 2], bias[5, 9] = -INF, low, low
     bias[7] = torch.tensor([low, low / 4]).repeat(32)
     bias[9, :40] = low
-    made = {name: torch.randn(2, 2, 64, 16) for name in "qkv"} | {"bias": bias}
-    return {name: t.to(device) for name, t in made.items()}
+    tensors = {name: torch.randn(2, 2, 64, 16) for name in "qkv"} | {"bias": bias}
+    return {name: t.to(device) for name, t in tensors.items()}
 
 
 def assert_gradients_agree(given: dict[str, Tensor], kernel: str, inner: str) -> None:
-    found = []
+    runs = []
     programs: tuple[Callable[..., Tensor], ...] = (added, compiled(added, kernel, inner))
     for program in programs:
         learned = [given[name].clone().requires_grad_() for name in "qkv"]
         out = program(*learned, given["bias"])
         weights = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape)
-        found.append([out.detach(), *torch.autograd.grad(out, learned, weights)])
-    for theirs, mine in zip(*found, strict=True):
+        runs.append([out.detach(), *torch.autograd.grad(out, learned, weights)])
+    for theirs, mine in zip(*runs, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 

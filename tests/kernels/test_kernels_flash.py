@@ -171,11 +171,11 @@ def test_the_window_is_the_band(queries: int, keys: int, left: int | None, right
     """By the definition in flash-attention's README, element by element."""
     offset = keys - queries
     band = Band(None if left is None else left - offset, None if right is None else right + offset)
-    found = window(band, queries=queries, keys=keys)
+    sides = window(band, queries=queries, keys=keys)
     for i in range(queries):
         for j in range(keys):
             mine = (band.left is None or j >= i - band.left) and (band.right is None or j <= i + band.right)
-            a, b = found
+            a, b = sides
             theirs = (a is None or j >= i + offset - a) and (b is None or j <= i + offset + b)
             assert mine is theirs
 
@@ -327,26 +327,26 @@ class Mathematics:
         scores: list[ScoreModifier] = [Scale(scale), Mask(0, -INF)]
         if softcap:
             scores.insert(1, SoftCap(softcap))
-        made = Attention(
+        spec = Attention(
             q.shape[0], q.shape[2], k.shape[2], q.shape[1], k.shape[1], q.shape[3], q.shape[3], q.dtype,
             tuple(scores), (), q.dtype, q.dtype, None if extra is None else Sink(1, "h"),
         )  # fmt: skip
-        return made, [seen[None, None], *([] if extra is None else [extra.view(1, -1, 1, 1)])]
+        return spec, [seen[None, None], *([] if extra is None else [extra.view(1, -1, 1, 1)])]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, extra: Tensor | None, *settings: Any) -> Any:
-        made, tensors = self.specification(q, k, extra, *settings[:3])
-        out = reference(made, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), tensors)
+        spec, tensors = self.specification(q, k, extra, *settings[:3])
+        out = reference(spec, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), tensors)
         lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1])
         return out.transpose(1, 2).contiguous(), lse, None
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, extra: Tensor | None, *settings: Any
     ) -> Any:
-        made, tensors = self.specification(q, k, extra, *settings[:3])
+        spec, tensors = self.specification(q, k, extra, *settings[:3])
         given = [t.transpose(1, 2) for t in (grad, q, k, v)]
-        found = gradients(made, given[0], given[1], given[2], given[3], tensors)
-        grads = [g.transpose(1, 2).contiguous() for g in found[:3]]
-        return (*grads, None if extra is None else found[4].reshape(extra.shape).contiguous())
+        computed = gradients(spec, given[0], given[1], given[2], given[3], tensors)
+        grads = [g.transpose(1, 2).contiguous() for g in computed[:3]]
+        return (*grads, None if extra is None else computed[4].reshape(extra.shape).contiguous())
 
 
 @pytest.fixture
@@ -463,9 +463,9 @@ class Recorder:
 
 
 def recorded(kind: Any) -> tuple[Any, Recorder]:
-    made = kind.__new__(kind)
-    made.interface = Recorder()
-    return made, made.interface
+    library = kind.__new__(kind)
+    library.interface = Recorder()
+    return library, library.interface
 
 
 TENSOR = torch.zeros(1, 4, 2, 8)

@@ -136,9 +136,9 @@ def test_fixed_tables_are_taken_from_the_gpu(grads: bool) -> None:
     check(CASES["window"], "flex", "inductor", grads)
     assert blocks._resident
     for (visible, *sizes, both), device in blocks._resident:
-        made, again = (blocks.tables_op([], visible, *sizes, device, both) for _ in range(2))
+        first, again = (blocks.tables_op([], visible, *sizes, device, both) for _ in range(2))
         want = blocks.tables_op([], visible, *sizes, torch.device("cpu"), both)
-        for a, b, c in zip(made, again, want, strict=True):
+        for a, b, c in zip(first, again, want, strict=True):
             assert torch.equal(a.cpu(), c) and torch.equal(b.cpu(), c) and a.data_ptr() != b.data_ptr()
 
 
@@ -216,8 +216,8 @@ def rounded(x: torch.Tensor, heads: int) -> torch.Tensor:
         x.double().abs().unflatten(1, (heads, -1)).amax((2, 3, 4)).repeat_interleave(x.shape[1] // heads, 1)
     )
     scale = (largest / 448)[:, :, None, None]
-    found: torch.Tensor = (x / scale).to(torch.float8_e4m3fn).double() * scale
-    return found
+    result: torch.Tensor = (x / scale).to(torch.float8_e4m3fn).double() * scale
+    return result
 
 
 @pytest.mark.parametrize("library", ["cudnn", "flash3"])
@@ -239,16 +239,16 @@ def test_fp8_is_as_accurate_as_its_inputs(library: str, causal: bool, outliers: 
         q, k, v = (t.double() for t in (q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
-    true, found = exact(q, k, v), {}
+    true, quality = exact(q, k, v), {}
     for rotate in (False, True):
         out = fp8.fp8_attention(q, k, v, 128**-0.5, causal, rotate, library)
         assert out.dtype is q.dtype and out.shape == q.shape
-        found[rotate] = sqnr(out, true)
+        quality[rotate] = sqnr(out, true)
     alike = exact(*(rounded(t, 2) for t in (q, k, v)))
     if library == "cudnn":  # it writes e4m3
         alike = rounded(alike, 8)
-    assert found[False] > sqnr(alike, true) - 1.5, (found, sqnr(alike, true))
-    assert found[True] > (found[False] + 3 if outliers else 24), found
+    assert quality[False] > sqnr(alike, true) - 1.5, (quality, sqnr(alike, true))
+    assert quality[True] > (quality[False] + 3 if outliers else 24), quality
 
 
 @pytest.mark.parametrize("name", ["full", "causal"])

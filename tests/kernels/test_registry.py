@@ -79,8 +79,8 @@ def test_it_is_chosen_by_its_name_everywhere(
     program = torch.export.export(Attention(), (Q, Q, Q))
     assert kernels(kernel="mine") == ["mine"]
     for function in (fusepass.explain, fusepass.verify):
-        found = function(Attention(), Q, Q, Q, fusepass_options={"kernel": "mine"})
-        assert [site.kernel for site in found.sites] == ["mine"]
+        result = function(Attention(), Q, Q, Q, fusepass_options={"kernel": "mine"})
+        assert [site.kernel for site in result.sites] == ["mine"]
     with fusepass.collect() as seen:
         fusepass.fuse(program, kernel="mine")
         fusepass.export_pt2(program, (Q, Q, Q), "model.pt2", kernel="mine")
@@ -269,11 +269,11 @@ def test_doctor_lists_it() -> None:
         ),
     ):
         register(gate=gate, replace=True)
-        found = next(s for s in doctor.diagnose().kernels if s.kernel == "mine")
-        assert found.runs is runs and words in found.why
+        row = next(s for s in doctor.diagnose().kernels if s.kernel == "mine")
+        assert row.runs is runs and words in row.why
     register(gate=GATE, replace=True)
-    (found,) = (s for s in doctor.diagnose().kernels if s.kernel == "mine")
-    assert (found.dtypes, found.gpus) == ("fp32 float64", "any")
+    (row,) = (s for s in doctor.diagnose().kernels if s.kernel == "mine")
+    assert (row.dtypes, row.gpus) == ("fp32 float64", "any")
     json.dumps(doctor.diagnose().to_json())
 
 

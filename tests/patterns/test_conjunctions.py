@@ -68,7 +68,7 @@ def hidden(make: Callable[[Tensor], Tensor], fill: float = LOW) -> Callable[...,
     return attention
 
 
-def found(seen: Collector) -> list[set[str]]:
+def mask_parts(seen: Collector) -> list[set[str]]:
     """The parts of each fused site's mask."""
     return [set(site.kind.split(", ")) for site in seen.sites if site.fused]
 
@@ -82,7 +82,7 @@ def both(join: Join) -> Callable[[Tensor], Tensor]:
 def test_paddings_of_queries_and_keys(name: str, kernel: str) -> None:
     """A query that is padding sees no key: its result is the mean of all values."""
     seen = agrees(hidden(both(JOINS[name])), *qkv(Q=N), PAD, kernel=kernel)
-    assert found(seen) == [{"key padding", "mask[bi]"}], seen.sites
+    assert mask_parts(seen) == [{"key padding", "mask[bi]"}], seen.sites
 
 
 @pytest.mark.parametrize("name", JOINS)
@@ -91,13 +91,13 @@ def test_padding_beside_a_triangle(name: str) -> None:
         return JOINS[name](p[:, None, None], torch.ones(N, N, dtype=torch.bool).tril())
 
     seen = agrees(hidden(make), *qkv(Q=N), PAD, kernel="auto")
-    assert found(seen) == [{"causal", "key padding"}], seen.sites
+    assert mask_parts(seen) == [{"causal", "key padding"}], seen.sites
 
 
 @pytest.mark.parametrize("name", OUTER)
 def test_outer_products(name: str) -> None:
     seen = agrees(hidden(lambda p: OUTER[name](p.float())), *qkv(Q=N), PAD)
-    assert found(seen) == [{"key padding", "mask[bi]"}], seen.sites
+    assert mask_parts(seen) == [{"key padding", "mask[bi]"}], seen.sites
 
 
 def test_three_at_once() -> None:
@@ -106,7 +106,7 @@ def test_three_at_once() -> None:
         return (p[:, None, None] * torch.ones(N, N).tril() * p[:, None, :, None]).bool()
 
     seen = agrees(hidden(make), *qkv(Q=N), PAD)
-    assert found(seen) == [{"causal", "key padding", "mask[bi]"}], seen.sites
+    assert mask_parts(seen) == [{"causal", "key padding", "mask[bi]"}], seen.sites
 
 
 ADDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -125,14 +125,14 @@ def test_conjunctions_that_are_added(name: str) -> None:
         return ADDED[name](q @ k.mT * 0.35, p[:, None, None]).softmax(-1) @ v
 
     seen = agrees(attention, *qkv(Q=N), PAD)
-    assert found(seen) == [{"causal", "key padding"}], seen.sites
+    assert mask_parts(seen) == [{"causal", "key padding"}], seen.sites
 
 
 def test_narrow_integers_do_not_wrap_in_wider_ones() -> None:
     make = both(lambda a, b: (a.int() * b.int()).bool())
     numbers = PAD.to(torch.int8) * -128
     seen = agrees(hidden(make), *qkv(Q=N), numbers)
-    assert found(seen) == [{"key padding", "mask[bi]"}]
+    assert mask_parts(seen) == [{"key padding", "mask[bi]"}]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_narrow_integers_do_not_wrap_in_wider_ones() -> None:
 def test_products_that_may_be_zero_of_themselves_are_computed(numbers: Tensor) -> None:
     """16 * 16 is zero in a byte, and 1e-30 * 1e-30 in float32."""
     seen = agrees(hidden(both(lambda a, b: (a * b).bool())), *qkv(Q=N), numbers)
-    assert found(seen) == [{"mask[bij]"}], seen.sites
+    assert mask_parts(seen) == [{"mask[bij]"}], seen.sites
 
 
 @pytest.mark.parametrize("fill", [LOW, -1e9, torch.finfo(torch.float32).min])

@@ -34,12 +34,12 @@ WRITTEN_OUT = "its softmax is written out"
 
 def sweep(base: Program) -> list[Program]:
     """Every choice on every axis, one at a time."""
-    found = []
+    variants = []
     for axis, choices in AXES.items():
         for choice in choices:
             changed = replace(base, **{axis: choice})  # type: ignore[arg-type]
-            found.append(programs.repaired(changed, frozenset({axis})))
-    return [p for p in found if programs.valid(p)]
+            variants.append(programs.repaired(changed, frozenset({axis})))
+    return [p for p in variants if programs.valid(p)]
 
 
 def grid() -> list[Program]:

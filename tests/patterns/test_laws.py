@@ -16,7 +16,7 @@ from torch import Tensor
 from fusepass.expressions.index import AxisSpace, Facts
 from fusepass.expressions.ir import expr
 from fusepass.recognition.recognize import RULES
-from fusepass.rules.engine import Core, Found, Peel, Product, Rule, Scope, Term
+from fusepass.rules.engine import Core, Layer, Peel, Product, Rule, Scope, Term
 from fusepass.specification.attention import (
     Band,
     Bias,
@@ -39,17 +39,17 @@ def every_rule() -> list[Any]:
     return [pytest.param(name, rule, id=f"{name}-{rule.name}") for name, rule in pairs]
 
 
-def applied(rule: Rule) -> tuple[Term, Scope, list[Found]]:
+def applied(rule: Rule) -> tuple[Term, Scope, list[Layer]]:
     """The rule on its example, with one new axis per dimension; the last one stands for the keys."""
     root = rule.example()
     scope = Scope(AxisSpace(Facts()), views=RULES.layout)
     index = tuple(scope.space.new_axis("x", n) for n in root.shape)
     scope.keys = index[-1]
     term = Term(root, index)
-    found = rule.apply(term, scope)
-    if found is None:
+    peeled = rule.apply(term, scope)
+    if peeled is None:
         return term, scope, []
-    return term, scope, list(found) if isinstance(found, Sequence) else [found]
+    return term, scope, list(peeled) if isinstance(peeled, Sequence) else [peeled]
 
 
 def softmax(x: Tensor, dims: list[int], sink: Tensor | None = None) -> Tensor:
@@ -60,7 +60,7 @@ def softmax(x: Tensor, dims: list[int], sink: Tensor | None = None) -> Tensor:
     return (x - norm).exp()
 
 
-def after(layer: Found, grid: Grid, scope: Scope) -> Tensor:
+def after(layer: Layer, grid: Grid, scope: Scope) -> Tensor:
     """The value of the term according to a layer."""
     match layer:
         case Peel(inner, None | Cast()):  # the evaluator does not round
@@ -92,19 +92,19 @@ def test_a_rule_says_its_law_and_what_it_does(name: str, rule: Rule) -> None:
 
 @pytest.mark.parametrize(("name", "rule"), every_rule())
 def test_a_rule_applies_to_its_own_example(name: str, rule: Rule) -> None:
-    term, _, found = applied(rule)
-    assert found, f"{name}.{rule.name} does not apply to its example\n{term.expr}"
+    term, _, layers = applied(rule)
+    assert layers, f"{name}.{rule.name} does not apply to its example\n{term.expr}"
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("name", "rule"), every_rule())
 def test_a_rule_is_an_identity(name: str, rule: Rule, seed: int) -> None:
-    term, scope, found = applied(rule)
-    assert found, f"{name}.{rule.name} does not apply to its example"
+    term, scope, layers = applied(rule)
+    assert layers, f"{name}.{rule.name} does not apply to its example"
     evaluate = Evaluator(random_inputs(term.expr, seed))
     grid = Grid(scope.space, evaluate)
     before = grid.term(term)
-    for layer in found:
+    for layer in layers:
         result = after(layer, grid, scope)
         if rule.name == "shift":  # an identity after the softmax only
             dims = grid.dims([scope.keys])

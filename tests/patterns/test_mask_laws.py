@@ -214,10 +214,10 @@ class Own(nn.Module):
         self.weights = weights
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, pad: Tensor | None = None) -> Tensor:
-        found: Tensor = self.attention(
+        out: Tensor = self.attention(
             x, x, x, attn_mask=attn_mask, key_padding_mask=pad, need_weights=self.weights
         )[0]
-        return found
+        return out
 
 
 MODULE_MASKS: dict[str, tuple[Tensor | None, Tensor | None]] = {

@@ -49,11 +49,11 @@ def read(make: Callable[..., Tensor], *args: Any) -> tuple[Expr, Positions, Scop
 
 def atoms(make: Callable[..., Tensor], *args: Any) -> list[Atom]:
     formula, at, scope, _ = read(make, *args)
-    found = [classify(part, at, scope.space) for part in conjuncts(formula)]
-    bands = [a for a in found if isinstance(a, Band)]
+    parts = [classify(part, at, scope.space) for part in conjuncts(formula)]
+    bands = [a for a in parts if isinstance(a, Band)]
     whole = masks.intersect(bands, scope.facts)
     assert whole is not None
-    rest: list[Atom] = [a for a in dict.fromkeys(found) if not isinstance(a, Band)]
+    rest: list[Atom] = [a for a in dict.fromkeys(parts) if not isinstance(a, Band)]
     return [whole, *rest] if bands else rest
 
 

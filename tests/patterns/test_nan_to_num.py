@@ -49,11 +49,11 @@ PROGRAMS: dict[str, tuple[Program, str]] = {
 
 
 def random_inputs(broken: bool) -> dict[str, Tensor]:
-    found = dict(zip("qkv", torch.randn(3, B, H, N, D), strict=True))
+    inputs = dict(zip("qkv", torch.randn(3, B, H, N, D), strict=True))
     if broken:
-        found["k"][0, 0, 3, 2] = math.nan
-        found["k"][1, 1, 5, 2], found["k"][1, 2, 4, 1] = INF, -INF
-    return found
+        inputs["k"][0, 0, 3, 2] = math.nan
+        inputs["k"][1, 1, 5, 2], inputs["k"][1, 2, 4, 1] = INF, -INF
+    return inputs
 
 
 #: a score of minus infinity is then as low as a hidden one, and eager's hidden keys count beside it

@@ -62,9 +62,9 @@ def test_an_operator_with_a_handler_is_read(program: Any) -> None:
 @pytest.mark.usefixtures("handler")
 def test_a_form_that_the_handler_does_not_describe_is_no_fault() -> None:
     """Its signature says which forms it describes: here no bound that is a tensor."""
-    x, found = leaf("x", (2, 3), torch.float32), Result((2, 3), torch.float32, Facts(), "node")
-    assert call_handler(HANDLERS["recipes::cap"], found, (x, 5.0)) is not None
-    assert call_handler(HANDLERS["recipes::cap"], found, (x, x)) is None
+    x, result = leaf("x", (2, 3), torch.float32), Result((2, 3), torch.float32, Facts(), "node")
+    assert call_handler(HANDLERS["recipes::cap"], result, (x, 5.0)) is not None
+    assert call_handler(HANDLERS["recipes::cap"], result, (x, x)) is None
 
 
 def test_without_its_handler_it_is_a_leaf_and_the_reason_names_it() -> None:
@@ -120,5 +120,5 @@ def test_what_a_front_end_reads_is_recognised() -> None:
 
 
 def test_what_it_does_not_read_stays() -> None:
-    found = recognise(meaning_of(LINES.replace("softmax a", "somehow a"), SHAPES), Facts())
-    assert found is None or isinstance(found, Miss)
+    reading = recognise(meaning_of(LINES.replace("softmax a", "somehow a"), SHAPES), Facts())
+    assert reading is None or isinstance(reading, Miss)

@@ -49,7 +49,9 @@ def squash() -> Iterator[Any]:
         def apply(self, x: Tensor, operands: Tensors) -> Tensor:
             return self.height * x.sigmoid()
 
-        def backward(self, grad: Tensor, before: Tensor, operands: Tensors, found: list[Tensor]) -> Tensor:
+        def backward(
+            self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]
+        ) -> Tensor:
             return grad * self.height * before.sigmoid() * (1 - before.sigmoid())
 
         @classmethod
@@ -138,7 +140,7 @@ def test_kernels_that_do_not_name_it_refuse_it(squash: Any) -> None:
 @pytest.mark.parametrize(
     ("member", "wrong"),
     [
-        ("backward", lambda self, grad, before, operands, found: grad),
+        ("backward", lambda self, grad, before, operands, gradients: grad),
         ("scaled", lambda self, factor: self),
         ("hidden", lambda self, fill: fill),
         ("keeps_shift", property(lambda self: True)),
@@ -167,8 +169,8 @@ def test_the_rule_obeys_every_law_of_rules(squashed: Rule) -> None:
 def test_a_rule_that_is_no_identity_breaks_a_law(squash: Any, squashed: Rule) -> None:
     def wrong(term: Term, scope: Scope) -> Peel | None:
         """Takes another height."""
-        found = squashed.apply(term, scope)
-        return Peel(found.inner, squash(0.5)) if isinstance(found, Peel) else None
+        peeled = squashed.apply(term, scope)
+        return Peel(peeled.inner, squash(0.5)) if isinstance(peeled, Peel) else None
 
     with pytest.raises(AssertionError):
         test_the_rule_obeys_every_law_of_rules(replace(squashed, apply=wrong))

@@ -94,13 +94,13 @@ ASKED: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]
 def test_every_capability_is_asked(capability: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With it and without it a model becomes another file; twice with it, the same."""
     model, inputs = ASKED[capability]
-    made, given = sharpened(model()), inputs()
+    module, given = sharpened(model()), inputs()
 
     def written(has: bool) -> bytes:
         only: dict[str, Any] = {capability: has}
         row = Target("toy", "Toy's importer", (ATTENTION,), **only)
         monkeypatch.setitem(TARGETS, "toy", row)
-        exported(made, tmp_path / "model.onnx", *given, target="toy")
+        exported(module, tmp_path / "model.onnx", *given, target="toy")
         return (tmp_path / "model.onnx").read_bytes()
 
     assert written(True) == written(True) != written(False)

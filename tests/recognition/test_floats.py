@@ -366,15 +366,15 @@ def agrees(
 
 
 def gradients_agree(program: Callable[..., Tensor], kernel: str, **constant: Tensor) -> None:
-    found = []
+    gradients = []
     for compiled in (False, True):
         torch._dynamo.reset()
         given = {n: t.requires_grad_() for n, t in inputs().items()}
         options: Any = {"inner": "aot_eager", "kernel": kernel}
         call: Any = torch.compile(program, backend="fusepass", options=options) if compiled else program
         call(**given, **constant).sum().backward()
-        found.append([t.grad for t in given.values()])
-    for mine, theirs in zip(*found, strict=True):
+        gradients.append([t.grad for t in given.values()])
+    for mine, theirs in zip(*gradients, strict=True):
         assert mine is not None and theirs is not None
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
 
@@ -757,7 +757,7 @@ def test_gradients_of_a_softmax_in_half_cancel_as_eager_s_do() -> None:
         s = (q @ k.mT).masked_fill(~ROWS, -1e4).half() / (t.abs() + 1)
         return s.softmax(-1).to(v.dtype) @ v
 
-    found = []
+    gradients = []
     for compiled in (False, True):
         torch._dynamo.reset()
         given = {n: t[..., :2, :] for n, t in inputs().items()} | {"q": inputs()["q"][..., :1, :]}
@@ -765,5 +765,5 @@ def test_gradients_of_a_softmax_in_half_cancel_as_eager_s_do() -> None:
         options: Any = {"inner": "aot_eager", "kernel": "reference"}
         call: Any = torch.compile(program, backend="fusepass", options=options) if compiled else program
         call(**given, t=t).square().sum().backward()
-        found.append(t.grad)
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-2)
+        gradients.append(t.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-2)

@@ -122,17 +122,15 @@ class Program(nn.Module):
 
 def renamed(root: Expr) -> Expr:
     """The expression with its leaves numbered in the order of their use."""
-    made: dict[Expr, Expr] = {}
+    new: dict[Expr, Expr] = {}
     names: dict[str, str] = {}
     for node in walk(root):
         if node.op == "input":
             name = names.setdefault(str(node.attrs[0]), f"x{len(names)}")
-            made[node] = leaf(name, node.shape, node.dtype)
+            new[node] = leaf(name, node.shape, node.dtype)
         else:
-            made[node] = make(
-                node.op, tuple(made[a] for a in node.args), unnamed(node), node.shape, node.dtype
-            )
-    return made[root]
+            new[node] = make(node.op, tuple(new[a] for a in node.args), unnamed(node), node.shape, node.dtype)
+    return new[root]
 
 
 def unnamed(node: Expr) -> Any:
@@ -145,11 +143,11 @@ def described(function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> str:
     reader = Reader(program.graph_module.graph, program.graph_module)
     parts = []
     for anchor in [m for m in reader.holders if m.op == "dot"]:
-        found = recognise(anchor, Facts())
-        if isinstance(found, Site):
-            parts += [to_text(renamed(anchor)), "", f"=> {found.spec}", f"   {found.spec.kind()}"]
-        elif isinstance(found, Miss):
-            parts += [to_text(renamed(anchor)), "", f"=> stays: {found.reason}"]
+        reading = recognise(anchor, Facts())
+        if isinstance(reading, Site):
+            parts += [to_text(renamed(anchor)), "", f"=> {reading.spec}", f"   {reading.spec.kind()}"]
+        elif isinstance(reading, Miss):
+            parts += [to_text(renamed(anchor)), "", f"=> stays: {reading.reason}"]
     return "\n".join(parts) + "\n"
 
 

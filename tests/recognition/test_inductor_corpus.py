@@ -40,14 +40,14 @@ DTYPES = (torch.float32, torch.float16)
 @functools.cache
 def registered() -> dict[tuple[str, torch.dtype], tuple[tuple[Tensor, ...], dict[str, float]]]:
     """Example inputs and scalars of every pattern, as that module registers them."""
-    found: dict[tuple[str, torch.dtype], tuple[tuple[Tensor, ...], dict[str, float]]] = {}
+    examples: dict[tuple[str, torch.dtype], tuple[tuple[Tensor, ...], dict[str, float]]] = {}
     for key, entry in fuse_attention._get_sfdp_patterns(torch.device("cpu")):
         match = re.match(r"_sfdp_pattern_(\d+)", key)
         if match is None or not key.endswith("_inference"):
             continue
         given = tuple(entry["example_inputs"])
-        found.setdefault((match[1], given[0].dtype), (given, entry["scalar_workaround"]))
-    return found
+        examples.setdefault((match[1], given[0].dtype), (given, entry["scalar_workaround"]))
+    return examples
 
 
 def example(number: str, dtype: torch.dtype, batch: int) -> dict[str, Tensor]:
@@ -86,8 +86,8 @@ def program(number: str, dtype: torch.dtype, dropout: float, exact: bool = False
         scalars.setdefault("inv_scale", 0.66666)
 
     def attention(**tensors: Tensor) -> Any:
-        found = pattern(**tensors, **scalars)
-        return found[0] if isinstance(found, tuple) else found
+        result = pattern(**tensors, **scalars)
+        return result[0] if isinstance(result, tuple) else result
 
     return attention
 

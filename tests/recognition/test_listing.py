@@ -202,19 +202,19 @@ def test_activations_are_found_behind_chains() -> None:
 
 def test_scores_that_were_written_to_are_found_behind_chains() -> None:
     unknown = leaf("s@7", (2, 4, 4), torch.float32)
-    found = softmax(longer(unknown, 300))
-    assert were_scores(found, {unknown: longer(dot(X, X), 300)})
-    assert not were_scores(found, {unknown: X}) and not were_scores(found, {})
+    weights = softmax(longer(unknown, 300))
+    assert were_scores(weights, {unknown: longer(dot(X, X), 300)})
+    assert not were_scores(weights, {unknown: X}) and not were_scores(weights, {})
 
 
 def test_a_graph_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sites of a graph together look at every node once, instead of each at everything behind it."""
     looked: list[Expr] = []
 
-    def counted(made: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         def look(node: Expr, below: Any) -> Any:
             looked.append(node)
-            return made(node, below)
+            return function(node, below)
 
         return look
 

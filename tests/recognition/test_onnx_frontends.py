@@ -40,28 +40,30 @@ def onnx_specs(model: ir.Model) -> list[str]:
     """What every product of a model is recognised as."""
     InlinePass()(model)
     reader = OnnxReader(model.graph, model.opset_imports, infer(model))
-    found = []
+    specs = []
     for node in model.graph:
         meaning = reader.meaning.get(node.outputs[0])
         if meaning is not None and meaning.op == "dot" and reader.home[meaning] is node.outputs[0]:
             site = recognise(meaning, reader.facts_of(meaning))
-            found += [] if site is None else [str(site.spec) if isinstance(site, Site) else site.reason]
-    return found
+            specs += [] if site is None else [str(site.spec) if isinstance(site, Site) else site.reason]
+    return specs
 
 
 def exported(program: Any, args: tuple[Any, ...]) -> ir.Model:
     """The plain export, before any optimisation folds constants."""
-    made = torch.onnx.export(program, args, dynamo=True, opset_version=20, optimize=False, verbose=False)
-    assert made is not None
-    return made.model
+    program_in_onnx = torch.onnx.export(
+        program, args, dynamo=True, opset_version=20, optimize=False, verbose=False
+    )
+    assert program_in_onnx is not None
+    return program_in_onnx.model
 
 
 def torch_specs(program: Any, args: tuple[Any, ...]) -> list[str]:
     """The same for PyTorch; ONNX has no writes, so sites whose scores a write loses are left out."""
     with collect() as seen:
         fusepass.fuse(torch.export.export(program, args), kernel="reference")
-    found = [site.spec if site.fused else str(site.reason) for site in seen.sites]
-    return [text for text in found if text != _LOST]
+    specs = [site.spec if site.fused else str(site.reason) for site in seen.sites]
+    return [text for text in specs if text != _LOST]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -94,9 +96,9 @@ def test_drawn_programs(program: programs.Program) -> None:
     ],
 )
 def test_constants_with_a_closed_form(table: torch.Tensor) -> None:
-    found = closed_form(table.numpy(), table.dtype)
-    assert found is not None and found.op != "input"
-    assert torch.equal(evaluate.Evaluator({})(found), table)
+    form = closed_form(table.numpy(), table.dtype)
+    assert form is not None and form.op != "input"
+    assert torch.equal(evaluate.Evaluator({})(form), table)
 
 
 def test_one_other_element_is_no_closed_form() -> None:

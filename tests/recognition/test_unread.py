@@ -24,9 +24,9 @@ HEADS = torch.ones(2, 2, 1, 1)
 
 def operator(name: str, function: Made, fake: Made) -> Made:
     """A custom operator, and what it returns for fake tensors."""
-    made = torch.library.custom_op(f"fusepass_tests::{name}", function, mutates_args=())
-    made.register_fake(fake)
-    called: Made = made
+    definition = torch.library.custom_op(f"fusepass_tests::{name}", function, mutates_args=())
+    definition.register_fake(fake)
+    called: Made = definition
     return called
 
 

@@ -260,8 +260,8 @@ def test_windows_that_do_not_overlap_stay_blocks() -> None:
         q, k, v = (t.roll(-2, 2).unflatten(2, (4, 8)) for t in (q, k, v))
         return (q @ k.mT).softmax(-1).matmul(v).flatten(2, 3).roll(2, 2)
 
-    found = fusepass.explain(program, *windows.inputs().values()).sites
-    assert [s.kind for s in found] == ["full"]
+    sites = fusepass.explain(program, *windows.inputs().values()).sites
+    assert [s.kind for s in sites] == ["full"]
 
 
 def test_keys_that_were_overwritten_stay_copies(over: str) -> None:

@@ -119,11 +119,11 @@ def test_times_are_those_of_fused_sites() -> None:
             self.key, self.count, self.cpu_time_total, self.device_time_total = key, count, cpu, device
             self.device_type = f"DeviceType.{kind}"
 
-    found = range_times(
+    times = range_times(
         [
             Event("aten::mm", 9, 1.0, 1.0, "CPU"),
             Event("fusepass 0: causal", 3, 6000.0, 2000.0, "CPU"),
             Event("fusepass 0: causal", 3, 0.0, 1500.0, "CUDA"),
         ]
     )
-    assert found == {"fusepass 0: causal": RangeTime(3, 6.0, 2.0)}
+    assert times == {"fusepass 0: causal": RangeTime(3, 6.0, 2.0)}

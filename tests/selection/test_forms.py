@@ -23,9 +23,9 @@ def site(queries: int, keys: int, heads: int = 8, dims: tuple[int, int] = (64, 6
         products.append(expr("dot", (q, k), ("bhqd", "bhkd", "bhqk"), shape, HALF))
     scores = pointwise("add", *products)
     weights = expr("softmax", (scores,), (3,), scores.shape, HALF)
-    found = recognise(_times_values(weights), Facts())
-    assert isinstance(found, Site)
-    return found
+    reading = recognise(_times_values(weights), Facts())
+    assert isinstance(reading, Site)
+    return reading
 
 
 def _times_values(weights: Expr) -> Expr:
@@ -39,8 +39,8 @@ def _times_values(weights: Expr) -> Expr:
     [(1, 65536, 64), (16, 16, 128), (512, 512, 128), (2048, 2048, 128), (4, 8192, 64)],
 )
 def test_copies_are_weighed_against_the_stored_product(queries: int, keys: int, first: int) -> None:
-    found = forms([(1, site(queries, keys))])
-    assert [parts[0][1].spec.head_dim for parts in found] == [first, 192 - first]
+    ways = forms([(1, site(queries, keys))])
+    assert [parts[0][1].spec.head_dim for parts in ways] == [first, 192 - first]
 
 
 def test_what_is_copied_and_what_is_spared() -> None:

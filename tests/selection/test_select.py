@@ -62,46 +62,46 @@ def samples(kernel: str = "k", launch: float = 0.1) -> list[Sample]:
 
 
 def test_a_curve_gives_measurements_back() -> None:
-    (found,) = costs.curves(samples())
-    assert [keys for keys, _ in found.points] == [128, 1024, 4096]
+    (curve,) = costs.curves(samples())
+    assert [keys for keys, _ in curve.points] == [128, 1024, 4096]
     for s in samples():
-        assert found.milliseconds(s.size, s.keys) == pytest.approx(s.milliseconds, rel=1e-3)
+        assert curve.milliseconds(s.size, s.keys) == pytest.approx(s.milliseconds, rel=1e-3)
 
 
 def test_a_curve_between_and_beyond_its_points() -> None:
-    (found,) = costs.curves(samples())
-    assert found.milliseconds(1e6, 512) == pytest.approx(3 + 0.1 * 512, rel=0.1)
-    assert found.rate(64) == found.rate(128) and found.rate(8192) == pytest.approx(2 * found.rate(4096))
-    assert found.milliseconds(1e3, 128) == found.launch == pytest.approx(3 + 0.1 * 128)
+    (curve,) = costs.curves(samples())
+    assert curve.milliseconds(1e6, 512) == pytest.approx(3 + 0.1 * 512, rel=0.1)
+    assert curve.rate(64) == curve.rate(128) and curve.rate(8192) == pytest.approx(2 * curve.rate(4096))
+    assert curve.milliseconds(1e3, 128) == curve.launch == pytest.approx(3 + 0.1 * 128)
 
 
 def test_of_several_measurements_the_fastest_counts() -> None:
-    made = samples()
+    measured = samples()
     assert costs.curves(
-        [*made, *(replace(s, milliseconds=9 * s.milliseconds) for s in made)]
-    ) == costs.curves(made)
+        [*measured, *(replace(s, milliseconds=9 * s.milliseconds) for s in measured)]
+    ) == costs.curves(measured)
 
 
 def test_what_every_call_takes_is_not_the_kernels() -> None:
     """The quicker of two slow launches is that of the compiled function around the kernel."""
-    made = Profile(("GPU",), {}, costs.curves([*samples("a", launch=40.0), *samples("b", launch=45.0)]))
-    found = {c.kernel: c for c in made.curves}
-    assert made.overhead("forward") == 40.0 and made.overhead("training") == 0.0
-    assert found["b"].milliseconds(1e3, 128) == 45.0
-    assert found["b"].milliseconds(1e3, 128, made.overhead("forward")) == 5.0
-    assert found["a"].milliseconds(1e3, 128, made.overhead("forward")) == pytest.approx(0.0158)
+    profile = Profile(("GPU",), {}, costs.curves([*samples("a", launch=40.0), *samples("b", launch=45.0)]))
+    curves = {c.kernel: c for c in profile.curves}
+    assert profile.overhead("forward") == 40.0 and profile.overhead("training") == 0.0
+    assert curves["b"].milliseconds(1e3, 128) == 45.0
+    assert curves["b"].milliseconds(1e3, 128, profile.overhead("forward")) == 5.0
+    assert curves["a"].milliseconds(1e3, 128, profile.overhead("forward")) == pytest.approx(0.0158)
 
 
 def test_a_launch_that_the_layer_around_it_hides_costs_nothing() -> None:
     """At a million elements of queries and results, 3.8 ms for 1024 keys: 539 Gflop/s."""
-    made = Profile(("GPU",), {}, (Curve("a", "full", 64, "forward", 45.0, ((1024.0, 3.8),)),))
-    assert made.layer(100, 10, "forward") == pytest.approx(24 * 100 * 10**2 / 539e6, rel=1e-3)
-    assert made.layer(100, 10, "training") == pytest.approx(3 * made.layer(100, 10, "forward"))
+    profile = Profile(("GPU",), {}, (Curve("a", "full", 64, "forward", 45.0, ((1024.0, 3.8),)),))
+    assert profile.layer(100, 10, "forward") == pytest.approx(24 * 100 * 10**2 / 539e6, rel=1e-3)
+    assert profile.layer(100, 10, "training") == pytest.approx(3 * profile.layer(100, 10, "forward"))
     assert Profile(("GPU",), {}, ()).layer(100, 10, "forward") == 0.0
 
     def spent(tokens: float) -> float | None:
         site = work.Work("full", 64, "forward", tokens * 2 * 64, 1024, 1024, tokens, 64.0)
-        return select.predicted(replace(made, curves=(*made.curves, quick)), "a", site)
+        return select.predicted(replace(profile, curves=(*profile.curves, quick)), "a", site)
 
     quick = Curve("b", "full", 64, "forward", 5.0, ((1024.0, 9.9),))
     assert spent(1) == pytest.approx(40.0, rel=1e-3)
@@ -114,9 +114,9 @@ def test_groups_are_kept_apart_and_one_sample_is_enough() -> None:
 
 
 def test_a_profile_survives_its_file(tmp_path: Path) -> None:
-    made = Profile(("GPU",), {"torch": "2"}, costs.curves(samples()))
-    made.save(tmp_path / "deep" / "p.json")
-    assert costs.load(tmp_path / "deep" / "p.json") == made
+    profile = Profile(("GPU",), {"torch": "2"}, costs.curves(samples()))
+    profile.save(tmp_path / "deep" / "p.json")
+    assert costs.load(tmp_path / "deep" / "p.json") == profile
     (tmp_path / "bad.json").write_text('{"devices": 3}')
     with pytest.raises(ValueError, match="is not a fusepass profile"):
         costs.load(tmp_path / "bad.json")
@@ -128,27 +128,27 @@ def test_the_users_profile_goes_before_a_shipped_one(tmp_path: Path, monkeypatch
     monkeypatch.setenv("FUSEPASS_CACHE", str(own))
     costs._profile.cache_clear()
     Profile(("GPU A", "GPU B"), {"from": "shipped"}, ()).save(shipped / "a.json")
-    found = costs.profile("GPU B")
-    assert found is not None and found.machine == {"from": "shipped"}
+    profile = costs.profile("GPU B")
+    assert profile is not None and profile.machine == {"from": "shipped"}
     assert costs.profile("GPU C") is None and costs.profile(None) is None
     Profile(("GPU B",), {"from": "here"}, ()).save(costs.place_of("GPU B"))
     costs._profile.cache_clear()
-    found = costs.profile("GPU B")
-    assert found is not None and found.machine == {"from": "here"}
+    profile = costs.profile("GPU B")
+    assert profile is not None and profile.machine == {"from": "here"}
     costs._profile.cache_clear()
 
 
 def test_shipped_profiles_can_be_read() -> None:
     for place in costs.SHIPPED.glob("*.json"):
-        found = costs.load(place)
-        assert found.curves and found.devices and found.machine["device"] == found.devices[0]
+        profile = costs.load(place)
+        assert profile.curves and profile.devices and profile.machine["device"] == profile.devices[0]
 
 
 def test_the_nearest_head_size_serves() -> None:
-    made = tuple(Curve("k", "full", d, "forward", 0.0, ((1.0, 1.0),)) for d in (64, 128))
-    found = [Profile(("g",), {}, made).find("k", "full", d, "forward") for d in (32, 80, 112, 256)]
-    assert [c.head_dim for c in found if c is not None] == [64, 64, 128, 128]
-    assert Profile(("g",), {}, made).find("k", "causal", 64, "forward") is None
+    curves = tuple(Curve("k", "full", d, "forward", 0.0, ((1.0, 1.0),)) for d in (64, 128))
+    nearest = [Profile(("g",), {}, curves).find("k", "full", d, "forward") for d in (32, 80, 112, 256)]
+    assert [c.head_dim for c in nearest if c is not None] == [64, 64, 128, 128]
+    assert Profile(("g",), {}, curves).find("k", "causal", 64, "forward") is None
 
 
 # ---------------------------------------------------------------------------------------- a site as work
@@ -181,8 +181,8 @@ def test_pairs_are_counted(queries: int, keys: int, left: int | None, right: int
     seen = torch.ones_like(gap, dtype=torch.bool)
     seen = seen if left is None else seen & (gap >= -left)
     seen = seen if right is None else seen & (gap <= right)
-    found = work.pairs_of(spec(mask(Band(left, right))), queries, keys)
-    assert found == max(1, int(seen.sum()))
+    pairs = work.pairs_of(spec(mask(Band(left, right))), queries, keys)
+    assert pairs == max(1, int(seen.sum()))
 
 
 # ---------------------------------------------------------------------------------------- ranking
@@ -200,9 +200,9 @@ def profile(**milliseconds: float) -> Profile:
     )  # fmt: skip
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, made: Profile | None, kernel: str = "auto") -> Any:
+def chosen(monkeypatch: pytest.MonkeyPatch, profile: Profile | None, kernel: str = "auto") -> Any:
     hopper(monkeypatch)
-    monkeypatch.setattr(costs, "profile", lambda device: made)
+    monkeypatch.setattr(costs, "profile", lambda device: profile)
     graph = fake_graph(flattened, *[(2, 4, 64, 64)] * 3)
     with torch.no_grad():
         return rewrite_graph(graph, Options(kernel=kernel)).sites[0]
@@ -226,10 +226,10 @@ def test_biases_that_learn_are_a_kind_of_their_own(keys: float, measured: bool, 
     """With few keys, measurements of biases that are not learned are not used for learned ones."""
     kinds = {"full+bias": 1.0} | ({"full+learned bias": 4.0} if measured else {})
     curves = (Curve("flex", kind, 64, "training", 0.0, ((1.0, ms), (1e3, ms))) for kind, ms in kinds.items())
-    made = Profile(("GPU",), {}, tuple(curves))
+    profile = Profile(("GPU",), {}, tuple(curves))
     given, learned = spec(Bias(0, "hij")), frozenset({0})
     site = work.Work(work.kind_of(given, learned=learned), 64, "training", 1e6, keys, keys, 1.0, 1.0)
-    assert select.predicted(made, "flex", site) == want
+    assert select.predicted(profile, "flex", site) == want
 
 
 def test_what_was_not_measured_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,17 +292,17 @@ def test_what_is_chosen_is_what_was_measured_fastest(place: Path) -> None:
     This holds on average: some measurements were disturbed, and the profile uses the fastest of several.
     """
     rows, about = bench.read_csv(place)
-    made = next(p for f in costs.SHIPPED.glob("*.json") if about["device"] in (p := costs.load(f)).devices)
+    profile = next(p for f in costs.SHIPPED.glob("*.json") if about["device"] in (p := costs.load(f)).devices)
     regrets = []
-    for (variant, mode, head_dim, _), found in bench_report.by_case(rows).items():
+    for (variant, mode, head_dim, _), by_kernel in bench_report.by_case(rows).items():
         spent: dict[str, float] = {}
         predicted: dict[str, float] = {}
-        for sample in bench_report.samples(found.values()):
-            curve = made.find(sample.kernel, sample.kind, head_dim, mode)
+        for sample in bench_report.samples(by_kernel.values()):
+            curve = profile.find(sample.kernel, sample.kind, head_dim, mode)
             assert curve is not None, (variant, sample)
-            row = next(iter(found.values()))
-            around = made.layer(row.batch * row.queries, row.heads * head_dim, mode)
-            overhead = made.overhead(mode) + around
+            row = next(iter(by_kernel.values()))
+            around = profile.layer(row.batch * row.queries, row.heads * head_dim, mode)
+            overhead = profile.overhead(mode) + around
             spent[sample.kernel] = max(sample.milliseconds, curve.launch - overhead)
             predicted[sample.kernel] = curve.milliseconds(sample.size, sample.keys, overhead)
         if len(spent) > 1:

@@ -97,10 +97,10 @@ def test_a_class_that_forgets_something_cannot_be_made(missing: str) -> None:
     members = {name: getattr(Scale, name) for name in ("__str__", "apply", "backward", "samples")}
     del members[missing]
     try:
-        made = type("Forgetful", (ScoreModifier,), members | {"__module__": __name__})
+        incomplete = type("Forgetful", (ScoreModifier,), members | {"__module__": __name__})
         with pytest.raises(TypeError, match=missing):
-            made()
-        assert made not in kinds(Modifier)
+            incomplete()
+        assert incomplete not in kinds(Modifier)
     finally:
         KINDS.pop("Forgetful")
 
@@ -123,11 +123,11 @@ def test_the_derivative_is_that_of_the_meaning(sample: tuple[Step, tuple[Tensor,
     leaves = [t.clone().requires_grad_(t.is_floating_point()) for t in (x, *tensors)]
     grad = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2), dtype=F64)
     (mod.apply(leaves[0], leaves[1:]) * grad).nansum().backward()
-    found = [torch.zeros_like(t) for t in tensors]
+    of_operands = [torch.zeros_like(t) for t in tensors]
     after = mod.apply(x, tensors)
-    mine = mod.backward(torch.where(after.isnan(), 0.0, grad), x, tensors, found)
+    mine = mod.backward(torch.where(after.isnan(), 0.0, grad), x, tensors, of_operands)
     assert mine.dtype is x.dtype and mine.shape == x.shape
-    for got, leaf in zip([mine, *found], leaves, strict=True):
+    for got, leaf in zip([mine, *of_operands], leaves, strict=True):
         want = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, equal_nan=True)
 

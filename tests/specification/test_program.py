@@ -78,8 +78,8 @@ def renumbered(mod: Any, spec: Attention, bands: bool) -> Any:
         closed = bands and known_bands(mod)
         kept = number.get(mod.slot, -1)
         return replace(mod, slot=kept, atoms=mod.atoms if closed else ())
-    found = getattr(mod, "slot", None)
-    return mod if found is None else replace(mod, slot=number[found])
+    slot = getattr(mod, "slot", None)
+    return mod if slot is None else replace(mod, slot=number[slot])
 
 
 @given(specs, st.booleans())
@@ -105,8 +105,8 @@ def test_the_text_is_json_and_one_text_a_program(spec: Attention) -> None:
 @pytest.mark.parametrize("fill", [-math.inf, math.inf, -1e4, torch.finfo(torch.float16).min])
 def test_fills_survive(fill: float) -> None:
     spec = Attention(1, 1, 1, 1, 1, 1, 1, torch.float32, (Mask(0, fill),))
-    found = decode(encode(spec)).scores[0]
-    assert isinstance(found, Mask) and found.fill == fill
+    mask = decode(encode(spec)).scores[0]
+    assert isinstance(mask, Mask) and mask.fill == fill
 
 
 def test_bands_with_unknown_bounds_keep_their_tensor() -> None:

@@ -247,17 +247,17 @@ def test_short_steps_are_recorded_several_times(
     milliseconds: float, recorded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the GPU's time for one step, whatever the host needs to launch it."""
-    made: list[int] = []
+    captures: list[int] = []
 
     def capture(step: Callable[[], object], times: int) -> Callable[[], object]:
-        made.append(times)
+        captures.append(times)
         return lambda: None
 
     monkeypatch.setattr(bench_clock, "_capture", capture)
     monkeypatch.setattr(bench_clock, "_events", lambda step, count: [milliseconds] * count)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     _, times, problem = bench_clock.recorded(lambda: None, torch.device("cuda"))
-    assert made == recorded and times == recorded[-1] and not problem
+    assert captures == recorded and times == recorded[-1] and not problem
 
 
 def test_a_page_of_the_results() -> None:

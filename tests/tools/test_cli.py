@@ -74,10 +74,10 @@ def test_a_model_by_module_name(capsys: pytest.CaptureFixture[str], monkeypatch:
 def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["verify", "models.py:model", "--inner", "eager", "--repeats", "0", "--grads", "--json"]
     assert main(arguments) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["ok"]
-    assert found["inner"] == "eager"
-    assert len(found["gradients"]) == 2
+    verification = json.loads(capsys.readouterr().out)
+    assert verification["ok"]
+    assert verification["inner"] == "eager"
+    assert len(verification["gradients"]) == 2
 
 
 def test_verify_fails_what_is_wrong(

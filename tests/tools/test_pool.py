@@ -22,10 +22,10 @@ def measure(job: str, exclusive: Exclusive) -> tuple[str, bool]:
 def test_work_is_spread_and_no_failure_takes_others_along() -> None:
     work = ["a", "dies", "b", "breaks", "c", "sleeps", "d"]
     heard: list[str] = []
-    found = spread(work, measure, lambda job, why: f"{job}: {why}", 2, heard.append, patience=3.0)
+    results = spread(work, measure, lambda job, why: f"{job}: {why}", 2, heard.append, patience=3.0)
     want = [f"{job} done" for job in "abcd"] + ["breaks done", "dies: the measuring process died"]
-    assert sorted(found) == sorted([*want, "sleeps: took more than 3 s to compile or run"])
-    assert heard == found
+    assert sorted(results) == sorted([*want, "sleeps: took more than 3 s to compile or run"])
+    assert heard == results
 
 
 def test_nothing_begins_after_the_limit() -> None:

@@ -20,47 +20,51 @@ QUICK = {"inner": "eager"}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_what_is_right_passes(dtype: torch.dtype) -> None:
     model = engines.Attention().to(dtype)
-    found = fusepass.verify(model, X.to(dtype), fusepass_options=QUICK, fusepass_repeats=0)
-    assert found.ok
-    assert [check.name for check in found.outputs] == ["output"]
-    assert found.exact == "float64"
-    assert found.difference == 0
+    verification = fusepass.verify(model, X.to(dtype), fusepass_options=QUICK, fusepass_repeats=0)
+    assert verification.ok
+    assert [check.name for check in verification.outputs] == ["output"]
+    assert verification.exact == "float64"
+    assert verification.difference == 0
     assert model.calls == 0, "the model's state is left alone"
 
 
 def test_what_is_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     engines.install(monkeypatch, engines.wrong)
-    found = fusepass.verify(
+    verification = fusepass.verify(
         engines.Attention(), X, fusepass_options=QUICK, fusepass_repeats=0, fusepass_grads=True
     )
-    assert not found.ok
-    assert found.outputs[0].fused_error == pytest.approx(0.01, rel=0.05)
-    assert found.outputs[0].ratio > 1000
-    assert {check.name for check in found.gradients} == {"project.weight", "project.bias"}
-    assert not all(check.ok for check in found.gradients)
-    assert "WRONG" in str(found)
-    assert len(found.sites) == 1
+    assert not verification.ok
+    assert verification.outputs[0].fused_error == pytest.approx(0.01, rel=0.05)
+    assert verification.outputs[0].ratio > 1000
+    assert {check.name for check in verification.gradients} == {"project.weight", "project.bias"}
+    assert not all(check.ok for check in verification.gradients)
+    assert "WRONG" in str(verification)
+    assert len(verification.sites) == 1
 
 
 def test_gradients_of_arguments_count() -> None:
     x = X.clone().requires_grad_()
-    found = fusepass.verify(
+    verification = fusepass.verify(
         engines.Attention(), x, fusepass_options=QUICK, fusepass_repeats=0, fusepass_grads=True
     )
-    assert found.ok
-    assert {check.name for check in found.gradients} == {"argument 0", "project.weight", "project.bias"}
+    assert verification.ok
+    assert {check.name for check in verification.gradients} == {
+        "argument 0",
+        "project.weight",
+        "project.bias",
+    }
     assert x.grad is None
 
 
 def test_time_and_memory_of_every_way() -> None:
-    found = fusepass.verify(engines.Attention(), X, fusepass_repeats=2)
-    assert list(found.costs) == ["eager", "inner", "fused"]
-    assert found.inner == "aot_eager"
-    assert all(cost.milliseconds > 0 and cost.peak_bytes for cost in found.costs.values())
-    data = json.loads(json.dumps(found.to_json()))
+    verification = fusepass.verify(engines.Attention(), X, fusepass_repeats=2)
+    assert list(verification.costs) == ["eager", "inner", "fused"]
+    assert verification.inner == "aot_eager"
+    assert all(cost.milliseconds > 0 and cost.peak_bytes for cost in verification.costs.values())
+    data = json.loads(json.dumps(verification.to_json()))
     assert data["ok"] is True
     assert data["outputs"][0]["name"] == "output"
-    assert "aot_eager with fusepass" in str(found)
+    assert "aot_eager with fusepass" in str(verification)
 
 
 def test_random_models_are_refused() -> None:
@@ -73,8 +77,8 @@ def test_a_half_precision_model_that_cannot_run_in_float64() -> None:
         assert x.dtype != torch.float64, "no float64 here"
         return torch.softmax(x @ x.mT, -1) @ x
 
-    found = fusepass.verify(picky, X.bfloat16(), fusepass_options=QUICK, fusepass_repeats=0)
-    assert found.exact == "float32"
+    verification = fusepass.verify(picky, X.bfloat16(), fusepass_options=QUICK, fusepass_repeats=0)
+    assert verification.exact == "float32"
     with pytest.raises(RuntimeError, match=r"no finer copy of the model runs.*no float64 here"):
         fusepass.verify(picky, X, fusepass_options=QUICK, fusepass_repeats=0)
 
@@ -95,8 +99,8 @@ def test_results_are_named_by_their_place() -> None:
     def many(x: torch.Tensor) -> dict[str, object]:
         return {"first": x, "rest": [x + 1, (x + 2,)], "count": 3}
 
-    found = fusepass.verify(many, X, fusepass_options=QUICK, fusepass_repeats=0)
-    assert [check.name for check in found.outputs] == ["first", "rest.0", "rest.1.0"]
+    verification = fusepass.verify(many, X, fusepass_options=QUICK, fusepass_repeats=0)
+    assert [check.name for check in verification.outputs] == ["first", "rest.0", "rest.1.0"]
 
 
 def test_ratio_of_errors() -> None:

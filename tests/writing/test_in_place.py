@@ -138,8 +138,8 @@ class Projected:
         self.attend, self.together = attend, together
 
     def __call__(self, x: Tensor, w: Tensor) -> Tensor:
-        made = F.linear(x, w).chunk(3, -1) if self.together else [F.linear(x, part) for part in w.chunk(3)]
-        q, k, v = (t.unflatten(-1, (H, D)).transpose(1, 2) for t in made)
+        parts = F.linear(x, w).chunk(3, -1) if self.together else [F.linear(x, part) for part in w.chunk(3)]
+        q, k, v = (t.unflatten(-1, (H, D)).transpose(1, 2) for t in parts)
         return self.attend(q, k, v)
 
 

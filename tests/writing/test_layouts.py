@@ -182,8 +182,8 @@ def flattened(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize("program", [merged, projected, summed, flattened], ids=lambda f: f.__name__)
 def test_no_copy_where_nobody_looks(program: Program, kernel: str) -> None:
     graph = dynamo_graph(program, *(torch.randn(B, N, H, D) for _ in range(3)))
-    found = rewrite_graph(graph, Options(kernel=kernel))
-    assert [s.fused for s in found.sites] == [True]
+    report = rewrite_graph(graph, Options(kernel=kernel))
+    assert [s.fused for s in report.sites] == [True]
     names = [str(getattr(n.target, "__name__", n.target)) for n in graph.graph.nodes if n.op != "output"]
     assert not [n for n in names if any(c in n for c in COPIES)], names
 

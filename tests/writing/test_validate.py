@@ -24,8 +24,8 @@ def broken(name: str, change: Callable[[Peel], Peel]) -> Rules:
 
     def spoil(old: Rule) -> Rule:
         def apply(term: Term, scope: Scope) -> Any:
-            found = old.apply(term, scope)
-            return change(found) if isinstance(found, Peel) else found
+            peeled = old.apply(term, scope)
+            return change(peeled) if isinstance(peeled, Peel) else peeled
 
         return replace(old, apply=apply)
 

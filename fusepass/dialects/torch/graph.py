@@ -153,9 +153,9 @@ class Reader:
                 continue
             if node.op not in VIEWS and node.op not in POINTWISE and node.op not in ("cat", "hit"):
                 return False
-            fresh = [a for a in node.args if a not in seen]
-            seen.update(fresh)
-            todo.extend(fresh)
+            unseen = [a for a in node.args if a not in seen]
+            seen.update(unseen)
+            todo.extend(unseen)
         return True
 
     def _hold(self, meaning: Value, node: fx.Node, since: int) -> None:
@@ -168,8 +168,8 @@ class Reader:
 
     def later_readers(self, writer: fx.Node) -> list[fx.Node]:
         """The nodes after ``writer`` that get a tensor on memory that it writes to."""
-        found = {u: None for n in self._on(self.memory.written(writer)) for u in n.users}
-        return [u for u in found if self.order.get(u, -1) > self.order[writer]]
+        readers = {u: None for n in self._on(self.memory.written(writer)) for u in n.users}
+        return [u for u in readers if self.order.get(u, -1) > self.order[writer]]
 
     def _shape_env(self) -> Any:
         for node in self.graph.nodes:
@@ -184,13 +184,13 @@ class Reader:
 
     def _last_reshaping(self) -> dict[int, int]:
         """The position of the last operation that changes the shape of a recorded value in place."""
-        found: dict[int, int] = {}
+        positions: dict[int, int] = {}
         for position, node in enumerate(self.graph.nodes):
             if node.op in ("call_function", "call_method") and reshapes_in_place(node):
                 target = first_operand(node)
                 if isinstance(target, fx.Node) and isinstance(value_of(target), torch.Tensor):
-                    found[id(value_of(target))] = position
-        return found
+                    positions[id(value_of(target))] = position
+        return positions
 
     def has_its_shape(self, node: fx.Node, position: int) -> bool:
         """Is the recorded shape the one at ``position``?  In-place reshapes change the record too."""
@@ -275,12 +275,12 @@ class Reader:
         meant = self.known.meanings.get(node.name) if node.op == "placeholder" else None
         if meant is not None and meant.shape == shape_of(value) and meant.dtype is value.dtype:
             return meant
-        made = self._unique_leaf(node.name, shape_of(value), value.dtype)
+        named = self._unique_leaf(node.name, shape_of(value), value.dtype)
         if self._is_static(node):
-            self._tensors[made] = self.known.static[node.name]
+            self._tensors[named] = self.known.static[node.name]
         elif isinstance(value, torch.nn.Parameter) or operation(node)[0] in _FINITE:
-            self.contents.ordinary.add(made)
-        return made
+            self.contents.ordinary.add(named)
+        return named
 
     def _is_static(self, node: fx.Node) -> bool:
         """May the elements of its tensor be relied on?  Not if the graph writes to them, even later."""
@@ -476,7 +476,7 @@ class Reader:
         """The tensors that ``target`` is a part of, with their meanings once the part holds ``out``."""
         if operation(target)[0] == "diagonal":
             return self._diagonal_filled(target, out)
-        found: list[tuple[fx.Node, Expr]] = []
+        wholes: list[tuple[fx.Node, Expr]] = []
         part, held = target, out
         while (step := self._views.get(part)) is not None:
             holder, view_of = step
@@ -487,9 +487,9 @@ class Reader:
             if whole is None:
                 break
             if self._learns_alike(holder, target):
-                found.append((holder, whole))
+                wholes.append((holder, whole))
             part, held = holder, whole
-        return found
+        return wholes
 
     def _seen_through(self, view_of: tuple[Expr, ...], base: Expr, out: Expr) -> Expr | None:
         """What ``base`` means once a view of it holds ``out``.
@@ -582,8 +582,8 @@ class Reader:
 
     def _on(self, storages: Storages) -> list[fx.Node]:
         """The nodes so far that share one of the given storages, in program order."""
-        found = {n: None for s in storages for n in self._members.get(s, ())}
-        return sorted(found, key=self.order.__getitem__)
+        nodes = {n: None for s in storages for n in self._members.get(s, ())}
+        return sorted(nodes, key=self.order.__getitem__)
 
     def _forget(self, storages: Storages, position: int) -> None:
         for storage in storages:

@@ -173,10 +173,10 @@ def window_of_key(x: Expr, key: Value) -> Window | None:
     keys += [slice(None)] * (x.rank - len(keys))
     ranges: list[tuple[Size, Size] | None] = []
     for k, size in zip(keys, x.shape, strict=True):
-        found = _range(k, size)
-        if found is None:
+        bounds = _range(k, size)
+        if bounds is None:
             return None
-        ranges.append(None if found == (0, size) and isinstance(k, slice) else found)
+        ranges.append(None if bounds == (0, size) and isinstance(k, slice) else bounds)
     return Window(tuple(ranges), frozenset(d for d, k in enumerate(keys) if not isinstance(k, slice)))
 
 
@@ -222,8 +222,8 @@ def holds(e: Expr, ranges: Ranges, value: Expr, facts: Facts) -> bool:
     """Is ``value`` provably equal to that box of ``e``?"""
     if all(r is None for r in ranges):
         return e is value
-    found = window_of_view(value, e)
-    if found is not None and not found.single and _same_ranges(found.ranges, ranges, facts):
+    window = window_of_view(value, e)
+    if window is not None and not window.single and _same_ranges(window.ranges, ranges, facts):
         return True
     if e.op == "slice" and e.attrs[2] == 1:
         dim, start = int(e.attrs[0]), e.attrs[1]
@@ -332,10 +332,10 @@ class _Write:
             return True
         if e.shape == self.x.shape and e is self.x:
             return all(r is None for r in self.window.ranges)
-        found = window_of_view(e, self.x)
-        if found is None or found.single != self.window.single:
+        window = window_of_view(e, self.x)
+        if window is None or window.single != self.window.single:
             return False
-        return _same_ranges(found.ranges, self.window.ranges, self.facts)
+        return _same_ranges(window.ranges, self.window.ranges, self.facts)
 
     def _spread(self, value: Expr, fill: float) -> Expr | None:
         """The value inside the box and ``fill`` elsewhere, broadcastable to ``x``."""

@@ -85,14 +85,14 @@ def _has_own_gradient(out: torch.Tensor) -> bool:
         step = todo.pop()
         if isinstance(step, torch.autograd.function.BackwardCFunction):
             return True
-        fresh = [] if step is None else [n for n, _ in step.next_functions if n not in seen]
-        seen.update(fresh)
-        todo.extend(fresh)
+        unseen = [] if step is None else [n for n, _ in step.next_functions if n not in seen]
+        seen.update(unseen)
+        todo.extend(unseen)
     return False
 
 
 def _copied(call: fx.Node, traced: fx.GraphModule, given: list[fx.Node]) -> Expansion | None:
-    """The steps, written in front of the call; None if the result is no new tensor, or a step writes."""
+    """The steps, written in front of the call; None if the result is not a new tensor, or a step writes."""
     place = dict(zip(traced.graph.find_nodes(op="placeholder"), given, strict=True))
     steps, result = [], traced.graph.output_node().args[0]
     others = [n for n in traced.graph.nodes if n.op not in ("placeholder", "output")]

@@ -310,7 +310,7 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: set[Storage] = set()
+        self.written: set[Storage] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -319,7 +319,7 @@ class _Watch(TorchDispatchMode):
                 given = kwargs.get(argument.name, args[position] if position < len(args) else None)
                 for tensor in given if isinstance(given, (list, tuple)) else [given]:
                     if isinstance(tensor, Tensor):
-                        self.found.add(_storage(tensor)[1])
+                        self.written.add(_storage(tensor)[1])
         return func(*args, **kwargs)
 
 
@@ -338,7 +338,7 @@ def _observed(node: fx.Node) -> list[fx.Node]:
             node.target(*args, **kwargs)  # type: ignore[operator]
     except Exception:
         return operands
-    return [n for n, v in zip(operands, values, strict=True) if _storage(v)[1] in watch.found]
+    return [n for n, v in zip(operands, values, strict=True) if _storage(v)[1] in watch.written]
 
 
 def _alias(value: Any) -> Any:

@@ -35,9 +35,9 @@ def _windows(x: Expr, dim: int, size: int, step: int, count: Size, dilation: int
     )
     positions = pointwise("add", reshape(starts, (count, 1)), inside)
     shape = (*x.shape[:dim], count, size, *x.shape[dim + 1 :])
-    found = expr("index", (x, positions), (dim,), shape, x.dtype)
+    gathered = expr("index", (x, positions), (dim,), shape, x.dtype)
     order = [d for d in range(len(shape)) if d != dim + 1]
-    return permute(found, (*order, dim + 1))
+    return permute(gathered, (*order, dim + 1))
 
 
 def _image_windows(

@@ -80,11 +80,11 @@ def hits(x: Expr, keys: Value) -> Expr | None:
         if isinstance(key, Expr) and key.dtype is not torch.bool:
             indices[dim] = key
         else:
-            found = _selected(x, dim, key)
-            if found is None:
+            selected = _selected(x, dim, key)
+            if selected is None:
                 return None
             masks += isinstance(key, Expr)
-            out = _both(out, found)
+            out = _both(out, selected)
         dim += _dims_of(key)
     if masks > 1 or (masks and indices) or any(i.dtype not in _INDICES for i in indices.values()):
         return None
@@ -102,8 +102,8 @@ def hit(shape: Shape, indices: dict[int, Expr]) -> Expr:
     The result broadcasts to ``shape``.
     """
     dims = sorted(indices)
-    found = expr("hit", tuple(indices[d] for d in dims), (), tuple(shape[d] for d in dims), torch.bool)
-    return reshape(found, tuple(n if d in indices else 1 for d, n in enumerate(shape)))
+    compact = expr("hit", tuple(indices[d] for d in dims), (), tuple(shape[d] for d in dims), torch.bool)
+    return reshape(compact, tuple(n if d in indices else 1 for d, n in enumerate(shape)))
 
 
 def _selected(x: Expr, dim: int, key: Value) -> Expr | None:
