@@ -10,7 +10,7 @@ expression that mentions it is re-read in terms of those: axes are refined until
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -71,12 +71,16 @@ def _without_ratios(claim: Any) -> Any:
 class Facts:
     """What is known about sizes.  Answers are proofs: ``False`` means "not proved", never "disproved".
 
-    ``shape_env`` is PyTorch's symbolic-shape environment when the graph has one.  Nothing is ever proved from
-    the sizes of the example that was traced.
+    Nothing is proved from the sizes of the example that was traced.
+
+    Args:
+        shape_env: PyTorch's symbolic-shape environment when the graph has one.
+        restrictable: the sizes of the example, by symbol, that the graph may be restricted to.
     """
 
-    def __init__(self, shape_env: Any = None) -> None:
+    def __init__(self, shape_env: Any = None, restrictable: Mapping[Any, int] | None = None) -> None:
         self._env = shape_env
+        self._restrictable = restrictable or {}
         self._memo: dict[tuple[str, Size, Size], bool] = {}
         self._numbers: dict[Any, Any] = {}
         self._same: dict[Any, list[Any]] = {}  # the sizes that guards equate with a size
@@ -144,6 +148,16 @@ class Facts:
             if len(symbols) == 1 and rest.is_polynomial() and sympy.degree(rest, symbols[0]) == 1:
                 value = -rest.coeff(symbols[0], 0) / rest.coeff(symbols[0], 1)
                 self._numbers |= {symbols[0]: value} if value.is_Integer else {}
+
+    def restrict(self, size: Size, number: Size) -> bool:
+        """Restrict the graph to inputs whose ``size`` is ``number``, if the example's is and if that may be.
+
+        PyTorch guards it, and compiles the program again for other inputs.
+        """
+        if self._env is None or self._restrictable.get(size) != number:
+            return False
+        self._memo.clear()
+        return bool(self._env.evaluate_expr(sympy.Eq(size, number)))
 
     def equal(self, a: Size, b: Size) -> bool:
         """Is ``a == b`` for every input the graph may be given?"""

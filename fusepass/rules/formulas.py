@@ -227,7 +227,11 @@ class Formulas:
         return [(a, *f) for a, f in by_axis.items()], [self._substitute(v, known) for v in values]
 
     def _within(self, value: Expr, size: Size) -> Affine | None:
-        """An index that is proved to be within a dimension; a negative one counts from its end."""
+        """An index that is proved to be within a dimension; a negative one counts from its end.
+
+        Where indices of known number end exactly where a dimension of unknown size does, they were written
+        for that size, and the graph is restricted to it.
+        """
         at = index_of(value)
         reach = None if at is None else self.space.bounds(self.space.resolve(at))
         if at is None or reach is None:
@@ -237,6 +241,8 @@ class Formulas:
             return at
         if at_most(simplify_size(-1 * size), reach[0]) and at_most(reach[1], -1):
             return at + size
+        if at_most(0, reach[0]) and self.scope.facts.restrict(size, simplify_size(reach[1] + 1)):
+            return at
         return None
 
     def _at_solution(self, solution: Solution, masks: list[tuple[Expr, tuple[Affine, ...]]]) -> Expr | None:

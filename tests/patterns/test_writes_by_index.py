@@ -14,6 +14,7 @@ from torch import Tensor
 from fusepass.expressions.index import AxisSpace, Facts
 from fusepass.expressions.ir import Expr, expr
 from fusepass.recognition.recognize import RULES
+from fusepass.reports import collector
 from fusepass.rules.engine import Scope, Term
 from fusepass.rules.formulas import Formulas
 from tests import checking
@@ -338,6 +339,41 @@ def test_sizes_that_are_not_known(write: Write) -> None:
     seen = agrees(attention, *qkv(H=4, Q=N), dynamic=True)
     assert [site.fused for site in seen.sites] == [True], seen.sites
     assert "causal" in seen.sites[0].spec or write is by_size_in_steps
+
+
+def a_triangle_of_n(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT
+    i, j = torch.triu_indices(N, N, 1)
+    s[..., i, j] = -INF
+    return s.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_a_graph_of_unknown_sizes_is_restricted_to_the_size_that_a_triangle_is_written_for(
+    inner: str,
+) -> None:
+    torch._dynamo.reset()
+    options: Any = {"inner": inner}
+    call: Any = torch.compile(a_triangle_of_n, backend="fusepass", options=options, dynamic=True)
+    for size, kind in ((N, "causal"), (N + 3, "mask[ij]"), (N, None), (N + 5, None)):
+        given = [torch.randn(2, 4, size, 8) for _ in range(3)]
+        with collector.collect() as seen:
+            torch.testing.assert_close(call(*given), a_triangle_of_n(*given))
+        assert [site.kind for site in seen.sites] == ([] if kind is None else [kind])
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        call(*(torch.randn(2, 4, N - 1, 8) for _ in range(3)))
+
+
+def test_a_size_that_is_declared_dynamic_is_not_restricted() -> None:
+    torch._dynamo.reset()
+    options: Any = {"inner": "aot_eager"}
+    call: Any = torch.compile(a_triangle_of_n, backend="fusepass", options=options)
+    given = [torch.randn(2, 4, N, 8) for _ in range(3)]
+    for t in given:
+        torch._dynamo.mark_dynamic(t, 2)
+    with collector.collect() as seen:
+        torch.testing.assert_close(call(*given), a_triangle_of_n(*given))
+    assert [site.kind for site in seen.sites] == ["mask[ij]"]
 
 
 # ---------------------------------------------------------------------------------------- look-alikes

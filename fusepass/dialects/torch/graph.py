@@ -27,6 +27,7 @@ from fusepass.dialects.torch.nodes import (
     operation,
     positional,
     reshapes_in_place,
+    restrictable,
     shape_of,
     size_of,
     value_of,
@@ -112,7 +113,8 @@ class Reader:
         self._no_grad = False
         self.without_gradients: set[fx.Node] = set()  # nodes in ``no_grad`` regions of the graph
         self._reshaped = self._last_reshaping()
-        self.facts = Facts(self._shape_env())
+        shape_env = self._shape_env()
+        self.facts = Facts(shape_env, restrictable(self.graph, shape_env))
         self.faults = Faults()
         self.turned: set[Any] = set()
         for position, node in enumerate(graph.nodes):

@@ -101,6 +101,26 @@ def shape_of(value: Any) -> tuple[Any, ...]:
     return tuple(size_of(s) for s in value.shape)
 
 
+def restrictable(graph: fx.Graph, shape_env: Any) -> dict[Any, int]:
+    """The sizes of the traced example, by symbol, that a graph may be restricted to.
+
+    There are some only while Dynamo compiles: it guards the restriction, and traces the program again for
+    other sizes.  There are none if the user has declared that a size stays dynamic (``mark_dynamic``).
+    """
+    context = torch._guards.TracingContext.try_get()
+    if context is None or shape_env is None or shape_env.frozen:
+        return {}
+    if getattr(context.fake_mode, "shape_env", None) is not shape_env:
+        return {}
+    declared = (c for s in context.tensor_to_context.values() for c in getattr(s, "constraint_sizes", ()))
+    if any(c is not None and not getattr(c, "warn_only", False) for c in declared):
+        return {}
+    values = [value_of(node) for node in graph.find_nodes(op="placeholder")]
+    sizes = [s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else [v])]
+    known = (s.node for s in sizes if isinstance(s, torch.SymInt) and s.node.has_hint())
+    return {node.expr: int(node.hint) for node in known if node.expr.is_Symbol}
+
+
 def size_of(value: Any) -> Any:
     """A size as an integer or a sympy expression."""
     if isinstance(value, torch.SymInt):
