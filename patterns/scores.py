@@ -7,7 +7,7 @@ import math
 import torch
 
 from fusepass.expressions.contents import Uniform
-from fusepass.expressions.intervals import is_ordinary
+from fusepass.expressions.intervals import is_ordinary, range_of
 from fusepass.expressions.ir import (
     DTYPE_NAMES,
     POINTWISE,
@@ -193,9 +193,20 @@ def shift(term: Term, scope: Scope) -> list[Peel] | None:
 def _cancels(term: Term, side: int, scope: Scope) -> bool:
     """Does the other side of a sum, whose ``side`` holds the scores, cancel in the softmax?"""
     x, t = term.argument(side), term.argument(1 - side)
-    if scope.varies_over_keys(t):
+    if scope.varies_over_keys(t) or _overflows_later(t, term.expr.dtype, scope):
         return False
     return _is_row_maximum(t, x, scope) or is_ordinary(t.expr, term.expr.dtype, scope.contents, scope.facts)
+
+
+def _overflows_later(t: Term, dtype: torch.dtype, scope: Scope) -> bool:
+    """Is a shift so large that the known scales after it make it overflow?"""
+    factors = [t.expr, *(scope.operands[m.slot].expr for m in scope.above if isinstance(m, ScaleBy))]
+    most = math.prod(abs(m.factor) for m in scope.above if isinstance(m, Scale))
+    bounds = [range_of(factor, scope.contents, scope.facts) for factor in factors]
+    if bounds[0] is None:
+        return False
+    most *= math.prod(max(map(abs, known)) for known in bounds if known is not None)
+    return most > torch.finfo(dtype).max / 2
 
 
 def _is_row_maximum(t: Term, x: Term, scope: Scope) -> bool:

@@ -102,6 +102,25 @@ class Fills:
                 self.core.scores.expr,
             )
 
+        if not rows_seen and (bias := self._rounded_on_a_fill(scores)) is not None:
+            raise Refuse(
+                f"where a query sees no key, '{bias}' is added to a fill that rounds it",
+                self.core.scores.expr,
+            )
+
+    def _rounded_on_a_fill(self, scores: Sequence[ScoreModifier]) -> Bias | None:
+        """A bias of unknown numbers that is added to a fill within reach of scores, and rounded by it."""
+        for at, mask in enumerate(scores):
+            if not isinstance(mask, Mask) or not mask.atoms or not math.isfinite(mask.fill):
+                continue
+            for mod, level in zip(scores[at + 1 :], fill_levels(scores, at), strict=False):
+                dtype = DTYPES[mod.dtype] if isinstance(mod, Bias) and mod.dtype else self.dtype
+                if level is None or negligible(level, dtype):
+                    break
+                if isinstance(mod, Bias) and mod.hides and rounds_scores(abs(level), dtype):
+                    return mod
+        return None
+
     def _check_narrowed(self, scores: Sequence[ScoreModifier], rounded: dict[int, Written]) -> None:
         """Check that no bias holds numbers that hide in the dtype its sum is rounded to, and not in its own.
 
@@ -353,10 +372,16 @@ class Fills:
             )
         if rows_seen:
             return scores
-        return tuple(
-            self._infinite(m) if isinstance(m, Mask) and _vanishes(scores, n) else m
-            for n, m in enumerate(scores)
+        vanishing = [n for n, m in enumerate(scores) if isinstance(m, Mask) and _vanishes(scores, n)]
+        hidden = tuple(
+            self._infinite(m) if isinstance(m, Mask) and n in vanishing else m for n, m in enumerate(scores)
         )
+        if any([*fill_levels(hidden, n)][-1] != -math.inf for n in vanishing):
+            raise Refuse(
+                "its softmax is written out, and a query that sees no key has fills that are changed later",
+                self.core.scores.expr,
+            )
+        return hidden
 
     def _is_small(self, mod: Bias) -> bool:
         """Is a bias so small that it makes no exponential of a row vanish or overflow?"""

@@ -52,7 +52,12 @@ def grid() -> list[Program]:
 
 
 def must_fuse(p: Program) -> bool:
-    """Can a kernel of torch express exactly this, without gradients?"""
+    """Can a kernel of torch express exactly this, without gradients?
+
+    Where a given bias may hide the keys that a finite fill leaves, weights set to zero afterwards are not.
+    """
+    if p.after != "none" and p.bias != "none" and p.fill != "-inf":
+        return False
     if p.function == "none" and p.fill != "-1e4" and p.apply != "multiplied":
         return True
     return p.after == "none" and p.build != "buffer" and BANDS.issuperset(p.masks)

@@ -227,6 +227,13 @@ def rows_below_single_precision(s: Tensor) -> Tensor:
 
 
 @unsound
+def fills_that_are_raised_and_vanish(s: Tensor) -> Tensor:
+    s = s.masked_fill(~ROWS, -1e4) + torch.zeros(N, 1).masked_fill(~ROWS, -INF)
+    e = (s.clamp(-1e4, 1e4) * 0.5).exp()
+    return e / e.sum(-1, keepdim=True)
+
+
+@unsound
 def nan_through_a_rectifier(s: Tensor) -> Tensor:
     return (s + (~ROWS).float() * -INF).relu().softmax(-1)
 
@@ -767,3 +774,23 @@ def test_gradients_of_a_softmax_in_half_cancel_as_eager_s_do() -> None:
         call(**given, t=t).square().sum().backward()
         gradients.append(t.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_shift_that_a_later_scale_makes_overflow(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q @ k.mT + 1e4) * torch.full((N, 1), 200, dtype=torch.uint8) * 2
+        return s.float().softmax(-1).to(v.dtype) @ v
+
+    given: Any = {name: t.half() for name, t in inputs().items()}
+    agrees(program, kernel, close=1e-2, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_bias_that_a_fill_of_half_rounds(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        s = torch.where(ROWS, q @ k.mT, torch.finfo(q.dtype).min) / 8**0.5
+        return (s + b).softmax(-1) @ v
+
+    given: Any = {name: t.half() for name, t in inputs().items()}
+    agrees(program, kernel, close=1e-2, b=torch.randn(N, N).half() * 2, **given)
