@@ -193,9 +193,11 @@ def shift(term: Term, scope: Scope) -> list[Peel] | None:
 def _cancels(term: Term, side: int, scope: Scope) -> bool:
     """Does the other side of a sum, whose ``side`` holds the scores, cancel in the softmax?"""
     x, t = term.argument(side), term.argument(1 - side)
-    if scope.varies_over_keys(t) or _overflows_later(t, term.expr.dtype, scope):
+    if scope.varies_over_keys(t):
         return False
-    return _is_row_maximum(t, x, scope) or is_ordinary(t.expr, term.expr.dtype, scope.contents, scope.facts)
+    dtype = term.expr.dtype
+    ordinary = is_ordinary(t.expr, dtype, scope.contents, scope.facts)
+    return _is_row_maximum(t, x, scope) or (ordinary and not _overflows_later(t, dtype, scope))
 
 
 def _overflows_later(t: Term, dtype: torch.dtype, scope: Scope) -> bool:
