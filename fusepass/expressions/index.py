@@ -46,16 +46,14 @@ def _quotients(size: Any) -> list[Any]:
 
 
 def _polynomial(a: Size, b: Size) -> Size | None:
-    """``a / b`` where that is a polynomial of sizes and of integer quotients, with integer coefficients."""
+    """``a / b`` where that is a polynomial with integer coefficients."""
     if b == 0:
         return None
     ratio = sympy.cancel(sympy.sympify(a) / b)
-    opaque = {part: sympy.Dummy(integer=True) for part in _quotients(ratio)}
-    whole = ratio.xreplace(opaque)
     exact = (
-        whole.is_polynomial() and all(c.is_Integer for c in sympy.Poly(whole).coeffs())
-        if whole.free_symbols
-        else whole.is_Integer
+        ratio.is_polynomial() and all(c.is_Integer for c in sympy.Poly(ratio).coeffs())
+        if ratio.free_symbols
+        else ratio.is_Integer
     )
     return simplify_size(ratio) if exact else None
 
@@ -83,7 +81,6 @@ class Facts:
         self._restrictable = restrictable or {}
         self._memo: dict[tuple[str, Size, Size], bool] = {}
         self._numbers: dict[Any, Any] = {}
-        self._same: dict[Any, list[Any]] = {}  # the sizes that guards equate with a size
         self._read = 0  # how many guards were read
 
     def _ask(self, kind: str, a: Size, b: Size) -> bool:
@@ -127,27 +124,15 @@ class Facts:
 
     def _known_numbers(self) -> dict[Any, Any]:
         """The symbols that guards equate with numbers, in equations of a single symbol."""
-        self._read_guards()
-        return self._numbers
-
-    def _known_equal(self, size: Any) -> list[Any]:
-        """Other ways to write a size: what guards equate it with."""
-        if self._env is None:
-            return []
-        self._read_guards()
-        return self._same.get(size, [])
-
-    def _read_guards(self) -> None:
         new = self._env.guards[self._read :]
         self._read += len(new)
         for claim in (g.expr for g in new if isinstance(g.expr, sympy.Eq)):
-            self._same.setdefault(claim.lhs, []).append(claim.rhs)
-            self._same.setdefault(claim.rhs, []).append(claim.lhs)
             rest = sympy.expand(self._with_ratios(claim.lhs) - self._with_ratios(claim.rhs))
             symbols = list(rest.free_symbols)
             if len(symbols) == 1 and rest.is_polynomial() and sympy.degree(rest, symbols[0]) == 1:
                 value = -rest.coeff(symbols[0], 0) / rest.coeff(symbols[0], 1)
                 self._numbers |= {symbols[0]: value} if value.is_Integer else {}
+        return self._numbers
 
     def restrict(self, size: Size, number: Size) -> bool:
         """Restrict the graph to inputs whose ``size`` is ``number``, if the example's is and if that may be.
@@ -200,8 +185,7 @@ class Facts:
             return a // b if b and a % b == 0 else None
         if self.equal(a, b):
             return 1
-        pairs = ((self.settled(a), self.settled(b)), (a, b), *((n, b) for n in self._known_equal(a)))
-        return next((r for n, m in pairs if (r := _polynomial(n, m)) is not None), None)
+        return _polynomial(self.settled(a), self.settled(b))
 
 
 @dataclass(frozen=True)

@@ -210,8 +210,7 @@ class Fills:
             inexact = rounds_scores(-fill, written.dtype)
         else:
             fill, inexact = mod.fill, mod.additive
-        most = USUAL_SCORES * scale * (2 if shifted else 1)
-        return inexact and math.isfinite(fill) and not absorbs(fill, written.dtype, most)
+        return inexact and math.isfinite(fill) and not absorbs(fill, written.dtype, USUAL_SCORES * scale)
 
     def _unabsorbed_bias(self, scores: Sequence[ScoreModifier], *dtypes: torch.dtype) -> Bias | None:
         """A bias of constants that an additive mask does not absorb, so that hidden scores still differ.

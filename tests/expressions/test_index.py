@@ -350,18 +350,6 @@ def test_guards_prove_exact_divisions_and_numbers() -> None:
     assert not facts.equal(other, 12) and not facts.at_most(other, 12)
 
 
-def test_a_size_that_a_guard_equates_with_a_product_is_divided_as_that_product() -> None:
-    env = ShapeEnv()
-    heads, width = (
-        env.create_unspecified_symbol(n, ConstantSource(f"size{n}"), DimDynamic.DYNAMIC) for n in (6, 24)
-    )
-    groups = FloorDiv(width, FloorDiv(width, 3))
-    facts = Facts(env)
-    assert facts.quotient(2 * groups, 2) == groups and facts.quotient(heads, 2) is None
-    assert env.evaluate_expr(sympy.Eq(heads, 2 * groups)) == True  # noqa: E712
-    assert facts.quotient(heads, 2) == groups and facts.quotient(heads, 3) is None
-
-
 def test_ratios_are_compared_as_integers() -> None:
     """PyTorch evaluates no negative powers: a claim about a ratio is one about its numerator."""
     env = ShapeEnv()
