@@ -172,8 +172,11 @@ class Ranges:
 
     def _float(self, node: Expr, args: list[Interval]) -> Interval | None:
         same = all(a.dtype is node.dtype for a in _below(node))
-        if node.op in _BOUNDED or (node.op in _EXACT and same):
+        if node.op in _EXACT and same:
             return self._real(node, args)
+        if node.op in _BOUNDED:
+            bounded = self._real(node, args)
+            return None if bounded is None else _flushed(bounded, node.dtype)
         if node.op == "cast":
             return _cast(args[0], node.dtype)
         interval = self._real(node, args)
@@ -335,13 +338,20 @@ def _rounded(x: Interval, dtype: torch.dtype, slack: float = 8.0) -> Interval:
     low, high = x
     low -= abs(low) * slack if math.isfinite(low) else 0.0
     high += abs(high) * slack if math.isfinite(high) else 0.0
-    least = float(info.smallest_normal)
-    low = 0.0 if 0 < low < 2 * least else -2 * least if -least < low < 0 else low
-    high = 0.0 if -2 * least < high < 0 else 2 * least if 0 < high < least else high
+    low, high = _flushed((low, high), dtype)
     most = float(info.max)
     return (
         -math.inf if low < -most else min(low, most),
         math.inf if high > most else max(high, -most),
+    )
+
+
+def _flushed(x: Interval, dtype: torch.dtype) -> Interval:
+    """Bounds where numbers too small for the dtype may become zero, or may be rounded away from it."""
+    (low, high), least = x, float(torch.finfo(dtype).smallest_normal)
+    return (
+        0.0 if 0 < low < 2 * least else -2 * least if -least < low < 0 else low,
+        0.0 if -2 * least < high < 0 else 2 * least if 0 < high < least else high,
     )
 
 

@@ -314,3 +314,9 @@ def test_integers_within_known_bounds_are_looked_at_once_they_are_relied_upon() 
     assert Ranges(known, Facts()).of(table) == (-(2.0**63), float(2**63 - 1))
     known.consulted.add(table)
     assert Ranges(known, Facts()).of(table) == (3.0, 5.0)
+
+
+def test_a_sigmoid_may_underflow_to_zero() -> None:
+    low = pointwise("sigmoid", leaf("n", (4,), torch.int8), dtype=torch.float32)
+    bounds = range_of(low, Contents(), Facts())
+    assert bounds is not None and bounds[0] == 0 and bounds[1] <= 1
