@@ -286,7 +286,7 @@ def a_bias(s: Tensor) -> Any:
     return s + torch.zeros(N, N).index_put((i, j), torch.tensor(-1e9))
 
 
-def program(name: str, dynamic: bool | None = None) -> Callable[..., Tensor]:
+def program(name: str) -> Callable[..., Tensor]:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         s = q @ k.mT * 0.35
         given = WRITES[name][1](s)
@@ -341,24 +341,18 @@ def test_sizes_that_are_not_known(write: Write) -> None:
     assert "causal" in seen.sites[0].spec or write is by_size_in_steps
 
 
-def a_triangle_of_n(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    s = q @ k.mT
-    i, j = torch.triu_indices(N, N, 1)
-    s[..., i, j] = -INF
-    return s.softmax(-1) @ v
-
-
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_a_graph_of_unknown_sizes_is_restricted_to_the_size_that_a_triangle_is_written_for(
     inner: str,
 ) -> None:
     torch._dynamo.reset()
     options: Any = {"inner": inner}
-    call: Any = torch.compile(a_triangle_of_n, backend="fusepass", options=options, dynamic=True)
+    attention = program("an_upper_triangle")
+    call: Any = torch.compile(attention, backend="fusepass", options=options, dynamic=True)
     for size, kind in ((N, "causal"), (N + 3, "mask[ij]"), (N, None), (N + 5, None)):
         given = [torch.randn(2, 4, size, 8) for _ in range(3)]
         with collector.collect() as seen:
-            torch.testing.assert_close(call(*given), a_triangle_of_n(*given))
+            torch.testing.assert_close(call(*given), attention(*given))
         assert [site.kind for site in seen.sites] == ([] if kind is None else [kind])
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         call(*(torch.randn(2, 4, N - 1, 8) for _ in range(3)))
@@ -367,12 +361,13 @@ def test_a_graph_of_unknown_sizes_is_restricted_to_the_size_that_a_triangle_is_w
 def test_a_size_that_is_declared_dynamic_is_not_restricted() -> None:
     torch._dynamo.reset()
     options: Any = {"inner": "aot_eager"}
-    call: Any = torch.compile(a_triangle_of_n, backend="fusepass", options=options)
+    attention = program("an_upper_triangle")
+    call: Any = torch.compile(attention, backend="fusepass", options=options)
     given = [torch.randn(2, 4, N, 8) for _ in range(3)]
     for t in given:
         torch._dynamo.mark_dynamic(t, 2)
     with collector.collect() as seen:
-        torch.testing.assert_close(call(*given), a_triangle_of_n(*given))
+        torch.testing.assert_close(call(*given), attention(*given))
     assert [site.kind for site in seen.sites] == ["mask[ij]"]
 
 
