@@ -45,21 +45,8 @@ def _quotients(size: Any) -> list[Any]:
     return [e for e in sympy.preorder_traversal(size) if type(e).__name__ in _QUOTIENTS]
 
 
-def _polynomial(a: Size, b: Size) -> Size | None:
-    """``a / b`` where that is a polynomial with integer coefficients."""
-    if b == 0:
-        return None
-    ratio = sympy.cancel(sympy.sympify(a) / b)
-    exact = (
-        ratio.is_polynomial() and all(c.is_Integer for c in sympy.Poly(ratio).coeffs())
-        if ratio.free_symbols
-        else ratio.is_Integer
-    )
-    return simplify_size(ratio) if exact else None
-
-
 def _without_ratios(claim: Any) -> Any:
-    """A comparison of ratios as one of integers, which PyTorch can evaluate; None if there is none."""
+    """A comparison of ratios as one of integers, which PyTorch can evaluate; None if it may not be one."""
     if not any(p.exp.is_negative for p in claim.atoms(sympy.Pow)):
         return claim
     above, below = sympy.fraction(sympy.together(claim.lhs - claim.rhs))
@@ -81,7 +68,7 @@ class Facts:
         self._restrictable = restrictable or {}
         self._memo: dict[tuple[str, Size, Size], bool] = {}
         self._numbers: dict[Any, Any] = {}
-        self._read = 0  # how many guards were read
+        self._read = 0  # how many guards were read for numbers
 
     def _ask(self, kind: str, a: Size, b: Size) -> bool:
         key = (kind, a, b)
@@ -185,7 +172,16 @@ class Facts:
             return a // b if b and a % b == 0 else None
         if self.equal(a, b):
             return 1
-        return _polynomial(self.settled(a), self.settled(b))
+        a, b = self.settled(a), self.settled(b)
+        if b == 0:
+            return None
+        ratio = sympy.cancel(sympy.sympify(a) / b)
+        exact = (
+            ratio.is_polynomial() and all(c.is_Integer for c in sympy.Poly(ratio).coeffs())
+            if ratio.free_symbols
+            else ratio.is_Integer
+        )
+        return simplify_size(ratio) if exact else None
 
 
 @dataclass(frozen=True)
