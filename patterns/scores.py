@@ -7,7 +7,7 @@ import math
 import torch
 
 from fusepass.expressions.contents import Uniform
-from fusepass.expressions.intervals import is_ordinary, range_of
+from fusepass.expressions.intervals import is_ordinary, magnitude, range_of
 from fusepass.expressions.ir import (
     DTYPE_NAMES,
     POINTWISE,
@@ -195,20 +195,22 @@ def _cancels(term: Term, side: int, scope: Scope) -> bool:
     x, t = term.argument(side), term.argument(1 - side)
     if scope.varies_over_keys(t):
         return False
-    dtype = term.expr.dtype
-    ordinary = is_ordinary(t.expr, dtype, scope.contents, scope.facts)
-    return _is_row_maximum(t, x, scope) or (ordinary and not _overflows_later(t, dtype, scope))
+    if _is_row_maximum(t, x, scope):
+        return True
+    ordinary = is_ordinary(t.expr, term.expr.dtype, scope.contents, scope.facts)
+    return ordinary and not _overflows_later(t, term.expr.dtype, scope)
 
 
 def _overflows_later(t: Term, dtype: torch.dtype, scope: Scope) -> bool:
     """Is a shift so large that the known scales after it make it overflow?"""
-    factors = [t.expr, *(scope.operands[m.slot].expr for m in scope.above if isinstance(m, ScaleBy))]
-    most = math.prod(abs(m.factor) for m in scope.above if isinstance(m, Scale))
-    bounds = [range_of(factor, scope.contents, scope.facts) for factor in factors]
-    if bounds[0] is None:
+    bounds = range_of(t.expr, scope.contents, scope.facts)
+    if bounds is None:
         return False
-    most *= math.prod(max(map(abs, known)) for known in bounds if known is not None)
-    return most > torch.finfo(dtype).max / 2
+    size = magnitude(bounds) * math.prod(abs(m.factor) for m in scope.above if isinstance(m, Scale))
+    for factor in (scope.operands[m.slot].expr for m in scope.above if isinstance(m, ScaleBy)):
+        known = range_of(factor, scope.contents, scope.facts)
+        size *= 1.0 if known is None else magnitude(known)
+    return size > torch.finfo(dtype).max / 2
 
 
 def _is_row_maximum(t: Term, x: Term, scope: Scope) -> bool:

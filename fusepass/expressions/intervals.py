@@ -272,6 +272,11 @@ def range_of(node: Expr, contents: Contents, facts: Facts) -> Interval | None:
     return Ranges(contents, facts).of(node)
 
 
+def magnitude(x: Interval) -> float:
+    """The largest absolute value within bounds."""
+    return max(map(abs, x))
+
+
 def is_ordinary(node: Expr, dtype: torch.dtype, contents: Contents, facts: Facts) -> bool:
     """Is every element provably a finite number that is not a fill in ``dtype``, for inputs of usual size?
 

@@ -30,6 +30,7 @@ from fusepass.specification.attention import (
     WeightScale,
     ZeroEmptyRows,
     empty_rows,
+    is_hiding,
 )
 from fusepass.specification.program import slots
 from fusepass.specification.takes import Takes
@@ -193,7 +194,7 @@ def may_empty_rows(spec: Attention, target: Target) -> bool:
     In inference, a bias that may hide whole rows is added as it is, in the order of computation.  The
     backward of every kernel gets such rows wrong (``exp(s - logsumexp)`` loses the row's length).
     """
-    if target.training and any(isinstance(m, Bias) and m.hides for m in spec.scores):
+    if target.training and any(map(is_hiding, spec.scores)):
         return True
     return spec.unseen_rows
 
@@ -350,8 +351,8 @@ def _reached(site: Site, build: Builder, top: fx.Node) -> fx.Node:
     """Are the highest levels of rows above the fills of masks, and too small to absorb scores?"""
     known = torch.finfo(build.value(top).dtype)
     bound = min(max(FILL, 2 * USUAL_SCORES / known.eps), 0.99 * known.max)
-    known_fills = site.spec.without_hiding_biases
-    highest = max((m.fill for m in known_fills.masks if known_fills.hides(m)), default=-math.inf)
+    spec = site.spec.without_hiding_biases
+    highest = max((m.fill for m in spec.masks if spec.hides(m)), default=-math.inf)
     low, high = (build.number(n, top) for n in (max(-bound, 0.99 * highest), bound))
     usual = build.op("logical_and", build.op("lt", low, top), build.op("lt", top, high))
     return build.op("logical_or", usual, build.op("isnan", top))  # kernels return NaN for NaN
@@ -364,13 +365,13 @@ def with_infinite_rows(site: Site, build: Builder, target: Target, out: fx.Node)
     Kernels return zero there, as SDPA defines it; rows that see no key for other reasons are already mended.
     """
     spec = site.spec
-    added = any(isinstance(m, Bias) and m.hides for m in spec.scores) and not may_empty_rows(spec, target)
+    added = any(map(is_hiding, spec.scores)) and not may_empty_rows(spec, target)
     sink = spec.sink
     if not added or (sink is not None and sink.finite):
         return out
     if any(isinstance(w, ZeroEmptyRows) for w in spec.weights):
         return out
-    after = spec.scores[max(n for n, m in enumerate(spec.scores) if isinstance(m, Bias) and m.hides) :]
+    after = spec.scores[max(n for n, m in enumerate(spec.scores) if is_hiding(m)) :]
     if any(
         m.hidden(-math.inf) != -math.inf for m in after if not isinstance(m, (Scale, ScaleBy, Bias, Mask))
     ):
@@ -394,7 +395,7 @@ def _levels(site: Site, build: Builder) -> fx.Node:
     """
     level: fx.Node | None = None
     for mod in site.spec.scores:
-        if isinstance(mod, Mask) or (isinstance(mod, Bias) and mod.hides):
+        if isinstance(mod, Mask) or is_hiding(mod):
             level = _hide(site, build, level, mod)
         elif level is not None and isinstance(mod, Scale):
             level = build.op("mul_scalar", level, mod.factor)
@@ -408,7 +409,7 @@ def _levels(site: Site, build: Builder) -> fx.Node:
 
 def hiders(spec: Attention) -> list[Mask | Bias]:
     """The modifiers that may hide keys, in order: masks, and biases that may hold fills."""
-    return [m for m in spec.scores if isinstance(m, Mask) or (isinstance(m, Bias) and m.hides)]
+    return [m for m in spec.scores if isinstance(m, Mask) or is_hiding(m)]
 
 
 def _hide(site: Site, build: Builder, level: fx.Node | None, mod: Mask | Bias) -> fx.Node:

@@ -55,6 +55,7 @@ from fusepass.specification.attention import (
     ScoreModifier,
     absorbs,
     empty_rows,
+    is_hiding,
 )
 from fusepass.specification.takes import Takes
 from fusepass.writing.emit import Builder
@@ -175,7 +176,7 @@ def _as_operand(site: Site, build: Builder, target: Target, total: fx.Node, dtyp
     extra = site.spec.added
     wide = torch.promote_types(build.value(total).dtype, dtype)
     overflows = 2 * torch.finfo(dtype).max < torch.finfo(wide).max  # not in bfloat16
-    large = len(extra) > 1 or (overflows and any(isinstance(m, Bias) and m.hides for m in extra))
+    large = len(extra) > 1 or (overflows and any(map(is_hiding, extra)))
     if large and wide.itemsize > dtype.itemsize:
         total = _lifted(build, total)
     total = build.cast(total, dtype)
@@ -224,10 +225,12 @@ def _absorbs(spec: Attention, target: Target, dtype: torch.dtype) -> bool:
     for a single mask, on the CPU (CUDA's kernels compute in powers of two, where ``finfo.min`` overflows) and
     without gradients (the backward's ``exp(s - logsumexp)`` loses the row's length).
     """
-    one = len(spec.masks) == 1 == len(hiders(spec)) and empty_rows(spec) == "mean"
-    one = one and (spec.masks[0].additive or absorbs(spec.masks[0].fill, dtype))
-    one = one and spec.masks[0].fill >= torch.finfo(dtype).min
-    return one and target.device == "cpu" and not target.training and dtype is not torch.float16
+    if target.device != "cpu" or target.training or dtype is torch.float16:
+        return False
+    if not len(spec.masks) == 1 == len(hiders(spec)) or empty_rows(spec) != "mean":
+        return False
+    (mask,) = spec.masks
+    return mask.fill >= torch.finfo(dtype).min and (mask.additive or absorbs(mask.fill, dtype))
 
 
 def _added(site: Site, build: Builder, mod: ScoreModifier) -> fx.Node:

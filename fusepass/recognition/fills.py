@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fusepass.expressions.intervals import range_of
+from fusepass.expressions.intervals import magnitude, range_of
 from fusepass.expressions.ir import DTYPES, const, expr, pointwise
 from fusepass.patterns import masks
 from fusepass.recognition.meanings import Meanings
@@ -29,6 +29,7 @@ from fusepass.specification.attention import (
     dtype_of_sum,
     fill_levels,
     fills_after,
+    is_hiding,
     is_less_precise,
     merge_scales,
     negligible,
@@ -88,21 +89,19 @@ class Fills:
                 f"'{self.partly[0]}' absorbs scores in part, after a shift or before a scale",
                 self.core.scores.expr,
             )
-        if self.overflows is not None and not rows_seen:
+        if rows_seen:
+            return
+        if self.overflows is not None:
             raise Refuse(
                 f"the fill of '{self.overflows}' and the constants of a bias overflow together",
                 self.core.scores.expr,
             )
-        if (
-            not rows_seen
-            and (large := self._unabsorbed_bias(scores, self.dtype, self.core.dtype)) is not None
-        ):
+        if (large := self._unabsorbed_bias(scores, self.dtype, self.core.dtype)) is not None:
             raise Refuse(
                 f"where a query sees no key, '{large}' holds numbers that the mask's fill does not absorb",
                 self.core.scores.expr,
             )
-
-        if not rows_seen and (bias := self._rounded_on_a_fill(scores)) is not None:
+        if (bias := self._rounded_on_a_fill(scores)) is not None:
             raise Refuse(
                 f"where a query sees no key, '{bias}' is added to a fill that rounds it",
                 self.core.scores.expr,
@@ -117,7 +116,7 @@ class Fills:
                 dtype = DTYPES[mod.dtype] if isinstance(mod, Bias) and mod.dtype else self.dtype
                 if level is None or negligible(level, dtype):
                     break
-                if isinstance(mod, Bias) and mod.hides and rounds_scores(abs(level), dtype):
+                if is_hiding(mod) and rounds_scores(abs(level), dtype):
                     return mod
         return None
 
@@ -339,7 +338,7 @@ class Fills:
         Raises:
             Refuse: the effect depends on the values of the scores.
         """
-        hiding = next((m for m in scores if isinstance(m, Bias) and m.hides), None)
+        hiding = next(filter(is_hiding, scores), None)
         if self.core.form != "softmax" and not all(
             _stays_low(scores, n) for n, m in enumerate(scores) if isinstance(m, Mask)
         ):
@@ -375,7 +374,7 @@ class Fills:
         hidden = tuple(
             self._infinite(m) if isinstance(m, Mask) and n in vanishing else m for n, m in enumerate(scores)
         )
-        if any([*fill_levels(hidden, n)][-1] != -math.inf for n in vanishing):
+        if any(_last_level(hidden, n) != -math.inf for n in vanishing):
             raise Refuse(
                 "its softmax is written out, and a query that sees no key has fills that are changed later",
                 self.core.scores.expr,
@@ -385,7 +384,7 @@ class Fills:
     def _is_small(self, mod: Bias) -> bool:
         """Is a bias so small that it makes no exponential of a row vanish or overflow?"""
         bounds = range_of(self.scope.operands[mod.slot].expr, self.scope.contents, self.scope.facts)
-        return bounds is not None and max(map(abs, bounds)) * abs(mod.factor) <= SMALL
+        return bounds is not None and magnitude(bounds) * abs(mod.factor) <= SMALL
 
     def _is_exact(self, mod: Bias) -> bool:
         """Are all its constants so small that subtracting a log-sum-exp of their size loses no precision?"""
@@ -419,13 +418,19 @@ def _is_finite_mask(mod: ScoreModifier) -> bool:
 
 def _is_infinite(mod: ScoreModifier) -> bool:
     """May the modifier make scores infinite?"""
-    return (isinstance(mod, Bias) and mod.hides) or (isinstance(mod, Mask) and mod.fill == -math.inf)
+    return is_hiding(mod) or (isinstance(mod, Mask) and mod.fill == -math.inf)
 
 
 def _vanishes(scores: Sequence[ScoreModifier], at: int) -> bool:
     """Is the exponential of scores that the mask at a position fills zero, in every dtype?"""
-    *_, level = fill_levels(scores, at)
+    level = _last_level(scores, at)
     return level is not None and level < VANISHING
+
+
+def _last_level(scores: Sequence[ScoreModifier], at: int) -> float | None:
+    """What the scores that the mask at a position fills are after all later modifiers; None if not known."""
+    *_, level = fill_levels(scores, at)
+    return level
 
 
 def without_exact_casts(mods: Sequence[ScoreModifier], product: torch.dtype) -> list[ScoreModifier]:

@@ -27,6 +27,7 @@ from fusepass.specification.attention import (
     ScoreModifier,
     WeightModifier,
     WeightScale,
+    is_hiding,
     is_less_precise,
     rounds_scores,
 )
@@ -82,7 +83,7 @@ class Meanings:
         """How large a bias is because of its constants, whatever its inputs are; 0 if not known."""
         known = intervals.Ranges(self.scope.contents, self.scope.facts, scale=intervals.LEAST)
         bounds = known.of(self.scope.operands[mod.slot].expr)
-        return 0.0 if bounds is None else max(map(abs, bounds)) * abs(mod.factor)
+        return 0.0 if bounds is None else intervals.magnitude(bounds) * abs(mod.factor)
 
     def letters(self, term: Term) -> str:
         """The letters of the roles that an operand varies over, in order."""
@@ -132,7 +133,7 @@ class Meanings:
         hidden = {c for parts in visible for c in parts}
         covers = hidden <= kept and all(visible)
         # In a row whose visible keys a bias hides as well, keys that only have a low score get weights.
-        levels = any(isinstance(m, Bias) and m.hides for m in spec.scores) and spec.fills_are_finite
+        levels = any(map(is_hiding, spec.scores)) and not spec.fills_are_infinite
         return replace(mod, axes=axes, implied=kept <= hidden and not levels, covers=covers)
 
     def _visible(self, slot: int, attends: bool) -> Expr:

@@ -345,7 +345,7 @@ class _Windows:
             return None
         seen = names.every_row_sees(clauses)
         # Of a row that sees no key, a finite fill gives the mean over its window.
-        same = seen or all(m.fill == -math.inf for m in spec.masks)
+        same = seen or spec.fills_are_infinite
         same = same and not any(set(new.slots()) - set(mod.slots()) for mod, new in kept)
         scores = merge_scales([*map(Scale, scales), *(new for _, new in kept), *new_masks])
         return replace(

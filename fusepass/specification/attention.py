@@ -47,6 +47,7 @@ from fusepass.specification.score_modifiers import (
     ScaleBy,
     SoftCap,
     finite,
+    is_hiding,
 )
 from fusepass.specification.weight_modifiers import Dropout, Keep, KeyGate, Sink, WeightScale, ZeroEmptyRows
 
@@ -122,8 +123,7 @@ class Attention:
     @property
     def without_hiding_biases(self) -> Attention:
         """The same, without the biases that may hold fills: they may bring back what a mask hides."""
-        kept = tuple(m for m in self.scores if not (isinstance(m, Bias) and m.hides))
-        return replace(self, scores=kept)
+        return replace(self, scores=tuple(m for m in self.scores if not is_hiding(m)))
 
     def masks_hide(self) -> bool:
         """Do all masks hide for good?"""
@@ -152,9 +152,9 @@ class Attention:
         )
 
     @property
-    def fills_are_finite(self) -> bool:
-        """Does any mask write a finite number?"""
-        return any(m.fill != -math.inf for m in self.masks)
+    def fills_are_infinite(self) -> bool:
+        """Do all masks write minus infinity?"""
+        return all(m.fill == -math.inf for m in self.masks)
 
     @property
     def fills_stay_finite(self) -> bool:
@@ -255,7 +255,7 @@ def fill_levels(scores: Sequence[ScoreModifier], at: int) -> Iterator[float | No
 
 
 def _brings_nothing_back(mod: ScoreModifier) -> bool:
-    return not (isinstance(mod, Mask) and not mod.additive) and not (isinstance(mod, Bias) and mod.hides)
+    return mod.additive if isinstance(mod, Mask) else not is_hiding(mod)
 
 
 def dtype_of_sum(mask: Mask, *dtypes: torch.dtype) -> torch.dtype:
@@ -325,14 +325,11 @@ def _keeps_levels(spec: Attention) -> bool:
 
 def one_level(spec: Attention) -> bool:
     """In a row that sees no key, do all keys have the same fill?"""
-    if any(isinstance(m, Bias) and m.hides for m in spec.scores) and not _all_infinite(spec):
+    if any(map(is_hiding, spec.scores)) and not spec.fills_are_infinite:
         return False
     same = len({m.fill for m in spec.masks}) <= 1
-    return same and (len(spec.masks) <= 1 or _all_infinite(spec) or not any(m.additive for m in spec.masks))
-
-
-def _all_infinite(spec: Attention) -> bool:
-    return all(m.fill == -math.inf for m in spec.masks)
+    one_way = spec.fills_are_infinite or not any(m.additive for m in spec.masks)
+    return same and (len(spec.masks) <= 1 or one_way)
 
 
 # ---------------------------------------------------------------------------------------- reference
@@ -392,6 +389,6 @@ __all__ = [
     "Finite", "Floor", "Keep", "KeyGate", "KeyPadding", "LeakyReLU", "Mask", "Modifier", "Prefix", "Scale",
     "ScaleBy", "ScoreModifier", "Sink", "SoftCap", "WeightModifier", "WeightScale", "Window", "ZeroEmptyRows",
     "absorbs", "dtype_of_sum", "empty_rows", "fill_levels", "fills_after", "finite", "intersect",
-    "is_less_precise", "kinds", "merge_scales", "negligible", "one_level", "reference", "rounds_scores",
-    "rounds_softmax", "softmax",
+    "is_hiding", "is_less_precise", "kinds", "merge_scales", "negligible", "one_level", "reference",
+    "rounds_scores", "rounds_softmax", "softmax",
 ]  # fmt: skip

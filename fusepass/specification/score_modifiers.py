@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -153,6 +154,11 @@ class Bias(ScoreModifier):
             (cls(0, "hj", -0.5), (draw.normal("hj"),)),
             (cls(0, "bi"), (draw.normal("bi"),)),
         ]
+
+
+def is_hiding(mod: ScoreModifier) -> TypeGuard[Bias]:
+    """Is it a bias that may hold fills, and so hide keys?"""
+    return isinstance(mod, Bias) and mod.hides
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from fusepass.specification.attention import (
     absorbs,
     empty_rows,
     fills_after,
+    is_hiding,
     negligible,
     one_level,
     rounds_softmax,
@@ -152,7 +153,7 @@ class Takes:
             return "there are no elements"
         if self.rows == "written":
             return None
-        hiding = next((m for m in spec.scores if isinstance(m, Bias) and m.hides), None)
+        hiding = next(filter(is_hiding, spec.scores), None)
         if hiding is not None and not self.hiding_biases:
             return f"'{hiding}' may hide all keys of a query"
         if hiding is not None and hiding.dtype == "f64":
