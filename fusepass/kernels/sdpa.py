@@ -84,7 +84,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     rows: Rows | None = None
     if causal:
         mask = None
-    elif not may_empty_rows(spec, target) or _absorbs(spec, target, build.value(x.q).dtype):
+    elif not _mends_rows(spec, target) or _absorbs(spec, target, build.value(x.q).dtype):
         mask = attn_mask(site, build, target, x)
     else:
         rows = rows_of(site, build, build.value(x.q).dtype)
@@ -215,6 +215,11 @@ def _representable(build: Builder, added: fx.Node) -> fx.Node:
     half = build.number(torch.finfo(value.dtype).min / 2, added)
     infinite = build.op("eq_scalar", added, -math.inf)
     return build.op("where", infinite, added, build.op("maximum", added, half))
+
+
+def _mends_rows(spec: Attention, target: Target) -> bool:
+    """Are there rows to mend?  Those that a bias hides too, where a fill does not absorb the scores."""
+    return may_empty_rows(spec, target) or (any(map(is_hiding, spec.scores)) and not spec.fills_absorb)
 
 
 def _absorbs(spec: Attention, target: Target, dtype: torch.dtype) -> bool:

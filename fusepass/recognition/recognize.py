@@ -16,7 +16,7 @@ import torch
 
 from fusepass.expressions.contents import Contents
 from fusepass.expressions.index import Affine, AxisSpace, Facts, Size
-from fusepass.expressions.ir import Expr, expr
+from fusepass.expressions.ir import DTYPE_NAMES, Expr, expr
 from fusepass.patterns import heads
 from fusepass.patterns.distances import DISTANCES, squares_differences
 from fusepass.patterns.joined import JOINED, joined, split_softmaxes
@@ -46,6 +46,7 @@ from fusepass.rules.site import Roles, Site
 from fusepass.specification.attention import (
     Attention,
     Bias,
+    Cast,
     Scale,
     ScoreModifier,
     Sink,
@@ -87,6 +88,16 @@ class _Scores:
     modifiers: list[ScoreModifier]
     product: Product
     node: Expr
+
+
+def _steps(layer: Peel, dtype: torch.dtype) -> list[ScoreModifier]:
+    """What a layer does to scores, from the softmax inwards: what promotes them casts them first."""
+    mod, inner = layer.modifier, layer.inner.expr
+    steps: list[ScoreModifier] = [] if mod is None else [mod]  # type: ignore[list-item]
+    promoted = inner.dtype != dtype and inner.is_float and dtype.is_floating_point
+    if promoted and not isinstance(mod, Cast):
+        steps.append(Cast(DTYPE_NAMES[dtype], is_less_precise(dtype, inner.dtype)))
+    return steps
 
 
 def recognise(
@@ -303,9 +314,9 @@ class _Reading:
                     return _Scores(list(reversed(mods)), layer, term.expr)
                 miss = miss or Miss(reason, term.expr)
             elif isinstance(layer, Peel):
-                deeper = [*mods, layer.modifier] if layer.modifier is not None else mods
+                deeper = [*mods, *_steps(layer, term.expr.dtype)]
                 try:
-                    below = self._peel_scores(layer.inner, deeper)  # type: ignore[arg-type]
+                    below = self._peel_scores(layer.inner, deeper)
                 except Refuse as refusal:
                     below = Miss(refusal.reason, refusal.at or layer.inner.expr)
                 if isinstance(below, _Scores):

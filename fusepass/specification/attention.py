@@ -157,6 +157,12 @@ class Attention:
         return all(m.fill == -math.inf for m in self.masks)
 
     @property
+    def fills_absorb(self) -> bool:
+        """Do fills that replace scores give the same where they are added to them in single precision?"""
+        written = (m.fill for m in self.masks if not m.additive and math.isfinite(m.fill))
+        return all(absorbs(fill, torch.float32, USUAL_SCORES) for fill in written)
+
+    @property
     def fills_stay_finite(self) -> bool:
         """Do masks other than those with infinite fills write numbers that stay finite, even all together?"""
         written = sum(abs(m.fill) for m in self.masks if m.fill != -math.inf)

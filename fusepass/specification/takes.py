@@ -158,7 +158,8 @@ class Takes:
             return f"'{hiding}' may hide all keys of a query"
         if hiding is not None and hiding.dtype == "f64":
             return f"'{hiding}' may hide all keys of a query, and is added in float64"
-        mended = training and hiding is not None and self.rows == "levels"
+        counts = training or (self.fills == "added" and not spec.fills_absorb)
+        mended = counts and hiding is not None and self.rows == "levels"
         if not spec.unseen_rows and not mended:
             return None
         if training and _zeroes_nan(spec):

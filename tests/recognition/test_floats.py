@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,18 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusepass.reports import collector
-from tests import checking  # noqa: F401  (faults of the pass are raised)
+from tests.recognition.as_eager import (
+    CAUSAL,
+    INF,
+    KERNELS,
+    KEYS,
+    LOW,
+    NAN,
+    ROWS,
+    B,
+    H,
+    N,
+    Scores,
+    agrees,
+    attention_with,
+    gradients_agree,
+    inputs,
+)
 
-INF, NAN = math.inf, math.nan
-LOW = torch.finfo(torch.float32).min
-B, H, N, D = 2, 2, 4, 8
-ROWS = torch.tensor([False, True, True, True])[:, None]
-KEYS = torch.tensor([True, False, True, True])
-CAUSAL = torch.ones(N, N, dtype=torch.bool).tril()
-KERNELS = ["auto", "reference", "sdpa", "flex"]
-
-Scores = Callable[[Tensor], Tensor]
 FUSED: list[Any] = []
 UNSOUND: list[Any] = []
 
@@ -348,57 +353,6 @@ def weights_without_nan(s: Tensor) -> Tensor:
     return s.masked_fill(~ROWS, -INF).softmax(-1).nan_to_num(0.0)
 
 
-def inputs() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return {name: torch.randn(B, H, N, D, generator=generator) for name in "qkv"}
-
-
-def agrees(
-    program: Callable[..., Tensor],
-    kernel: str,
-    inner: str = "aot_eager",
-    close: float | None = None,
-    **changed: Tensor,
-) -> collector.Collector:
-    given = inputs() | changed
-    expected = program(**given)
-    torch._dynamo.reset()
-    call: Any = torch.compile(program, backend="fusepass", options={"inner": inner, "kernel": kernel})
-    with collector.collect() as seen:
-        got = call(**given)
-    rtol, atol = (1e-4, 1e-5) if close is None else (close, close)
-    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, equal_nan=True)
-    assert len(seen.sites) <= 1 and not seen.notes
-    return seen
-
-
-def gradients(
-    program: Callable[..., Tensor],
-    kernel: str | None,
-    learned: dict[str, Tensor],
-    constant: dict[str, Tensor],
-) -> list[Tensor | None]:
-    """The gradients of some inputs, from the sum of a program's result; eager ones for no kernel."""
-    torch._dynamo.reset()
-    given = {n: t.detach().clone().requires_grad_() for n, t in learned.items()}
-    options: Any = {"inner": "aot_eager", "kernel": kernel}
-    call: Any = program if kernel is None else torch.compile(program, backend="fusepass", options=options)
-    call(**given, **constant).sum().backward()
-    return [t.grad for t in given.values()]
-
-
-def gradients_agree(program: Callable[..., Tensor], kernel: str, **constant: Tensor) -> None:
-    learned = inputs()
-    ours, eager = (gradients(program, how, learned, constant) for how in (kernel, None))
-    for mine, theirs in zip(ours, eager, strict=True):
-        assert mine is not None and theirs is not None
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
-
-
-def attention_with(program: Scores) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return lambda q, k, v: program(q @ k.mT) @ v
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("program", FUSED)
 def test_attention_is_fused_and_right(program: Scores, kernel: str) -> None:
@@ -413,25 +367,6 @@ def test_a_look_alike_is_right_fused_or_not(program: Scores, kernel: str) -> Non
     seen = agrees(attention_with(program), kernel)
     if kernel == "sdpa":
         assert not any(s.fused and s.kind == "full" for s in seen.sites)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_rows_that_a_wide_bias_hides_in_half(kernel: str) -> None:
-    def weights(s: Tensor) -> Tensor:
-        return (s + torch.zeros(N, 1).masked_fill(~ROWS, -65504.0)).half().softmax(-1)
-
-    q, k, v = (t.half() for t in inputs().values())
-    agrees(attention_with(weights), kernel, close=2e-3, q=q, k=k, v=v)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_fill_and_a_bias_that_overflow_in_half(kernel: str) -> None:
-    def weights(s: Tensor) -> Tensor:
-        s = s.masked_fill(~ROWS, -65504.0) + torch.where(KEYS, -100.0, -120.0)
-        return s.half().softmax(-1)
-
-    q, k, v = (t.half() for t in inputs().values())
-    agrees(attention_with(weights), kernel, close=2e-3, q=q, k=k, v=v)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -505,47 +440,6 @@ def test_a_mask_hides_a_row_whatever_a_bias_from_outside_holds(kernel: str, fill
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_fill_that_a_wider_dtype_holds_stays_finite(kernel: str) -> None:
-    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        s = (q @ k.mT).float().masked_fill(~ROWS, -1e9)
-        return F.softmin(-s, -1).to(v.dtype) @ v
-
-    given: Any = {name: t.half() for name, t in inputs().items()}
-    agrees(program, kernel, close=2e-3, **given)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize(
-    ("kind", "wide", "fill"),
-    [(torch.float32, torch.float64, -1e9), (torch.bfloat16, torch.float32, -1e8)],
-)
-def test_a_sum_absorbs_in_its_own_dtype(
-    kind: torch.dtype, wide: torch.dtype, fill: float, known: bool, kernel: str
-) -> None:
-    """Scores are rounded as the dtype has it in which a low number is added to them."""
-
-    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
-        added = torch.zeros(N, N, dtype=wide).masked_fill(~ROWS, fill) if known else b
-        return ((q @ k.mT).to(wide) + added).softmax(-1).to(v.dtype) @ v
-
-    given: Any = {name: (t * 2).to(kind) for name, t in inputs().items()}
-    given["b"] = torch.zeros(N, N, dtype=wide).masked_fill(~ROWS, fill)
-    agrees(program, kernel, close=1e-4 if kind is torch.float32 else 4e-2, **given)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_biases_beside_a_large_one_are_not_rounded_away(kernel: str) -> None:
-    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
-        s = q @ k.mT + torch.zeros(N, N).masked_fill(~ROWS, -30000) + b
-        return s.softmax(-1).to(v.dtype) @ v
-
-    given: Any = {name: t.half() for name, t in inputs().items()}
-    given["b"] = torch.randn(N, N, generator=torch.Generator().manual_seed(3)).half() * 4
-    agrees(program, kernel, close=1e-2, **given)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
 def test_neither_keys_nor_a_sink_are_seen(kernel: str) -> None:
     def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
         return F.pad(q @ k.mT + b, (0, 1), value=-INF).softmax(-1)[..., :-1] @ v
@@ -560,16 +454,6 @@ def test_cleaned_scores_keep_gradients_that_are_nan(kernel: str) -> None:
         return s.masked_fill(~ROWS, -INF).softmax(-1).masked_fill(~ROWS, 0.0) @ v
 
     gradients_agree(program, kernel)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_the_lowest_number_stays_finite_in_a_sink(kernel: str) -> None:
-    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        s = (q @ k.mT).masked_fill(~ROWS, -INF).float()
-        return F.pad(s, (0, 1), value=LOW).softmax(-1)[..., :-1].to(v.dtype) @ v
-
-    given: Any = {name: t.bfloat16() for name, t in inputs().items()}
-    agrees(program, kernel, **given)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(4, 0), (0, 4), (0, 0), (1, 1)])
@@ -640,38 +524,6 @@ def test_gradients_of_rows_between_two_masks_that_are_added(kernel: str) -> None
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_sdpa_adds_masks_of_half_in_single_precision(kernel: str) -> None:
-    bias = torch.full((N, N), -9984.0, dtype=torch.bfloat16).tril()
-    given: Any = {name: t.bfloat16() for name, t in inputs().items()}
-    agrees(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, bias), kernel, close=2e-2, **given)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("low", [-INF, torch.finfo(torch.bfloat16).min])
-def test_a_sink_is_compared_with_sums_of_single_precision(kernel: str, low: float) -> None:
-    """Two fills of half precision, one of which hides whole rows: only their sinks are left."""
-    least = torch.finfo(torch.bfloat16).min
-
-    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
-        s = q @ k.mT + b.masked_fill(~ROWS, low)
-        s = s + (1 - torch.ones(N, N).tril()) * least
-        return F.pad(s, (0, 1)).softmax(-1)[..., :-1].to(v.dtype) @ v
-
-    given: Any = {name: t.bfloat16() for name, t in inputs().items()}
-    agrees(program, kernel, close=3e-2, b=torch.zeros(N, 1, dtype=torch.bfloat16), **given)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_number_is_added_in_the_dtype_of_the_sum_before(kernel: str) -> None:
-    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        s = (q * 0.5) @ k.mT + torch.zeros(N, 1).masked_fill(~ROWS, -30000) + 1e9
-        return (s * 0.5 * -0.5).softmax(-1).to(v.dtype) @ v
-
-    given: Any = {name: t[:, :, :1].half() for name, t in inputs().items()}
-    agrees(program, kernel, close=1e-2, **given)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
 def test_infinite_biases_that_are_cleaned_beside_a_fill(kernel: str) -> None:
     def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
         s = q @ k.mT - b + (1 - CAUSAL.to(q.dtype)) * torch.finfo(q.dtype).min
@@ -682,62 +534,12 @@ def test_infinite_biases_that_are_cleaned_beside_a_fill(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_large_number_is_added_in_the_dtype_of_its_sum(kernel: str) -> None:
-    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
-        s = b + ((q @ k.mT).double() + 1e4)
-        return F.pad(s, (0, 1)).softmax(-1)[..., :-1].to(v.dtype) @ v
-
-    given: Any = {name: t.half() for name, t in inputs().items()}
-    agrees(program, kernel, close=2e-2, b=torch.randn(N, 1).half(), **given)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_row_may_be_hidden_by_a_mask_that_a_later_one_overwrites_in_part(kernel: str) -> None:
     def program(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
         s = torch.where(ROWS, q @ k.mT, -INF)
         return torch.where(m, -1e4, s).softmax(-1) @ v
 
     agrees(program, kernel, m=torch.zeros(H, 1, 1, dtype=torch.bool).index_fill(0, torch.tensor([0]), True))
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_infinity_times_less_than_half_precision_holds(kernel: str) -> None:
-    def program(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
-        s = (q @ k.mT + (1 - m.to(q.dtype)) * 1e9) * 1e-9
-        return ((s / 3).tanh() * 3).softmax(-1).to(v.dtype) @ v
-
-    given: Any = {name: t.half() for name, t in inputs().items()}
-    agrees(program, kernel, close=1e-2, m=ROWS, **given)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_rows_of_a_number_that_half_precision_does_not_hold(kernel: str) -> None:
-    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        s = (q @ k.mT + (1.0 - CAUSAL.tril(-1)[:, :1].float()) * -1e8) / 2
-        return s.softmax(-1).to(v.dtype) @ v
-
-    given: Any = {name: t[:, :, :1].half() if name != "q" else t.half() for name, t in inputs().items()}
-    agrees(program, kernel, close=1e-2, **given)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_fill_that_overflows_and_changes_its_sign(kernel: str) -> None:
-    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        s = torch.where(ROWS, q @ k.mT, torch.finfo(q.dtype).min) * 4 * -0.5
-        return s.softmax(-1, dtype=torch.float32).nan_to_num(0.0).to(v.dtype) @ v
-
-    given: Any = {name: t.half() for name, t in inputs().items()}
-    agrees(program, kernel, close=1e-2, **given)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_rows_that_a_fill_hides_beside_an_unknown_bias_in_half(kernel: str) -> None:
-    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
-        s = q @ k.mT + torch.zeros(N, N).masked_fill(~ROWS, -1e9)
-        return (b + s).softmax(-1).to(v.dtype) @ v
-
-    given: Any = {name: t.half() for name, t in inputs().items()}
-    agrees(program, kernel, close=1e-2, b=torch.randn(N).half(), **given)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -764,36 +566,3 @@ def test_weights_that_are_zeroed_where_a_bias_hides_the_rest(kernel: str) -> Non
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nan_gradients_pass_a_rectifier(kernel: str) -> None:
     gradients_agree(attention_with(nan_through_a_rectifier), kernel)
-
-
-def test_gradients_of_a_softmax_in_half_cancel_as_eager_s_do() -> None:
-    """The factor of a row that is hidden has no gradient, and its scores are large."""
-
-    def program(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        s = (q @ k.mT).masked_fill(~ROWS, -1e4).half() / (t.abs() + 1)
-        return (s.softmax(-1).to(v.dtype) @ v).square()
-
-    constant = {n: t[..., :2, :] for n, t in inputs().items()} | {"q": inputs()["q"][..., :1, :]}
-    learned = {"t": torch.tensor(0.5)}
-    (ours,), (eager,) = (gradients(program, how, learned, constant) for how in ("reference", None))
-    torch.testing.assert_close(ours, eager, rtol=0, atol=1e-2)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_shift_that_a_later_scale_makes_overflow(kernel: str) -> None:
-    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        s = (q @ k.mT + 1e4) * torch.full((N, 1), 200, dtype=torch.uint8) * 2
-        return s.float().softmax(-1).to(v.dtype) @ v
-
-    given: Any = {name: t.half() for name, t in inputs().items()}
-    agrees(program, kernel, close=1e-2, **given)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_bias_that_a_fill_of_half_rounds(kernel: str) -> None:
-    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
-        s = torch.where(ROWS, q @ k.mT, torch.finfo(q.dtype).min) / 8**0.5
-        return (s + b).softmax(-1) @ v
-
-    given: Any = {name: t.half() for name, t in inputs().items()}
-    agrees(program, kernel, close=1e-2, b=torch.randn(N, N).half() * 2, **given)

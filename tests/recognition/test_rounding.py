@@ -1,0 +1,243 @@
+"""Rounding: numbers of half precision, sums in wider dtypes, and fills that overflow, as eager has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.recognition.as_eager import (
+    CAUSAL,
+    INF,
+    KERNELS,
+    KEYS,
+    LOW,
+    ROWS,
+    N,
+    Scores,
+    agrees,
+    attention_with,
+    gradients,
+    inputs,
+)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_that_a_wide_bias_hides_in_half(kernel: str) -> None:
+    def weights(s: Tensor) -> Tensor:
+        return (s + torch.zeros(N, 1).masked_fill(~ROWS, -65504.0)).half().softmax(-1)
+
+    given: Any = inputs(torch.float16)
+    agrees(attention_with(weights), kernel, close=2e-3, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_fill_and_a_bias_that_overflow_in_half(kernel: str) -> None:
+    def weights(s: Tensor) -> Tensor:
+        s = s.masked_fill(~ROWS, -65504.0) + torch.where(KEYS, -100.0, -120.0)
+        return s.half().softmax(-1)
+
+    given: Any = inputs(torch.float16)
+    agrees(attention_with(weights), kernel, close=2e-3, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_fill_that_a_wider_dtype_holds_stays_finite(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q @ k.mT).float().masked_fill(~ROWS, -1e9)
+        return F.softmin(-s, -1).to(v.dtype) @ v
+
+    given: Any = inputs(torch.float16)
+    agrees(program, kernel, close=2e-3, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "wide", "fill"),
+    [(torch.float32, torch.float64, -1e9), (torch.bfloat16, torch.float32, -1e8)],
+)
+def test_a_sum_absorbs_in_its_own_dtype(
+    kind: torch.dtype, wide: torch.dtype, fill: float, known: bool, kernel: str
+) -> None:
+    """Scores are rounded as the dtype has it in which a low number is added to them."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        added = torch.zeros(N, N, dtype=wide).masked_fill(~ROWS, fill) if known else b
+        return ((q @ k.mT).to(wide) + added).softmax(-1).to(v.dtype) @ v
+
+    given: Any = {name: (t * 2).to(kind) for name, t in inputs().items()}
+    given["b"] = torch.zeros(N, N, dtype=wide).masked_fill(~ROWS, fill)
+    agrees(program, kernel, close=1e-4 if kind is torch.float32 else 4e-2, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_biases_beside_a_large_one_are_not_rounded_away(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        s = q @ k.mT + torch.zeros(N, N).masked_fill(~ROWS, -30000) + b
+        return s.softmax(-1).to(v.dtype) @ v
+
+    given: Any = inputs(torch.float16)
+    given["b"] = torch.randn(N, N, generator=torch.Generator().manual_seed(3)).half() * 4
+    agrees(program, kernel, close=1e-2, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_lowest_number_stays_finite_in_a_sink(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q @ k.mT).masked_fill(~ROWS, -INF).float()
+        return F.pad(s, (0, 1), value=LOW).softmax(-1)[..., :-1].to(v.dtype) @ v
+
+    given: Any = inputs(torch.bfloat16)
+    agrees(program, kernel, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_sdpa_adds_masks_of_half_in_single_precision(kernel: str) -> None:
+    bias = torch.full((N, N), -9984.0, dtype=torch.bfloat16).tril()
+    given: Any = inputs(torch.bfloat16)
+    agrees(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, bias), kernel, close=2e-2, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("low", [-INF, torch.finfo(torch.bfloat16).min])
+def test_a_sink_is_compared_with_sums_of_single_precision(kernel: str, low: float) -> None:
+    """Two fills of half precision, one of which hides whole rows: only their sinks are left."""
+    least = torch.finfo(torch.bfloat16).min
+
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        s = q @ k.mT + b.masked_fill(~ROWS, low)
+        s = s + (1 - torch.ones(N, N).tril()) * least
+        return F.pad(s, (0, 1)).softmax(-1)[..., :-1].to(v.dtype) @ v
+
+    given: Any = inputs(torch.bfloat16)
+    agrees(program, kernel, close=3e-2, b=torch.zeros(N, 1, dtype=torch.bfloat16), **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_number_is_added_in_the_dtype_of_the_sum_before(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q * 0.5) @ k.mT + torch.zeros(N, 1).masked_fill(~ROWS, -30000) + 1e9
+        return (s * 0.5 * -0.5).softmax(-1).to(v.dtype) @ v
+
+    given: Any = {name: t[:, :, :1].half() for name, t in inputs().items()}
+    agrees(program, kernel, close=1e-2, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_large_number_is_added_in_the_dtype_of_its_sum(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        s = b + ((q @ k.mT).double() + 1e4)
+        return F.pad(s, (0, 1)).softmax(-1)[..., :-1].to(v.dtype) @ v
+
+    given: Any = inputs(torch.float16)
+    agrees(program, kernel, close=2e-2, b=torch.randn(N, 1).half(), **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_infinity_times_less_than_half_precision_holds(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        s = (q @ k.mT + (1 - m.to(q.dtype)) * 1e9) * 1e-9
+        return ((s / 3).tanh() * 3).softmax(-1).to(v.dtype) @ v
+
+    given: Any = inputs(torch.float16)
+    agrees(program, kernel, close=1e-2, m=ROWS, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_of_a_number_that_half_precision_does_not_hold(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q @ k.mT + (1.0 - CAUSAL.tril(-1)[:, :1].float()) * -1e8) / 2
+        return s.softmax(-1).to(v.dtype) @ v
+
+    given: Any = {name: t[:, :, :1].half() if name != "q" else t.half() for name, t in inputs().items()}
+    agrees(program, kernel, close=1e-2, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_fill_that_overflows_and_changes_its_sign(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = torch.where(ROWS, q @ k.mT, torch.finfo(q.dtype).min) * 4 * -0.5
+        return s.softmax(-1, dtype=torch.float32).nan_to_num(0.0).to(v.dtype) @ v
+
+    given: Any = inputs(torch.float16)
+    agrees(program, kernel, close=1e-2, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_that_a_fill_hides_beside_an_unknown_bias_in_half(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        s = q @ k.mT + torch.zeros(N, N).masked_fill(~ROWS, -1e9)
+        return (b + s).softmax(-1).to(v.dtype) @ v
+
+    given: Any = inputs(torch.float16)
+    agrees(program, kernel, close=1e-2, b=torch.randn(N).half(), **given)
+
+
+def test_gradients_of_a_softmax_in_half_cancel_as_eager_s_do() -> None:
+    """The factor of a row that is hidden has no gradient, and its scores are large."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        s = (q @ k.mT).masked_fill(~ROWS, -1e4).half() / (t.abs() + 1)
+        return (s.softmax(-1).to(v.dtype) @ v).square()
+
+    constant = {n: t[..., :2, :] for n, t in inputs().items()} | {"q": inputs()["q"][..., :1, :]}
+    learned = {"t": torch.tensor(0.5)}
+    (ours,), (eager,) = (gradients(program, how, learned, constant) for how in ("reference", None))
+    torch.testing.assert_close(ours, eager, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_shift_that_a_later_scale_makes_overflow(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q @ k.mT + 1e4) * torch.full((N, 1), 200, dtype=torch.uint8) * 2
+        return s.float().softmax(-1).to(v.dtype) @ v
+
+    given: Any = inputs(torch.float16)
+    agrees(program, kernel, close=1e-2, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_bias_that_a_fill_of_half_rounds(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        s = torch.where(ROWS, q @ k.mT, torch.finfo(q.dtype).min) / 8**0.5
+        return (s + b).softmax(-1) @ v
+
+    given: Any = inputs(torch.float16)
+    agrees(program, kernel, close=1e-2, b=torch.randn(N, N).half() * 2, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("fill", [torch.finfo(torch.float16).min, -1e4])
+def test_rows_whose_visible_keys_a_bias_hides_in_half(kernel: str, fill: float) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        causal = torch.ones(N, N, dtype=torch.bool).tril()
+        return torch.where(causal, q @ k.mT + b, fill).softmax(-1) @ v
+
+    bias = torch.zeros(N, dtype=torch.float16).index_fill(0, torch.tensor([0]), -INF)
+    given: Any = inputs(torch.float16)
+    agrees(program, kernel, close=1e-2, b=bias, **given)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "promote",
+    [
+        lambda s: s + torch.zeros(N, 1),
+        lambda s: s - torch.zeros(N, N),
+        lambda s: s * torch.ones(N, 1),
+        lambda s: s + torch.ones(N, N).triu(N) * -1e4,
+    ],
+    ids=["shift", "bias", "scale", "mask"],
+)
+def test_what_only_promotes_scores_is_kept(kernel: str, promote: Scores) -> None:
+    """The fill is a number of single precision, which overflows in the softmax."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = promote((q @ k.mT).half())
+        return torch.where(ROWS, s, torch.finfo(s.dtype).min).softmax(-1, dtype=torch.float16).to(v.dtype) @ v
+
+    agrees(program, kernel, close=1e-2)
