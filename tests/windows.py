@@ -92,6 +92,108 @@ def neighbours(spelling: Spelling, visible: str, fill: float = -INF) -> Program:
     return program
 
 
+STEP = 2
+
+
+def _padded_for_steps(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 0, 2 * STEP, 2 * STEP)).contiguous()
+
+
+def _by_steps() -> Tensor:
+    """The positions of two neighbours on each side, every second one."""
+    return torch.arange(S)[:, None] + STEP * (torch.arange(5) - 2)
+
+
+def strided_by_steps(x: Tensor) -> Tensor:
+    padded = _padded_for_steps(x)
+    b, h, s, d = padded.stride()
+    return padded.as_strided((*x.shape[:3], 5, D), (b, h, s, STEP * s, d))
+
+
+DILATED: dict[str, Spelling] = {
+    "stacked": lambda x: torch.stack(
+        [_padded_for_steps(x)[:, :, STEP * n : STEP * n + S] for n in range(5)], 3
+    ),
+    "unfold": lambda x: _padded_for_steps(x).unfold(2, 4 * STEP + 1, 1)[..., ::STEP].mT,
+    "strides": strided_by_steps,
+    "rolled": lambda x: torch.stack([x.roll(-STEP * n, 2) for n in range(-2, 3)], 3),
+    "index": lambda x: _padded_for_steps(x)[:, :, _by_steps() + 2 * STEP],
+    "clamped index": lambda x: x[:, :, _by_steps().clamp(0, S - 1)],
+}
+
+
+def by_steps(spelling: Spelling, visible: str) -> Program:
+    """Attention of every position to every second of its neighbours."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        j, i = _by_steps(), torch.arange(S)[:, None]
+        shown = (j >= 0) & (j < S) & VISIBLE[visible][0](i, j)
+        s = torch.einsum("bhsd,bhswd->bhsw", q, spelling(k)).masked_fill(~shown, -INF)
+        return torch.einsum("bhsw,bhswd->bhsd", s.softmax(-1), spelling(v))
+
+    return program
+
+
+def _kept_whole(size: int, width: int) -> Tensor:
+    """The positions of neighbours, ``[size, width]``, of which every position has as many."""
+    first = (torch.arange(size) - width // 2).clamp(0, size - width)
+    return first[:, None] + torch.arange(width)
+
+
+def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Windows that move inwards at the edges: Hassani et al., arXiv 2204.07143, equation 3."""
+    at = _kept_whole(S, WIDTH)
+    w = (torch.einsum("bhsd,bhswd->bhsw", q, k[:, :, at]) / 3).softmax(-1)
+    return torch.einsum("bhsw,bhswd->bhsd", w, v[:, :, at])
+
+
+def whole_by_bounds(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    first = torch.minimum(torch.arange(S).sub(WIDTH // 2).clamp(min=0), torch.tensor(S - WIDTH))
+    at = (torch.arange(WIDTH) + first[:, None]).flatten()
+    keys, values = (t.index_select(2, at).unflatten(2, (S, WIDTH)) for t in (k, v))
+    out: Tensor = (q[:, :, :, None] @ keys.mT).softmax(-1) @ values
+    return out[:, :, :, 0]
+
+
+def whole_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    at = _kept_whole(S, WIDTH)
+    s = torch.einsum("bhsd,bhswd->bhsw", q, k[:, :, at]).masked_fill(at > torch.arange(S)[:, None], -INF)
+    return torch.einsum("bhsw,bhswd->bhsd", s.softmax(-1), v[:, :, at])
+
+
+def whole_reversed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The last query sees the first keys."""
+    at = (S - 10 - torch.arange(S)).clamp(min=0)[:, None] + torch.arange(WIDTH)
+    w = torch.einsum("bhsd,bhswd->bhsw", q, k[:, :, at]).softmax(-1)
+    return torch.einsum("bhsw,bhswd->bhsd", w, v[:, :, at])
+
+
+def whole_by_steps(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    at = (torch.arange(S) - STEP).clamp(0, S - 1 - 2 * STEP)[:, None] + STEP * torch.arange(3)
+    w = torch.einsum("bhsd,bhswd->bhsw", q, k[:, :, at]).softmax(-1)
+    return torch.einsum("bhsw,bhswd->bhsd", w, v[:, :, at])
+
+
+def whole_grid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    n = int(S**0.5)
+    q, k, v = (t[:, :, : n * n].unflatten(2, (n, n)) for t in (q, k, v))
+    rows, columns = _kept_whole(n, 3)[:, None, :, None], _kept_whole(n, 3)[None, :, None, :]
+    keys, values = (t[:, :, rows, columns].flatten(4, 5) for t in (k, v))
+    w = torch.einsum("bhyxd,bhyxwd->bhyxw", q, keys).softmax(-1)
+    return torch.einsum("bhyxw,bhyxwd->bhyxd", w, values).flatten(2, 3)
+
+
+_WHOLE = f"window({LEFT}, {RIGHT}, whole at the edges)"
+WHOLE: dict[str, tuple[Program, str]] = {
+    "clamped": (whole, _WHOLE),
+    "bounds": (whole_by_bounds, _WHOLE),
+    "causal": (whole_causal, f"causal, {_WHOLE}"),
+    "reversed": (whole_reversed, "mask[ij]"),
+    "dilated": (whole_by_steps, f"window({STEP}, {STEP}, whole at the edges) in steps of {STEP}"),
+    "grid": (whole_grid, ", ".join(f"window(1, 1, whole at the edges) along axis {n}" for n in (0, 1))),
+}
+
+
 # ---------------------------------------------------------------------------------------- blocks
 
 
@@ -221,6 +323,17 @@ def image_neighbourhood(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bnw,bdwn->bdn", w, values).view(B, D, SIDE, SIDE)
 
 
+def dilated_image_neighbourhood(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``F.unfold`` of images with a dilation."""
+    q, k, v = (t[:, 0].permute(0, 3, 1, 2) for t in (q, k, v))
+    keys, values = (F.unfold(t, 3, dilation=2, padding=2).view(B, D, 9, SIDE * SIDE) for t in (k, v))
+    rows = torch.arange(SIDE)[:, None] + 2 * torch.arange(3) - 2
+    inside = (rows >= 0) & (rows < SIDE)
+    shown = (inside[:, None, :, None] & inside[None, :, None, :]).reshape(SIDE * SIDE, 9)
+    w = torch.einsum("bdn,bdwn->bnw", q.flatten(2), keys).masked_fill(~shown, -INF).softmax(-1)
+    return torch.einsum("bnw,bdwn->bdn", w, values).view(B, D, SIDE, SIDE)
+
+
 def halo(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Blocks of a grid with a border: Vaswani et al., HaloNet (arXiv 2103.12731)."""
     n = SIDE // 3
@@ -254,6 +367,10 @@ GRIDS: dict[str, tuple[Program, str]] = {
     "flat": (flat_neighbourhood, _AXES),
     "stacked": (stacked_neighbourhood, _AXES),
     "image": (image_neighbourhood, _AXES),
+    "dilated image": (
+        dilated_image_neighbourhood,
+        ", ".join(f"window(2, 2) in steps of 2 along axis {n}" for n in (0, 1)),
+    ),
     "halo": (halo, "window(1, 1) of blocks of 3 along axis 0, window(1, 1) of blocks of 3 along axis 1"),
     "volume": (
         volume,
@@ -269,5 +386,6 @@ def inputs(*shape: int, **more: Any) -> Inputs:
 
 
 __all__ = [
-    "AROUND", "GRIDS", "NEIGHBOURS", "REACH", "VISIBLE", "Program", "inputs", "neighbours", "of_blocks",
+    "AROUND", "DILATED", "GRIDS", "NEIGHBOURS", "REACH", "STEP", "VISIBLE", "WHOLE", "Program", "by_steps",
+    "inputs", "neighbours", "of_blocks",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fusepass.expressions.index import Affine, AxisSpace, Size, prod, simplify_size
 from fusepass.expressions.inequalities import implied, impossible
 from fusepass.expressions.ir import Expr, number_of
+from fusepass.recognition.starts import Starts
 from fusepass.rules.engine import Scope, Term
 from fusepass.rules.formulas import Formulas, against_zero, index_of
 
@@ -63,8 +64,9 @@ def _digits(index: Affine, value: int, space: AxisSpace) -> dict[str, int]:
 class Elements:
     """Looks through views, concatenations and indices with known positions."""
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, starts: Starts) -> None:
         self.scope, self.space, self.formulas = scope, scope.space, Formulas(scope)
+        self.starts = starts
 
     def regions(self, term: Term) -> list[Region] | None:
         """The regions of an operand's element; None if there are too many."""
@@ -119,7 +121,7 @@ class Elements:
         cases: list[tuple[tuple[Affine, ...], tuple[Affine, ...]]] = [(region.given, ())]
         for n, node in enumerate(indices):
             formula = self.formulas.lift(Term(node, middle[wide - node.rank :]).of(node))
-            more = self._cases(formula, x.shape[dim + n])
+            more = self._window(formula, x.shape[dim + n]) or self._cases(formula, x.shape[dim + n])
             if more is None or len(cases) * len(more) > MOST:
                 return None
             cases = [((*given, *new), (*at, i)) for given, at in cases for new, i in more]
@@ -132,6 +134,25 @@ class Elements:
     def _within(self, index: Affine, size: Size, given: tuple[Affine, ...]) -> bool:
         """Is an index proved to be that of an element, counted from the front?"""
         return all(implied(part, given, self.space) for part in (index * -1, index + 1 - size))
+
+    def _window(self, position: Expr, size: Size) -> list[tuple[tuple[Affine, ...], Affine]] | None:
+        """The single case of a position in a window that stays whole at the edges: start + place."""
+        if position.op != "add":
+            return None
+        start, place = sorted(position.args, key=lambda a: index_of(a) is not None)
+        at, cases = index_of(place), self._cases(start, size)
+        reach = None if at is None else self.space.bounds(at)
+        if at is None or reach is None or cases is None:
+            return None
+        low, high = simplify_size(reach[0] * -1), simplify_size(size - 1 - reach[1])
+        whole = all(
+            implied(part, given, self.space) for given, i in cases for part in (i * -1 + low, i - high)
+        )
+        moving = {self.space.resolve(i) for _, i in cases if i.axes}
+        if not whole or any(i.axes & self.space.resolve(at).axes for i in moving):
+            return None
+        inside = moving.pop() if len(moving) == 1 else None
+        return [((), self.starts.add(start, inside, low, simplify_size(high - low + 1)) + at)]
 
     def _cases(self, position: Expr, size: Size) -> list[tuple[tuple[Affine, ...], Affine]] | None:
         """What a position is, and where: clamped and chosen positions have several cases."""

@@ -9,17 +9,18 @@ import torch
 
 from fusepass.expressions.index import Affine, AxisSpace, Size, prod, simplify_size
 from fusepass.expressions.inequalities import implied
-from fusepass.expressions.ir import POINTWISE, Expr, expr, pointwise
+from fusepass.expressions.ir import POINTWISE, Expr, affine, const, expr, pointwise
 from fusepass.patterns import heads, masks
 from fusepass.recognition.meanings import Meanings
+from fusepass.recognition.starts import Starts
 from fusepass.rules.engine import Term
-from fusepass.rules.formulas import TRUE, against_zero
+from fusepass.rules.formulas import TRUE, Formulas, against_zero
 from fusepass.specification.attention import Atom, Band, Window, intersect
 
 
 @dataclass(frozen=True)
 class Dim:
-    """One dimension of the original keys: the key at ``first + w``, for ``0 <= w < width``.
+    """One dimension of the original keys: the key at ``first + step * w``, for ``0 <= w < width``.
 
     Attributes:
         at: the dimension of the key's and of the value's tensor.
@@ -27,6 +28,7 @@ class Dim:
         digits: the axes that count ``w``, outermost first.
         size: how many keys there are.
         key: the new axis of the keys.
+        step: the distance of neighbours in a window: its dilation.
     """
 
     at: tuple[int, int]
@@ -35,20 +37,32 @@ class Dim:
     width: Size
     size: Size
     key: Affine
+    step: int = 1
+
+    @property
+    def last(self) -> Size:
+        """How far the last key of a window is from its first."""
+        return simplify_size(self.step * (self.width - 1))
+
+    def hit(self, formulas: Formulas) -> Expr:
+        """Is a key one of those that the steps of a window meet?"""
+        inside, step = affine(formulas.space.resolve(self.key - self.first)), const(self.step, torch.int64)
+        rest = formulas.make("mod", (inside, step), torch.int64)
+        return formulas.make("eq", (rest, const(0, torch.int64)), torch.bool)
 
 
 class Names:
     """Names and writes the parts of a visibility over the original keys."""
 
-    def __init__(self, meanings: Meanings, dims: Sequence[Dim], query: Term) -> None:
-        self.meanings, self.dims = meanings, dims
+    def __init__(self, meanings: Meanings, dims: Sequence[Dim], query: Term, starts: Starts) -> None:
+        self.meanings, self.dims, self.starts = meanings, dims, starts
         self.space, self.facts = meanings.scope.space, meanings.scope.facts
         self.places = [self._place(dim, query) for dim in dims]
 
     def _place(self, dim: Dim, query: Term) -> Affine | None:
         """The number of the query along the dimension of the keys that its window moves over."""
-        first = self.space.resolve(dim.first).axes
-        others = {a for d in self.dims for a in self.space.resolve(d.first).axes if d is not dim}
+        first = self.starts.axes(dim.first)
+        others = {a for d in self.dims for a in self.starts.axes(d.first) if d is not dim}
         indices = [i for i in map(self.space.resolve, query.index) if first and first <= i.axes]
         if len(indices) != 1 or (others & indices[0].axes and indices[0].axes - others - first):
             return None  # a number of several dimensions, and of positions in blocks
@@ -61,46 +75,54 @@ class Names:
     def atoms(self, clauses: Sequence[Expr]) -> tuple[Atom, ...]:
         """The names of clauses; bounds of one window are one atom."""
         named: list[Atom] = []
-        sides: dict[tuple[int, Size], list[Band]] = {}
+        sides: dict[tuple[int, Size, bool], list[Band]] = {}
+        hits = [dim.hit(self.meanings.formulas) for dim in self.dims if dim.step != 1]
         for clause in clauses:
+            if clause in hits:
+                continue
             side = self._side(clause)
             if side is None:
-                named.append(masks.classify(clause, self.meanings.positions(), self.space))
+                known = self.starts.written(clause)
+                named.append(masks.classify(known, self.meanings.positions(), self.space))
             else:
                 sides.setdefault(side[0], []).append(side[1])
         whole = [self._window(*key, bands) for key, bands in sides.items()]
         return tuple(dict.fromkeys([*(a for atoms in whole for a in atoms), *named]))
 
-    def _window(self, axis: int, block: Size, bands: Sequence[Band]) -> list[Atom]:
+    def _window(self, axis: int, block: Size, whole: bool, bands: Sequence[Band]) -> list[Atom]:
         one = intersect(bands, self.facts)
-        if len(self.dims) == 1 and block == 1 and self.places[0] == self.meanings.positions().query:
-            return [one] if one is not None else list(bands)
+        step, bands = self.dims[axis].step, bands if one is None else [one]
+        plain = len(self.dims) == 1 == step and not whole and block == 1
+        if plain and self.places[0] == self.meanings.positions().query:
+            return list(bands)
         number = None if len(self.dims) == 1 else axis
-        return [Window(b.left, b.right, block, number) for b in ([one] if one is not None else bands)]
+        return [Window(b.left, b.right, block, number, whole, step) for b in bands]
 
-    def _side(self, clause: Expr) -> tuple[tuple[int, Size], Band] | None:
-        """A bound of the window along a dimension: the number of that, the size of blocks, and the band."""
+    def _side(self, clause: Expr) -> tuple[tuple[int, Size, bool], Band] | None:
+        """A bound of the window along a dimension, and which: the dimension's number, the size of blocks, and
+        whether the bound moves inwards at the edges.
+        """
         bound = against_zero(clause, "le")
         for axis, (dim, place) in enumerate(zip(self.dims, self.places, strict=True)):
             if bound is None or place is None:
                 continue
             for sign in (1, -1):
-                rest = self.space.resolve(bound - dim.key * sign)
-                if dim.key.axes & rest.axes:
+                rest = self.starts.inside(bound - dim.key * sign)
+                if rest is None or dim.key.axes & rest.axes:
                     continue
                 for start, block in self._blocks(dim, place):
                     gap = self.space.resolve(rest + start * sign)
                     if not gap.is_const:
                         continue
-                    reach = simplify_size(gap.const * -1)
+                    reach, whole = simplify_size(gap.const * -1), bool(self.starts.of(bound))
                     if sign < 0:
-                        return (axis, block), Band(reach, None)
-                    return (axis, block), Band(None, simplify_size(reach - block + 1))
+                        return (axis, block, whole), Band(reach, None)
+                    return (axis, block, whole), Band(None, simplify_size(reach - block + 1))
         return None
 
     def _blocks(self, dim: Dim, place: Affine) -> list[tuple[Affine, Size]]:
         """The query's position, and the first position of its block with the block's size."""
-        moving = self.space.resolve(dim.first).axes
+        moving = self.starts.axes(dim.first)
         inner = Affine(tuple((a, c) for a, c in place.terms if a not in moving))
         size = prod(self.space.sizes[a] for a in inner.axes)
         blocks = [(place, simplify_size(1))]
@@ -127,9 +149,9 @@ class Names:
 
     def written(self, clauses: Sequence[Expr]) -> Term | None:
         """A conjunction as a boolean tensor with one dimension for each axis; None if it has no such form."""
-        whole = clauses[0]
+        whole = self.starts.written(clauses[0])
         for clause in clauses[1:]:
-            whole = expr("and", (whole, clause), (), (), torch.bool)
+            whole = expr("and", (whole, self.starts.written(clause)), (), (), torch.bool)
         axes = _axes(whole, self.space)
         tensor = self._tensor(whole, axes)
         if tensor is None:

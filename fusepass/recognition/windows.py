@@ -28,6 +28,7 @@ from fusepass.patterns import heads, masks
 from fusepass.recognition.elements import Elements, Region
 from fusepass.recognition.meanings import Meanings
 from fusepass.recognition.operands import chain_of
+from fusepass.recognition.starts import Starts
 from fusepass.recognition.window_names import Dim, Names
 from fusepass.rules.engine import Refuse, Scope, Term
 from fusepass.rules.formulas import FALSE, TRUE, against_zero
@@ -77,7 +78,7 @@ class _Windows:
     def __init__(self, site: Site, meanings: Meanings, contracted: Sequence[Affine]) -> None:
         self.site, self.meanings, self.contracted = site, meanings, contracted
         self.space, self.facts = site.space, site.scope.facts
-        self.formulas = meanings.formulas
+        self.formulas, self.starts = meanings.formulas, Starts(site.space)
 
     def run(self) -> tuple[Site, bool] | None:
         """The site over the original keys, and whether kernels can be given its operands."""
@@ -102,7 +103,7 @@ class _Windows:
 
         ``views``: seen from how many views above, because a view may merge the axes of a grid.
         """
-        elements = Elements(self.site.scope)
+        elements = Elements(self.site.scope, self.starts)
         for _ in range(_SPLITS):
             before = len(self.space.splits)
             by_operand = [elements.regions(chain[0]) for chain in (self.site.keys, self.site.values)]
@@ -203,12 +204,13 @@ class _Windows:
                 return []
             counted = Affine(tuple((x, c) for x, c in index.terms if x in over))
             width = prod(self.space.sizes[x] for x in counted.axes)
-            digits = self.space.digits(counted, width)
+            step = _step(counted)
+            digits = self.space.digits(Affine(tuple((x, c // step) for x, c in counted.terms)), width)
             if digits is None:
                 return []
-            dims.append(Dim((a, b), index - counted, digits, width, size, Affine()))
-        moving = {x for d in dims for x in d.first.axes}
-        used = [x for d in dims for x in (*d.digits, *d.first.axes)]
+            dims.append(Dim((a, b), index - counted, digits, width, size, Affine(), step))
+        moving = {x for d in dims for x in self.starts.axes(d.first)}
+        used = [x for d in dims for x in (*d.digits, *self.starts.axes(d.first))]
         if {x for d in dims for x in d.digits} != set(over) or len(set(used)) < len(used):
             return []
         fixed = [keys.index[d] for d in range(keys.expr.rank) if d not in pairs[0]]
@@ -222,10 +224,7 @@ class _Windows:
 
     def _overlap(self, dim: Dim) -> bool:
         """Do windows that follow each other share keys, so that these are copied?"""
-        return any(
-            self.facts.at_most(1, c) and self.facts.at_most(simplify_size(c + 1), dim.width)
-            for _, c in dim.first.terms
-        )
+        return any(self.facts.at_most(1, c) and self.facts.at_most(c, dim.last) for _, c in dim.first.terms)
 
     # -- what is visible ---------------------------------------------------------------------
 
@@ -283,17 +282,23 @@ class _Windows:
         bounds = [b for c in masks.conjuncts(moved) if (b := against_zero(c, "le")) is not None]
         for dim in dims:
             inside = self.space.resolve(dim.key - dim.first)
-            bounds += [inside * -1, inside + 1 - dim.width]
+            bounds += [inside * -1, inside - dim.last]
         kept = list(dict.fromkeys(map(self.space.resolve, bounds)))
         for bound in reversed(list(kept)):
             rest = [b for b in kept if b != bound]
             if implied(bound, rest, self.space):
                 kept = rest
         simpler = [self._assuming(c, kept) for c in others]
+        simpler += [dim.hit(self.formulas) for dim in dims if dim.step != 1]
         return [*map(self.formulas.at_most_zero, kept), *(p for c in simpler for p in masks.conjuncts(c))]
 
     def _moved(self, node: Expr, dims: Sequence[Dim]) -> Expr | None:
         """A formula with the original keys' axes in place of the windows'."""
+        if (start := self.starts.of_formula(node)) is not None:
+            return affine(start)
+        if (bound := against_zero(node, "le")) is not None:
+            moved = self._index(bound * math.lcm(*(dim.step for dim in dims)), dims)
+            return None if moved is None else self.formulas.at_most_zero(moved)
         if node.op == "affine":
             index = self._index(node.attrs[0], dims)
             return None if index is None else affine(index)
@@ -312,12 +317,15 @@ class _Windows:
         index = self.space.resolve(index)
         for dim in dims:
             factors = dict(index.terms)
-            step = factors.get(dim.digits[-1], 0)
+            factor = factors.get(dim.digits[-1], 0)
             counted = self._counted(dim)
-            if any(factors.get(a, 0) != simplify_size(c * step) for a, c in counted.terms):
+            if any(factors.get(a, 0) != simplify_size(c * factor) for a, c in counted.terms):
                 return None
-            if step != 0:
-                index = self.space.resolve(index - counted * step + (dim.key - dim.first) * step)
+            if factor % dim.step != 0:
+                return None
+            if factor != 0:
+                inside = (dim.key - dim.first) * simplify_size(factor // dim.step)
+                index = self.space.resolve(index - counted * factor + inside)
         return index
 
     def _counted(self, dim: Dim) -> Affine:
@@ -339,7 +347,7 @@ class _Windows:
         meanings = None if roles is None else Meanings(scope, roles, old.product.dtype)
         if roles is None or meanings is None:
             return None
-        names = Names(meanings, dims, old.query[-1])
+        names = Names(meanings, dims, old.query[-1], self.starts)
         new_masks, kept = self._masks(meanings, names, clauses), self._renamed(meanings, dims)
         if new_masks is None or kept is None:
             return None
@@ -386,10 +394,15 @@ class _Windows:
                 if len(index) < len(moved):
                     return None
                 now = Term(term.expr, index) if index != tuple(map(self.space.resolve, term.index)) else term
-                renamed.append((mod, replace(mod, slot=scope.slot(now), axes=meanings.letters(now))))
+                axes = meanings.letters(Term(now.expr, tuple(map(self._named, now.index))))
+                renamed.append((mod, replace(mod, slot=scope.slot(now), axes=axes)))
             elif not isinstance(mod, Mask):
                 renamed.append((mod, mod))
         return renamed
+
+    def _named(self, index: Affine) -> Affine:
+        """An index over the axes that it varies over."""
+        return Affine(tuple((a, 1) for a in sorted(self.starts.axes(index))))
 
     def _original(self, term: Term, dims: Sequence[Dim], side: int) -> Term:
         axes = {dim.at[side]: dim.key for dim in dims}
@@ -405,7 +418,7 @@ class _Windows:
         out = heads.ordered(scope, list(self.site.out.index))
         fine = [heads.ordered(scope, [Affine(((a, 1),)) for a in group]) for group in
                 (self.site.roles.query, self.site.roles.value_dim)]  # fmt: skip
-        moving = {a for dim in dims for a in self.space.resolve(dim.first).axes} | set(fine[0])
+        moving = {a for dim in dims for a in self.starts.axes(dim.first)} | set(fine[0])
         head_dim = heads.ordered(scope, list(self.contracted))
         if moving & (in_k | in_v) or not moving <= in_q or not set(head_dim) <= in_q & in_k:
             return None
@@ -434,7 +447,7 @@ class _Windows:
             if not _loads(clause):
                 continue
             load = clause.args[0] if clause.op == "not" else clause
-            if load.op != "load" or load.dtype is not torch.bool:
+            if load.op != "load" or load.dtype is not torch.bool or any(map(self.starts.of, load.attrs)):
                 return None
             slot = scope.slot(Term(load.args[0], load.attrs))
             atoms = (masks.classify(clause, meanings.positions(), self.space),)
@@ -447,6 +460,12 @@ def _is_kept(mod: Modifier) -> bool:
     if isinstance(mod, WeightModifier):
         return isinstance(mod, (Dropout, WeightScale, ZeroEmptyRows))
     return isinstance(mod, (Mask, Bias, ScaleBy)) or not mod.slots()
+
+
+def _step(counted: Affine) -> int:
+    """What all factors of an index are multiples of."""
+    known = [c for _, c in counted.terms if isinstance(c, int)]
+    return math.gcd(*known) if len(known) == len(counted.terms) else 1
 
 
 def _number(dims: Sequence[Dim]) -> Affine:

@@ -41,17 +41,23 @@ class Window:
 
     Queries of one block of ``size`` positions see the same keys: from ``left`` before its first to ``right``
     after its last position.  None is unbounded.  ``axis`` counts the axes of the grid; None is the only one.
+    A window that is ``whole`` moves inwards at the edges instead of losing keys there.  ``step`` is its
+    dilation: only every so many keys are visible.
     """
 
     left: Size | None
     right: Size | None
     size: Size = 1
     axis: int | None = None
+    whole: bool = False
+    step: int = 1
 
     def __str__(self) -> str:
         bounds = ", ".join("" if b is None else str(b) for b in (self.left, self.right))
         blocks = "" if self.size == 1 else f" of blocks of {self.size}"
-        return f"window({bounds}){blocks}" + ("" if self.axis is None else f" along axis {self.axis}")
+        blocks += "" if self.step == 1 else f" in steps of {self.step}"
+        whole = ", whole at the edges" if self.whole else ""
+        return f"window({bounds}{whole}){blocks}" + ("" if self.axis is None else f" along axis {self.axis}")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,22 @@ from fusepass.kernels.sdpa import SDPA
 from fusepass.rules.site import Site
 from fusepass.selection.select import skips_copies
 from tests import checking, windows
-from tests.windows import AROUND, GRIDS, INF, LEFT, NEIGHBOURS, REACH, RIGHT, VISIBLE, WIDTH, Program, S
+from tests.windows import (
+    AROUND,
+    DILATED,
+    GRIDS,
+    INF,
+    LEFT,
+    NEIGHBOURS,
+    REACH,
+    RIGHT,
+    STEP,
+    VISIBLE,
+    WHOLE,
+    WIDTH,
+    Program,
+    S,
+)
 
 EDGES = f"window({LEFT}, {RIGHT})"
 
@@ -64,6 +79,19 @@ def test_blocks_see_their_neighbours(spelling: str, reach: str, over: str) -> No
 def test_grids_of_positions(name: str, over: str) -> None:
     program, kind = GRIDS[name]
     check(program, kind, windows.inputs(windows.B, windows.H, windows.SIDE, windows.SIDE, windows.D), over)
+
+
+@pytest.mark.parametrize("visible", ["edges", "causal"])
+@pytest.mark.parametrize("spelling", DILATED)
+def test_dilated_windows(spelling: str, visible: str, over: str) -> None:
+    reach = f"window({2 * STEP}, {0 if visible == 'causal' else 2 * STEP}) in steps of {STEP}"
+    check(windows.by_steps(DILATED[spelling], visible), reach, over=over)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_windows_that_stay_whole_at_the_edges(name: str, over: str) -> None:
+    program, kind = WHOLE[name]
+    check(program, kind, over=over)
 
 
 @pytest.mark.parametrize("spelling", ["slices", "rolled"])
@@ -207,9 +235,19 @@ def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(q, keys, values, (at >= 0) & (at < S))
 
 
-def every_second(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def uneven_steps(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     keys, values = (
-        torch.stack([F.pad(t, (0, 0, 2, 2))[:, :, n : n + S] for n in (0, 2, 4)], -1) for t in (k, v)
+        torch.stack([F.pad(t, (0, 0, 2, 2))[:, :, n : n + S] for n in (0, 2, 3)], -1) for t in (k, v)
+    )
+    at = torch.arange(S)[:, None] + torch.tensor([-2, 0, 1])
+    return attend(q, keys, values, (at >= 0) & (at < S))
+
+
+def other_steps(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Keys two apart, and values one apart."""
+    keys, values = (
+        torch.stack([F.pad(t, (0, 0, 2, 2))[:, :, 2 + n * step : 2 + n * step + S] for n in (-1, 0, 1)], -1)
+        for t, step in ((k, 2), (v, 1))
     )
     at = torch.arange(S)[:, None] + torch.tensor([-2, 0, 2])
     return attend(q, keys, values, (at >= 0) & (at < S))
@@ -218,6 +256,12 @@ def every_second(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def of_two_tensors(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k, v = (torch.cat((t[:, :, :9], t[:, :, 9:] * 2), 2) for t in (k, v))
     return attend(q, unfolded(k), unfolded(v), edges())
+
+
+def starting(q: Tensor, k: Tensor, v: Tensor, low: int, high: int, of_values: int = 0) -> Tensor:
+    """Windows of six that start three keys back, within bounds; a negative number counts from the end."""
+    first = (torch.arange(S) - 3).clamp(low, high)[:, None] + torch.arange(6)
+    return attend(q, k[:, :, first].mT, v[:, :, first - of_values].mT, None)
 
 
 LOOKALIKES: dict[str, Program] = {
@@ -231,8 +275,11 @@ LOOKALIKES: dict[str, Program] = {
     ),
     "values in reverse": lambda q, k, v: attend(q, unfolded(k), unfolded(v).flip(-1), edges()),
     "a key twice": twice,
-    "every second neighbour": every_second,
+    "uneven steps": uneven_steps,
+    "other steps of values": other_steps,
     "a fill within reach": lambda q, k, v: attend(q, unfolded(k), unfolded(v), edges(), -3.0),
+    "starts before the first key": lambda q, k, v: starting(q, k, v, -1, S - 6),
+    "other starts of values": lambda q, k, v: starting(q, k, v, 1, S - 6, 1),
     "a key that is zero": lambda q, k, v: attend(
         q, unfolded(first_is_zero(k)), unfolded(first_is_zero(v)), edges()
     ),

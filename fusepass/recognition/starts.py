@@ -1,0 +1,100 @@
+"""Windows whose first key is no linear function of the query, because they stay whole at the edges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from fusepass.expressions.index import Affine, AxisSpace, Size, simplify_size
+from fusepass.expressions.ir import Expr, affine, expr
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a window starts, such as ``clamp(i - 3, 0, 25)``.
+
+    Attributes:
+        formula: the number of the first key, in the axes of the queries.
+        inside: what it is where the window touches no edge; None if it has several such forms.
+    """
+
+    formula: Expr
+    inside: Affine | None
+
+
+@dataclass
+class Starts:
+    """The starts of windows as axes of their own: proofs need their range alone, not their formulas.
+
+    Each axis runs from 0 over all starts that leave a window within the keys.  No axis of a tensor has its
+    name, so the formula takes its place wherever something is named or written.
+    """
+
+    space: AxisSpace
+    by_axis: dict[str, Start] = field(default_factory=dict)
+    known: dict[tuple[Expr, Size, Size], Affine] = field(default_factory=dict)
+
+    def add(self, formula: Expr, inside: Affine | None, low: Size, count: Size) -> Affine:
+        """The axis of a formula whose values are proved to be from ``low`` to ``low + count - 1``."""
+        key = (formula, low, count)
+        if key not in self.known:
+            axis = self.space.new_axis("f", count)
+            for name in axis.axes:
+                from_zero = _plus(formula, simplify_size(low * -1))
+                self.by_axis[name] = Start(from_zero, None if inside is None else inside - low)
+            self.known[key] = axis + low
+        return self.known[key]
+
+    def of(self, index: Affine) -> list[str]:
+        """The axes of an index that stand for starts."""
+        return [a for a in index.axes if a in self.by_axis]
+
+    def of_formula(self, node: Expr) -> Affine | None:
+        """The axis, with its offset, that stands for a formula."""
+        return next((index for (formula, _, _), index in self.known.items() if formula is node), None)
+
+    def axes(self, index: Affine) -> frozenset[str]:
+        """The axes that an index varies over, with those of the formulas in place of starts."""
+        starts = self.of(index)
+        varied = (self._axes(self.by_axis[axis].formula) for axis in starts)
+        return self.space.resolve(index).axes.difference(starts).union(*varied)
+
+    def inside(self, index: Affine) -> Affine | None:
+        """An index where no window touches an edge; None if a start has no single form there."""
+        for axis in self.of(index):
+            inside, factor = self.by_axis[axis].inside, dict(index.terms)[axis]
+            if inside is None:
+                return None
+            index = index - Affine(((axis, 1),)) * factor + inside * factor
+        return self.space.resolve(index)
+
+    def written(self, node: Expr) -> Expr:
+        """A formula with the formulas of starts in place of their axes."""
+        if node.op == "affine":
+            return self._sum(node.attrs[0])
+        if not node.args or node.op == "load":
+            return node
+        return expr(node.op, tuple(map(self.written, node.args)), node.attrs, node.shape, node.dtype)
+
+    def _sum(self, index: Affine) -> Expr:
+        starts = self.of(index)
+        rest = Affine(tuple((a, c) for a, c in index.terms if a not in starts), index.const)
+        out = affine(rest)
+        for axis in starts:
+            factor = affine(Affine((), dict(index.terms)[axis]))
+            term = expr("mul", (self.by_axis[axis].formula, factor), (), (), torch.int64)
+            out = expr("add", (out, term), (), (), torch.int64)
+        return out
+
+    def _axes(self, node: Expr) -> frozenset[str]:
+        if node.op == "affine":
+            return self.space.resolve(node.attrs[0]).axes
+        return frozenset().union(*map(self._axes, node.args))
+
+
+def _plus(formula: Expr, number: Size) -> Expr:
+    return formula if number == 0 else expr("add", (formula, affine(Affine((), number))), (), (), torch.int64)
+
+
+__all__ = ["Start", "Starts"]
