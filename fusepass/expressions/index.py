@@ -18,6 +18,8 @@ from typing import Any
 import sympy
 from torch.utils._sympy.functions import FloorDiv, Mod
 
+from fusepass.expressions.equations import Equations, is_quotient, quotients
+
 Size = int | sympy.Expr
 
 
@@ -36,21 +38,18 @@ def prod(sizes: Iterable[Size]) -> Size:
     return total
 
 
-#: PyTorch's classes of integer quotients.
-_QUOTIENTS = ("FloorDiv", "CleanDiv")
-
-
-def _quotients(size: Any) -> list[Any]:
-    """The integer quotients in a size."""
-    return [e for e in sympy.preorder_traversal(size) if type(e).__name__ in _QUOTIENTS]
-
-
 def _without_ratios(claim: Any) -> Any:
     """A comparison of ratios as one of integers, which PyTorch can evaluate; None if it may not be one."""
     if not any(p.exp.is_negative for p in claim.atoms(sympy.Pow)):
         return claim
     above, below = sympy.fraction(sympy.together(claim.lhs - claim.rhs))
-    return claim.func(sympy.expand(above), 0) if below.is_positive else None
+    return claim.func(sympy.expand(above), 0) if _is_positive(below) else None
+
+
+def _is_positive(divisor: Any) -> bool:
+    """Is a divisor positive?  A quotient of sizes is not negative, and nothing is divided by zero."""
+    sizes = [q for q in quotients(divisor) if q.args[0].is_nonnegative and q.args[1].is_positive]
+    return bool(divisor.xreplace({q: sympy.Dummy(positive=True) for q in sizes}).is_positive)
 
 
 class Facts:
@@ -67,8 +66,7 @@ class Facts:
         self._env = shape_env
         self._restrictable = restrictable or {}
         self._memo: dict[tuple[str, Size, Size], bool] = {}
-        self._numbers: dict[Any, Any] = {}
-        self._read = 0  # how many guards were read for numbers
+        self._equations = None if shape_env is None else Equations(shape_env, self._with_ratios)
 
     def _ask(self, kind: str, a: Size, b: Size) -> bool:
         key = (kind, a, b)
@@ -90,14 +88,14 @@ class Facts:
         """A size in which divisions are ratios, where they are proved to be exact, and in which symbols that
         guards equate with numbers are these numbers.
         """
-        if isinstance(size, int) or self._env is None:
+        if isinstance(size, int) or self._equations is None:
             return size
         size = self._env.replace(size)  # symbols may have become numbers since the graph was read
-        return simplify_size(sympy.expand(self._with_ratios(size).xreplace(self._known_numbers())))
+        return simplify_size(sympy.expand(self._equations.applied(size)))
 
     def _with_ratios(self, size: Any) -> Any:
         exact = {}
-        for part in _quotients(size):
+        for part in quotients(size):
             base, divisor = part.args
             if self._divides(part, base, divisor):
                 exact[part] = self._with_ratios(base) / self._with_ratios(divisor)
@@ -108,18 +106,6 @@ class Facts:
         if self._ask("eq", Mod(base, divisor), 0):
             return True
         return self._ask("eq", Mod(base, part), 0) and self._ask("eq", FloorDiv(base, part), divisor)
-
-    def _known_numbers(self) -> dict[Any, Any]:
-        """The symbols that guards equate with numbers, in equations of a single symbol."""
-        new = self._env.guards[self._read :]
-        self._read += len(new)
-        for claim in (g.expr for g in new if isinstance(g.expr, sympy.Eq)):
-            rest = sympy.expand(self._with_ratios(claim.lhs) - self._with_ratios(claim.rhs))
-            symbols = list(rest.free_symbols)
-            if len(symbols) == 1 and rest.is_polynomial() and sympy.degree(rest, symbols[0]) == 1:
-                value = -rest.coeff(symbols[0], 0) / rest.coeff(symbols[0], 1)
-                self._numbers |= {symbols[0]: value} if value.is_Integer else {}
-        return self._numbers
 
     def restrict(self, size: Size, number: Size) -> bool:
         """Restrict the graph to inputs whose ``size`` is ``number``, if the example's is and if that may be.
@@ -158,11 +144,9 @@ class Facts:
         proved to be."""
         divisors = {
             whole: inner.args[1]
-            for whole in _quotients(size)
+            for whole in quotients(size)
             for inner in [whole.args[1]]
-            if type(inner).__name__ in _QUOTIENTS
-            and inner.args[0] == whole.args[0]
-            and self._ask("eq", whole, inner.args[1])
+            if is_quotient(inner) and inner.args[0] == whole.args[0] and self._ask("eq", whole, inner.args[1])
         }
         return size.xreplace(divisors) if divisors else size
 

@@ -92,6 +92,18 @@ def test_one_dynamic_graph_serves_many_sizes(name: str) -> None:
     assert not missing, f"{missing} not in {sites[0].spec}"
 
 
+@pytest.mark.parametrize("heads", ["equal", "expand", "repeat"])
+@pytest.mark.parametrize("bias", ["none", "head"])
+def test_packed_heads_of_unknown_number_and_size(heads: str, bias: str) -> None:
+    """Their sizes are quotients of quotients, which the guards of the products equate."""
+    p = Program(layout="packed", heads=heads, bias=bias, mask="causal")
+    given = programs.inputs(p)
+    run = checking.call(checking.compiled(programs.function(p), dynamic=True), given)
+    assert run.site.fused, run.site.reason
+    eager, exact = (checking.call(programs.function(p), given, t).out for t in (None, torch.float64))
+    checking.assert_as_accurate(run.out, eager, exact)
+
+
 @pytest.mark.parametrize(
     "name", ["causal", "offset", "window", "padding", "grouped", "packed", "t5", "buffer"]
 )
