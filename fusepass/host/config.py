@@ -30,25 +30,30 @@ class PassOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Options:
-    """What `torch.compile(..., backend="fusepass", options={...})` accepts; `Options` itself may be given
-    too.
+    """What `torch.compile(..., backend="fusepass", options={...})` accepts: these names in a dictionary, or
+    an `Options` object in its place.
 
     Raises:
         TypeError: a value has the wrong type.
-        ValueError: an unknown value, or `mode` for an inner backend that has none.
+        ValueError: an unknown value, or a `mode` other than "default" with an inner backend other than
+            "inductor".
     """
 
     inner: str | Compiler = "inductor"
-    """A backend name or a callable: what compiles the rewritten graph."""
+    """What compiles the rewritten graph: a backend name, or a callable that takes a `GraphModule` and example
+    inputs and returns a callable."""
     kernel: str = "auto"
-    """One of `KERNELS`, or a registered one. "auto" ranks them by a cost model, "autotune" measures them for
-    a site's own shapes; another name: that kernel where it can compute a site; other sites stay."""
+    """How kernels are chosen. "auto" ranks those that can compute a site by a cost model; "autotune" measures
+    them on the site's own shapes. The name of a kernel ("sdpa", "flash3", "flex", "reference", ..., or a
+    registered one) requests that kernel alone: a site that it cannot compute stays as written."""
     precision: str = "native"
-    """One of `PRECISIONS`. "fp8" applies where a site allows it (Hopper, inference)."""
+    """One of "native", "fp8" and "fp8_unrotated" (without the rotation of queries and keys). FP8 is used
+    where a site allows it: on Hopper, for inference, with head size 128."""
     validate: bool = False
-    """Compare every site's original and its replacement with float64 when the graph is compiled."""
+    """When the graph is compiled, compare every site's original and its replacement with float64; a site
+    whose error is more than about twice the original's stays as written. FP8 is not compared."""
     mode: str | None = None
-    """TorchInductor's mode, as in `torch.compile(mode=...)`, which PyTorch forbids beside `options=`."""
+    """TorchInductor's mode. PyTorch does not allow `torch.compile(mode=...)` together with `options=`."""
     requested: Requested = field(default_factory=Requested, init=False, repr=False, compare=False)
     """Not an option: records what became of the requested kernel."""
 

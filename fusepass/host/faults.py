@@ -1,7 +1,7 @@
 """Faults of the pass itself: raised if FUSEPASS_STRICT=1 is set (in tests), only noted otherwise.
 
-A fault costs only the thing that it happened in: the call that could not be written out, or the node that
-could not be read.
+After a fault the pass goes on without the call that could not be written out, or the node that could not be
+read.
 """
 
 from __future__ import annotations

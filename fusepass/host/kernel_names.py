@@ -19,7 +19,7 @@ from fusepass.host.libraries import BUILT_IN
 
 log = logging.getLogger("fusepass")
 
-#: Fusepass's kernels, apart from the plain mathematics: PyTorch's own, then the table's by name.
+#: Fusepass's kernels, except the reference: PyTorch's SDPA, then those of the table in alphabetical order.
 LIBRARIES = ("sdpa", *sorted(gate.kernel for gate in BUILT_IN if gate.entry))
 KERNELS = ("auto", "autotune", *LIBRARIES, "reference")
 
@@ -38,7 +38,8 @@ def accepted_kernels() -> tuple[str, ...]:
 
 
 def look_for_packages() -> None:
-    """Load what the entry points and the environment name, once per process; warn about what fails."""
+    """Load what is named by entry points and by the environment variable, once per process; warn about what
+    fails."""
     named = os.environ.get(VARIABLE, "")
     if GROUP not in _looked:
         _looked.add(GROUP)

@@ -66,8 +66,10 @@ class Gate:
     head_dims, backward_dims: the largest head size, forward and backward.
     wide: major compute capabilities that take larger heads, and how large.
     same_width: keys and values must have the same head size.
+    backward: can gradients be computed?
+    source: the versions whose checks the row states.
     auto: for a registered kernel: may ``auto`` choose it?  Built-in kernels are always ranked.
-    substitute: another package that will do.
+    substitute: another package that may be installed instead of ``package``.
     entry: for a built-in kernel that ``kernel=`` can name: ``module:object`` in :mod:`fusepass.kernels`.
     """
 
@@ -92,12 +94,12 @@ class Gate:
         return tuple(map(dtype_name, self.dtypes))
 
     def computes_in(self, dtype: object) -> bool:
-        """Is a dtype, or the dtype of this name, among its own?"""
+        """Is this dtype, given as one of torch's or by name, among its dtypes?"""
         return dtype_name(dtype) in self.dtype_names()
 
 
 def dtype_name(dtype: object) -> str:
-    """The name of one of torch's dtypes; a name is its own."""
+    """The name of a dtype, which may be given as one of torch's or by name already."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -107,7 +109,7 @@ _FA2, _FA4 = "flash-attn 2.8.3, and its folder hopper", "flash-attn-4 4.0.0b36"
 _CUDNN = "torch 2.11, cuDNN 9.19, frontend 1.32"
 _FLEX, _FLEX4 = "torch 2.11, Triton and C++", "torch 2.11, flash-attn-4 4.0.0b36"
 
-#: In order of preference, for use where nothing has been measured.
+#: In order of preference, which decides where nothing has been measured.
 BUILT_IN: tuple[Gate, ...] = (
     Gate("flash3", HALF, (9,), FLASH3, 8, 8, 256, 256, same_width=True, source=_FA2, entry="flash:FLASH3"),
     Gate("flash4", HALF, (9, 10, 11), FLASH4, 8, 8, 256, 256, source=_FA4, entry="flash:FLASH4"),

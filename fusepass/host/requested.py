@@ -1,4 +1,7 @@
-"""Kernels requested by name: if one serves no site at all, a warning says so once, with the reason."""
+"""Kernels requested by name: one that serves no site of the first graph with attention causes a warning.
+
+The warning comes once per request, with the reasons.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +27,23 @@ class Outcome(Protocol):
 
 
 class Requested:
-    """The outcome of one request, over all graphs that it was made for.
+    """The outcome of one request: one call of `torch.compile`, `fuse`, `enable` or the like.
 
-    A request is one call of `torch.compile`, `fuse`, `enable` or the like. Graphs are compiled one after
-    another: the warning comes at the first graph in which the kernel serves no site, unless it has served one
-    before.
+    Graphs are compiled one after another, and it is not known how many will follow.  So the first graph that
+    has attention sites decides whether there is a warning; later graphs are not looked at.
     """
 
     def __init__(self) -> None:
         self.settled = False
 
     def see(self, kernel: str, sites: Sequence[Outcome], is_last: bool = False) -> None:
-        """Look at the sites of one more graph for which `kernel` was requested; warn if it served none."""
+        """Look at the sites of one more graph for which `kernel` was requested; warn if it serves none.
+
+        Args:
+            kernel: the name that was requested.
+            sites: the outcomes of the graph's sites.
+            is_last: whether no graph will follow, so that having no sites at all is a reason to warn.
+        """
         if self.settled or kernel in ("auto", "autotune") or not (sites or is_last):
             return
         self.settled = True

@@ -69,7 +69,7 @@ class Settings:
 
 
 _CLEAN = Settings()
-#: The settings that the outermost clean context was entered from; None outside of one.
+#: The settings outside the outermost clean context, noted when it was entered; None where there is none.
 _outside: ContextVar[Settings | None] = ContextVar("fusepass_outside", default=None)
 
 
