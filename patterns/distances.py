@@ -34,8 +34,8 @@ def _root() -> Expr:
 def squared_root(term: Term, scope: Scope) -> Peel | None:
     """The square of a distance.
 
-    Its gradient is that of the squared distance.  Where two points are equal, that is zero, as that of
-    ``torch.cdist``; the derivative of a root that is written out is not a number there.
+    Its gradient is that of the squared distance.  Where two points are equal, this gradient is zero, as is
+    that of ``torch.cdist``; the derivative of a root that is written out is NaN there.
     """
     root = term.argument(0) if _squares(term.expr) else None
     while root is not None and root.expr.op != "sqrt":
@@ -57,8 +57,8 @@ def _squares(node: Expr) -> bool:
 def distance(term: Term, scope: Scope) -> Peel | None:
     """A squared distance is negative only by rounding, where it is nearly zero.
 
-    Within one tensor every point is at no distance from itself.  There the bound keeps rounding errors out of
-    gradients, and stays.
+    If queries and keys are one tensor, every point has the distance zero from itself.  There the bound keeps
+    rounding errors out of gradients, so it stays.
     """
     inner = _distance(term, scope)
     return None if inner is None or inner.alone else Peel(inner.term)
@@ -95,8 +95,8 @@ def _not_negative(term: Term, scope: Scope) -> Term | None:
 
 
 def _apart(node: Expr, scope: Scope) -> Expr | None:
-    """``[a, x, 1] . [b, 1, y] = a . b + x + y``: a product of concatenated features, in which ones are no
-    features, as the sum of its parts.
+    """``[a, x, 1] . [b, 1, y] = a . b + x + y``: a product of concatenated features as the sum of its parts,
+    where a part that is multiplied by ones is added as it is.
 
     PyTorch decomposes ``cdist`` into such a product.
     """
@@ -151,7 +151,7 @@ def _spread(node: Expr, labels: str, out: str) -> Expr | None:
 
 @dataclass(frozen=True)
 class _Operand:
-    """A tensor whose multiple is multiplied or squared: its element, and the axis that is summed."""
+    """An operand of a product or a square: ``factor`` times an element of a tensor, and the summed axis."""
 
     factor: float
     term: Term

@@ -70,7 +70,7 @@ def assign(
             "keys or values differ for every one of them (mixed heads, routing)"
         )
     roles.group = [a for a in free if a not in roles.query]
-    # Where keys or values vary over several such dimensions, the innermost one is the head.
+    # Of several shared axes, over which keys or values vary, the innermost one is the head.
     alone = bool(shared) and len(scores.index) >= 4
     several = len(shared) > 1 or (alone and (not roles.group or _behind_batch(scope, scores, shared[0])))
     roles.kv_heads = shared[-1:] if several else []
@@ -79,7 +79,7 @@ def assign(
 
 
 def alternatives(scope: Scope, roles: Roles, scores: Term) -> Iterator[Roles]:
-    """Other roles that the same operands allow, by which masks may be told what they are.
+    """The roles that the same operands allow, the given ones first: masks decide which are right.
 
     Axes that neither keys nor values vary over may be queries or groups of heads, and any one of the others
     may be the head: only their places in the scores make some likelier than others.
@@ -117,7 +117,7 @@ def _different(choices: list[list[str]]) -> list[list[str]]:
 
 
 def _behind_batch(scope: Scope, scores: Term, axis: str) -> bool:
-    """Is an axis in another dimension of the scores than the first?  Then there is only one sequence."""
+    """Is an axis outside the first dimension of the scores?  Then the batch is a single sequence."""
     return axis not in scope.space.resolve(scores.index[0]).axes
 
 

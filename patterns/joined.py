@@ -45,7 +45,7 @@ class _Side:
 
 
 def joined(node: Expr) -> Expr | None:
-    """``w[:m] . v1 + w[m:] . v2 = w . cat(v1, v2)``: the product that a sum of products is, or None."""
+    """``w[:m] . v1 + w[m:] . v2 = w . cat(v1, v2)``: one product in place of a sum, or None."""
     parts = _summands(node) if node.op == "add" else []
     if len(parts) < 2:
         return None

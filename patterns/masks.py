@@ -161,7 +161,7 @@ def every_row_sees_itself(
 ) -> bool:
     """Does every query see the key at its own position, under all of the given visibilities at once?
 
-    Chunks, documents, prefixes and bands all contain their diagonal.  Positions are counted from the first
+    Chunks, documents, prefixes and most bands contain their diagonal.  Positions are counted from the first
     key, or so that the last query is at the last key.
     """
     facts, space = formulas.scope.facts, formulas.space

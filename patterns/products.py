@@ -70,9 +70,9 @@ def factors(node: Expr) -> tuple[Expr, ...]:
 
 
 def normalised_late(node: Expr) -> Expr | None:
-    """``(w . v) * t = (w * t) . v`` for a ``t`` of one number per row, which normalises the row's weights.
+    """``(w . v) * t = (w * t) . v`` for a ``t`` with one number per row; likewise for a division by ``t``.
 
-    For ``mul`` and ``div``.  Only a ``t`` made from a row sum or a logsumexp is moved.
+    Only a ``t`` made from a row sum or a logsumexp is moved, since it normalises the weights of its row.
     """
     if node.op not in ("mul", "div"):
         return None

@@ -79,7 +79,8 @@ def number(node: Expr, scope: Scope) -> float | None:
 def cast(term: Term, scope: Scope) -> Peel | None:
     """A change of floating dtype; the softmax records the dtype it computes in.
 
-    It matters only where scores are rounded to less precision than the product of queries and keys has.
+    The change matters only where scores are rounded to less precision than the product of queries and keys
+    has.
     """
     if term.expr.op != "cast" or not (term.expr.is_float and term.expr.args[0].is_float):
         return None
@@ -93,7 +94,7 @@ def cast(term: Term, scope: Scope) -> Peel | None:
     lambda: eg.binary("mul", pointwise("tanh", eg.scores()), eg.number(3.0)),
 )
 def softcap(term: Term, scope: Scope) -> Peel | None:
-    """An identity for every ``c > 0``, wherever the inner division was folded."""
+    """Holds for every ``c > 0``, even if the division inside the tanh was folded into another factor."""
     if term.expr.op == "mul":
         for position in (0, 1):
             cap = number(term.expr.args[1 - position], scope)
@@ -214,7 +215,7 @@ def _overflows_later(t: Term, dtype: torch.dtype, scope: Scope) -> bool:
 
 
 def _is_row_maximum(t: Term, x: Term, scope: Scope) -> bool:
-    """Is ``t`` the maximum of the same row of ``x``, or of more?
+    """Is ``t`` the maximum of the same row of ``x``, or of several rows of which it is one?
 
     A row's maximum is infinite or NaN only where the softmax of the row is NaN without the shift.
     """
@@ -255,7 +256,7 @@ def bias(term: Term, scope: Scope) -> list[Peel] | None:
 
 @rule("mask: where(m, x, fill)", lambda: pointwise("where", eg.bits(), eg.scores(), eg.number(-math.inf)))
 def mask(term: Term, scope: Scope) -> Peel | None:
-    """Scores replaced by a constant, which hides them if it is low enough: kernels ask the specification."""
+    """Scores replaced by a constant.  The specification says whether it is low enough to hide them."""
     if term.expr.op != "where":
         return None
     _, yes, no = term.expr.args
@@ -290,7 +291,8 @@ def clamp(term: Term, scope: Scope) -> Peel | None:
 
 
 def _bounded(term: Term, op: str, scope: Scope) -> tuple[Term, float] | None:
-    """The scores and the number of which ``op`` takes one; None where the number is NaN."""
+    """The scores and the constant that ``op``, ``max`` or ``min``, compares; None where the constant is NaN
+    or there is none."""
     if term.expr.op == op:
         for position in (0, 1):
             bound = number(term.expr.args[1 - position], scope)
@@ -331,7 +333,7 @@ def leaky_rectifier(term: Term, scope: Scope) -> Peel | None:
 
 
 def _multiple(node: Expr, of: Expr, scope: Scope) -> float | None:
-    """The finite constant that a node is ``of`` times."""
+    """The finite constant ``c`` if a node is ``c * of``; else None."""
     if node.op != "mul" or not holds_product(of):
         return None
     factors = (number(node.args[1 - n], scope) for n in (0, 1) if node.args[n] is of)
@@ -340,7 +342,7 @@ def _multiple(node: Expr, of: Expr, scope: Scope) -> float | None:
 
 @rule("abs(x)", lambda: pointwise("abs", eg.scores()))
 def absolute(term: Term, scope: Scope) -> Peel | None:
-    """The sizes of the scores."""
+    """The absolute values of the scores."""
     return Peel(term.argument(0), Absolute()) if term.expr.op == "abs" else None
 
 

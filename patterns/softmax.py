@@ -102,8 +102,8 @@ def _subtracts_maximum(node: Expr, dim: int, scope: Scope) -> bool:
 def _is_maximum(shift: Expr, x: Expr, dim: int, casts: bool = True) -> bool:
     """Is ``shift`` the maximum of ``x`` over one dimension, possibly rounded by casts on the way?
 
-    A maximum over more dimensions may come from another row, and all exponentials of a hidden row may vanish
-    beside it.
+    A maximum over more dimensions does not count: it may come from another row, and then the exponentials of
+    a hidden row may all be zero.
     """
     if shift.op != "amax" or shift.attrs[0] != (dim,):
         return False

@@ -96,7 +96,7 @@ def _factor(node: Expr, scope: Scope) -> Multiple | None:
 
 
 def product_below(term: Term, scope: Scope) -> tuple[Product, Expr] | None:
-    """The product of two tensors that a term is, behind views and casts, and its expression."""
+    """The product of two tensors behind the views and casts of a term, and the product's expression."""
     for below in _behind_views(term, scope):
         for rule in PRODUCTS:
             if isinstance(product := rule.apply(below, scope), Product):

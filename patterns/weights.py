@@ -112,7 +112,7 @@ def keep(term: Term, scope: Scope) -> Peel | None:
     lambda: eg.binary("mul", eg.softmax(eg.scores()), eg.leaf("t", (eg.H, 1, 1), torch.float64)),
 )
 def weight_scale(term: Term, scope: Scope) -> Peel | None:
-    """Head masks, and gates of queries or of keys; a 0/1 mask over the keys is a :class:`Keep`."""
+    """Head masks, and gates of queries or of keys; a boolean factor is a :class:`Keep`."""
     node = term.expr
     if node.op == "div" and holds_softmax(node.args[0]) and (divisor := number(node.args[1], scope)):
         return Peel(term.argument(0), WeightScale(1.0 / divisor))
@@ -134,7 +134,7 @@ def parts(weights: Expr) -> list[tuple[int, Expr]]:
     """The softmaxes whose signed sum the weights are: ``(w1 - t*w2) . v = w1 . v - (t*w2) . v``.
 
     Raises:
-        Refuse: one dropout is applied to a sum of softmaxes; two kernels cannot draw the same one.
+        Refuse: one dropout is applied to a sum of softmaxes; two kernels cannot draw the same numbers.
     """
     carriers = weight_sides(weights)
     if weights.op in ("add", "sub") and len(carriers) == 2:

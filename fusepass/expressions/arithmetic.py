@@ -48,8 +48,8 @@ def is_integer(dtype: torch.dtype) -> bool:
 def converted(value: Number, dtype: torch.dtype) -> Number | None:
     """``value`` as an element of ``dtype``; None where PyTorch does not define it.
 
-    Integers wrap and floats are truncated to integers.  NaN, infinities and floats out of its range have no
-    meaning as an integer, and complex numbers none as anything real.
+    Integers wrap, and floats are truncated to integers.  None for NaN, infinities and floats out of range in
+    an integer dtype, and for complex numbers in an integer or floating dtype.
     """
     if dtype is torch.bool:
         return bool(value)
@@ -118,7 +118,8 @@ def _by_torch(value: float, dtype: torch.dtype) -> float:
 def folded(op: str, args: Constants, dtype: torch.dtype, attrs: tuple[Any, ...] = ()) -> Number | None:
     """What PyTorch computes from constants ``(value, dtype)``, as an element of ``dtype``.
 
-    None where there is no result (a division by the integer zero) or where it depends on the device.
+    None where there is no result (a division by the integer zero), where it depends on the device, and for
+    what is not folded: complex numbers, integers made from floats, operations not in ``_OPERATIONS``.
     """
     kinds = {d for _, d in args} | {dtype}
     known = op in _OPERATIONS or op == "nan_to_num"
@@ -133,8 +134,8 @@ def folded(op: str, args: Constants, dtype: torch.dtype, attrs: tuple[Any, ...] 
 def _readings(op: str, args: Constants, dtype: torch.dtype) -> list[tuple[Constants, torch.dtype]]:
     """The operands and the dtype of the computation, once for each way in which devices differ.
 
-    Some devices round a number that is combined with a narrow tensor to the tensor's dtype; none does so with
-    a factor or a divisor.
+    Some devices first round a number that is combined with a tensor of a narrow dtype to that dtype; no
+    device does so with a factor or a divisor.
     """
     if op in LOGIC:
         return [(args, torch.bool)]

@@ -100,7 +100,7 @@ def _ramp(x: Tensor, dims: list[int]) -> Form | None:
 
 
 def _banded(x: Tensor, dims: list[int]) -> Form | None:
-    """The tightest band around the elements that equal the first diagonal one; every element is compared."""
+    """The tightest band around the elements that equal one of the corners; every element is compared."""
     if len(dims) != 2:
         return None
     flat = x.reshape(x.shape[dims[0]], x.shape[dims[1]])
@@ -142,11 +142,11 @@ class Contents:
     _extremes: dict[Expr, tuple[float, float]] = field(default_factory=dict)
 
     def begin(self) -> None:
-        """Start again: nothing relies on leaves that were consulted without :meth:`keep`."""
+        """Forget the leaves consulted so far: only results that were kept rely on them."""
         self.consulted.clear()
 
     def keep(self) -> None:
-        """The result since ``begin`` is kept: it relies on the leaves that were consulted."""
+        """Keep the result made since ``begin``: it relies on the leaves consulted since then."""
         self.used |= self.consulted
 
     def form(self, leaf: Expr, counters: bool = True) -> Form | None:
@@ -166,7 +166,7 @@ class Contents:
         return form
 
     def extremes(self, leaf: Expr) -> tuple[float, float] | None:
-        """The least and the greatest element of a known leaf (NaN where one is); asking counts as relying."""
+        """The least and greatest element of a known leaf (NaN if any is NaN); asking counts as relying."""
         tensor = self.tensors.get(leaf)
         if tensor is None or tensor.is_complex() or tensor.numel() == 0:
             return None
@@ -184,7 +184,7 @@ def _comparable(x: Tensor) -> Tensor:
     return x if x.dtype is torch.bool or x.dtype.is_signed or x.element_size() == 1 else x.long()
 
 
-#: Device types on which comparing elements is quick, and sees writes that are not counted.
+#: Device types on which elements are always compared: it is quick, and sees writes that are not counted.
 _ALWAYS_COMPARED = frozenset({"cpu"})
 
 
@@ -198,7 +198,7 @@ class _Comparison(NamedTuple):
 
 
 class Snapshot:
-    """The elements of a tensor as they were: does this tensor (the same one later, or another) hold them?
+    """A copy of a tensor's elements, to ask whether a tensor (the same one later, or another) holds them.
 
     PyTorch's version counter shows in-place writes.  Writes that bypass it (``x.data``, NumPy) are seen only
     on the CPU, where the elements are compared every time.  A snapshot can be pickled: it then knows the

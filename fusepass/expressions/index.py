@@ -39,7 +39,8 @@ def prod(sizes: Iterable[Size]) -> Size:
 
 
 def _without_ratios(claim: Any) -> Any:
-    """A comparison of ratios as one of integers, which PyTorch can evaluate; None if it may not be one."""
+    """A comparison of ratios as one of integers, which PyTorch can evaluate; None if the denominator is not
+    known to be positive."""
     if not any(p.exp.is_negative for p in claim.atoms(sympy.Pow)):
         return claim
     above, below = sympy.fraction(sympy.together(claim.lhs - claim.rhs))
@@ -85,8 +86,8 @@ class Facts:
         return whole is not None and self._env._maybe_evaluate_static(whole) is sympy.true
 
     def settled(self, size: Size) -> Size:
-        """A size in which divisions are ratios, where they are proved to be exact, and in which symbols that
-        guards equate with numbers are these numbers.
+        """A size with its divisions written as ratios where they are proved to be exact, and with its symbols
+        replaced by numbers where guards equate them with numbers.
         """
         if isinstance(size, int) or self._equations is None:
             return size
@@ -102,15 +103,16 @@ class Facts:
         return size.xreplace(exact)
 
     def _divides(self, part: Any, base: Any, divisor: Any) -> bool:
-        """Does a divisor divide a size: directly, or because the quotient divides it, and as often?"""
+        """Does a divisor divide a size exactly: directly, or because the size is divisor times quotient?"""
         if self._ask("eq", Mod(base, divisor), 0):
             return True
         return self._ask("eq", Mod(base, part), 0) and self._ask("eq", FloorDiv(base, part), divisor)
 
     def restrict(self, size: Size, number: Size) -> bool:
-        """Restrict the graph to inputs whose ``size`` is ``number``, if the example's is and if that may be.
+        """Restrict the graph to inputs whose ``size`` is ``number``; False, and no restriction, unless the
+        example has that size and the size is restrictable.
 
-        PyTorch guards it, and compiles the program again for other inputs.
+        PyTorch guards the restriction, and compiles the program again for other inputs.
         """
         if self._env is None or self._restrictable.get(size) != number:
             return False
@@ -170,7 +172,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Affine:
-    """``const + sum(coefficient * axis)``; terms are sorted by axis name and never zero."""
+    """``const + sum(coefficient * axis)``; terms are sorted by axis name and none is zero."""
 
     terms: tuple[tuple[str, Size], ...] = ()
     const: Size = 0
@@ -250,7 +252,7 @@ class AxisSpace:
         return index
 
     def split(self, axis: str, inner: Size) -> bool:
-        """Replace ``axis`` by ``outer * inner + rest``; False where its size is no multiple of ``inner``."""
+        """Replace ``axis`` by ``outer * inner + rest``; False unless ``inner`` provably divides its size."""
         outer = self.facts.quotient(self.sizes[axis], inner)
         if outer is None:
             return False
@@ -311,7 +313,8 @@ class AxisSpace:
     ) -> tuple[Affine, ...] | None:
         """Indices into a tensor of shape ``old`` for the element ``index`` of its reshape to ``new``.
 
-        Dimensions are matched in groups of equal extent, so that untouched ones pass unchanged.
+        None where they are not affine.  Dimensions are matched in groups of equal extent, so that those that
+        the reshape does not touch pass unchanged.
         """
         out: list[Affine] = []
         i = j = 0

@@ -1,7 +1,7 @@
 """Systems of linear inequalities over iteration axes: can all of them hold at once?
 
-Variables are eliminated one after another (Fourier and Motzkin).  A contradiction over the rationals is one
-over the integers, so an answer "impossible" is a proof; any other answer proves nothing.
+Variables are eliminated one after another (Fourier and Motzkin).  A contradiction over the rationals is
+also one over the integers, so an answer "impossible" is a proof; any other answer proves nothing.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _contradict(rows: set[_Row], facts: Facts) -> bool:
 
 
 def _pairs(rows: set[_Row], axis: str) -> int:
-    """How many inequalities eliminating an axis makes."""
+    """How many new inequalities replace those with an axis when it is eliminated."""
     factors = [row.of(axis) for row in rows]
     return sum(f > 0 for f in factors) * sum(f < 0 for f in factors)
 

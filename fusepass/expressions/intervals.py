@@ -1,8 +1,8 @@
 """Provable bounds of the elements of an expression.
 
-The bounds are those of interval arithmetic, widened by rounding.  What may exceed a dtype is infinite, and
-None means that an element may be NaN or that nothing is known.  These assumptions are made about a graph's
-inputs:
+The bounds are those of interval arithmetic, widened by rounding.  A bound that may exceed the range of its
+dtype is infinite.  None in place of bounds means that an element may be NaN or that nothing is known.  These
+assumptions are made about a graph's inputs:
 
 * the operands of matrix products, and learned numbers, are finite and are not fills;
 * lengths that are not known have an upper bound;
@@ -70,7 +70,7 @@ class Ranges:
     _known: dict[Expr, Interval | None] = field(default_factory=dict)
 
     def of(self, root: Expr) -> Interval | None:
-        """Bounds of every element; infinite ones may be reached.  None: unknown, or NaN."""
+        """Bounds of every element, which may be reached even if infinite.  None: unknown, or perhaps NaN."""
         todo = [root]
         while todo:
             node = todo[-1]
@@ -165,7 +165,8 @@ class Ranges:
         else:
             interval = self._real(node, [a for a in args if a is not None])
             if interval is not None and _is_finite(interval):
-                interval = (math.floor(interval[0]), math.ceil(interval[1]))  # integers to negative powers
+                # A negative power of an integer is a fraction.
+                interval = (math.floor(interval[0]), math.ceil(interval[1]))
         if interval is None or not _is_finite(interval) or interval[0] < low or interval[1] > high:
             return low, high
         return interval
@@ -182,11 +183,12 @@ class Ranges:
         interval = self._real(node, args)
         if node.op == "div" and (averaged := self._averaged(node)) is not None:
             low, high = self._known[averaged] or (-math.inf, math.inf)
-            interval = 2 * min(low, 0.0), 2 * max(high, 0.0)  # rounding does not double it, of however many
+            # Rounding never doubles a mean, however many elements it has.
+            interval = 2 * min(low, 0.0), 2 * max(high, 0.0)
         return None if interval is None else _rounded(interval, node.dtype)
 
     def _averaged(self, node: Expr) -> Expr | None:
-        """What a mean is the mean of, if the number of its elements is a symbol."""
+        """The operand of a mean, written as a sum divided by a symbolic number of elements; else None."""
         total, count = node.args
         while total.op in VIEWS:
             total = total.args[0]
@@ -294,7 +296,7 @@ def absorbs_from_above(node: Expr, contents: Contents, facts: Facts) -> bool:
 
 
 def holds_fill(operand: Expr) -> bool:
-    """Is an operand made from an infinite number, NaN or a fill, leaving matrix products aside?"""
+    """Is an operand made from an infinite number, NaN or a fill?  Operands of products are not searched."""
     todo, seen = [operand], {operand}
     while todo:
         node = todo.pop()
@@ -326,7 +328,7 @@ def _limits(dtype: torch.dtype) -> Interval:
 
 
 def _as(x: Interval | None, arg: Expr, dtype: torch.dtype) -> Interval:
-    """The bounds of an operand in the dtype of the computation; numbers keep their own precision."""
+    """The bounds of an operand in the dtype of the computation; constants keep their own precision."""
     assert x is not None
     return x if arg.op == "const" or arg.dtype is dtype else _cast(x, dtype)
 
@@ -352,7 +354,7 @@ def _rounded(x: Interval, dtype: torch.dtype, slack: float = 8.0) -> Interval:
 
 
 def _flushed(x: Interval, dtype: torch.dtype) -> Interval:
-    """Bounds where numbers too small for the dtype may become zero, or may be rounded away from it."""
+    """Bounds widened for numbers too small for the dtype: they may round to zero, or away from zero."""
     (low, high), least = x, float(torch.finfo(dtype).smallest_normal)
     return (
         0.0 if 0 < low < 2 * least else -2 * least if -least < low < 0 else low,

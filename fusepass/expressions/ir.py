@@ -44,7 +44,7 @@ POINTWISE = frozenset(
 #: Operations that only rename elements.
 VIEWS = frozenset({"permute", "reshape", "expand", "slice", "select", "flip", "repeat"})
 #: Contractions, reductions and the rest.  ``nonzero`` lists the indices of a mask's true elements;
-#: ``hit(i, j)[a, b]`` is true if ``i`` is ``a`` where ``j`` is ``b``, at some position of both.
+#: ``hit(i, j)[a, b]`` is true if ``i[n] = a`` and ``j[n] = b`` at some position ``n``.
 OTHERS = frozenset("dot sum amax logsumexp softmax log_softmax dropout index cat cumsum nonzero hit".split())
 #: Only in scalar formulas: an affine index, and one element of a tensor.
 SCALAR = frozenset({"affine", "load"})
@@ -167,7 +167,8 @@ def folded(op: str, args: tuple[Expr, ...], dtype: torch.dtype, attrs: tuple[Any
 
 
 def broadcast(*shapes: Shape) -> Shape:
-    """The broadcast shape; where two sizes are different expressions, one of them is 1."""
+    """The broadcast shape: in each dimension the first size that is not 1.  Sizes that are not 1 are equal,
+    even where they are written as different expressions."""
     out: list[Size] = []
     for position in range(max(map(len, shapes), default=0)):
         sizes = [s[len(s) - 1 - position] for s in shapes if position < len(s)]

@@ -23,7 +23,7 @@ STEP_LIMIT = 200
 
 
 def always(_: Expr) -> bool:
-    """True of every expression: nothing is written over."""
+    """True of every expression: the default for ``Scope.readable``, where no tensor is overwritten."""
     return True
 
 
@@ -68,12 +68,13 @@ class Core:
 
     Attributes:
         sink: one more logit in every row, or None.
-        form: what a row gives in which every score is a low fill.  ``"softmax"``: the same weight for all
-            keys;
-            ``"bare"``: NaN, since exponentials from which no maximum was subtracted are all zero;
-            ``"late"``: something else where a mask hides the key of the maximum, since it came after that;
+        form: the weights of a row in which every score is a low fill.
+            ``"softmax"``: the same weight for all keys;
+            ``"bare"``: NaN, since no maximum was subtracted, so that all exponentials are zero;
+            ``"late"``: something else where a mask hides the key with the maximum, since the mask was applied
+            after the maximum was subtracted;
             ``"relative"``: something else, since a logsumexp or an unknown shift was subtracted;
-            ``"gated"``: zero, or NaN where the fill is infinite, in spite of a sink.
+            ``"gated"``: zero, or NaN where the fill is infinite, although there is a sink.
     """
 
     scores: Term

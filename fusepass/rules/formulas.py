@@ -43,11 +43,12 @@ _GROWING = frozenset("neg abs add sub mul pow floordiv".split())
 _SIGNED = frozenset("div pow rsqrt floordiv mod".split())
 #: Operations on truth values, as logic.
 _TRUTH = {"mul": "and", "min": "and", "max": "or", "add": "or"}
-#: Operations that are brought into both of two choices between numbers: they may state a conjunction.
+#: Operations on two ``where`` between numbers that are computed case by case: they may state a conjunction.
 _CHOOSING = frozenset("mul min max lt le gt ge eq ne".split())
-#: The most numbers that two choices together lead to.
+#: The most cases that are computed one by one.
 _MOST_CASES = 8
-#: Narrow integers that count positions are assumed to hold any length times a factor up to this.
+#: 32-bit integers that count positions are assumed to hold any length times a factor up to ``_FACTOR``, plus
+#: a constant up to ``_LENGTH``.
 _FACTOR, _LENGTH = 1 << 6, 1 << 24
 
 
@@ -150,7 +151,7 @@ class Formulas:
         return out
 
     def load(self, term: Term) -> Expr:
-        """An element that is not looked into."""
+        """An element of a tensor that no rule looks into: its closed form if the contents are known."""
         index = tuple(self.space.resolve(i) for i in term.index)
         form = self.scope.contents.form(term.expr, counters=False)
         if form is not None:
@@ -204,11 +205,12 @@ class Formulas:
     def _listed(
         self, values: list[Expr]
     ) -> tuple[list[tuple[str, Expr, tuple[Affine, ...]]], list[Expr]] | None:
-        """Values in which what is read from the lists of masks' true elements is an index of the mask.
+        """Values in which every read from a list of a mask's true elements (``nonzero``) is replaced by an
+        index into that mask.
 
         Returns:
             For every list the axis of its position, the mask, and new indices into it; and the values.  None
-            if two lists are read at one position, or something other than a column.
+            if two lists are read at one position, or if something other than a column is read.
         """
         by_axis: dict[str, tuple[Expr, tuple[Affine, ...]]] = {}
         known: dict[Expr, Expr] = {}
@@ -321,7 +323,10 @@ class Formulas:
     def _in_range(
         self, op: str, args: tuple[Expr, ...], attrs: tuple[object, ...], dtype: torch.dtype
     ) -> Expr:
-        """An operation as it is.  One on narrow integers among wide numbers says that it wraps."""
+        """The operation itself, not simplified.
+
+        On narrow integers beside wider ones or constants it gets a cast, which says that its result wraps.
+        """
         narrow = is_integer(dtype) and dtype is not torch.int64
         mixed = narrow and any(a.dtype is torch.int64 or a.op == "const" for a in args)
         if mixed and op in _GROWING and not self._stays(op, args, dtype):
@@ -385,7 +390,7 @@ class Formulas:
         return self._survives_cast(x, dtype)
 
     def _counts(self, index: Affine) -> bool:
-        """Is it a position, a sum of few lengths of unknown size?"""
+        """Is it a position: a sum of small multiples of axes and lengths, at least one of unknown size?"""
         factors = [c for _, c in index.terms]
         if not all(isinstance(c, int) and abs(c) <= _FACTOR for c in factors):
             return False
@@ -444,7 +449,8 @@ class Formulas:
         return pinned
 
     def _substitute(self, node: Expr, known: dict[Expr, Expr]) -> Expr:
-        """``node`` with known values substituted, except where the sign of zero matters: zeros lose it."""
+        """``node`` with known values substituted, except where the sign of zero matters: a known zero has
+        none."""
         if node in known:
             return known[node]
         if not node.args or node.op == "load" or node.op in _SIGNED:
@@ -570,7 +576,7 @@ class Formulas:
     def _in_both(self, op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr | None:
         """``f(where(c, a, b), y) = where(c, f(a, y), f(b, y))``, if ``y`` chooses between numbers as well.
 
-        Sums of floats stay sums, except where they are compared: masks are added.
+        Sums of floats stay sums, because masks may be added up, except where the sums are compared.
         """
         if op in _INVERSE and any(a.op == "add" for a in args):
             sums = [self._cases_of_both("add", a.args, a.dtype) if a.op == "add" else a for a in args]
@@ -684,7 +690,7 @@ def index_of(node: Expr) -> Affine | None:
 
 
 def _affine_sum(op: str, a: Affine, b: Affine | None = None) -> Affine | None:
-    """``-a``, or the sum, difference or product of two index expressions where that is one."""
+    """``-a``, or the sum, difference or product of two index expressions; None where it is not affine."""
     if b is None:
         return a * -1
     if op == "mul":
@@ -717,7 +723,7 @@ def terms_of(formula: Expr, op: str) -> list[Expr]:
 
 
 def against_zero(part: Expr, op: str) -> Affine | None:
-    """The index ``e`` of a comparison ``e op 0``; other comparisons are not between indices alone."""
+    """The index ``e`` of a comparison ``e op 0``, the form that comparisons of indices have; else None."""
     if part.op != op or scalar_of(part.args[1]) != 0:
         return None
     return index_of(part.args[0])

@@ -26,7 +26,7 @@ class Solution:
     """The only position that index tensors can have, and what must hold there.
 
     Attributes:
-        equations: one for every axis of the position, which must be whole and within the axis's size.
+        equations: one for every axis of the position; its solution must be an integer within the axis's size.
         zeros: index expressions that must be zero.
     """
 
@@ -65,7 +65,10 @@ def solve(
 
 
 def _equation(rest: Affine, others: Sequence[Affine], unknown: set[str]) -> Equation | None:
-    """``rest = 0``, solved for the only unknown axis in it; one with a step may be in no other equation."""
+    """``rest = 0``, solved for the only unknown axis in it; else None.
+
+    An axis with a factor other than 1 or -1 must not be in any other equation.
+    """
     mine = [(axis, c) for axis, c in rest.terms if axis in unknown]
     if len(mine) != 1:
         return None

@@ -43,8 +43,8 @@ class Site:
     ``query``, ``keys`` and ``values`` list the tensors that may serve, from the operand of the product
     inwards through its views; every element of the operand is an element of each of them.
 
-    If its keys were unfolded, ``windowed`` says what it is over the original ones; ``original`` is that site,
-    if kernels can compute it.
+    If its keys were unfolded, ``windowed`` is its specification over the original keys, and ``original`` the
+    site over them, if kernels can compute it.
 
     Attributes:
         products: the products that ``product`` is the sum of: itself, unless features are concatenated.

@@ -54,7 +54,7 @@ def additive_mask(formulas: Formulas, formula: Expr, dtype: torch.dtype) -> Hidd
 
 
 def _either_mask(formulas: Formulas, c: Expr, yes: Expr, no: Expr, dtype: torch.dtype) -> Hidden | None:
-    """``where(c, x, y)`` of two masks that hide with the same fill."""
+    """``where(c, x, y)`` of two masks that hide with the same fill, or of which one hides nothing."""
     a, b = additive_mask(formulas, yes, dtype), additive_mask(formulas, no, dtype)
     if a is None or b is None or (a.fill != b.fill and TRUE not in (a.attends, b.attends)):
         return None

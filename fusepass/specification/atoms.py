@@ -37,12 +37,13 @@ def _reaches(bound: Size | None) -> bool:
 
 @dataclass(frozen=True)
 class Window:
-    """A band of blocks, or along one axis of a grid of positions.
+    """A band over blocks of positions, or along one axis of a grid of positions.
 
-    Queries of one block of ``size`` positions see the same keys: from ``left`` before its first to ``right``
-    after its last position.  None is unbounded.  ``axis`` counts the axes of the grid; None is the only one.
+    All queries of one block of ``size`` positions see the same keys: from ``left`` positions before the
+    block's first to ``right`` positions after its last.  None is unbounded.  ``axis`` is the number of the
+    grid's axis; None where positions have only one axis.
     A window that is ``whole`` moves inwards at the edges instead of losing keys there.  ``step`` is its
-    dilation: only every so many keys are visible.
+    dilation: of ``step`` neighbouring keys one is visible.
     """
 
     left: Size | None
@@ -70,7 +71,7 @@ class KeyPadding:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Causal, except that every query sees the keys below a bound."""
+    """A band, usually causal, except that all queries also see certain keys, usually those below a bound."""
 
     def __str__(self) -> str:
         return "prefix"

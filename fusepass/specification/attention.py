@@ -140,9 +140,10 @@ class Attention:
 
     @property
     def hiding_alone(self) -> tuple[Mask, ...]:
-        """The masks that hide, each on its own, if nothing later brings back what they fill.
+        """The masks that hide, each on its own.
 
-        Later masks that replace scores may do so, and biases that may hide: they are ignored.
+        Later masks that replace scores and biases that may hide could bring back what such a mask fills: they
+        are ignored.
         """
         return tuple(
             mod
@@ -158,13 +159,17 @@ class Attention:
 
     @property
     def fills_absorb(self) -> bool:
-        """Do fills that replace scores give the same where they are added to them in single precision?"""
+        """Would fills that replace scores give the same result if they were added to the scores instead, in
+        single precision?"""
         written = (m.fill for m in self.masks if not m.additive and math.isfinite(m.fill))
         return all(absorbs(fill, torch.float32, USUAL_SCORES) for fill in written)
 
     @property
     def fills_stay_finite(self) -> bool:
-        """Do masks other than those with infinite fills write numbers that stay finite, even all together?"""
+        """Is nothing added but masks, and does even the sum of all their finite fills stay finite?
+
+        It must be below half the largest number of the scores' dtype.
+        """
         written = sum(abs(m.fill) for m in self.masks if m.fill != -math.inf)
         return (
             all(isinstance(m, Mask) for m in self.added) and written < torch.finfo(self.score_dtype).max / 2
@@ -265,14 +270,15 @@ def _brings_nothing_back(mod: ScoreModifier) -> bool:
 
 
 def dtype_of_sum(mask: Mask, *dtypes: torch.dtype) -> torch.dtype:
-    """The dtype that an additive mask is added in: its own, or the first of some that holds its fill."""
+    """The dtype that an additive mask is added in: its own, or else the first of ``dtypes`` that holds its
+    fill, or float64."""
     if mask.dtype:
         return DTYPES[mask.dtype]
     return next((d for d in dtypes if mask.fill >= torch.finfo(d).min), torch.float64)
 
 
 def rounds_scores(size: float, dtype: torch.dtype) -> bool:
-    """Does adding a number of this size to a score round it by more than a sixteenth?"""
+    """May adding a number of this size to a score change the score by more than 1/16 through rounding?"""
     return size * torch.finfo(dtype).eps > 1 / 16
 
 
@@ -308,8 +314,8 @@ def empty_rows(spec: Attention) -> str:
 def _keeps_levels(spec: Attention) -> bool:
     """Does a fill that is the same for all keys of a row stay so through all later modifiers?
 
-    Other masks, and biases that may hide, have fills of their own: these are compared.  Scores of usual size,
-    and biases, are absorbed by an additive mask.
+    Other masks, and biases that may hide, may follow, because they have fills of their own, which count as
+    well.  Biases may follow an additive mask, because it absorbs them as it absorbs scores of usual size.
     """
     dtype = min((spec.dtype, spec.softmax_dtype), key=lambda d: torch.finfo(d).eps)
     scale = 1.0

@@ -2,8 +2,8 @@
 
 A modifier is frozen data.  Methods without a safe default are abstract, so that a class that forgets one
 cannot be instantiated: its text, its meaning, its derivative, and samples for the tests of its laws.  All
-others default to the cautious answer: a scale does not pass it, it may show again what was hidden before it,
-and so on.
+other methods default to the cautious answer: a scale cannot pass the modifier, the modifier may show again
+what was hidden before it, and so on.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Modifier(ABC):
 
     A field called ``slot``, or whose name ends in ``_slot``, is the number of an operand, or None; an operand
     is broadcastable to ``[B, H, Q, K]``.  Other fields are numbers, texts, truth values, or tuples of these.
-    ``repeats``: several in a row equal a single one with another operand, so whoever takes one takes all.
+    ``repeats``: several in a row equal a single one with another operand, so a kernel that takes one takes
+    any number of them.
     """
 
     repeats: ClassVar[bool] = False
@@ -72,7 +73,10 @@ class Step(Modifier):
 
     @abstractmethod
     def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
-        """The gradient of ``before``, given that of the result; adds those of operands to ``gradients``."""
+        """The gradient of the input ``before``, given ``grad``, that of the result.
+
+        The gradients of the operands are added to ``gradients``, which has one tensor per slot.
+        """
 
 
 class ScoreModifier(Step):
@@ -83,9 +87,9 @@ class ScoreModifier(Step):
         return None
 
     def hidden(self, fill: float) -> float | None:
-        """The value afterwards of a hidden score, which was set to ``fill``, far below all others.
+        """What this step makes of a hidden score, one that was set to ``fill``, far below all others.
 
-        A sum with a number of ordinary size counts as ``fill``.  None where it is not known.
+        The sum of ``fill`` and a number of ordinary size counts as ``fill``.  None where it is not known.
         """
         return None
 

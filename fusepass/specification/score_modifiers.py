@@ -14,7 +14,7 @@ from fusepass.specification.atoms import Atom, absorbs
 from fusepass.specification.modifiers import Sample, ScoreModifier, Tensors, add_gradient
 from fusepass.specification.samples import Draw
 
-#: A fill so low that adding any realistic number leaves it hidden; in half precision, the lowest numbers.
+#: A score with this fill stays hidden whatever realistic number is added to it.
 LOWEST = -1e30
 
 
@@ -134,7 +134,8 @@ class Bias(ScoreModifier):
         return replace(self, factor=self.factor * factor)
 
     def hidden(self, fill: float) -> float | None:
-        """A tensor that is not known to be of ordinary size may bring back all fills except the lowest."""
+        """A tensor that is not known to be of ordinary size may bring back all fills except the lowest: those
+        of ``LOWEST`` and below, and half precision's lowest numbers."""
         unknown = self.hides and math.isfinite(fill) and not (fill <= LOWEST or -65504 <= fill <= -64800)
         return fill if math.isfinite(self.factor) and not unknown else None
 
@@ -230,7 +231,8 @@ class Mask(ScoreModifier):
 
 @dataclass(frozen=True)
 class Cast(ScoreModifier):
-    """``s`` in another dtype: recorded from the first cast that is less precise than the product."""
+    """``s`` in another dtype.  Casts before the first one that is less precise than the product of queries
+    and keys are left out of a specification."""
 
     dtype: str  #: its short name, as in texts of expressions
     narrow: bool  #: does it round?
@@ -398,5 +400,5 @@ def _widened(s: Tensor, dtype: str) -> Tensor:
 
 
 def _lower(fill: float, other: float) -> float:
-    """The higher of two fills; NaN where one is NaN."""
+    """The higher of two fills; ``other`` where either is NaN."""
     return fill if other <= fill else other

@@ -42,18 +42,20 @@ class Takes:
     """What is computed correctly.
 
     Attributes:
-        scores: the stages of the score, in order; each may be missing.
+        scores: the stages of the score, in order; a site may lack any of them.
         weights: the kinds of weight modifiers.
-        sink: does the softmax have a sink?
+        sink: may the softmax have a sink?
         learned: the kinds of modifiers whose operands get gradients.
         factors: what a tensor that multiplies the scores may vary over: ``"rows"`` alone, rows or ``"keys"``,
             or ``"pairs"`` of them.
-        fills: how masks are computed: as ``"hidden"`` pairs; or additive ones are ``"added"`` as tensors,
-            with any fill; or all as ``"written"``, with their exact fills.
+        fills: how masks are computed.  ``"hidden"``: the pairs outside them get no weight.  ``"added"``:
+            additive masks are added as tensors, with any fill.  ``"written"``: all masks write their exact
+            fills.
         lowest: the lowest fill that can be written; lower ones are written as this number.
-        rows: ``"seen"``: every row must see a key.  Or rows that see none give what
-            :func:`.attention.empty_rows` says: where all keys have ``"one level"``, or with ``"levels"`` of
-            several fills.  Or every row is computed as ``"written"``.
+        rows: which rows that see no key are computed correctly.  ``"seen"``: none, every row must see a key.
+            ``"one level"``: rows in which all keys have the same fill give what
+            :func:`.attention.empty_rows` says.  ``"levels"``: rows with several fills do so too.
+            ``"written"``: every row is computed as the original computes it.
         hiding_biases: are biases that may hide all keys of a row added as they are?
         no_keys: is the result zero where there are no keys?
     """
@@ -106,7 +108,8 @@ class Takes:
         return None
 
     def _rounding(self, spec: Attention) -> str | None:
-        """Only what computes as written may round scores and weights more than the operands are."""
+        """Only a kernel that computes as written may round scores and weights to less than the operands'
+        precision."""
         if rounds_softmax(spec.softmax_dtype, spec.dtype) and self.rows != "written":
             kind = str(spec.softmax_dtype).removeprefix("torch.")
             return f"its softmax is rounded to {kind}, which is less precise than its operands"
@@ -135,8 +138,9 @@ class Takes:
         return None
 
     def _writes(self, spec: Attention, at: int, mask: Mask) -> bool:
-        """Can the exact fill be written?  One that is added can only where it absorbs the scores."""
-        single = absorbs(mask.fill, torch.float32, USUAL_SCORES)  # kernels add in it
+        """Can the exact fill be written?  For an additive mask this requires a fill that absorbs the scores,
+        unless the kernel computes every row as written."""
+        single = absorbs(mask.fill, torch.float32, USUAL_SCORES)  # kernels add in single precision
         if mask.additive and self.rows != "written" and not single:
             return False
         return not mask.fill < self.lowest or self._same_fate(spec, at, mask)

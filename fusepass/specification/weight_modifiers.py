@@ -132,7 +132,7 @@ class ZeroEmptyRows(WeightModifier):
         return "empty rows zero"
 
     def apply(self, x: Tensor, operands: Tensors) -> Tensor:
-        return torch.nan_to_num(x, nan=0.0) if self.every else x  # rows of fills: in the softmax
+        return torch.nan_to_num(x, nan=0.0) if self.every else x  # else the softmax does it
 
     def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
         return grad * before.isfinite() if self.every else grad
