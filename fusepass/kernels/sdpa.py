@@ -56,6 +56,7 @@ from fusepass.specification.attention import (
     absorbs,
     empty_rows,
     is_hiding,
+    is_less_precise,
 )
 from fusepass.specification.takes import Takes
 from fusepass.writing.emit import Builder
@@ -84,7 +85,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     rows: Rows | None = None
     if causal:
         mask = None
-    elif not _mends_rows(spec, target) or _absorbs(spec, target, build.value(x.q).dtype):
+    elif not _mends_rows(spec, target) or _absorbs(site, target, build.value(x.q).dtype):
         mask = attn_mask(site, build, target, x)
     else:
         rows = rows_of(site, build, build.value(x.q).dtype)
@@ -222,14 +223,18 @@ def _mends_rows(spec: Attention, target: Target) -> bool:
     return may_empty_rows(spec, target) or (any(map(is_hiding, spec.scores)) and not spec.fills_absorb)
 
 
-def _absorbs(spec: Attention, target: Target, dtype: torch.dtype) -> bool:
+def _absorbs(site: Site, target: Target, dtype: torch.dtype) -> bool:
     """Does adding the masks as they are give the original's result for rows that see no key?
 
     ``score + finfo.min`` rounds to ``finfo.min`` in float32 and bfloat16, so that such a row is uniform.  A
     higher fill does not absorb all scores, which is correct only if the original adds it too.  All this holds
     for a single mask, on the CPU (CUDA's kernels compute in powers of two, where ``finfo.min`` overflows) and
-    without gradients (the backward's ``exp(s - logsumexp)`` loses the row's length).
+    without gradients (the backward's ``exp(s - logsumexp)`` loses the row's length).  A sum of wider numbers
+    is moved to a maximum of zero (:func:`_as_operand`), where it absorbs nothing.
     """
+    spec, added = site.spec, [site.operands[m.slot].expr for m in site.spec.added]
+    if len(added) > 1 and any(a.is_float and a.rank and is_less_precise(dtype, a.dtype) for a in added):
+        return False
     if target.device != "cpu" or target.training or dtype is torch.float16:
         return False
     if not len(spec.masks) == 1 == len(hiders(spec)) or empty_rows(spec) != "mean":

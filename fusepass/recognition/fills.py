@@ -245,11 +245,19 @@ class Fills:
         return replace(mod, slot=self.scope.slot(Term(added, term.index)), fill=-math.inf)
 
     def _filled(self, scores: list[ScoreModifier]) -> list[ScoreModifier]:
-        """``s * c + (0 if c else fill) = where(c, s, fill)`` for a factor ``c`` of zeros and ones."""
+        """``s * c + (0 if c else fill) = where(c, s, fill)`` for a factor ``c`` of zeros and ones.
+
+        An infinite fill makes rows NaN, and their gradients: zero times NaN is NaN.
+        """
         out: list[ScoreModifier] = []
         for mod in scores:
             before = out[-1] if out else None
-            if isinstance(before, ScaleBy) and isinstance(mod, Mask) and mod.additive:
+            if (
+                isinstance(before, ScaleBy)
+                and isinstance(mod, Mask)
+                and mod.additive
+                and math.isfinite(mod.fill)
+            ):
                 term = self.scope.operands[before.slot]
                 kept = masks.visibility_factor(self.meanings.formulas, self.meanings.formulas.lift(term))
                 if kept is not None and set(masks.conjuncts(kept)) == set(
@@ -314,8 +322,8 @@ class Fills:
         if len(finite) < len(under) and any(map(_is_infinite, after)):
             return "infinite ones are added to them"
         levels = fills_after((mod, *after), 0, mod.low)
-        if under and any(level is not None and -math.inf < level < lowest for level in levels):
-            return "overflow when they are scaled"
+        if under and any(level is not None and level < lowest for level in levels):
+            return "overflow when they are scaled or rounded"
         return None
 
     def _refilled(self, mod: Mask, fill: float) -> Mask:
@@ -434,7 +442,14 @@ def _last_level(scores: Sequence[ScoreModifier], at: int) -> float | None:
 
 
 def without_exact_casts(mods: Sequence[ScoreModifier], product: torch.dtype) -> list[ScoreModifier]:
-    """Drops the casts before the first one that is less precise than the product; the rest are kept."""
+    """Drops the casts before the first one that is less precise than the product; the rest are kept.
+
+    All are kept where scores are narrowed after anything except sums, scales and masks.  Of these it is known
+    what rounding does to fills (:func:`roundings`).
+    """
+    others = [not isinstance(m, (Scale, ScaleBy, Bias, Mask, Cast)) for m in mods]
+    if any(isinstance(m, Cast) and m.narrow and any(others[:n]) for n, m in enumerate(mods)):
+        return list(mods)
     less = (
         n for n, m in enumerate(mods) if isinstance(m, Cast) and is_less_precise(DTYPES[m.dtype], product)
     )

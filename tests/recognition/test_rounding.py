@@ -241,3 +241,38 @@ def test_what_only_promotes_scores_is_kept(kernel: str, promote: Scores) -> None
         return torch.where(ROWS, s, torch.finfo(s.dtype).min).softmax(-1, dtype=torch.float16).to(v.dtype) @ v
 
     agrees(program, kernel, close=1e-2)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_that_a_fill_hides_beside_a_bias_of_single_precision(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
+        s = q @ k.mT + keys * -100.0
+        s = s.to(q.dtype) + torch.zeros(N, N, dtype=q.dtype).masked_fill(~ROWS, torch.finfo(q.dtype).min)
+        return s.softmax(-1) @ v
+
+    given: Any = inputs(torch.bfloat16)
+    agrees(program, kernel, close=3e-2, keys=KEYS, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradients_of_a_number_that_overflows_after_it_was_cleaned(kernel: str) -> None:
+    """Zero times the gradient of a row of NaN is NaN."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shown = ROWS.to(torch.int8)
+        s = ((q @ k.mT).float() * shown + (1 - shown.float()) * LOW).nan_to_num()
+        return s.half().softmax(-1).to(v.dtype) @ v
+
+    learned = inputs(torch.float16)
+    ours, eager = (gradients(program, how, learned, {}) for how in (kernel, None))
+    torch.testing.assert_close(ours, eager, rtol=1e-2, atol=1e-2, equal_nan=True)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_scores_that_are_cleaned_in_single_precision_and_narrowed(kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q @ k.mT).float().masked_fill(~ROWS, -INF).nan_to_num()
+        return s.half().softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+    given: Any = inputs(torch.float16)
+    agrees(program, kernel, close=1e-2, **given)
