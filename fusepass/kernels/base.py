@@ -191,10 +191,11 @@ def without_hidden_keys(site: Site, build: Builder, target: Target, x: Operands)
 def may_empty_rows(spec: Attention, target: Target) -> bool:
     """Are there rows to mend: may a row see no key, and is adding the fills as they are not enough?
 
-    In inference, a bias that may hide whole rows is added as it is, in the order of computation.  The
-    backward of every kernel gets such rows wrong (``exp(s - logsumexp)`` loses the row's length).
+    In inference, a bias that may hide whole rows is added as it is, in the order of computation, except where
+    its fills absorb scores in half precision alone.  The backward of every kernel gets such rows wrong
+    (``exp(s - logsumexp)`` loses the row's length).
     """
-    if target.training and any(map(is_hiding, spec.scores)):
+    if (target.training or not spec.biases_absorb) and any(map(is_hiding, spec.scores)):
         return True
     return spec.unseen_rows
 
@@ -350,7 +351,8 @@ def rows_of(site: Site, build: Builder, dtype: torch.dtype) -> Rows:
 def _reached(site: Site, build: Builder, top: fx.Node) -> fx.Node:
     """Are the highest levels of rows above the fills of masks, and too small to absorb scores?"""
     known = torch.finfo(build.value(top).dtype)
-    bound = min(max(FILL, 2 * USUAL_SCORES / known.eps), 0.99 * known.max)
+    scales = (abs(m.factor) for m in site.spec.scores if isinstance(m, Bias) and m.hides and m.factor)
+    bound = min(max(FILL, 2 * USUAL_SCORES / known.eps), 0.99 * known.max) * min((1.0, *scales))
     spec = site.spec.without_hiding_biases
     highest = max((m.fill for m in spec.masks if spec.hides(m)), default=-math.inf)
     low, high = (build.number(n, top) for n in (max(-bound, 0.99 * highest), bound))
@@ -417,6 +419,8 @@ def _hide(site: Site, build: Builder, level: fx.Node | None, mod: Mask | Bias) -
     if isinstance(mod, Bias):
         if not isinstance(tensor, fx.Node) or not isinstance(build.value(tensor), torch.Tensor):
             raise Refused("a bias is a single number for all keys")
+        if site.operands[mod.slot].expr.rank == 0:
+            tensor = build.cast(tensor, site.product.dtype)  # a number is added in the dtype of the scores
         tensor = tensor if mod.factor == 1 else build.op("mul_scalar", tensor, mod.factor)
         return tensor if level is None else build.op("add", level, tensor)
     if mod.additive:

@@ -20,7 +20,6 @@ from fusepass.kernels.base import (
     Refused,
     Target,
     after_weights,
-    may_empty_rows,
     operands,
     scaled,
 )
@@ -37,7 +36,7 @@ TAKES = replace(sdpa.TAKES, sink=False, learned=IN_GRAPH, rows="seen")
 
 def refuse(spec: Attention, target: Target) -> str | None:
     """Why cuDNN, through torch, cannot compute ``spec``."""
-    if may_empty_rows(spec, target):
+    if sdpa.mends_rows(spec, target):
         return "a query may see no key"
     return gate_refuses("cudnn", spec, target.device, target.training)
 

@@ -30,7 +30,16 @@ from torch import Tensor, fx
 from fusepass.host.surroundings import settings
 from fusepass.kernels import blocks, cute_mods, flash_ops, flex_blocks
 from fusepass.kernels import formula as fm
-from fusepass.kernels.base import AROUND, IN_GRAPH, Operands, Refused, Target, after_weights, operands
+from fusepass.kernels.base import (
+    AROUND,
+    IN_GRAPH,
+    Operands,
+    Refused,
+    Target,
+    after_weights,
+    may_empty_rows,
+    operands,
+)
 from fusepass.rules.site import Site
 from fusepass.specification.attention import (
     Absolute,
@@ -234,8 +243,8 @@ def emit(
     plan = flex_blocks.plan(site, build)
     if plan is None:
         raise Refused("its modifiers have no formula")
-    if plan.hides_rows and target.training:
-        raise Refused("in training a bias may hide all keys of a query")
+    if plan.hides_rows and may_empty_rows(site.spec, target):
+        raise Refused("a bias may hide all keys of a query, in training or in half precision")
     window = band(site.spec)
     native = not isinstance(window, str)
     visible = None if native else plan.conjunction

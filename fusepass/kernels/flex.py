@@ -101,7 +101,7 @@ def _with_tables(site: Site, build: Builder, target: Target, options: dict[str, 
     if not takes_tables(target.device) or not flex_blocks.mendable(site):
         return None
     plan = flex_blocks.plan(site, build)
-    if plan is None or (plan.hides_rows and target.training):
+    if plan is None or (plan.hides_rows and may_empty_rows(site.spec, target)):
         return None
     return flex_blocks.emit(site, build, target, plan, options)
 

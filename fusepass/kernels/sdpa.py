@@ -85,7 +85,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     rows: Rows | None = None
     if causal:
         mask = None
-    elif not _mends_rows(spec, target) or _absorbs(site, target, build.value(x.q).dtype):
+    elif not mends_rows(spec, target) or _absorbs(site, target, build.value(x.q).dtype):
         mask = attn_mask(site, build, target, x)
     else:
         rows = rows_of(site, build, build.value(x.q).dtype)
@@ -218,7 +218,7 @@ def _representable(build: Builder, added: fx.Node) -> fx.Node:
     return build.op("where", infinite, added, build.op("maximum", added, half))
 
 
-def _mends_rows(spec: Attention, target: Target) -> bool:
+def mends_rows(spec: Attention, target: Target) -> bool:
     """Are there rows to mend?  Those that a bias hides too, where a fill does not absorb the scores."""
     return may_empty_rows(spec, target) or (any(map(is_hiding, spec.scores)) and not spec.fills_absorb)
 

@@ -66,7 +66,7 @@ class Fills:
             written: the modifiers as they were peeled, from the product outwards.
         """
         product = self.meanings.computed
-        merged = merge_scales(without_exact_casts(written, product))
+        merged = merge_scales(without_exact_casts(written, product, self._narrows_fills(written)))
         all_rounded = roundings(written, product)
         rounded = {} if any(isinstance(m, Cast) for m in merged) else all_rounded
         scores = [self._rounded(self.meanings.understood(m), m, rounded) for m in merged]
@@ -75,8 +75,20 @@ class Fills:
         self.partly = [m for m, as_merged in pairs if self._absorbs_in_part(m, as_merged, rounded)]
         self._check_narrowed(scores, all_rounded)
         casts = [DTYPES[m.dtype] for m in written if isinstance(m, Cast)]
-        self.overflows = self._overflowing(scores, [self.core.dtype, product, *casts])
+        narrow = torch.finfo(min((self.core.dtype, product, *casts), key=lambda d: torch.finfo(d).max))
+        self._check_sizes(written, scores, narrow)
+        self.overflows = self._overflowing(scores, narrow)
         return self._floored(self._finite(self._filled(scores)))
+
+    def _narrows_fills(self, written: Sequence[ScoreModifier]) -> bool:
+        """Is a sum with a bias that may hide, wider than the product, narrowed later?"""
+        for at, mod in enumerate(written):
+            if not isinstance(mod, Bias) or not is_less_precise(self.meanings.computed, DTYPES[mod.dtype]):
+                continue
+            narrowed = any(isinstance(m, Cast) and m.narrow for m in written[at + 1 :])
+            if narrowed and is_hiding(self.meanings.understood(mod)):
+                return True
+        return False
 
     def check(self, scores: Sequence[ScoreModifier], rows_seen: bool) -> None:
         """Refuse fills that absorb only a part of what they are added to.
@@ -132,16 +144,52 @@ class Fills:
             operand = self.scope.operands[mod.slot].expr
             low = -self.meanings.constants(mod)
             casts = (DTYPES[step.dtype] for step in written.steps if isinstance(step, Cast))
+            before = low / abs(mod.factor) if mod.factor else low
             for dtype in (written.dtype, *casts, self.core.dtype):
-                if negligible(low, dtype) and not negligible(low, operand.dtype):
+                hides = negligible(low, dtype) and not negligible(low, operand.dtype)
+                if hides or (dtype is torch.float16 and absorbs(before, dtype, USUAL_SCORES)):
                     raise Refuse(
                         f"a bias of {low:g} in {operand.dtype} is rounded to {dtype}, where it hides scores",
                         operand,
                     )
 
-    def _overflowing(self, scores: Sequence[ScoreModifier], dtypes: Sequence[torch.dtype]) -> Mask | None:
+    def _check_sizes(
+        self, written: Sequence[ScoreModifier], scores: Sequence[ScoreModifier], narrow: torch.finfo
+    ) -> None:
+        """Check that usual scores stay numbers, and that fills are no infinities when they are changed later.
+
+        Args:
+            written: the modifiers as they were peeled.
+            scores: the same, merged and understood.
+            narrow: the numbers of the narrowest dtype on the way.
+
+        Raises:
+            Refuse: the original overflows, and a wider sum or product would not.
+        """
+        scale, level = 1.0, 0.0
+        for mod in written:
+            scale *= self._factor(mod)
+            if scale * USUAL_SCORES > narrow.max:
+                raise Refuse(f"scores that are multiplied by {scale:g} overflow in {narrow.dtype}")
+        for mod in scores:
+            if isinstance(mod, Mask) and mod.fill > narrow.max:
+                raise Refuse(f"some scores are set to {mod.fill:g}, which overflows in {narrow.dtype}")
+            if isinstance(mod, Mask) and math.isfinite(mod.fill):
+                level = level + mod.fill if mod.additive else min(level, mod.fill)
+            elif level < narrow.min and not isinstance(mod, (Mask, Bias, Cast)):
+                raise Refuse(f"fills overflow together in {narrow.dtype}, and '{mod}' follows them")
+
+    def _factor(self, mod: ScoreModifier) -> float:
+        """By how much a modifier makes scores larger, as far as that is known."""
+        if isinstance(mod, Scale):
+            return abs(mod.factor)
+        if not isinstance(mod, ScaleBy):
+            return 1.0
+        bounds = range_of(self.scope.operands[mod.slot].expr, self.scope.contents, self.scope.facts)
+        return 1.0 if bounds is None or not magnitude(bounds) < math.inf else magnitude(bounds)
+
+    def _overflowing(self, scores: Sequence[ScoreModifier], narrow: torch.finfo) -> Mask | None:
         """A mask whose fill is a number of the narrowest dtype, except together with constants of biases."""
-        narrow = torch.finfo(min(dtypes, key=lambda d: torch.finfo(d).max))
         most = narrow.max * (1 + narrow.eps / 4)  # what is larger is rounded to infinity
         for at, mod in enumerate(scores):
             if not isinstance(mod, Mask) or not -most < mod.fill:
@@ -314,6 +362,14 @@ class Fills:
     ) -> str | None:
         """What, other than a mask, makes scores infinite, or makes masked scores infinite again."""
         lowest = torch.finfo(self.meanings.computed).min
+        changed = [n for n, m in enumerate(before) if _is_infinite(m) and not isinstance(m, Mask)]
+        changed += [
+            n
+            for n, m in enumerate(before)
+            if isinstance(m, Mask) and m.fill == -math.inf and _last_level(before, n) != -math.inf
+        ]
+        if any(not all(isinstance(m, (Mask, Bias, Cast)) for m in before[n:]) for n in changed):
+            return "are changed before that"
         finite = [m for m in under if m.additive and math.isfinite(m.fill)]
         if finite and any(map(_is_infinite, before)):
             return "fills are added to others that are infinite"
@@ -441,12 +497,16 @@ def _last_level(scores: Sequence[ScoreModifier], at: int) -> float | None:
     return level
 
 
-def without_exact_casts(mods: Sequence[ScoreModifier], product: torch.dtype) -> list[ScoreModifier]:
+def without_exact_casts(
+    mods: Sequence[ScoreModifier], product: torch.dtype, whole: bool = False
+) -> list[ScoreModifier]:
     """Drops the casts before the first one that is less precise than the product; the rest are kept.
 
     All are kept where scores are narrowed after anything except sums, scales and masks.  Of these it is known
-    what rounding does to fills (:func:`roundings`).
+    what rounding does to fills (:func:`roundings`).  ``whole``: all are kept for another reason.
     """
+    if whole:
+        return list(mods)
     others = [not isinstance(m, (Scale, ScaleBy, Bias, Mask, Cast)) for m in mods]
     if any(isinstance(m, Cast) and m.narrow and any(others[:n]) for n, m in enumerate(mods)):
         return list(mods)

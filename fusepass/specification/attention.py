@@ -165,6 +165,14 @@ class Attention:
         return all(absorbs(fill, torch.float32, USUAL_SCORES) for fill in written)
 
     @property
+    def biases_absorb(self) -> bool:
+        """Do fills in biases that may hide absorb as much where they are added in single precision?
+
+        Those of half precision absorb scores only in sums of half precision.
+        """
+        return self.dtype is not torch.float16 or not any(is_hiding(m) and not m.dtype for m in self.scores)
+
+    @property
     def fills_stay_finite(self) -> bool:
         """Is nothing added but masks, and does even the sum of all their finite fills stay finite?
 

@@ -162,7 +162,8 @@ class Takes:
             return f"'{hiding}' may hide all keys of a query"
         if hiding is not None and hiding.dtype == "f64":
             return f"'{hiding}' may hide all keys of a query, and is added in float64"
-        counts = training or (self.fills == "added" and not spec.fills_absorb)
+        absorbed = spec.biases_absorb and (self.fills != "added" or spec.fills_absorb)
+        counts = training or not absorbed
         mended = counts and hiding is not None and self.rows == "levels"
         if not spec.unseen_rows and not mended:
             return None

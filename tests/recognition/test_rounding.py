@@ -16,6 +16,8 @@ from tests.recognition.as_eager import (
     KEYS,
     LOW,
     ROWS,
+    B,
+    H,
     N,
     Scores,
     agrees,
@@ -276,3 +278,61 @@ def test_scores_that_are_cleaned_in_single_precision_and_narrowed(kernel: str) -
 
     given: Any = inputs(torch.float16)
     agrees(program, kernel, close=1e-2, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("scale", [1.0, 3**-0.5])
+@pytest.mark.parametrize("shape", [(N, N), (N, 1), (N,), ()])
+def test_rows_that_a_bias_of_half_hides(shape: tuple[int, ...], scale: float, kernel: str) -> None:
+    """Kernels add it in single precision, where it leaves scores some digits."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        return ((q @ k.mT + b) * scale).float().softmax(-1).to(v.dtype) @ v
+
+    lowest = torch.full(shape, torch.finfo(torch.float16).min).half()
+    given: Any = inputs(torch.float16)
+    agrees(program, kernel, close=1e-2, b=lowest * ~ROWS if len(shape) == 2 else lowest, **given)
+
+
+def scores_that_overflow(s: Tensor) -> Tensor:
+    return s * 100 * torch.full((N, 1), 200, dtype=torch.uint8)
+
+
+def fills_that_overflow_and_are_scaled(s: Tensor) -> Tensor:
+    s = s + torch.zeros(N).masked_fill(~KEYS, -1e4).half() + (~CAUSAL).half() * torch.finfo(s.dtype).min
+    return s * 1e-5
+
+
+def fills_that_overflow_times_zero(s: Tensor) -> Tensor:
+    return fills_that_overflow_and_are_scaled(s) * 0.0
+
+
+def infinity_times_zero_cleaned(s: Tensor) -> Tensor:
+    s = torch.where(~CAUSAL, -INF, s)
+    return (s * CAUSAL + (1 - CAUSAL.to(s.dtype)) * -1e9).nan_to_num()
+
+
+def a_large_number_in_half(s: Tensor) -> Tensor:
+    wide = torch.zeros(B, H, N, N)
+    wide[...] = s
+    return torch.where(CAUSAL, wide, 1e9)
+
+
+def a_number_that_absorbs_rows(s: Tensor) -> Tensor:
+    return (s + torch.where(ROWS, 0.0, torch.finfo(torch.float16).min)).mul(0.3).half()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        scores_that_overflow, fills_that_overflow_and_are_scaled, fills_that_overflow_times_zero,
+        infinity_times_zero_cleaned, a_large_number_in_half, a_number_that_absorbs_rows,
+    ],
+)  # fmt: skip
+def test_numbers_that_half_precision_loses(change: Scores, kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return change(q @ k.mT).softmax(-1).to(v.dtype) @ v
+
+    given: Any = inputs(torch.float16)
+    agrees(program, kernel, close=2e-2, **given)
