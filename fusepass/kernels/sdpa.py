@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusepass.dialects.torch.nodes import size_of
 from fusepass.expressions.index import Size
+from fusepass.expressions.ir import opmath
 from fusepass.kernels import torch_flash
 from fusepass.kernels.base import (
     AROUND,
@@ -88,9 +89,12 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     elif not mends_rows(spec, target) or _absorbs(site, target, build.value(x.q).dtype):
         mask = attn_mask(site, build, target, x)
     else:
-        rows = rows_of(site, build, build.value(x.q).dtype)
+        dtype = build.value(x.q).dtype
+        rows = rows_of(site, build, opmath(dtype))
         x = _with_absorbed_scores(site, build, target, rows, x)
-        mask = _levels_and_biases(site, build, rows, build.value(x.q).dtype)
+        mask = _levels_and_biases(site, build, rows, opmath(dtype))
+        if spec.sink is None:
+            mask = _as_operand(site, build, target, mask, dtype)
     if spec.sink is not None:
         x, mask = _with_sink(site, build, target, x, mask)
     out = _call(site, build, target, x, mask, causal, scale)

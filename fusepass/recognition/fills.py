@@ -208,16 +208,13 @@ class Fills:
         Raises:
             Refuse: it becomes infinity or NaN.
         """
-        if not isinstance(mod, Mask) or not isinstance(merged, (Mask, Bias)) or not math.isfinite(mod.fill):
+        if not isinstance(mod, Mask) or not isinstance(merged, (Mask, Bias)):
             return mod
         written = rounded.get(merged.slot)
         if written is None:
             return mod
-        if isinstance(written.modifier, Mask):
-            fill = written.modifier.fill
-        elif isinstance(merged, Bias) and merged.factor:
-            fill = mod.fill * written.modifier.factor / merged.factor
-        else:
+        fill = self._as_written(written.modifier)
+        if not math.isfinite(fill):
             return mod
         operand = self.scope.operands[written.modifier.slot].expr
         most = torch.finfo(written.dtype).max
@@ -232,7 +229,17 @@ class Fills:
             raise Refuse(
                 f"the fill of '{mod}' overflows, and becomes {fill} when it is scaled", self.core.scores.expr
             )
+        if isinstance(merged, Bias) and -math.inf < fill < torch.finfo(written.dtype).min:
+            raise Refuse(
+                f"a fill of {written.dtype} becomes {fill:g} in a wider dtype, where it absorbs less",
+                self.core.scores.expr,
+            )
         return self._infinite(mod) if fill == -math.inf else mod
+
+    def _as_written(self, mod: Mask | Bias) -> float:
+        """The fill of a mask, or of a bias that is one, before any scale; -inf if there is none."""
+        mask = self.meanings.understood(mod)
+        return mask.fill if isinstance(mask, Mask) else -math.inf
 
     def _absorbs_in_part(
         self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, Written]
@@ -373,7 +380,7 @@ class Fills:
         finite = [m for m in under if m.additive and math.isfinite(m.fill)]
         if finite and any(map(_is_infinite, before)):
             return "fills are added to others that are infinite"
-        if _lowest_level(under) < lowest:
+        if _lowest_level(under, mod.low) < lowest:
             return "fills overflow together"
         if len(finite) < len(under) and any(map(_is_infinite, after)):
             return "infinite ones are added to them"
@@ -467,12 +474,15 @@ def _stays_low(scores: Sequence[ScoreModifier], at: int) -> bool:
     return all(level is not None and level <= SMALL for level in fill_levels(scores, at))
 
 
-def _lowest_level(masks: Sequence[Mask]) -> float:
-    """The lowest number that finite fills of masks give, those that are added on top of those before them."""
+def _lowest_level(masks: Sequence[Mask], low: float) -> float:
+    """The lowest number that fills of masks give, those that are added on top of those before them.
+
+    Infinite fills count as ``low``.
+    """
     level = 0.0
     for mask in masks:
-        if math.isfinite(mask.fill):
-            level = level + mask.fill if mask.additive else min(level, mask.fill)
+        fill = mask.fill if math.isfinite(mask.fill) else low
+        level = level + fill if mask.additive and math.isfinite(mask.fill) else min(level, fill)
     return level
 
 

@@ -336,3 +336,39 @@ def test_numbers_that_half_precision_loses(change: Scores, kernel: str) -> None:
 
     given: Any = inputs(torch.float16)
     agrees(program, kernel, close=2e-2, **given)
+
+
+def fill_that_is_scaled_in_single_precision(s: Tensor) -> Tensor:
+    lowest = torch.finfo(s.dtype).min
+    return (s + (~ROWS).to(s.dtype) * lowest) / torch.full((N, 1), 0.1, dtype=torch.bfloat16)
+
+
+def fills_that_overflow_together_once_cleaned(s: Tensor) -> Tensor:
+    s = torch.where(CAUSAL, s.tanh(), torch.tensor(-1e8, dtype=s.dtype))
+    seen = torch.eye(N, dtype=torch.bool) & ROWS
+    return (s + (~seen).to(s.dtype) * torch.finfo(s.dtype).min).nan_to_num()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "change", [fill_that_is_scaled_in_single_precision, fills_that_overflow_together_once_cleaned]
+)
+def test_fills_that_half_precision_changes(change: Scores, kernel: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return change(q @ k.mT).softmax(-1).to(v.dtype) @ v
+
+    given: Any = inputs(torch.float16)
+    agrees(program, kernel, close=2e-2, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_digits_of_a_bias_beside_a_large_number_in_half(kernel: str) -> None:
+    """The bias hides the keys that the mask leaves, and the others have a low number in common."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        s = (q @ k.mT + b).float() + torch.where(CAUSAL, 0.0, -1e4)
+        return s.softmax(-1).to(v.dtype) @ v
+
+    bias = torch.randn(N, N, generator=torch.Generator().manual_seed(2)).masked_fill(CAUSAL, -INF).half()
+    given: Any = inputs(torch.float16)
+    agrees(program, kernel, close=1e-2, b=bias.index_fill(0, torch.tensor([N - 1]), 0.0), **given)
