@@ -147,7 +147,8 @@ class Fills:
             before = low / abs(mod.factor) if mod.factor else low
             for dtype in (written.dtype, *casts, self.core.dtype):
                 hides = negligible(low, dtype) and not negligible(low, operand.dtype)
-                if hides or (dtype is torch.float16 and absorbs(before, dtype, USUAL_SCORES)):
+                known = dtype is torch.float16 and not mod.hides  # rows under others are mended
+                if hides or (known and absorbs(before, dtype, USUAL_SCORES)):
                     raise Refuse(
                         f"a bias of {low:g} in {operand.dtype} is rounded to {dtype}, where it hides scores",
                         operand,
@@ -174,8 +175,13 @@ class Fills:
         for mod in scores:
             if isinstance(mod, Mask) and mod.fill > narrow.max:
                 raise Refuse(f"some scores are set to {mod.fill:g}, which overflows in {narrow.dtype}")
-            if isinstance(mod, Mask) and math.isfinite(mod.fill):
-                level = level + mod.fill if mod.additive else min(level, mod.fill)
+        for mod in written:
+            fill = self._as_written(mod) if isinstance(mod, (Mask, Bias)) else math.nan
+            if isinstance(mod, Bias) and fill == -math.inf:
+                fill = -self.meanings.constants(mod)  # no mask
+            if math.isfinite(fill):
+                added = isinstance(mod, Bias) or (isinstance(mod, Mask) and mod.additive)
+                level = level + fill if added else min(level, fill)
             elif level < narrow.min and not isinstance(mod, (Mask, Bias, Cast)):
                 raise Refuse(f"fills overflow together in {narrow.dtype}, and '{mod}' follows them")
 

@@ -171,6 +171,8 @@ class Takes:
             return "a query may see no key: its weights are NaN and become zero, but its gradients stay NaN"
         if self.rows == "seen":
             return "a query may see no key"
+        if empty_rows(spec) == "unknown" and mended and not training and not spec.unseen_rows:
+            return f"'{hiding}' may hide all keys of a query, whose scores half precision rounds away"
         if empty_rows(spec) == "unknown":
             return "a query may see no key, and the result of such a row depends on the values of its scores"
         if self.rows == "one level" and not one_level(spec):

@@ -23,6 +23,7 @@ HONEST = (
     "within reach of real scores",
     "a row may see no key",
     "weights are hidden after the softmax without renormalising",
+    "half precision rounds away",
     "no gradients on cpu",
     "a bias that needs a gradient",
 )
@@ -54,9 +55,10 @@ def grid() -> list[Program]:
 def must_fuse(p: Program) -> bool:
     """Can a kernel of torch express exactly this, without gradients?
 
-    Where a given bias may hide the keys that a finite fill leaves, weights set to zero afterwards are not.
+    Where a given bias may hide the keys that a finite fill leaves, weights set to zero afterwards are not, and
+    half precision rounds the scores of such rows away.
     """
-    if p.after != "none" and p.bias != "none" and p.fill != "-inf":
+    if p.bias != "none" and p.fill != "-inf" and (p.after != "none" or p.dtype == "float16"):
         return False
     if p.function == "none" and p.fill != "-1e4" and p.apply != "multiplied":
         return True
