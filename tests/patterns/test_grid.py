@@ -55,8 +55,8 @@ def grid() -> list[Program]:
 def must_fuse(p: Program) -> bool:
     """Can a kernel of torch express exactly this, without gradients?
 
-    Where a given bias may hide the keys that a finite fill leaves, weights set to zero afterwards are not, and
-    half precision rounds the scores of such rows away.
+    Where a given bias may hide the keys that a finite fill leaves, half precision rounds the scores of such
+    rows away, and weights that are set to zero afterwards stay.
     """
     if p.bias != "none" and p.fill != "-inf" and (p.after != "none" or p.dtype == "float16"):
         return False
