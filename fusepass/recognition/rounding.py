@@ -1,0 +1,241 @@
+"""Laws about rounding: which numbers of scores, biases and fills the dtypes on the way lose."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fusepass.expressions.intervals import magnitude, range_of
+from fusepass.expressions.ir import DTYPES
+from fusepass.recognition.meanings import Meanings
+from fusepass.rules.engine import Core, Refuse
+from fusepass.specification.attention import (
+    USUAL_SCORES,
+    Bias,
+    Cast,
+    Mask,
+    Scale,
+    ScaleBy,
+    ScoreModifier,
+    absorbs,
+    dtype_of_sum,
+    fill_levels,
+    is_hiding,
+    is_less_precise,
+    negligible,
+    rounds_scores,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Written:
+    """A mask or bias as written: the dtype of what it gives, and the scales and roundings after it.
+
+    ``scaled_by_tensor``: the scales are not all known numbers.
+    """
+
+    modifier: Any
+    dtype: torch.dtype
+    steps: tuple[Any, ...]
+    scaled_by_tensor: bool
+
+
+def roundings(mods: Sequence[ScoreModifier], product: torch.dtype) -> dict[int, Written]:
+    """How each mask or bias was written, by its slot; scores begin in the product's dtype."""
+    by_slot: dict[int, Written] = {}
+    dtype = product
+    for at, mod in enumerate(mods):
+        if isinstance(mod, Cast):
+            dtype = DTYPES[mod.dtype]
+        if isinstance(mod, (Mask, Bias)):
+            dtype = DTYPES[mod.dtype] if mod.dtype else dtype
+            known = itertools.takewhile(lambda m: isinstance(m, (Scale, Cast, Mask, Bias)), mods[at + 1 :])
+            steps = tuple(m for m in known if isinstance(m, (Scale, Cast)))
+            by_tensor = any(isinstance(m, ScaleBy) for m in mods[at + 1 :])
+            by_slot[mod.slot] = Written(mod, dtype, steps, by_tensor)
+    return by_slot
+
+
+def without_exact_casts(
+    mods: Sequence[ScoreModifier], product: torch.dtype, whole: bool = False
+) -> list[ScoreModifier]:
+    """Drops the casts before the first one that is less precise than the product; the rest are kept.
+
+    All are kept where scores are narrowed after anything except sums, scales and masks.  Of these it is known
+    what rounding does to fills (:func:`roundings`).  ``whole``: all are kept for another reason.
+    """
+    if whole:
+        return list(mods)
+    others = [not isinstance(m, (Scale, ScaleBy, Bias, Mask, Cast)) for m in mods]
+    if any(isinstance(m, Cast) and m.narrow and any(others[:n]) for n, m in enumerate(mods)):
+        return list(mods)
+    less = (
+        n for n, m in enumerate(mods) if isinstance(m, Cast) and is_less_precise(DTYPES[m.dtype], product)
+    )
+    first = next(less, len(mods))
+    return [m for n, m in enumerate(mods) if n >= first or not isinstance(m, Cast)]
+
+
+class Rounding:
+    """What rounding does to the scores of one site.
+
+    Args:
+        meanings: tells what the modifiers mean.
+        core: the softmax.
+        dtype: the dtype of the scores, which is that of queries and keys.
+    """
+
+    def __init__(self, meanings: Meanings, core: Core, dtype: torch.dtype) -> None:
+        self.scope, self.meanings, self.core, self.dtype = meanings.scope, meanings, core, dtype
+
+    def fill_as_written(self, mod: Mask | Bias) -> float:
+        """The fill of a mask, or of a bias that is one, before any scale; -inf if there is none."""
+        mask = self.meanings.understood(mod)
+        return mask.fill if isinstance(mask, Mask) else -math.inf
+
+    def narrows_fills(self, written: Sequence[ScoreModifier]) -> bool:
+        """Is a sum with a bias that may hide, wider than the product, narrowed later?"""
+        for at, mod in enumerate(written):
+            if not isinstance(mod, Bias) or not is_less_precise(self.meanings.computed, DTYPES[mod.dtype]):
+                continue
+            narrowed = any(isinstance(m, Cast) and m.narrow for m in written[at + 1 :])
+            if narrowed and is_hiding(self.meanings.understood(mod)):
+                return True
+        return False
+
+    def check_narrowed(self, scores: Sequence[ScoreModifier], rounded: dict[int, Written]) -> None:
+        """Check that no bias holds numbers that hide in the dtype its sum is rounded to, and not in its own.
+
+        Raises:
+            Refuse: the original absorbs the scores of a row that it hides, and a wider sum would not.
+        """
+        for mod in scores:
+            if not isinstance(mod, Bias) or (written := rounded.get(mod.slot)) is None:
+                continue
+            operand = self.scope.operands[mod.slot].expr
+            low = -self.meanings.constants(mod)
+            casts = (DTYPES[step.dtype] for step in written.steps if isinstance(step, Cast))
+            before = low / abs(mod.factor) if mod.factor else low
+            for dtype in (written.dtype, *casts, self.core.dtype):
+                hides = negligible(low, dtype) and not negligible(low, operand.dtype)
+                known = dtype is torch.float16 and not mod.hides  # rows under others are mended
+                if hides or (known and absorbs(before, dtype, USUAL_SCORES)):
+                    raise Refuse(
+                        f"a bias of {low:g} in {operand.dtype} is rounded to {dtype}, where it hides scores",
+                        operand,
+                    )
+
+    def check_sizes(
+        self, written: Sequence[ScoreModifier], scores: Sequence[ScoreModifier], narrow: torch.finfo
+    ) -> None:
+        """Check that usual scores stay numbers, and that fills are no infinities when they are changed later.
+
+        Args:
+            written: the modifiers as they were peeled.
+            scores: the same, merged and understood.
+            narrow: the numbers of the narrowest dtype on the way.
+
+        Raises:
+            Refuse: the original overflows, and a wider sum or product would not.
+        """
+        scale, level = 1.0, 0.0
+        for mod in written:
+            scale *= self._factor(mod)
+            if scale * USUAL_SCORES > narrow.max:
+                raise Refuse(f"scores that are multiplied by {scale:g} overflow in {narrow.dtype}")
+        for mod in scores:
+            if isinstance(mod, Mask) and mod.fill > narrow.max:
+                raise Refuse(f"some scores are set to {mod.fill:g}, which overflows in {narrow.dtype}")
+        for mod in written:
+            fill = self.fill_as_written(mod) if isinstance(mod, (Mask, Bias)) else math.nan
+            if isinstance(mod, Bias) and fill == -math.inf:
+                fill = -self.meanings.constants(mod)  # no mask
+            if math.isfinite(fill):
+                added = isinstance(mod, Bias) or (isinstance(mod, Mask) and mod.additive)
+                level = level + fill if added else min(level, fill)
+            elif level < narrow.min and not isinstance(mod, (Mask, Bias, Cast)):
+                raise Refuse(f"fills overflow together in {narrow.dtype}, and '{mod}' follows them")
+
+    def _factor(self, mod: ScoreModifier) -> float:
+        """By how much a modifier makes scores larger, as far as that is known."""
+        if isinstance(mod, Scale):
+            return abs(mod.factor)
+        if not isinstance(mod, ScaleBy):
+            return 1.0
+        bounds = range_of(self.scope.operands[mod.slot].expr, self.scope.contents, self.scope.facts)
+        return 1.0 if bounds is None or not magnitude(bounds) < math.inf else magnitude(bounds)
+
+    def overflowing(self, scores: Sequence[ScoreModifier], narrow: torch.finfo) -> Mask | None:
+        """A mask whose fill is a number of the narrowest dtype, except together with constants of biases."""
+        most = narrow.max * (1 + narrow.eps / 4)  # what is larger is rounded to infinity
+        for at, mod in enumerate(scores):
+            if not isinstance(mod, Mask) or not -most < mod.fill:
+                continue
+            reached = scores if mod.additive else scores[at + 1 :]
+            constants = sum(self.meanings.constants(m) for m in reached if isinstance(m, Bias))
+            if constants and mod.fill - constants <= -most:
+                return mod
+        return None
+
+    def absorbs_in_part(self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, Written]) -> bool:
+        """Does adding a mask or a constant round the scores, and are other numbers rounded than were written?
+
+        So it is if a shift before the addition was dropped, or if a scale moved before it.
+        """
+        if not isinstance(mod, (Mask, Bias)) or not isinstance(merged, (Mask, Bias)):
+            return False
+        if isinstance(mod, Mask) and not mod.atoms:
+            return False  # it hides nothing
+        written = rounded.get(merged.slot)
+        if written is None:
+            return False
+        scale = math.prod(abs(step.factor) for step in written.steps if isinstance(step, Scale))
+        shifted = merged.slot in self.scope.shifted
+        if math.frexp(scale)[0] == 0.5 and not written.scaled_by_tensor and not shifted:
+            return False
+        if isinstance(mod, Bias):
+            fill = -self.meanings.constants(mod) / abs(mod.factor) if mod.factor else 0.0
+            inexact = rounds_scores(-fill, written.dtype)
+        else:
+            fill, inexact = mod.fill, mod.additive
+        return inexact and math.isfinite(fill) and not absorbs(fill, written.dtype, USUAL_SCORES * scale)
+
+    def unabsorbed(self, scores: Sequence[ScoreModifier], *dtypes: torch.dtype) -> Bias | None:
+        """A bias of constants that an additive mask does not absorb, so that hidden scores still differ.
+
+        Args:
+            scores: the modifiers.
+            dtypes: of the scores, and of the softmax.
+        """
+        added = [m for m in scores if isinstance(m, Mask) and m.additive]
+        for mod in scores:
+            if (
+                not isinstance(mod, Bias)
+                or mod.hides
+                or (most := self.meanings.constants(mod)) <= USUAL_SCORES
+            ):
+                continue
+            if not all(absorbs(m.fill, dtype_of_sum(m, *dtypes), most) for m in added):
+                return mod
+        return None
+
+    def rounded_on_a_fill(self, scores: Sequence[ScoreModifier]) -> Bias | None:
+        """A bias of unknown numbers that is added to a fill within reach of scores, and rounded by it."""
+        for at, mask in enumerate(scores):
+            if not isinstance(mask, Mask) or not mask.atoms or not math.isfinite(mask.fill):
+                continue
+            for mod, level in zip(scores[at + 1 :], fill_levels(scores, at), strict=False):
+                dtype = DTYPES[mod.dtype] if isinstance(mod, Bias) and mod.dtype else self.dtype
+                if level is None or negligible(level, dtype):
+                    break
+                if is_hiding(mod) and rounds_scores(abs(level), dtype):
+                    return mod
+        return None
+
+
+__all__ = ["Rounding", "Written", "roundings", "without_exact_casts"]
