@@ -21,7 +21,11 @@ MODEL is path/to/file.py:factory or package.module:factory. The factory takes no
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.  Returns 0 for success, 1 for a failed verification, 2 for a wrong command line."""
+    """Run a command.
+
+    Returns 0 for success; 1 if a result is wrong (an export then writes nothing) or a library is missing; 2
+    for a wrong command line, or a model or file that cannot be used.
+    """
     arguments = _parser().parse_args(_with_report(list(sys.argv[1:] if argv is None else argv)))
     command: Callable[[argparse.Namespace], int] = arguments.command
     from fusepass.tools.targets import UsageError
@@ -34,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _with_report(argv: list[str]) -> list[str]:
-    """`run --report page.html SCRIPT` and `run --report SCRIPT`, rewritten to be told apart by the parser."""
+    """Rewrite `run --report page.html SCRIPT` and `run --report SCRIPT` so that the parser can tell which."""
     if argv[:1] != ["run"] or "--report" not in argv:
         return argv
     at = argv.index("--report")
@@ -63,40 +67,55 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _explain_parser(commands: Any) -> None:
-    about = "every attention site of a model: what it is, its kernel or why it stays"
-    explain = commands.add_parser("explain", help=about, description=f"Shows {about}.", epilog=MODEL_HELP)
+    about = "shows every attention site of a model: what it is, and its kernel or why it stays"
+    explain = commands.add_parser(
+        "explain", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=MODEL_HELP
+    )
     _model_options(explain)
     explain.set_defaults(command=_explain)
 
 
 def _verify_parser(commands: Any) -> None:
-    about = "a fused model against the eager one against float64: errors, time, memory"
-    verify = commands.add_parser("verify", help=about, description=f"Compares {about}.", epilog=MODEL_HELP)
+    about = "compares the errors of a fused and an eager model against float64, and their time and memory"
+    verify = commands.add_parser(
+        "verify", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=MODEL_HELP
+    )
     _model_options(verify)
     verify.add_argument("--grads", action="store_true", help="compare gradients as well")
-    verify.add_argument("--repeats", type=int, default=5, help="timed runs (%(default)s); 0: no timing")
+    verify.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        help="timed runs (default: %(default)s); 0 measures neither time nor memory",
+    )
     verify.set_defaults(command=_verify)
 
 
 def _export_parser(commands: Any) -> None:
     about = "writes a model with its attention fused: ONNX, .pt2, or compiled ahead of time"
     export = commands.add_parser(
-        "export", help=about, description=f"{about.capitalize()}.", epilog=MODEL_HELP
+        "export",
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}. --target, --opset and --no-verify are for .onnx files; "
+        "--kernel, --precision and --validate are for .pt2 files.",
+        epilog=MODEL_HELP,
     )
     export.add_argument("model", metavar="MODEL", help="file.py:factory or package.module:factory")
-    export.add_argument("--to", required=True, metavar="FILE", help="the file: .onnx, or .pt2")
+    export.add_argument("--to", required=True, metavar="FILE", help="the file to write, .onnx or .pt2")
     export.add_argument("--aoti", action="store_true", help="compile the .pt2 package ahead of time")
     _pass_options(export)
     export.add_argument("--dtype", help="float32, bfloat16, float16 or float64: casts model and arguments")
     export.add_argument("--device", help="such as cuda: moves model and arguments")
-    export.add_argument("--dynamic", action="store_true", help="let every size of every input vary")
+    export.add_argument(
+        "--dynamic", action="store_true", help="let every size of every input vary, if the model allows it"
+    )
     _onnx_options(export)
     export.set_defaults(command=_export)
 
 
 def _optimize_parser(commands: Any) -> None:
-    about = "an ONNX model with its attention fused, from one that somebody else exported"
-    optimize = commands.add_parser("optimize", help=about, description=f"Writes {about}.")
+    about = "fuses the attention of an ONNX model from any exporter"
+    optimize = commands.add_parser("optimize", help=about, description=f"{about[0].upper()}{about[1:]}.")
     optimize.add_argument("source", metavar="IN", help="the ONNX model")
     optimize.add_argument("destination", metavar="OUT", nargs="?", help="where to write (default: IN)")
     _pass_options(optimize, about=False)
@@ -105,9 +124,13 @@ def _optimize_parser(commands: Any) -> None:
 
 
 def _onnx_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", default="onnx", help="onnx, ort or tensorrt (%(default)s)")
-    parser.add_argument("--opset", type=int, help="version of the ai.onnx operators (24)")
-    parser.add_argument("--no-verify", action="store_true", help="do not run the file and compare")
+    parser.add_argument(
+        "--target",
+        default="onnx",
+        help="the runtime to write for: onnx, ort or tensorrt (default: %(default)s)",
+    )
+    parser.add_argument("--opset", type=int, help="version of the ai.onnx operators (default: 24)")
+    parser.add_argument("--no-verify", action="store_true", help="do not check the file by running it")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -116,76 +139,90 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     _pass_options(parser, compiles=True)
     parser.add_argument("--dtype", help="float32, bfloat16, float16 or float64: casts model and arguments")
     parser.add_argument("--device", help="such as cuda: moves model and arguments")
-    parser.add_argument("--dynamic", action="store_true", help="compile for dynamic shapes")
+    parser.add_argument("--dynamic", action="store_true", help="compile for sizes that vary")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _pass_options(parser: argparse.ArgumentParser, compiles: bool = False, about: bool = True) -> None:
-    """Add all options of the pass; those that a command does not take are read to be refused by name."""
+    """Add all options of the pass.
+
+    Options that a command does not take are parsed too, but not listed, so that they are refused by name.
+    """
 
     def option(name: str, help: str, shown: bool, **more: Any) -> None:
         parser.add_argument(name, default=None, help=help if shown else argparse.SUPPRESS, **more)
 
-    option("--kernel", f"one of {', '.join(KERNELS)}, or a registered one (auto)", about)
-    option("--precision", f"one of {', '.join(PRECISIONS)} (native)", about)
-    option("--validate", "validate every site while compiling", about, action="store_true")
-    option("--inner", "what compiles the rewritten graph, such as inductor", compiles)
+    option("--kernel", f"one of {', '.join(KERNELS)}, or a registered one (default: auto)", about)
+    option("--precision", f"one of {', '.join(PRECISIONS)} (default: native)", about)
+    option(
+        "--validate", "compare every fused site with the original while compiling", about, action="store_true"
+    )
+    option("--inner", "what compiles the rewritten graph: a backend of torch.compile", compiles)
     option("--mode", "TorchInductor's mode, such as max-autotune", compiles)
 
 
 def _run_parser(commands: Any) -> None:
     about = "runs a script with the pass in all its torch.compile(...) calls"
     usage = "fusepass run [options] [-m] SCRIPT [argument ...]"
-    run = commands.add_parser("run", help=about, description=f"{about.capitalize()}.", usage=usage)
+    run = commands.add_parser("run", help=about, description=f"{about[0].upper()}{about[1:]}.", usage=usage)
     _pass_options(run)
     about_report = "afterwards print the table of sites to stderr, or write a page to FILE.html"
     run.add_argument("--report", nargs="?", const="", metavar="FILE.html", help=about_report)
     run.add_argument(
-        "--profile", action="store_true", help="time every fused site, for the page (short runs)"
+        "--profile", action="store_true", help="show the time of every fused site on the page; for short runs"
     )
     run.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
     run.add_argument("script", metavar="SCRIPT")
-    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="argument", help="passed to the script")
+    run.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="argument", help="passed to the script unchanged"
+    )
     run.set_defaults(command=_run)
 
 
 BENCH_HELP = """\
 examples:
-  python -m fusepass bench                         the whole grid; results in bench.csv
+  python -m fusepass bench                         everything; results in bench.csv
   python -m fusepass bench --variants causal,window --lengths 1024,4096 --head-dims 128
-  python -m fusepass bench --profile               measure this machine for `auto`, kept in the user's cache
+  python -m fusepass bench --profile               measure this machine for `auto`; kept in the user's cache
   python -m fusepass bench --read bench.csv --plot pictures
 """
 
 
 def _bench_parser(commands: Any) -> None:
-    about = "times attention: eager, compiled, fused, and by hand on one library"
+    about = "times attention: eager, compiled, fused, and written by hand as calls of a library"
     parser = commands.add_parser(
         "bench",
         help=about,
-        description=f"{about.capitalize()}.",
+        description=f"{about[0].upper()}{about[1:]}.",
         epilog=BENCH_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     option = parser.add_argument
-    option("--variants", default="all", help="kinds of attention, with commas between them (%(default)s)")
-    option("--lengths", default="128,256,512,1024,2048,4096,8192,16384", help="(%(default)s)")
-    option("--head-dims", default="64,128,256", help="(%(default)s)")
-    option("--modes", default="forward,training", help="(%(default)s)")
-    option("--contenders", help="of eager, compile, auto, hand, and kernels by name")
-    option("--dtype", default="bfloat16", help="(%(default)s)")
-    option("--device", help="cuda or cpu (cuda where there is a GPU)")
-    option("--tokens", type=int, default=16384, help="batch times length (%(default)s)")
-    option("--width", type=int, default=2048, help="heads times head size (%(default)s)")
-    option("--repeats", type=int, default=20, help="timed runs at most (%(default)s)")
-    option("--workers", type=int, default=0, help="processes that compile (all cores except four)")
-    option("--limit", type=float, help="seconds after which no measurement begins")
-    option("--out", type=Path, default=Path("bench.csv"), help="(%(default)s)")
-    option("--read", type=Path, nargs="+", help="measure nothing: read these results")
-    option("--plot", type=Path, help="folder for pictures")
-    option("--markdown", type=Path, help="a page with the results as a table")
+    option("--variants", default="all", help="kinds of attention, separated by commas (default: %(default)s)")
+    option("--lengths", default="128,256,512,1024,2048,4096,8192,16384", help="default: %(default)s")
+    option("--head-dims", default="64,128,256", help="head sizes (default: %(default)s)")
+    option("--modes", default="forward,training", help="default: %(default)s")
+    option("--contenders", help="from eager, compile, auto, hand, and names of kernels, separated by commas")
+    option("--dtype", default="bfloat16", help="default: %(default)s")
+    option("--device", help="cuda or cpu (default: cuda if there is a GPU)")
+    option("--tokens", type=int, default=16384, help="batch times length (default: %(default)s)")
+    option("--width", type=int, default=2048, help="heads times head size (default: %(default)s)")
+    option("--repeats", type=int, default=20, help="timed runs (default: %(default)s)")
+    option(
+        "--workers",
+        type=int,
+        default=0,
+        help="processes that compile (default: 1; several disturb each other's times)",
+    )
+    option("--limit", type=float, help="start no new measurement after this many seconds")
+    option("--out", type=Path, default=Path("bench.csv"), help="file of the results (default: %(default)s)")
+    option("--read", type=Path, nargs="+", help="measure nothing, and read these results instead")
+    option("--plot", type=Path, help="folder to write pictures to")
+    option("--markdown", type=Path, help="page to write the results to, as a table")
     option("--profile", action="store_true", help="fit the cost model that `auto` uses on this machine")
-    option("--profile-to", type=Path, help="file of the profile (in the user's cache folder)")
+    option(
+        "--profile-to", type=Path, help="file to write the profile to (default: in the user's cache folder)"
+    )
     parser.set_defaults(command=_bench)
 
 
@@ -248,7 +285,10 @@ def _export(arguments: argparse.Namespace) -> int:
 
     suffix = Path(arguments.to).suffix
     if suffix not in (".onnx", ".pt2") or (arguments.aoti and suffix != ".pt2"):
-        raise UsageError(f"--to {arguments.to!r}: expected a name that ends in .onnx, or in .pt2")
+        raise UsageError(
+            f"--to {arguments.to!r}: expected a name that ends in "
+            f"{'.pt2, because of --aoti' if arguments.aoti else '.onnx, or in .pt2'}"
+        )
     taker = "export_onnx" if suffix == ".onnx" else "compile_aoti" if arguments.aoti else "export_pt2"
     settings = _settings(arguments, lambda given: _check_options(taker, given))
     target = load(arguments.model, arguments.dtype, arguments.device)
@@ -268,7 +308,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _all_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A specification in which every dimension of every tensor may vary, if the model allows it."""
+    """The `dynamic_shapes` with which every dimension of every tensor may vary, if the model allows it."""
     import torch
 
     auto = torch.export.Dim.AUTO
@@ -304,7 +344,10 @@ def _optimize(arguments: argparse.Namespace) -> int:
 
 
 def _reported(write: Callable[[Callable[[str], None]], Any], arguments: argparse.Namespace) -> int:
-    """Write a file, with progress on a terminal; returns 1 if it differs from the original."""
+    """Write a file, with progress on a terminal; returns the exit status.
+
+    It is 1 if the file would compute something else than the original, or if a library is missing.
+    """
     from rich.console import Console
     from rich.markup import escape
 
@@ -351,7 +394,7 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     place = None if not arguments.report else Path(arguments.report)
     if arguments.profile and place is None:
-        raise UsageError("--profile times the sites for a page: expected --report FILE.html as well")
+        raise UsageError("--profile shows times on a page: expected --report FILE.html as well")
     if place is not None and not place.parent.is_dir():
         raise UsageError(f"cannot write {arguments.report!r}: there is no folder {str(place.parent)!r}")
     console, began = Console(stderr=True), time.perf_counter()
@@ -383,7 +426,7 @@ def _stopped(profiler: Any) -> Any:
 
 
 def _run_as_main(script: str, module: bool, arguments: list[str]) -> None:
-    """Run it as `python SCRIPT argument ...` or `python -m MODULE argument ...` would."""
+    """Run the script as `python SCRIPT argument ...` or `python -m MODULE argument ...` would."""
     sys.argv = [script, *arguments]
     if module:
         sys.path.insert(0, "")

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Check:
-    """One output, or one gradient. Errors are relative to the largest value of the exact result."""
+    """One output or gradient. Its errors are relative to the largest value of the exact result."""
 
     name: str
     eager_error: float
     fused_error: float
     difference: float
-    """The difference of the fused result from the eager one."""
+    """The largest difference between fused and eager, relative to the largest value of the eager result."""
     allowed: float
+    """The largest fused error that passes."""
 
     @property
     def ok(self) -> bool:

@@ -15,28 +15,33 @@ from fusepass.reports.tables import site_table
 
 @dataclass
 class Collector:
-    """The graphs that were compiled while it was active, in order. Prints as a table of their sites."""
+    """The graphs that were compiled inside a `collect` block, in order. Prints as a table of their sites."""
 
     graphs: list[GraphReport] = field(default_factory=list)
 
     @property
     def sites(self) -> list[SiteReport]:
+        """The attention sites of all graphs, fused or not."""
         return [site for graph in self.graphs for site in graph.sites]
 
     @property
     def fused(self) -> list[SiteReport]:
+        """The sites that run on one kernel."""
         return [site for site in self.sites if site.fused]
 
     @property
     def left(self) -> list[SiteReport]:
+        """The sites that stay as they were written; each has a `reason`."""
         return [site for site in self.sites if not site.fused]
 
     @property
     def notes(self) -> list[str]:
+        """The notes of all graphs, each once."""
         return list(dict.fromkeys(note for graph in self.graphs for note in graph.notes))
 
     @property
     def seconds(self) -> float:
+        """The time that the pass took for all graphs."""
         return sum(graph.seconds for graph in self.graphs)
 
     def summary(self) -> str:
@@ -59,7 +64,7 @@ _active: ContextVar[tuple[Collector, ...]] = ContextVar("fusepass_collectors", d
 
 @contextmanager
 def collect() -> Iterator[Collector]:
-    """Gathers the report of every graph compiled by this thread inside the block; blocks may nest."""
+    """Gather the reports of all graphs that this thread compiles inside the block. Blocks may be nested."""
     collector = Collector()
     token = _active.set((*_active.get(), collector))
     try:

@@ -19,7 +19,7 @@ class Cost:
     milliseconds: float
     """Median of the measured runs."""
     peak_bytes: int | None
-    """The peak of memory allocated by the call, on top of what was there before."""
+    """The most memory allocated at once during the call, minus what was allocated before; None if unknown."""
 
 
 Prepare = Callable[[], Callable[[], object]]
@@ -27,7 +27,7 @@ Prepare = Callable[[], Callable[[], object]]
 
 
 def cost(prepare: Prepare, device: torch.device, repeats: int = 5) -> Cost:
-    """The cost of a call that has already run once, so that compilation is not included."""
+    """The cost of a call. It must have run once before, or compilation is measured too."""
     peak = _peak_cuda(prepare(), device) if device.type == "cuda" else _peak_cpu(prepare())
     times = []
     for _ in range(repeats):

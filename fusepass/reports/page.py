@@ -1,4 +1,4 @@
-"""Reports as one self-contained HTML page: no other files, no scripts, light and dark, wide and narrow."""
+"""Reports as one HTML page without other files or scripts, for light and dark themes and any width."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusepass.reports.report import SiteReport, merged
 
 @dataclass(frozen=True)
 class RangeTime:
-    """What a profiler saw of one range: how often it ran, and its total milliseconds."""
+    """What a profiler saw of one range: how often it ran, and its total milliseconds on CPU and GPU."""
 
     calls: int
     cpu: float
@@ -46,13 +46,13 @@ def page(
     seconds: float | None = None,
     times: Mapping[str, RangeTime] | None = None,
 ) -> str:
-    """The page.
+    """The page as HTML.
 
     Args:
         collector: the graphs that were compiled.
         title: what was run.
-        seconds: how long it ran.
-        times: what a profiler saw, by the labels of sites.
+        seconds: how long the whole run took.
+        times: what a profiler saw, by the `label` of each site.
     """
     groups: dict[SiteReport, list[SiteReport]] = {}
     for site in collector.sites:
@@ -64,7 +64,12 @@ def page(
         f"<p class=lead>{escape(summary(collector))}</p></header>",
         _tiles(collector, seconds),
         _section("Fused", "Attention that runs on one kernel.", fused, times or {}),
-        _section("Left as it was", "Sites that resemble attention and stay, with the reason.", left, {}),
+        _section(
+            "Left as it was",
+            "Sites that resemble attention and stay as they were written, with the reason.",
+            left,
+            {},
+        ),
         _notes(collector.notes),
         _graphs(collector),
         f"<footer>{escape(_versions())}</footer>",
@@ -83,7 +88,7 @@ _FRAME = """<!doctype html>
 
 
 def _tiles(collector: Collector, seconds: float | None) -> str:
-    """The numbers that matter."""
+    """The main numbers, at the head of the page."""
     sites, fused = len(collector.sites), len(collector.fused)
     share = f"{100 * fused / sites:.0f}" if sites else "0"
     bar = f'<span class=bar role=img aria-label="{share}% fused"><i style="width:{share}%"></i></span>'
@@ -107,7 +112,7 @@ def _section(
     groups: Sequence[tuple[SiteReport, list[SiteReport]]],
     times: Mapping[str, RangeTime],
 ) -> str:
-    """The sites of one outcome; nothing where there are none."""
+    """The sites that were fused, or those that stay; empty if there are none."""
     if not groups:
         return ""
     count = sum(len(all_of) for _, all_of in groups)
@@ -130,7 +135,7 @@ def _card(site: SiteReport, all_of: Sequence[SiteReport], times: Mapping[str, Ra
         parts.append(f"<p class=spec><code>{escape(site.spec)}</code></p>")
     errors = [one.max_error for one in all_of if one.max_error is not None]
     if errors:
-        parts.append(f"<p class=spec>largest error {max(errors):.2g} of what is allowed</p>")
+        parts.append(f"<p class=spec>largest error: {max(errors):.2g} times what is allowed</p>")
     if site.rejected and site.fused:
         rows = "".join(f"<li><b>{escape(name)}</b> {escape(why)}</li>" for name, why in site.rejected)
         parts.append(f"<details><summary>why not another kernel</summary><ul>{rows}</ul></details>")

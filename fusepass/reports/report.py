@@ -11,14 +11,14 @@ from torch import fx
 
 @dataclass(frozen=True)
 class DenseTerm:
-    """A mask or bias that varies over queries and keys, and is not a band of positions."""
+    """A mask or bias over queries and keys that is neither a band of positions nor a padding."""
 
     name: str
     """What the specification calls it, such as "mask[ij]"."""
     formula: str
     """How one element of it is computed, with `b`, `h`, `i`, `j` for batch, head, query and key."""
     stored: bool
-    """Is a tensor over queries and keys read?  Otherwise FlexAttention computes it from smaller ones."""
+    """Is a tensor over queries and keys read? If not, FlexAttention computes it from smaller ones."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class SiteReport:
     kind: str
     """A short label for people, such as "causal, grouped heads 4:2"; empty if unknown."""
     kernel: str | None
+    """The kernel that computes it; None if the site stays."""
     reason: str | None
     """Why the site stays as it was; for a fused site, anything worth knowing."""
     source: str | None
@@ -40,15 +41,15 @@ class SiteReport:
     rejected: tuple[tuple[str, str], ...] = ()
     """(kernel, why not) for every kernel that was asked before the chosen one."""
     max_error: float | None = None
-    """Largest error seen by validation, if it ran."""
+    """The error that validation measured, as a multiple of what is allowed; None if it did not run."""
     label: str | None = None
-    """Its name in profiler traces and generated code, if it is fused."""
+    """The name of a fused site in profiler traces and generated code."""
     dense: tuple[DenseTerm, ...] = ()
     """Its masks and biases over queries and keys that are neither bands nor paddings."""
 
 
 def merged(site: SiteReport) -> SiteReport:
-    """What two sites must have in common to be shown as one: all except their names and measured errors."""
+    """The site without its names and measured error: sites that are equal then are shown as one."""
     return replace(site, node="", max_error=None, label=None)
 
 
@@ -58,15 +59,17 @@ class GraphReport:
 
     sites: list[SiteReport] = field(default_factory=list)
     seconds: float = 0.0
-    """The pass's own time."""
+    """The time that the pass itself took."""
     nodes: int = 0
+    """The number of its nodes, those of subgraphs included."""
     notes: list[str] = field(default_factory=list)
     assumed: list[str] = field(default_factory=list)
-    """Buffers whose elements the fused sites rely on, under a guard."""
+    """Buffers whose elements the fused sites rely on: a guard checks that they have not changed."""
     apart: list[list[str]] = field(default_factory=list)
-    """Arguments in different lists must not share memory: one is read after another is written to."""
+    """Groups of arguments. Those in different groups must not share memory, because the graph writes to one
+    and reads another afterwards; a guard checks this."""
     written: list[str] = field(default_factory=list)
-    """Buffers that the graph itself writes to, so that nothing relies on their elements."""
+    """Buffers that the graph itself writes to; no fused site relies on their elements."""
 
 
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)$')

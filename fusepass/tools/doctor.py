@@ -1,6 +1,7 @@
-"""The kernels that this machine can run, and why not the others.
+"""The kernels that this machine can run, and why it cannot run the others.
 
-Nothing heavy is imported to find out, except libraries that the GPU can run, in case a part is missing.
+Libraries whose kernels the GPU can run are imported, which shows whether a part of them is missing; no others
+are.
 """
 
 import os
@@ -30,7 +31,7 @@ class Machine:
     """The properties of this machine that matter to kernels."""
 
     capability: Capability | None
-    """CUDA compute capability of the first GPU; None without a GPU, and on AMD's."""
+    """CUDA compute capability of the first GPU; None if there is no GPU, or one from AMD."""
     device: str
     packages: dict[str, str]
     """Versions of the installed packages that matter."""
@@ -38,7 +39,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class KernelStatus:
-    """Whether a kernel can run here: `why` says with what, or why not and what to do."""
+    """Whether a kernel can run here. `why` says which library runs it, or why none does and what to do."""
 
     kernel: str
     runs: bool
@@ -96,7 +97,7 @@ PACKAGES = (
 
 
 def diagnose() -> Diagnosis:
-    """This machine, and every kernel's answer to it."""
+    """This machine, and for every kernel whether it runs here."""
     machine = _machine()
     answers = {**_ANSWERS, **{name: _of_package(registration) for name, registration in registered().items()}}
     kernels = tuple(KernelStatus(name, *answer(machine), *_limits(name)) for name, answer in answers.items())
@@ -173,7 +174,7 @@ def _cudnn(machine: Machine) -> Answer:
 
 
 def _library(kernel: str) -> Callable[[Machine], "Answer"]:
-    """The answer of a kernel by its gate: the GPU first, then whether its package is installed."""
+    """A function that answers for a kernel: can the GPU run it, and is its package installed?"""
 
     def answer(machine: Machine) -> Answer:
         package, refusal = GATES[kernel].package, _refusal(kernel, machine)
@@ -194,7 +195,7 @@ def _library(kernel: str) -> Callable[[Machine], "Answer"]:
 
 
 def _of_package(registration: Registered) -> Callable[[Machine], Answer]:
-    """The answer for a registered kernel: what its gate says, and who registered it."""
+    """A function that answers for a registered kernel: what its gate says, and who registered it."""
 
     def answer(machine: Machine) -> Answer:
         unasked = "`auto` may choose it" if registration.by_auto else "by name only"
@@ -218,7 +219,7 @@ def _reference(machine: Machine) -> Answer:
     return True, "plain mathematics, for checking; slow"
 
 
-#: Kernels whose answer is not that of their package.
+#: Kernels with an answer of their own. All others are answered for by `_library`.
 _OWN: dict[str, Callable[[Machine], Answer]] = {
     "sdpa": _sdpa,
     "cudnn": _cudnn,

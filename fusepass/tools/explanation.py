@@ -25,15 +25,17 @@ class Explanation:
 
     @property
     def sites(self) -> list[SiteReport]:
-        """Every attention site of every graph, in order."""
+        """The attention sites of all graphs, fused or not, in order."""
         return self.collector.sites
 
     @property
     def fused(self) -> list[SiteReport]:
+        """The sites that would run on one kernel."""
         return self.collector.fused
 
     @property
     def left(self) -> list[SiteReport]:
+        """The sites that would stay as they were written; each has a `reason`."""
         return self.collector.left
 
     def table(self) -> Table:
@@ -64,9 +66,12 @@ def explain(
 
     Keywords that begin with `fusepass_` are for this function, all others go to the model: `fusepass_options`
     are the backend's options, and `fusepass_dynamic` is `torch.compile`'s `dynamic`. The original graphs run,
-    without the kernels; `inner` and `mode` are used only to compile what `kernel="autotune"` measures. The
-    model is explained in its present train or eval mode and in the caller's grad mode; its state and its
-    compiled code do not change.
+    without the kernels; the options `inner` and `mode` matter only with `kernel="autotune"`, which compiles
+    what it measures. The model is explained in its present train or eval mode and in the caller's grad mode;
+    its state and its compiled code do not change.
+
+    Raises:
+        TypeError, ValueError: an option that is wrong, as for `Options`.
     """
     options = Options.of(fusepass_options)
     model = unwrapped(model)

@@ -1,4 +1,4 @@
-"""Running the user's model on trial: its state, random numbers and compiled code do not change."""
+"""Runs the user's model without leaving traces in its state, random numbers or compiled code."""
 
 import copy
 import inspect
@@ -72,7 +72,10 @@ def _restore(
 
 
 def copied(tree: Any, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
-    """Copies of a call's arguments, since the model may write into them. Floating tensors become `dtype`."""
+    """Copies of a call's arguments, since the model may write to them.
+
+    If given, floating tensors become `dtype`, and all tensors move to `device`.
+    """
 
     def one(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -85,7 +88,7 @@ def copied(tree: Any, dtype: torch.dtype | None = None, device: str | None = Non
 
 
 def named_tensors(tree: Any) -> dict[str, torch.Tensor]:
-    """The floating tensors in a nest of outputs, by their path."""
+    """The floating tensors in nested outputs, by their path, such as "logits" or "states.0"."""
     leaves, _ = pytree.tree_flatten_with_path(tree)
     tensors = {}
     for path, leaf in leaves:

@@ -42,7 +42,7 @@ class Target:
     kwargs: dict[str, Any]
 
     def to(self, dtype: torch.dtype | None, device: str | None) -> "Target":
-        """The same target in another floating dtype, on another device."""
+        """The same target in another floating dtype and on another device, where these are given."""
         if dtype is None and device is None:
             return self
         if isinstance(self.model, torch.nn.Module):

@@ -37,7 +37,7 @@ class Trial:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The least precise floating dtype among arguments and parameters: errors are measured by it."""
+        """The least precise floating dtype among arguments and parameters; it decides what error passes."""
         dtypes = {tensor.dtype for tensor in self._tensors() if tensor.is_floating_point()}
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.get_default_dtype())
 
@@ -102,7 +102,7 @@ def _gradients(outputs: Tensors, leaves: Tensors) -> Tensors:
 def distance(got: torch.Tensor, want: torch.Tensor, like: torch.Tensor, scale: float = 0.0) -> float:
     """The largest error of `got`, in units of the largest value of `want` (at least `scale`).
 
-    Infinite if `got` is finite, infinite or NaN in other places than `like` is.
+    Infinite if the shapes differ, or if `got` has its infinities and NaNs in other places than `like`.
     """
     if got.shape != want.shape or not _same_kinds(got, like):
         return float("inf")

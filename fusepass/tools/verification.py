@@ -22,7 +22,7 @@ from fusepass.tools.sandbox import compiled_apart, unwrapped
 from fusepass.tools.trial import Results, Tensors, Trial, distance
 
 ROOM = 2.0
-"""A fused result's error may be this many times the eager one's, plus two units of precision."""
+"""A fused result's error may be this many times the eager one's, plus twice the epsilon of the dtype."""
 
 
 class Unsteady(ValueError):
@@ -34,26 +34,31 @@ class Verification:
     """What `verify` found. Prints as tables."""
 
     outputs: tuple[Check, ...]
+    """One check for every floating tensor that the model returns."""
     gradients: tuple[Check, ...]
+    """One check for every gradient; empty if gradients were not compared."""
     costs: Mapping[str, Cost]
-    """The cost of each way of running: "eager", "inner" (the inner backend alone), "fused"."""
+    """Time and memory of each way to run: "eager", "inner" (the inner backend alone) and "fused"; empty if
+    not measured."""
     collector: Collector
     inner: str
+    """The name of the inner backend."""
     exact: str
-    """The dtype of the exact results."""
+    """The dtype of the exact results, "float64" or "float32"."""
 
     @property
     def ok(self) -> bool:
-        """Whether the errors of all outputs and gradients are allowed."""
+        """Are all errors of outputs and gradients within what is allowed?"""
         return all(check.ok for check in (*self.outputs, *self.gradients))
 
     @property
     def sites(self) -> list[SiteReport]:
+        """The attention sites of all graphs, fused or not."""
         return self.collector.sites
 
     @property
     def difference(self) -> float:
-        """The largest difference between a fused output and the eager one."""
+        """The largest difference between fused and eager outputs, relative to the largest value of each."""
         return max((check.difference for check in self.outputs), default=0.0)
 
     def to_json(self) -> dict[str, Any]:
@@ -94,12 +99,21 @@ def verify(
 ) -> Verification:
     """Run `model(*args, **kwargs)` eagerly, fused, and as a float64 copy, and compare the results.
 
-    A result passes if its error is at most twice the eager model's error plus two units of precision.
+    A half-precision model that does not run in float64 is copied in float32 instead. A result passes if its
+    error is at most twice the eager model's error plus twice the machine epsilon of the least precise dtype
+    among arguments and parameters; errors are relative to the largest value of the exact result. The model's
+    state does not change.
+
     Keywords that begin with `fusepass_` are for this function, all others go to the model: `fusepass_options`
     are the backend's options (here `inner` defaults to "aot_eager", which compiles quickly, unless there is a
     `mode`), `fusepass_dynamic` is `torch.compile`'s `dynamic`, `fusepass_grads=True` also compares gradients
-    of parameters and arguments, and time is the median of `fusepass_repeats` runs (0: neither time nor
-    memory). The model's state does not change.
+    of parameters and arguments, and time is the median of `fusepass_repeats` runs (0: neither time nor memory
+    is measured).
+
+    Raises:
+        TypeError, ValueError: an option that is wrong, as for `Options`.
+        ValueError: the model's results change from run to run.
+        RuntimeError: no copy of the model in a more precise dtype runs.
     """
     quick = {} if Options.of(fusepass_options).mode else {"inner": "aot_eager"}
     settings = Options.of(fusepass_options, **quick)
@@ -167,11 +181,13 @@ def _exact(trial: Trial) -> tuple[Results, str]:
             return trial.exact(dtype), name
         except Exception as error:
             faults.append(f"{name}: {type(error).__name__}: {error}")
-    raise RuntimeError("no finer copy of the model runs, so errors cannot be measured. " + "; ".join(faults))
+    raise RuntimeError(
+        "no more precise copy of the model runs, so errors cannot be measured. " + "; ".join(faults)
+    )
 
 
 def _checks(eager: Tensors, fused: Tensors, exact: Tensors, floor: float) -> tuple[Check, ...]:
-    """One check per tensor. A tensor of zeros and rounding noise is judged by the scale of all tensors."""
+    """One check per tensor. One that is much smaller than the largest tensor is judged by the largest."""
     scale = 1e-3 * max((_largest(tensor) for tensor in exact.values()), default=0.0)
     return tuple(
         _check(name, value, fused.get(name), exact[name], scale, floor) for name, value in eager.items()

@@ -79,7 +79,7 @@ def test_a_half_precision_model_that_cannot_run_in_float64() -> None:
 
     verification = fusepass.verify(picky, X.bfloat16(), fusepass_options=QUICK, fusepass_repeats=0)
     assert verification.exact == "float32"
-    with pytest.raises(RuntimeError, match=r"no finer copy of the model runs.*no float64 here"):
+    with pytest.raises(RuntimeError, match=r"no more precise copy of the model runs.*no float64 here"):
         fusepass.verify(picky, X, fusepass_options=QUICK, fusepass_repeats=0)
 
 

@@ -1,4 +1,4 @@
-"""What `fusepass bench` measures: attention as people write it, and the same as hand-written library calls.
+"""What `fusepass bench` measures: attention as people write it, and equivalent library calls by hand.
 
 Tensors are ``[B, S, H, D]``, as projections make them; a program returns ``[B, S, H * D]``.
 """
@@ -36,13 +36,17 @@ class Variant:
     """One kind of attention.
 
     kind: what the cost model calls it (:func:`fusepass.selection.work.kind_of`).
-    kernels: the kernels that take it.
-    hand: the same computation as calls of one library, by name.  "prepared" calls get data-dependent inputs
-        ready-made, such as the block table of a padding, which a model makes once per step.  "repaired" calls
-        also return what the program returns in rows that see no key; the data here has no such rows, and
-        "hand" calls ignore them.
-    pairs: the number of query-key pairs that are visible, for TFLOP/s.
-    learns: the inputs that need a gradient, besides queries, keys and values.
+    kernels: the names of the kernels that take it, separated by spaces.
+    hand: the same computation as calls of one library, by name.  "hand" calls ignore that a row may see no
+        key; "repaired" calls return there what the program returns, although the data here has no such rows.
+        "prepared" calls are given ready-made what depends on data, such as the block table of a padding,
+        which a model makes once per step.
+    pairs: the number of visible query-key pairs of one head, from which TFLOP/s are computed.
+    extra: makes the inputs besides queries, keys and values.
+    group: how many query heads share a key/value head.
+    cross: are there half as many keys as queries?
+    decode: is there a single query?
+    learns: the inputs besides queries, keys and values that need a gradient.
     forward, backward: is this pass measured?
     """
 
@@ -187,7 +191,10 @@ def _sdpa_bias(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
 
 
 def _sdpa_bias_repaired(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
-    """Halve the lowest numbers: they hide just as much, and the kernels' powers of two do not overflow."""
+    """Keep the bias above half the lowest number of its dtype.
+
+    It hides just as much, and does not overflow in kernels that compute powers of two.
+    """
     return _sdpa_bias(q, k, v, table.clamp(min=torch.finfo(table.dtype).min / 2))
 
 
@@ -208,7 +215,7 @@ _FLASH = {
 
 
 def _flash(name: str, **options: Any) -> Callable[..., Any]:
-    """flash-attn 2, 3 or 4; slopes and sinks go to those that have them."""
+    """A call of flash-attn 2, 3 or 4. Slopes and sinks are passed only if there are any."""
 
     def call(
         q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = None, sinks: Tensor | None = None
@@ -230,7 +237,7 @@ def _flashes(*names: str, **options: Any) -> dict[str, Callable[..., Any]]:
 
 
 def _flex_sink(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
-    """Apply the sink by the log-sum-exp: scale the result by the share that the sink leaves to the keys."""
+    """Apply the sink to the result: the log-sum-exp tells what share of the weights it leaves to the keys."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     global _compiled_flex
@@ -258,8 +265,8 @@ def _flex(
     """FlexAttention as in its documentation, compiled once.
 
     Args:
-        prepared: the block mask is made in advance, which is possible if it depends on no data.
-        repaired: rows that see no key return the mean of all values, as in :func:`padding`, not zero.
+        prepared: is the block mask made once, in advance, as it can be if it depends on no data?
+        repaired: do rows that see no key return the mean of all values, as in :func:`padding`, and not zero?
     """
     masks: dict[Any, Any] = {}
     mods: dict[Any, Any] = {}

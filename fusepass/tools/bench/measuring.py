@@ -1,12 +1,12 @@
 """`fusepass bench`: times attention of many kinds and sizes: eager, compiled, fused, and hand-written.
 
 One measurement is one row: the median time of several runs on random data, and the peak of memory allocated
-on top of the inputs.  There are two times.  ``milliseconds`` is for calls back to back, as a program makes
-them: if a launch takes longer than the GPU's work, it shows the launch, and a compiled function takes longer
-to launch than a plain call.  ``gpu_milliseconds`` is for the same call, recorded as a CUDA graph and
-replayed: only the GPU's work, under equal conditions.  The contenders of a case are prepared in one process
-and timed in turns, round after round.  A GPU's clock follows its temperature and its power, so measurements
-that are minutes apart differ by more than the contenders do.
+on top of the inputs.  There are two times.  ``milliseconds`` is the time of calls back to back, as a program
+makes them.  If launching a call takes longer than the GPU's work, this is the time of the launch, and a
+compiled function takes longer to launch than a plain call.  ``gpu_milliseconds`` is the time of the same call
+recorded as a CUDA graph and replayed: only the GPU's work, under equal conditions.  The contenders of a case
+are prepared in one process and timed in turns, round after round, because a GPU's clock follows its
+temperature and power: measurements that are minutes apart differ by more than the contenders do.
 
 The work is distributed over processes (:mod:`fusepass.tools.bench.pool`).  `--profile` turns the rows into
 the cost model of :mod:`fusepass.selection.costs`.
@@ -59,7 +59,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement.  Times in milliseconds, memory in bytes on top of the inputs."""
+    """One measurement.
+
+    ``pairs`` counts the visible query-key pairs of all heads and sequences; ``peak_bytes`` is memory on top
+    of the inputs; ``problem`` says what went wrong.
+    """
 
     variant: str
     mode: str
@@ -117,7 +121,7 @@ def run(
     on_row: Callable[[Row], None] = lambda row: None,
     limit: float | None = None,
 ) -> list[Row]:
-    """Measure all of ``work``; no measurement begins later than ``limit`` seconds after the start."""
+    """Measure all of ``work``; after ``limit`` seconds no new measurement begins."""
     end = None if limit is None else time.monotonic() + limit
     rows: list[Row] = []
     lost: list[tuple[Job, Row]] = []
@@ -157,7 +161,7 @@ def _spread(
 
 
 def together(work: Sequence[Job]) -> list[list[Job]]:
-    """Groups of jobs that differ only in the contender; slow, unfused attention is measured separately."""
+    """Groups of jobs that differ only in the contender; unfused attention is slow, and measured apart."""
     groups: dict[Job, list[Job]] = {}
     for job in work:
         apart = job.contender if job.contender in ("eager", "compile") else ""
@@ -210,14 +214,14 @@ class _Ready:
 
 
 def measured(group: Sequence[Job], exclusive: Exclusive = alone) -> list[Row]:
-    """The rows for the jobs of one case; the last column of a row tells what went wrong with its job."""
+    """The rows for the jobs of one case; ``problem`` tells what went wrong with a job."""
     rows = _measured(group, exclusive)
     try:  # nothing holds the group's tensors and recordings any longer
         torch._dynamo.reset()
         gc.collect()
         if group[0].device == "cuda":
             torch.cuda.empty_cache()
-    except Exception as error:  # a fault of the measurement shows in the next CUDA call
+    except Exception as error:  # CUDA reports an error of the measurement only at a later call
         rows = [replace(row, problem=row.problem or first_line(error)) for row in rows]
     return rows
 
@@ -345,7 +349,7 @@ def _wait(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _locked(wanted: bool) -> Iterator[None]:
-    """Let one process in at a time, if there is a lock."""
+    """If ``wanted``, let only one process at a time into the block."""
     if not wanted:
         yield
         return
@@ -362,7 +366,7 @@ def _locked(wanted: bool) -> Iterator[None]:
 
 
 def key_of(row: Row) -> tuple[object, ...]:
-    """What identifies the measurement of a row."""
+    """What two rows have in common if they measure the same."""
     return (
         row.variant, row.mode, row.length, row.head_dim, row.batch, row.heads, row.kv_heads, row.contender
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pictures of what `fusepass bench` measured: one per kind of attention, with its message as the title.
+"""Pictures of what `fusepass bench` measured, one per kind of attention; the title says what it shows.
 
 A line is one length on one machine. Its dots are the times of `torch.compile`, of the best hand-written call
 and of `auto`; the number above them says how many times as fast `auto` is as `torch.compile`. The numbers are
@@ -61,7 +61,7 @@ class Line:
     rows: dict[str, Row]
 
     def spent(self, contender: str) -> float:
-        """Milliseconds."""
+        """The milliseconds of a contender."""
         milliseconds = self.rows[contender].best_known
         assert milliseconds is not None, "by_case leaves out what failed"
         return milliseconds
@@ -151,7 +151,7 @@ def _setting(results: Results, head_dim: int) -> str:
 
 
 def message(variant: str, lines: Sequence[Line]) -> str:
-    """The message of a picture: how many times as fast as the others `auto` is."""
+    """The title of a picture: how many times as fast as the others `auto` is."""
     name = _KINDS.get(variant, variant)
     text = f"{name[0].upper()}{name[1:]}"
     if ratios := [r for line in lines if (r := line.times_as_fast("compile")) is not None]:

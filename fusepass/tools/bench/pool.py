@@ -1,7 +1,7 @@
 """Distributes measurements over processes: compiling overlaps; while one process is timed, all others pause.
 
-A process that a measurement has broken (after a CUDA error a process cannot recover) is replaced, and the
-measurement gets a result that says so.  Nothing is lost: results are passed on as they arrive.
+A process that a measurement has broken is replaced, because it cannot recover from a CUDA error, and the
+measurement gets a result that says so.  Results are passed on as they arrive, so that none is lost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ J = TypeVar("J")
 R = TypeVar("R")
 
 Exclusive = Callable[[], AbstractContextManager[None]]
-"""Entered around a timed section."""
+"""Makes the context that a measurement enters for each timed section."""
 
 Measure = Callable[[J, Exclusive], tuple[R, bool]]
 """Measures a job; the second part of the result says whether the process must be replaced."""
@@ -30,7 +30,7 @@ Measure = Callable[[J, Exclusive], tuple[R, bool]]
 _JOBS = 40
 #: Seconds to wait for the GPU work of a stopped process to end.
 _SETTLE = 0.06
-#: Seconds for which jobs may continue after the limit.
+#: Seconds for which running jobs may continue after the limit.
 _GRACE = 45.0
 #: Seconds for which a process waits for others to be timed with it, since each pause costs time.
 _GATHER = 1.0
@@ -195,7 +195,7 @@ class Pool(Generic[J, R]):
             worker.since += time.monotonic() - began
 
     def _end_worker(self, worker: _Worker[J], why: str = "") -> None:
-        """Kill a process; its job has failed."""
+        """Kill a process; ``why`` says why its job, if it has one, has failed."""
         job = worker.job
         worker.job = None
         self.workers.remove(worker)
@@ -231,7 +231,7 @@ def _serve(pipe: Connection, measure: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """On Linux, get a signal when the parent process dies."""
+    """On Linux, have this process killed when its parent dies."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 

@@ -27,7 +27,10 @@ def by_case(rows: Iterable[Row]) -> dict[Key, dict[str, Row]]:
 
 
 def best_by_hand(contenders: dict[str, Row], gpu: bool = True) -> Row | None:
-    """The fastest of the hand-written calls that compute the same; ``gpu``: by the GPU's time, if known."""
+    """The fastest hand-written call that computes the same: a repaired one, if there are any.
+
+    ``gpu``: compare the GPU's times, where known, and not those of calls back to back.
+    """
     return _fastest(contenders, "repaired ", gpu) or _fastest(contenders, "hand ", gpu)
 
 
@@ -77,7 +80,7 @@ def of_packages(rows: Sequence[Row]) -> list[str]:
 def by_name(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """For results without ``auto``: a head, and a line per case with every contender's time.
 
-    A kernel's cell also tells how many times as fast as ``compile`` it is.
+    The cell of a kernel also tells how many times as fast it is as ``compile``.
     """
     named = list(dict.fromkeys(row.contender for row in rows))
     table: list[tuple[str, ...]] = []
@@ -122,7 +125,7 @@ tokens and 2048 features unless the rows say otherwise. The contenders of a case
 
 ABOUT_NAMED = """\
 Median milliseconds on random data. `compile` is `torch.compile` of attention as it is written. The column of
-a kernel is fusepass with that kernel; in brackets stands how many times as fast as `compile` it is."""
+a kernel is fusepass with that kernel; the number in brackets is how many times as fast it is as `compile`."""
 
 
 def markdown(rows: Sequence[Row], machine: dict[str, str], source: str) -> str:
@@ -153,7 +156,12 @@ def _behind(table: Sequence[tuple[str, ...]]) -> list[str]:
     for variant, mode, head_dim, length, *_, by_hand, _ in (line[:12] for line in lost):
         cases.setdefault(variant, []).append(f"{mode} {head_dim} × {length} ({by_hand})")
     listed = [f"- {variant}: {', '.join(places)}" for variant, places in cases.items()]
-    return [f"{text} It loses in (head size × length, times as fast):", "", *listed, ""]
+    return [
+        f"{text} It is slower in these (head size × length, and how many times as fast it is):",
+        "",
+        *listed,
+        "",
+    ]
 
 
 ABOUT_UNREPAIRED = """\
@@ -195,7 +203,7 @@ def _ratio(other: Row | None, mine: Row | None, gpu: bool = True) -> str:
 
 
 def times_as_fast(other: Row | None, mine: Row | None, gpu: bool = True) -> float | None:
-    """How many times as fast ``mine`` is; GPU times are compared only with each other."""
+    """How many times as fast ``mine`` is as ``other``; GPU times are compared only with GPU times."""
     if other is None or mine is None:
         return None
     gpu = gpu and other.gpu_milliseconds is not None and mine.gpu_milliseconds is not None
@@ -204,7 +212,7 @@ def times_as_fast(other: Row | None, mine: Row | None, gpu: bool = True) -> floa
 
 
 def problems(rows: Iterable[Row]) -> dict[str, int]:
-    """The problems, each with the number of rows."""
+    """The problems, each with the number of rows that have it."""
     counts: dict[str, int] = {}
     for row in rows:
         if row.problem:
