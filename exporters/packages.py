@@ -34,8 +34,9 @@ def export_pt2(
     even if fusepass is not installed; the report names any other operators.
 
     Args:
-        model: a module, or an ``ExportedProgram``.
-        args: example arguments.
+        model: a module, or an ``ExportedProgram``, which is fused as it is: ``args``, ``kwargs`` and
+            ``dynamic_shapes`` are then not used.
+        args: example arguments; tensors of any shape and dtype that the model takes.
         path: the ``.pt2`` file to write.
         kwargs: example keyword arguments.
         dynamic_shapes: as for ``torch.export.export``.
@@ -69,12 +70,13 @@ def compile_aoti(
     This needs what Inductor needs: a C++ compiler and, on CUDA, Triton.
 
     Args:
-        model: a module, or an ``ExportedProgram``.
-        args: example arguments.
+        model: a module, or an ``ExportedProgram``, which is fused as it is: ``args``, ``kwargs`` and
+            ``dynamic_shapes`` are then not used.
+        args: example arguments; tensors of any shape and dtype that the model takes.
         path: the ``.pt2`` package to write.
         kwargs: example keyword arguments.
         dynamic_shapes: as for ``torch.export.export``.
-        inductor_configs: options for Inductor.
+        inductor_configs: options of TorchInductor, by name.
         options: ``kernel=``, ``precision=``, ``validate=`` as for the backend.
 
     Raises:
@@ -103,7 +105,7 @@ def _fused(
     path: str | os.PathLike[str],
     target: str,
 ) -> tuple[ExportedProgram, ExportReport]:
-    """The program with its attention fused."""
+    """The program with its attention fused, and the report of that."""
     if isinstance(model, ExportedProgram):
         program = model
     else:

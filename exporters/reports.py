@@ -42,14 +42,14 @@ class ExportReport:
 
     Attributes:
         path: the file.
-        target: the runtime it was written for.
+        target: the runtime it was written for, or "pt2" or "aoti".
         graph: every attention site, fused or not.
-        operators: the fused operators in the file, by name.
+        operators: how many of each fused operator (in ONNX) or kernel (in a package) the file has.
         softmaxes: the number of softmaxes left.
-        checks: results of running the file; empty if it was not run.
-        versions: operator sets and IR version.
+        checks: the outputs of the file, compared with the original's; empty if it was not run.
+        versions: the operator sets of an ONNX file by domain, and its IR version.
         notes: remarks for the user.
-        seconds: the whole time it took.
+        seconds: how long the export took, checks included.
     """
 
     path: str

@@ -19,10 +19,10 @@ class ModelError(ValueError):
 
 @contextmanager
 def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path next to the target to write a model to; if the block ends without error, its files move there.
+    """A temporary path to write a model to; if the block ends without error, the files move to their target.
 
     Raises:
-        ModelError: the target's folder does not exist.
+        ModelError: the target's folder does not exist or cannot be written to, or the target is a folder.
     """
     target = Path(path)
     if not target.parent.is_dir():

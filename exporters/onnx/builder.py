@@ -1,7 +1,7 @@
 """Writes ONNX nodes in front of the one they replace.
 
-Every written value gets a number: the same operator on the same inputs is written once per graph, so that
-values that sites share (a mask, a size) are computed once.
+The same operator on the same inputs is written only once per graph, so that what several sites need (a mask,
+a size) is computed once.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _BOOLEAN = {
 
 
 class Written:
-    """What has been written into one graph: values by number, and their types.
+    """What has been written into one graph, and the types of its values.
 
     Attributes:
         names: all names in the model, its inner graphs included.
         placed: for a new node, the position of the old node in front of which it was written.
         replaced: old results of sites, and the values that replace them.
         present: values that an operator writes as the present state of a cache.
-        rotations: tensors that are rotary embeddings of other tensors.
+        rotations: tensors that are rotary embeddings of others, with their rotations.
     """
 
     def __init__(self, reader: OnnxReader, opset: int, names: set[str | None]) -> None:
@@ -120,7 +120,7 @@ class OnnxBuilder(Layouts[ir.Value]):
         return known
 
     def _usable(self, value: ir.Value) -> bool:
-        """Is a value written for another site still in the graph, and computed before this site?"""
+        """Is a value that was written before still in the graph, and computed in front of the anchor?"""
         producer = value.producer()
         if producer is None:
             return self.graph.initializers.get(value.name or "") is value
@@ -291,7 +291,7 @@ class OnnxBuilder(Layouts[ir.Value]):
     # -- operations --------------------------------------------------------------------------
 
     def op(self, name: str, *args: Any, **kwargs: Any) -> ir.Value:
-        """The operations that layouts and sums use."""
+        """One of the operations that layouts and sums use, by its name there."""
         if name == "reshape":
             return self.reshape(args[0], args[1])
         if name == "permute":
@@ -321,7 +321,7 @@ class OnnxBuilder(Layouts[ir.Value]):
         return self.call("Cast", [value], self.shape_of(value), dtype, to=int(ONNX_DTYPES[dtype]))
 
     def reshape(self, value: ir.Value, sizes: Sequence[Size]) -> ir.Value:
-        """Reshape; sizes that do not change are copied, and one other may be inferred."""
+        """Reshape. Sizes that do not change are written as 0 (copied), and one other as -1 (inferred)."""
         old, wanted = self.shape_of(value), tuple(sizes)
         if old == wanted:
             return value

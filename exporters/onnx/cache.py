@@ -1,4 +1,4 @@
-"""Key/value caches: keys that the graph computes by ``Concat(past, new)`` become ``past`` and ``present``."""
+"""Key/value caches: what the graph joins by ``Concat(past, new)`` becomes the operators' past and present."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from fusepass.rules.site import Site
 
 @dataclass(frozen=True)
 class Cache:
-    """The cache of a site: past tensors ``[B, G, length, D]``, new ones ``[B, G, Q, D]``, and the joined
-    ones.
+    """The cache of a site: past tensors ``[B, G, length, D]`` and new ones ``[B, G, Q, D]``.
 
     Attributes:
         length: the number of keys in the cache.
-        joined: the values ``Concat(past, new)`` of keys and values, which the operator writes as present.
-        new: the meanings of the new keys and values.
+        joined: ``Concat(past, new)`` of the keys and of the values; the operator writes them as present.
+        new: the new keys and values as expressions.
     """
 
     past_key: ir.Value
@@ -61,7 +60,7 @@ def find_cache(site: Site, build: OnnxBuilder) -> Cache | None:
 def _joined(
     chain: Sequence[Term], build: OnnxBuilder, groups: Sequence[Sequence[str]]
 ) -> tuple[ir.Value, Expr] | None:
-    """The tensor ``[B, G, K, D]`` that joins two over the keys, in front of any repetition of heads."""
+    """The tensor ``[B, G, K, D]`` that joins two over the keys, before heads are repeated."""
     wanted = [list(g) for g in build.finest(groups)]
     for term in chain:
         if term.expr.op != "cat" or term.expr.attrs[0] != 2 or len(term.expr.args) != 2:

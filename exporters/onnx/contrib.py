@@ -1,7 +1,7 @@
 """``com.microsoft`` MultiHeadAttention (an operator that ONNX Runtime contributes).
 
-It serves models below opset 23, which have no Attention operator, and half precision: on CUDA it runs cuDNN,
-even with masks.
+It serves models below opset 23, which have no Attention operator, and masks in half precision, for which it
+runs cuDNN on CUDA.
 Source: ONNX Runtime, docs/ContribOperators.md.
 """
 
@@ -53,7 +53,7 @@ def refuse_mha(spec: Attention, target: Target) -> str | None:
 
 
 def refuse_masked(spec: Attention, target: Target) -> str | None:
-    """Why MultiHeadAttention is not better than Attention.  On CUDA it runs cuDNN, which takes masks."""
+    """Why MultiHeadAttention, which on CUDA runs cuDNN with masks, is not better than Attention."""
     if spec.dtype not in HALVES:
         return "it is faster only in half precision"
     if spec.is_causal() and (spec.heads != spec.kv_heads or spec.queries != spec.keys):
@@ -71,7 +71,7 @@ def emit_masked(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
 
 
 def emit_mha(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
-    """Write MultiHeadAttention; grouped heads are repeated, because it has none."""
+    """Write MultiHeadAttention; it has no grouped heads, so key/value heads are repeated."""
     spec = site.spec
     if spec.heads == spec.kv_heads and not has_gates(spec):
         x = laid_out(site, build, packed=True)

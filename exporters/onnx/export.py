@@ -64,14 +64,16 @@ def export_onnx(
         opset: the version of ``ai.onnx`` (default 24).
         input_names: names for the inputs.
         output_names: names for the outputs.
-        verify: run the file in onnxruntime and compare with PyTorch; at two shapes if some are dynamic.
-        external_data: put weights in a separate file; None: if the model is large.
+        verify: run the file in onnxruntime and compare with PyTorch, at two shapes if some are dynamic.
+        external_data: whether to put weights in a separate file; None: only if the model is large.
         progress: called with a short text at the start of each step.
-        others: none are accepted; options of the pass are refused, with their equivalent for ONNX.
+        others: none are accepted; an option of the pass is refused with a message that names its equivalent.
 
     Raises:
         ModelError: PyTorch cannot export the model, or the file cannot be written.
-        Disagreement: the exported model computes something else; nothing is written.
+        Disagreement: the exported model is not valid, does not run in onnxruntime, or computes something
+            else; nothing is written.
+        ImportError: ``verify`` is True, and onnxruntime is not installed.
         ValueError: an unknown target or opset, or an option that an ONNX file cannot have.
     """
     refuse_others("export_onnx", others, ())
@@ -107,7 +109,9 @@ def export_onnx(
                 result.checks = _excused(result.checks, _unfused(model, args, dict(kwargs or {}), plain))
                 if not all(c.ok for c in result.checks):
                     raise onnx_verify.disagreement(result.checks)
-                result.notes.append("as far from PyTorch as the file without fusion")
+                result.notes.append(
+                    "some errors are above the usual limit, but at most twice those of a file without fusion"
+                )
     result.seconds = time.perf_counter() - start
     return result
 
@@ -117,7 +121,7 @@ def _nothing(_: str) -> None:
 
 
 def _unfused(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], plain: ir.Model) -> list[Check]:
-    """The checks of a file without fusion; none if it does not run."""
+    """The checks of a file without fusion; an empty list if it does not run."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "unfused.onnx"
         try:
@@ -128,7 +132,7 @@ def _unfused(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], plain: i
 
 
 def _excused(checks: list[Check], plain: list[Check]) -> list[Check]:
-    """The checks, allowing twice the error of the file without fusion, up to 100 times the usual one."""
+    """The checks, with twice the error of a file without fusion allowed, up to 100 times the usual limit."""
     if len(checks) != len(plain):
         return checks
     return [
@@ -138,7 +142,7 @@ def _excused(checks: list[Check], plain: list[Check]) -> list[Check]:
 
 
 def _refuse_random(model: Any) -> None:
-    """Refuse a model in training mode whose results change from call to call: they cannot be compared."""
+    """Refuse a model in training mode after a failed comparison: its results may change from call to call."""
     if getattr(model, "training", False):
         raise ModelError(
             "the model is in training mode, and its outputs differ from those of the exported file; call "
@@ -179,7 +183,7 @@ def _exported(
 
 
 def _captured(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Any:
-    """The exported program; if ``torch.export`` fails, the model itself: the exporter has other ways."""
+    """The exported program; if ``torch.export`` fails, the model itself, for the exporter's other ways."""
     if isinstance(model, torch.export.ExportedProgram):
         return model
     try:
@@ -189,7 +193,7 @@ def _captured(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic
 
 
 def _settle_sizes(value: ir.Value) -> None:
-    """Give constant sizes to dimensions that PyTorch found to be constant: it names them by their number."""
+    """Make dimensions constant that PyTorch found to be constant: it gives them a number as their name."""
     for position, dim in enumerate(value.shape or ()):
         if isinstance(dim, ir.SymbolicDim) and dim.value is not None and dim.value.isdigit():
             value.shape[position] = int(dim.value)
@@ -261,7 +265,7 @@ def _in_bfloat16(model: ir.Model) -> bool:
 def _used(
     exported: ir.Model, leaves: list[Any], tensors: list[int], kwargs: dict[str, Any], args: tuple[Any, ...]
 ) -> list[int]:
-    """The tensors that the exported model takes: it may have dropped some that the model does not read."""
+    """The tensors that the exported model takes; the exporter may have dropped some that it does not read."""
     paths, _ = pytree.tree_flatten_with_path((args, kwargs))
     names = {v.name for v in exported.graph.inputs}
     return [
@@ -286,7 +290,7 @@ def _trials(inputs: Sequence[ir.Value], tensors: Sequence[torch.Tensor]) -> Iter
 
 
 def _resized(given: dict[sympy.Symbol, int], step: int) -> dict[sympy.Symbol, int]:
-    """Other sizes; one that is the sum of two others (a mask over past and present) remains their sum."""
+    """Other sizes. One that is the sum of two others (keys, of past and new ones) stays their sum."""
     out = {s: max(n + step, 2) for s, n in given.items()}
     for total, n in given.items():
         parts = [s for s in given if s is not total and given[s] < n]
@@ -299,7 +303,7 @@ def _resized(given: dict[sympy.Symbol, int], step: int) -> dict[sympy.Symbol, in
 def _drawn(
     example: torch.Tensor, value: ir.Value, sizes: Mapping[sympy.Symbol, int], number: int
 ) -> torch.Tensor:
-    """The example at other sizes: floating values are drawn again, integers taken from the example."""
+    """The example at other sizes: floating values are drawn anew, integers are taken from the example."""
     shape = [
         int(n) if isinstance(d, int) else _evaluated(parse_dim(d.value or "?"), sizes, int(n))
         for d, n in zip(value.shape or (), example.shape, strict=True)

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from fusepass.exporters.staging import ModelError
 
-#: The newest IR version that ONNX Runtime 1.31 loads.
+#: The newest operator set and IR version that ONNX Runtime 1.31 loads.
 NEWEST_OPSET, NEWEST_IR = 26, 13
 #: The oldest operator set that can be read.
 OLDEST_OPSET = 11
@@ -23,7 +23,8 @@ _SMALL = 1024
 
 
 class Disagreement(RuntimeError):
-    """An exported model does not compute what the original computes; nothing was written."""
+    """A fused model is not valid, does not run, or does not compute what the original computes; nothing was
+    written."""
 
 
 def read(path: str | os.PathLike[str]) -> ir.Model:
@@ -66,7 +67,7 @@ def _attributes(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Attr]]:
 
 
 def external_tensors(model: ir.Model) -> Iterator[tuple[str, ir.ExternalTensor]]:
-    """Tensors in other files, and the names of what holds them."""
+    """Tensors in other files, each with the name of the value that holds it."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
@@ -82,7 +83,7 @@ def _check_weights(model: ir.Model, path: str | os.PathLike[str]) -> None:
         if location.is_absolute() or ".." in location.parts:
             raise ModelError(
                 f"cannot read {str(path)!r}: {name!r} names the file {tensor.location!r}, which is not in "
-                "the model's folder; external data lies beside or below the model"
+                "the model's folder; external data must be in that folder or below it"
             )
         if not file.is_file():
             raise ModelError(
@@ -92,7 +93,7 @@ def _check_weights(model: ir.Model, path: str | os.PathLike[str]) -> None:
         given = tensor.nbytes if tensor.length is None else tensor.length
         if given < tensor.nbytes:
             raise ModelError(
-                f"cannot read {str(path)!r}: {name!r} has {tensor.nbytes} bytes, and the model names "
+                f"cannot read {str(path)!r}: {name!r} has {tensor.nbytes} bytes, but the model gives it only "
                 f"{given} of {tensor.location!r}"
             )
         end = (tensor.offset or 0) + given

@@ -1,9 +1,9 @@
 """``com.microsoft`` GroupQueryAttention (an operator that ONNX Runtime contributes).
 
-It has sliding windows, sinks and rotary embeddings, in kernels that take no mask; on CUDA it computes in half
-precision.  ``local_window_size`` includes the current key (ONNX Runtime 1.24 and later).  With a cache it
-takes several queries only for a single sequence, so a known number of sequences is turned into more heads of
-one sequence.
+It has sliding windows, sinks and rotary embeddings, in kernels that take no mask; on CUDA it computes only in
+half precision.  ``local_window_size`` includes the current key (ONNX Runtime 1.24 and later).  With a cache
+it takes several queries only for a single sequence, so several sequences are turned into one sequence with
+more heads, if their number is known.
 Source: ONNX Runtime, docs/ContribOperators.md.
 """
 
@@ -48,15 +48,17 @@ def refuse(spec: Attention, target: Target) -> str | None:
         return reach
     if spec.queries != spec.keys and spec.queries != 1 and not isinstance(spec.batch, int):
         return (
-            "queries and keys differ in number: it has no cross attention, and after a cache it takes "
-            "several queries of a constant number of sequences only"
+            "queries and keys differ in number: it has no cross attention, and with a cache it takes "
+            "several queries only if the number of sequences is constant"
         )
     if spec.head_dim != spec.value_dim or not isinstance(spec.head_dim, int) or spec.head_dim % 8:
-        return f"head sizes {spec.head_dim} and {spec.value_dim}; it takes equal ones, multiples of 8"
+        return f"head sizes {spec.head_dim} and {spec.value_dim}; it needs equal ones that are multiples of 8"
     if not all(isinstance(n, int) for n in (spec.heads, spec.kv_heads)):
         return "the number of heads is not known"
     if has_gates(spec):
-        return "scores or weights have a factor of the keys, and its keys and values are those of the cache"
+        return (
+            "a factor varies over the keys, and this operator needs keys and values as they are in the cache"
+        )
     if spec.sink is not None:
         return None if spec.sink.axes in ("", "h") else "its sink may vary over heads only"
     if spec.dtype not in HALVES:
@@ -67,9 +69,9 @@ def refuse(spec: Attention, target: Target) -> str | None:
 
 
 def _reach(spec: Attention) -> int | str | None:
-    """How many keys a query sees, its own included; None for all earlier ones; a reason if it is not causal.
+    """How many keys a query sees, its own included; None if it sees all earlier ones; or a reason to refuse.
 
-    The queries are at the last positions: causal attention is aligned to the end of the keys.
+    The queries are at the last positions: causal attention must be aligned to the end of the keys.
     """
     bands = [a for a in spec.atoms if isinstance(a, Band)]
     band = intersect(bands, Facts()) if bands else None
@@ -85,13 +87,13 @@ def _reach(spec: Attention) -> int | str | None:
 
 
 def _only_bands(spec: Attention) -> bool:
-    """Is nothing added to the scores besides bands?"""
+    """Are bands all that is added to the scores?"""
     hide = all(isinstance(m, Mask) and spec.hides(m) for m in spec.added)
     return hide and all(isinstance(a, Band) for a in spec.atoms)
 
 
 def emit(site: Site, build: OnnxBuilder, target: Target) -> ir.Value:
-    """Write the operator; all its sequences are as long as the keys."""
+    """Write the operator; the length of every sequence is the number of keys."""
     spec = site.spec
     cache = None if spec.queries == spec.keys else find_cache(site, build)
     if cache is None and spec.queries != spec.keys:
@@ -149,7 +151,10 @@ def _attributes(
 def _operands(
     site: Site, build: OnnxBuilder, cache: Cache | None, turned: Turned | None, merged: bool
 ) -> Operands:
-    """Packed queries and (new) keys and values of one dtype; ``merged``: sequences become heads of one."""
+    """Packed queries and (new) keys and values of one dtype.
+
+    If ``merged``, the sequences become heads of one sequence.
+    """
     r = site.roles
     query, keys = (site.query, site.keys) if turned is None else (turned.query, turned.keys)
     q = laid_out_over(build, query, r.batch, r.query, [*r.heads, *r.head_dim], merged)
@@ -172,7 +177,7 @@ def _lengths(build: OnnxBuilder, keys: Size, batch: Size) -> tuple[ir.Value, ir.
 
 
 def _bias(site: Site, build: OnnxBuilder, dtype: torch.dtype, merged: int) -> ir.Value | None:
-    """Everything that is added to the scores, or None if that is bands only."""
+    """Everything that is added to the scores, or None if these are only bands."""
     spec = site.spec
     bias = None if _only_bands(spec) else added_mask(site, build, dtype, boolean=False).mask
     if bias is None or merged == 1:

@@ -22,7 +22,7 @@ _KNOWN_DOMAINS = ("", "ai.onnx.ml", "com.microsoft")
 
 
 def _reached(start: ir.Node, near: Callable[[ir.Node], list[ir.Node | None]]) -> list[ir.Node]:
-    """The nodes reached from a node in one direction, up to and including the first products."""
+    """The nodes reached from a node in one direction, up to the first products on each path, included."""
     reached: dict[ir.Node, None] = {}
     todo = [start]
     while todo and len(reached) < 100:
@@ -51,7 +51,7 @@ def softmaxes(graph: ir.Graph) -> int:
 def left_over(
     graph: ir.Graph, reader: OnnxReader, live: set[ir.Node], settled: set[Expr]
 ) -> Iterator[tuple[ir.Node, str]]:
-    """Softmaxes of products for which no product with values was found.
+    """Softmaxes of score products whose product with values was not found.
 
     Args:
         graph: the graph after the pass.

@@ -1,7 +1,7 @@
 """Key paddings that are lengths: ``j < lengths[b]`` becomes ``nonpad_kv_seqlen`` (Attention, opset 24).
 
-Without a mask, runtimes keep their fast kernels.  The operator returns zero if a length is zero; such
-sequences keep the result that the model gives them.
+Runtimes keep their fast kernels if there is no mask.  For a sequence of length zero the operator returns
+zero; if the model gives another result, that is restored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NEGATED = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
 
 
 def find_lengths(site: Site) -> Term | None:
-    """The integers ``lengths[b]``, if nothing except ``j < lengths[b]`` hides keys."""
+    """The integers ``lengths[b]``, if keys are hidden by ``j < lengths[b]`` alone; otherwise None."""
     added = site.spec.added
     if (
         len(added) != 1
@@ -84,7 +84,7 @@ def _runs_over(site: Site, term: Term, axis: str) -> bool:
 def of_lengths(
     site: Site, build: OnnxBuilder, lengths: Term, x: Operands
 ) -> tuple[ir.Value, Operands, Added]:
-    """``nonpad_kv_seqlen``, the operands, and what remains to be done for sequences without a key."""
+    """``nonpad_kv_seqlen`` ``[B]``, the operands, and what remains to be done for sequences without a key."""
     spec = site.spec
     given = build.cast(build.as_tensor(lengths.expr), torch.int64)
     keys, zero = build.length(spec.keys), build.constant([0], torch.int64)

@@ -1,4 +1,4 @@
-"""The tensors of a site as ONNX operators want them: queries, keys, values, one mask of rank 4."""
+"""The tensors of a site as ONNX operators need them: queries, keys, values, and one mask of rank 4."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fusepass.specification.takes import Takes
 from fusepass.writing.layouts import Groups
 
 _CAUSAL = Band(None, 0)
-#: A fill of half precision that vanishes (:func:`.attention.negligible`) and is not its lowest number.
+#: A float16 fill whose weight is zero (:func:`.attention.negligible`); the lowest float16 is -65504.
 _MILD = -65024.0
 
 
@@ -78,7 +78,7 @@ def laid_out_over(
     width: Sequence[str],
     merged: bool = False,
 ) -> ir.Value:
-    """One operand as ``[B, n, width]``, or ``[1, n, B * width]`` where sequences are merged into one."""
+    """One operand as ``[B, n, width]``, or as ``[1, n, B * width]`` if sequences are merged into one."""
     groups: Groups = ([], length, [*batch, *width]) if merged else (batch, length, width)
     return build.layout(build.choose(chain, groups), groups, full=True)
 
@@ -89,7 +89,7 @@ def laid_out(site: Site, build: OnnxBuilder, packed: bool = False) -> Operands:
     Args:
         site: the site.
         build: where to write.
-        packed: ``[B, Q, H*D]``, ``[B, K, G*D]``, ``[B, K, G*Dv]`` instead of one dimension a head.
+        packed: ``[B, Q, H*D]``, ``[B, K, G*D]``, ``[B, K, G*Dv]`` instead of a separate dimension for heads.
     """
     r = site.roles
     sides = (
@@ -151,7 +151,7 @@ def times(a: Size, b: Size) -> Size:
 
 
 def packed(build: OnnxBuilder, value: ir.Value, merged: bool = False) -> ir.Value:
-    """``[B, H, n, D]`` as ``[B, n, H*D]``, or as ``[1, n, B*H*D]`` where sequences are merged into one."""
+    """``[B, H, n, D]`` as ``[B, n, H*D]``, or as ``[1, n, B*H*D]`` if sequences are merged into one."""
     batch, heads, length, width = build.shape_of(value)
     if merged:
         wide = build.permute(value, (2, 0, 1, 3))
@@ -211,7 +211,7 @@ def row_operand(site: Site, build: OnnxBuilder, slot: int) -> ir.Value:
         Refused: it does vary.
     """
     if site.scope.varies_over_keys(site.operands[slot]):
-        raise Refused("a tensor of queries varies over the keys")
+        raise Refused("a tensor that must be the same for all keys varies over the keys")
     value = score_operand(site, build, slot)
     return value if build.shape_of(value)[-1] == 1 else build.cut(value, 3, 0, 1)
 
@@ -246,9 +246,9 @@ def after_weights(site: Site, build: OnnxBuilder, out: ir.Value) -> ir.Value:
 class Added:
     """What is added to the scores, and what is left to do for rows that see no key.
 
-    mask: ``[B | 1, H | 1, Q, K]``, boolean (True attends) or of the queries' dtype; None where nothing is.
-    seen: ``[B | 1, H | 1, Q | 1, 1]``, boolean: which rows see a key; None where nothing is left to do.
-    mute: must the queries of the other rows be zero?
+    mask: ``[B | 1, H | 1, Q, K]``, boolean (True attends) or of the queries' dtype; None if nothing is added.
+    seen: ``[B | 1, H | 1, Q | 1, 1]``, boolean: which rows see a key; None if nothing is left to do.
+    mute: must the queries be zero in rows that see no key?
     """
 
     mask: ir.Value | None
@@ -267,10 +267,10 @@ def added_mask(
     Args:
         site: the site.
         build: where to write.
-        dtype: of the queries; a floating mask has it.
+        dtype: the dtype of the queries, and of a floating mask.
         boolean: may the mask be boolean?
-        mild: use fills just above those that runtimes take for "hidden"?  For these, their kernels search
-            every row, key by key, for one that is not hidden.
+        mild: use fills just above those that runtimes take for "hidden"?  If a mask has fills of that kind,
+            their kernels search every row, key by key, for a key that is not hidden.
     """
     spec = site.spec
     extra = spec.added
@@ -287,7 +287,7 @@ def added_mask(
     rows_differ = spec.unseen_rows
     if rows_differ and len({m.fill == -math.inf for m in spec.masks}) > 1:
         raise Refused(
-            "a row may see no key, under fills of -inf and finite fills (use one fill for all masks)"
+            "a row may see no key, and some masks fill with -inf, others with finite numbers (use one fill)"
         )
     policy = empty_rows(spec) if rows_differ else "none"
     if boolean and policy != "mean" and not any(_is_sum(m) for m in extra):
@@ -309,7 +309,7 @@ def _above(site: Site, build: OnnxBuilder, mod: Bias, dtype: torch.dtype) -> boo
 
 
 def _faint(dtype: torch.dtype) -> float:
-    """Sums with anything lower absorb scores of ordinary size."""
+    """A bias below this absorbs scores of ordinary size when they are added."""
     return -32768.0 if dtype is torch.float16 else -5e7
 
 
@@ -321,7 +321,7 @@ def _is_sum(mod: Bias | Mask) -> bool:
 def _total(
     site: Site, build: OnnxBuilder, extra: Sequence[Bias | Mask], dtype: torch.dtype, lowest: float
 ) -> ir.Value:
-    """A score of zero after all modifiers, with fills no lower than ``lowest``."""
+    """What a score of zero becomes by all masks and biases, with fills no lower than ``lowest``."""
     lowest = max(lowest, torch.finfo(dtype).min) if lowest > -math.inf else lowest
     total: ir.Value | None = None
     for mod in extra:
@@ -353,9 +353,11 @@ def _joint(build: OnnxBuilder, a: ir.Value, b: ir.Value) -> Shape:
 
 
 def _muted(site: Site, build: OnnxBuilder, extra: Sequence[Bias | Mask], dtype: torch.dtype) -> Added:
-    """Runtimes do not agree on rows that hold only fills, and half precision has no fill that absorbs scores:
-    rows that see no key get zero queries, and their highest level becomes zero, so that their weights are
-    uniform over it.
+    """All biases and masks, for operators that are given zero queries in rows that see no key.
+
+    Runtimes do not agree on rows that hold only fills, and half precision has no fill that absorbs scores.
+    Zero queries make all scores of such a row equal, and the row of the mask is shifted so that its highest
+    number is zero: the weights are uniform over the keys that have it.
     """
     level = _total(site, build, extra, dtype, torch.finfo(dtype).min)
     top = build.reduce("ReduceMax", level, 3)
@@ -390,13 +392,13 @@ def _any_key(build: OnnxBuilder, visible: ir.Value) -> ir.Value:
 
 
 def full_mask(site: Site, build: OnnxBuilder, mask: ir.Value) -> ir.Value:
-    """The mask expanded over all queries and keys: runtimes broadcast neither."""
+    """The mask expanded over all queries and keys: runtimes broadcast over neither."""
     spec, shape = site.spec, build.shape_of(mask)
     return build.expand(mask, (*shape[:2], spec.queries, spec.keys))
 
 
 def mend_rows(site: Site, build: OnnxBuilder, out: ir.Value, extra: Added) -> ir.Value:
-    """The model's result for rows that see no key, where the operator's is another."""
+    """Restore the model's result in rows that see no key, if the operator gives another one."""
     if extra.seen is None or extra.mute:
         return out
     dtype = build.dtype_of(out)
@@ -405,7 +407,7 @@ def mend_rows(site: Site, build: OnnxBuilder, out: ir.Value, extra: Added) -> ir
 
 
 def muted(build: OnnxBuilder, extra: Added, q: ir.Value) -> ir.Value:
-    """The queries, zero in rows that see no key where that is needed."""
+    """The queries, set to zero in rows that see no key if ``extra.mute``."""
     if not extra.mute or extra.seen is None:
         return q
     return build.pointwise("Mul", build.cast(extra.seen, build.dtype_of(q)), q)

@@ -1,4 +1,4 @@
-"""What a target is: its capabilities. What an operator is: what it takes, and how it is written."""
+"""What a target can do; and what an operator takes, and how it is written."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fusepass.specification.takes import Takes
 class Target:
     """A runtime that models are written for: one row of the table in :mod:`.targets`.
 
-    By default it reads everything that the operators specify.
+    By default a target reads everything that the specification of its operators allows.
 
     Attributes:
         name: what ``target=`` calls it.
-        reader: who reads its files, as reasons say it.
+        reader: who reads its files, as named in reasons.
         operators: what it is offered, in order of preference.
-        opset: the version of ``ai.onnx`` that the model imports; in the table, the one that models get.
+        opset: the version of ``ai.onnx`` that the model imports; in the table, the default.
         lacks: the kinds of modifiers that it does not read in any operator.
         caches: does it read the past keys and values of Attention, and write the present ones?
         lengths: does it read the lengths of the keys, ``nonpad_kv_seqlen``?
@@ -75,7 +75,7 @@ class Operator:
         emit: writes the nodes and returns the result in the layout of the one it replaces, or raises
             :class:`fusepass.exporters.onnx.operands.Refused`.
         more: further reasons to refuse a specification that it takes.
-        since: the version of ``ai.onnx`` that brought it; 0 for an operator of another domain.
+        since: the first version of ``ai.onnx`` that has it; 0 for an operator of another domain.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Operator:
     def refuse(self, spec: Attention, target: Target) -> str | None:
         """Why it does not compute ``spec``, judged by the specification alone; None if it does."""
         if spec.dropout:
-            return "the weights are dropped out: export the model in eval mode"
+            return "the weights have dropout: export the model in eval mode"
         return next(filter(None, self._reasons(spec, target)), None)
 
     def _reasons(self, spec: Attention, target: Target) -> Iterator[str | None]:

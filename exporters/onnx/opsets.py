@@ -72,7 +72,7 @@ def _find_value(graph: ir.Graph, name: str) -> ir.Value | None:
 
 
 def infer(model: ir.Model) -> dict[str, list[Any]]:
-    """The results of onnx's shape inference, by the name of the value: dimensions as integers, names or None.
+    """The shapes that onnx infers, by the name of the value: each dimension is an integer, a name or None.
 
     Values without a recorded dtype get the inferred one; nothing else in the model changes.
     """

@@ -50,22 +50,26 @@ def optimize_onnx(
 ) -> ExportReport:
     """Fuse the attention of an ONNX model.
 
-    Weights are not changed; names of inputs and outputs and the model's metadata stay.
+    Weights, the names of inputs and outputs, and the model's metadata stay as they are.
 
     Args:
         path_in: the model, opset 11 to 26, from any exporter.
         path_out: where to write; may be ``path_in``.
-        target: ``"onnx"``, ``"ort"`` or ``"tensorrt"``.
+        target: ``"onnx"`` (``ai.onnx`` Attention), ``"ort"`` (with ``com.microsoft`` operators) or
+            ``"tensorrt"``.
         opset: raise the model to this version of ``ai.onnx`` (default 24); newer models stay as they are.
         verify: run both models in onnxruntime on random inputs and compare.
         inputs: arrays by name to compare on, instead of random ones.
-        external_data: put weights in a separate file; None: as in the original, or if the model is large.
+        external_data: whether to put weights in a separate file; None: as in the original, or if the model
+            is large.
         progress: called with a short text at the start of each step.
-        others: none are accepted; options of the pass are refused, with their equivalent for ONNX.
+        others: none are accepted; an option of the pass is refused with a message that names its equivalent.
 
     Raises:
-        ModelError: the model cannot be read, or its opset is not supported.
-        Disagreement: the fused model computes something else; nothing is written.
+        ModelError: the model cannot be read, converted or written, or its opset is not supported.
+        Disagreement: the fused model is not valid, does not run in onnxruntime, or computes something else;
+            nothing is written.
+        ImportError: ``verify`` is True, and onnxruntime is not installed.
         ValueError: an unknown target or opset, or an option that an ONNX file cannot have.
     """
     refuse_others("optimize_onnx", others, ())
@@ -110,7 +114,7 @@ def optimize_onnx(
 def _raised(
     model: ir.Model, path: str | os.PathLike[str], aim: Target, have: int, asked: int | None
 ) -> tuple[ir.Model, list[str]]:
-    """The model at the target's version, or as it was where the target has an operator for every version."""
+    """The model at the wanted version; or as it was, with a note, if it cannot and need not be converted."""
     try:
         raise_opset(model, aim.opset if asked is None else asked)
     except ModelError as error:
@@ -147,7 +151,7 @@ def check_model(path: Path) -> None:
 
 
 def _check_original(path: str | os.PathLike[str]) -> None:
-    """The fused model is not valid: was the original?
+    """Check the original, after the fused model turned out not to be valid.
 
     Raises:
         ModelError: the original is not valid either.
@@ -198,7 +202,7 @@ def _compared(
             break
     if not runs:
         return [], [
-            f"not verified: the original model does not run on random inputs ({failures[0]}); pass inputs="
+            f"not verified: the original model does not run on random inputs ({failures[0]}); pass inputs=..."
         ]
     return checks, []
 

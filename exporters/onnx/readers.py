@@ -1,4 +1,4 @@
-"""Other readers of a site's scores or weights, which can be removed only if there are none."""
+"""Who else reads the scores or weights of a site: they can be removed only if nobody does."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Readers:
     def outside(self, site: Site, anchor: ir.Node, shared: Shared[ir.Node]) -> ir.Node | None:
         """A live node, not on a path to the anchor, for which scores or weights must be computed.
 
-        A node that multiplies the same weights with other values does not count if an operator computes that
-        too (``shared`` gives its scores): exporters compute equal weights once, even if the model computes
+        A node that multiplies the same weights by other values does not count if it is replaced by an
+        operator too, as ``shared`` says.  Exporters compute equal weights once, even if the model computes
         them for every product.
         """
         meaning, products = self.reader.meaning[anchor.outputs[0]], list(site.products)

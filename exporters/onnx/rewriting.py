@@ -1,4 +1,4 @@
-"""The pass over ONNX graphs, inner graphs included: the answers to what :class:`.site_pass.SitePass` asks.
+"""The pass over ONNX graphs, inner graphs included: it answers what :class:`.site_pass.SitePass` asks.
 
 The graph outside a fused site is not touched.
 """
@@ -54,7 +54,7 @@ def fuse_model(
 
 @dataclass(frozen=True)
 class _Setting:
-    """What all graphs of a model share; ``names`` are in use already."""
+    """What all graphs of a model share; ``names`` are those already in use."""
 
     opsets: dict[str, int]
     target: Target
@@ -66,7 +66,7 @@ class _Setting:
 def _fuse_graph(
     graph: ir.Graph, setting: _Setting, parent: OnnxReader | None, holder: ir.Node | None
 ) -> None:
-    """One graph, and those within it; ``holder`` is the node of the parent's graph that holds it."""
+    """Fuse one graph and those within it; ``holder`` is the node of the parent's graph that holds it."""
     reader = OnnxReader(graph, setting.opsets, setting.shapes, parent, holder)
     setting.report.nodes += len(reader.order)
     setting.report.notes.extend(n for n in reader.faults.notes if n not in setting.report.notes)
@@ -80,7 +80,7 @@ _Replacement = Replacement[ir.Value, OnnxBuilder]
 
 
 class _OnnxGraph(SiteGraph[ir.Node, ir.Value, OnnxBuilder]):
-    """One graph."""
+    """One graph, as the pass sees it."""
 
     def __init__(self, reader: OnnxReader, setting: _Setting) -> None:
         self.reader, self.opsets = reader, setting.opsets
@@ -206,7 +206,7 @@ class _OnnxGraph(SiteGraph[ir.Node, ir.Value, OnnxBuilder]):
         return copy.outputs[0]
 
     def _take_present(self, node: ir.Node, old: ir.Value, new: ir.Value) -> None:
-        """Let a cache's present state stand for the joined tensor, if all that read it come later."""
+        """Let a cache's present state replace the joined tensor, if all readers of that tensor come later."""
         producer = old.producer()
         after = self.reader.order[node]
         read_later = all(self.reader.order.get(u, after + 1) > after for u in old.consumers())

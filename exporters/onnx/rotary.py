@@ -1,9 +1,9 @@
 """Rotary embeddings as ``ai.onnx`` RotaryEmbedding (opset 23 and later).
 
-``x * cos + turned(x) * sin``, where ``turned`` is ``cat(-x2, x1)`` of the halves of ``x``, or the same for
-every pair of neighbours, and where ``cos`` and ``sin`` hold the same number for both elements that are turned
-together: the operator computes this from half of each table.  Or, with tables that are such halves already,
-``cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin)``, and the same for pairs.
+Two forms are recognised.  In ``x * cos + turned(x) * sin``, ``turned`` is ``cat(-x2, x1)`` of the halves of
+``x``, or the same for every pair of neighbours.  ``cos`` and ``sin`` hold the same number for both elements
+that are turned together, and the operator takes half of each table.  In
+``cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin)``, and its form for pairs, the tables are such halves already.
 Source: Su et al., "RoFormer" (arXiv 2104.09864); ONNX operator specification of RotaryEmbedding, version 23.
 """
 
@@ -101,7 +101,7 @@ def _parts(node: Expr) -> tuple[Expr, Expr] | None:
 
 
 def _adds(node: Expr, *pairs: tuple[Expr, Expr]) -> bool:
-    """Is it the sum of two products?"""
+    """Is it the sum of the products of these two pairs?"""
     for sides in (node.args, node.args[::-1]):
         if all(pair in _factors(side) for side, pair in zip(sides, pairs, strict=True)):
             return True
@@ -109,7 +109,7 @@ def _adds(node: Expr, *pairs: tuple[Expr, Expr]) -> bool:
 
 
 def _sources(part: Expr, node: Expr) -> Iterator[Expr]:
-    """The tensors, of a node's shape, from which its parts were taken."""
+    """The tensors of a node's shape from which a part may have been taken."""
     while part.op in ("slice", "select", "reshape"):
         part = part.args[0]
         if part.shape == node.shape:
@@ -162,7 +162,7 @@ def _without_view(node: Expr) -> Expr:
 
 
 def _picked(node: Expr, x: Expr) -> tuple[Size, Size] | None:
-    """The half of ``x``'s last dimension that it holds, as start and step."""
+    """The start and step of the half of ``x``'s last dimension that a node holds, or None."""
     width = x.shape[-1]
     assert isinstance(width, int)
     half = (*x.shape[:-1], width // 2)

@@ -36,7 +36,7 @@ FUSED = frozenset(
 
 
 def checked_target(name: str, opset: int | None) -> Target:
-    """The target of a name.
+    """The target of this name, with this version of the operators.
 
     Raises:
         ValueError: an unknown target, or a version of the operators that it cannot have.

@@ -1,10 +1,9 @@
 """Rotary embeddings that GroupQueryAttention computes itself (``do_rotary``).
 
 The operator takes tables with a row for every position, and turns the new token ``n`` by row ``past + n``.
-The model's tables have a row for every new token.  With rows of zeros in front, as many as the cache has
-keys, they become the operator's tables; nothing reads these rows.  The model's positions do not matter, as
-long as all sequences share them.  Keys in a cache were turned when they were new, both in the model and in
-the operator.
+The model's tables have a row for every new token.  Rows of zeros are put in front of them, as many as the
+cache has keys; nothing reads the zeros.  The positions themselves do not matter, as long as all sequences
+share them.  Keys in a cache were turned when they were new, both in the model and in the operator.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from fusepass.specification.attention import Attention
 
 @dataclass(frozen=True)
 class Turned:
-    """Queries and keys before they are turned, as chains of terms, and the tables of both."""
+    """Queries and keys before they are turned, as chains of terms, and the rotation that turns them."""
 
     query: Sequence[Term]
     keys: Sequence[Term]

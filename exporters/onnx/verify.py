@@ -28,7 +28,7 @@ ALLOWED = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 def session(path: str | os.PathLike[str], optimized: bool = True) -> Any:
-    """An onnxruntime session: on CUDA if it is available, else on the CPU.
+    """An onnxruntime session, on CUDA if it is available, else on the CPU; ``optimized``: by onnxruntime.
 
     Raises:
         Disagreement: onnxruntime cannot load the model.
@@ -83,7 +83,7 @@ def run_session(loaded: Any, feeds: Arrays) -> Arrays:
 
 
 def _run_in_bfloat16(loaded: Any, feeds: Arrays) -> list[npt.NDArray[Any]]:
-    """Run a model with bfloat16, which ``run`` does not take: inputs pass as bits, outputs by DLPack."""
+    """Run a model with bfloat16, which a session's ``run`` does not take: it gets bits, and gives DLPack."""
     import onnxruntime as ort
 
     given = {
@@ -99,7 +99,7 @@ def _run_in_bfloat16(loaded: Any, feeds: Arrays) -> list[npt.NDArray[Any]]:
 
 
 def array(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """A tensor of any shape and dtype as an array; bfloat16 is a type of onnx, not of numpy."""
+    """A tensor of any shape and dtype as an array; numpy has no bfloat16, so ml_dtypes' is used."""
     tensor = tensor.detach().cpu()
     if tensor.dtype is torch.bfloat16:
         return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -113,7 +113,7 @@ def _first(error: Exception) -> str:
 def difference(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
     """The largest difference, in units of the largest finite value in ``want`` (at least 1e-6).
 
-    Infinite if shapes differ, or if values are finite, infinite or NaN in other places.
+    Infinite if shapes differ, or if infinities and NaNs are in other places.
     """
     if got.shape != want.shape:
         return math.inf
@@ -180,9 +180,9 @@ def _dims(value: ir.Value) -> list[Size]:
 
 
 def size_choices(model: ir.Model) -> Iterator[dict[sympy.Symbol, int]]:
-    """Sizes to try, the most telling first: all different, then all equal.
+    """Sizes to try, those first that tell most: all different, then all equal.
 
-    Last come the model's own small numbers: a traced model may run only at its example's sizes.
+    The small numbers in the model come last: a traced model may run only at the sizes of its example.
     """
     names = symbols(model)
     if not names:
@@ -216,8 +216,8 @@ def _small_numbers(model: ir.Model) -> list[int]:
 def random_feeds(model: ir.Model, sizes: Mapping[sympy.Symbol, int], seed: int) -> Arrays:
     """Random values for a model's inputs; integers are valid indices into the tables that they index.
 
-    Other integers are zeros and ones, like masks.  If the model computes in half precision the first is a
-    one: there, the result of a row that sees no key depends on how a runtime rounds.
+    Other integers are zeros and ones, like masks.  In a float16 model the first of each row is a one, because
+    the result of a row that sees no key would depend on how a runtime rounds.
     """
     half = any(v.dtype is ir.DataType.FLOAT16 for n in model.graph for v in n.outputs)
     generator = np.random.default_rng(seed)

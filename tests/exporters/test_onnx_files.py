@@ -288,7 +288,7 @@ def test_weights_in_other_files(where: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("length", "12", "has 8192 bytes, and the model names 12 of 'data.bin'"),
+        ("length", "12", "has 8192 bytes, but the model gives it only 12 of 'data.bin'"),
         ("offset", "99999", "ends at byte 8192"),
         ("location", "../../etc/passwd", "not in the model's folder"),
         ("location", "/etc/passwd", "not in the model's folder"),
