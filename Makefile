@@ -23,7 +23,7 @@ export PYTHONUNBUFFERED := 1
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup: $(VENV)/.installed-test ## make the virtual environment for tests, and no more
+setup: $(VENV)/.installed-test ## make the virtual environment for tests, and do nothing else
 
 demo: $(VENV)/.installed-demo ## run examples/demo.py
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -34,21 +34,21 @@ test: $(VENV)/.installed-test ## run the tests; choose some with ARGS="-k mask"
 laws: $(VENV)/.installed-test ## run the tests of laws alone: expressions, specifications, rules, who imports whom
 	$(BIN)/python -m pytest -n 2 -q $(LAWS) $(ARGS)
 
-fuzz: $(VENV)/.installed-test ## draw random programs and compare with eager; choose how many with ARGS="--seconds 600"
+fuzz: $(VENV)/.installed-test ## draw random programs and compare with eager; choose how long with ARGS="--seconds 600"
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: $(VENV)/.installed-test ## check style and formatting
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-format: $(VENV)/.installed-test ## format the code and mend what can be mended safely
+format: $(VENV)/.installed-test ## format the code, and fix what can be fixed safely
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
 types: $(VENV)/.installed-test ## check types
 	$(BIN)/mypy
 
-# The notice left out says that Material for MkDocs 9 is supported until May 2027.
+# The notice that is silenced says that Material for MkDocs 9 is supported until May 2027.
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(VENV)/.installed-docs ## build the documentation site into site/; a warning is an error
 	$(BIN)/mkdocs build --strict $(ARGS)
@@ -60,7 +60,7 @@ clean: ## remove the virtual environment, build products and caches
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fuzz-failures
 	find fusepass patterns exporters tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
-# The request changes only when its text does, so that another TORCH or PYTHON makes a new environment.
+# This file is written only if TORCH or PYTHON has changed: then the environment is made anew.
 $(VENV)/.request: FORCE
 	@test -n "$(PYTHON)" || { echo "fusepass needs Python 3.11 or newer: set PYTHON to one" >&2; exit 1; }
 	@mkdir -p $(VENV)
@@ -78,7 +78,7 @@ $(VENV)/.constraints: $(VENV)/.request
 	$(PIP) "$(TORCH)"
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
 
-# The warning left out says that folders named like the package shadow it: here they are the package.
+# The warning that is silenced says that a folder named like the package hides it: here it is the package.
 $(VENV)/.installed-%: $(VENV)/.constraints pyproject.toml
 	PYTHONWARNINGS="ignore:Editable installation" $(PIP) --constraint $(VENV)/.constraints --editable ".[$*]"
 	@touch $@

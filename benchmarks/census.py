@@ -1,4 +1,4 @@
-"""How much of the attention in `transformers` is fused: all families that can be built small, without a hub.
+"""How much attention in `transformers` is fused, in all families that can be built small without a download.
 
     python benchmarks/census.py                     all families: takes hours, rewrites benchmarks/census.md
     python benchmarks/census.py bert llama t5       only these; writes no file
@@ -8,11 +8,11 @@
     python benchmarks/census.py --quality           what fused calls read over queries and keys; rewrites that
                                                     section of benchmarks/census.md
 
-A site is a softmax between two batched matrix products, counted in the ATen graph; a site that the count no
-longer finds is fused. Models have eager attention and random weights, and each runs in a separate process.
-The share is the time of the pass divided by the time of the whole `torch.compile` with the backend `--inner`,
-with empty caches. If that backend is not TorchInductor and the share is above 5%, it is measured with
-TorchInductor too, unless `--no-inductor` is given.
+A site is a softmax between two batched matrix products. Sites are counted in the ATen graph without and with
+the pass; those that the second count no longer finds are fused. Models have eager attention and random
+weights, and each runs in a separate process. The share is the time of the pass divided by the time of the
+whole `torch.compile` with the backend `--inner`, with empty caches. If that backend is not TorchInductor and
+the share is above 5%, the share with TorchInductor is measured too, unless `--no-inductor` is given.
 """
 
 import argparse
@@ -196,7 +196,7 @@ PRODUCTS = ("bmm", "baddbmm")
 SOFTMAXES = ("_softmax", "_safe_softmax")
 FUSED = ("scaled_dot_product", "flex_attention", "fusepass.attention")
 LIGHT = frozenset("_to_copy clone _unsafe_view native_dropout getitem cat masked_fill copy where".split())
-"""In addition to those that torch itself calls views or pointwise operations."""
+"""Operations that are light (`is_light`), besides those that torch itself calls views or pointwise."""
 
 
 def name_of(node: torch.fx.Node) -> str:
@@ -206,7 +206,7 @@ def name_of(node: torch.fx.Node) -> str:
 
 
 def is_light(node: torch.fx.Node) -> bool:
-    """Does a node only rename or transform elements one by one?"""
+    """Does a node only move elements, or transform them one by one?"""
     target = node.target
     if name_of(node) in LIGHT:
         return True
@@ -300,7 +300,7 @@ def measure(family: str, inner: str, with_inductor: bool) -> Row:
         return {"family": family, "skipped": str(reason)}
 
 
-#: What a fused call reads besides queries, keys and values, from cheap to dear.
+#: What a fused call reads besides queries, keys and values, the cheapest first.
 READS = ("nothing", "over keys", "computed over pairs", "stored over pairs")
 
 
@@ -411,13 +411,13 @@ def in_child(pipe: Connection, family: str, inner: str, with_inductor: bool, onl
 
 #: The share of the compile time above which it is measured with TorchInductor too.
 LARGE = 0.05
-#: The key of the seconds of the pass and of the compilation under TorchInductor.
+#: The key in a row under which the seconds with TorchInductor (`SECONDS`) are kept.
 INDUCTORS = "with Inductor"
 SECONDS = ("pass_s", "compile_s")
 
 
 def with_inductor_too(row: Row, options: argparse.Namespace) -> Row | None:
-    """The row, with the seconds under TorchInductor if the share with another backend is large."""
+    """The row with the seconds under TorchInductor, if the share with another backend is large, or None."""
     large = not options.quality and row.get("sites") and share(row) > LARGE and INDUCTORS not in row
     if options.inner == "inductor" or options.no_inductor or not large:
         return None
@@ -515,7 +515,9 @@ def totals(rows: list[Row]) -> str:
         middle = sorted(shares)[len(shares) // 2]
         lines.append(f"The pass's share of the compile time: median {middle:.1%}, largest {max(shares):.1%}.")
     if others:
-        lines.append(f"Of the {len(others)} largest with Inductor: at most {max(others):.1%}.")
+        lines.append(
+            f"The {len(others)} shares above {LARGE:.0%} are at most {max(others):.1%} with TorchInductor."
+        )
     return "\n".join(lines)
 
 
@@ -623,12 +625,20 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", help="families (all)")
     parser.add_argument("--limit", type=int, help="only the first N families")
     parser.add_argument("--inner", default="inductor", help="the inner backend (%(default)s)")
-    parser.add_argument("--no-inductor", action="store_true", help="do not count what TorchInductor fuses")
-    parser.add_argument("--quality", action="store_true", help="only what fused calls read, with formulas")
+    parser.add_argument(
+        "--no-inductor",
+        action="store_true",
+        help="do not count what TorchInductor fuses alone, and do not measure its share",
+    )
+    parser.add_argument(
+        "--quality", action="store_true", help="list only what fused calls read, with formulas"
+    )
     parser.add_argument("--timeout", type=float, default=300, help="seconds per family (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="families at a time (%(default)s)")
     parser.add_argument("--out", type=Path, help="the file to write (for a whole run: benchmarks/census.md)")
-    parser.add_argument("--rows", type=Path, help="a file of JSON lines to continue and append to")
+    parser.add_argument(
+        "--rows", type=Path, help="a file of JSON lines: rows in it are kept, new ones are appended"
+    )
     options = parser.parse_args(argv)
     known = families()
     if unknown := [name for name in options.names if name not in known]:
@@ -640,7 +650,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> list[Row]:
-    """Measure every chosen family, with a progress bar; rows of an earlier run are kept."""
+    """Measure every chosen family that has no row from an earlier run, with a progress bar."""
     past = options.rows.read_text().splitlines() if options.rows and options.rows.exists() else []
     done = {row["family"]: row for row in map(json.loads, past)}
     writing = Lock()

@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 SHARE = 0.05
-GROWTH = 40 / (128 / 4)  # growth of the time divided by the growth of the depth
+GROWTH = 40 / (128 / 4)  # the largest growth of the time, divided by the growth of the depth
 WIDTH, HEADS, GROUPS, LENGTH, BATCH = 256, 4, 2, 128, 2
 
 
@@ -91,7 +91,7 @@ class Decoder(nn.Module):
 
 
 def compile_once(layers: int, inner: str) -> dict[str, Any]:
-    """Compile one model, cold; the time of compilation is the first call's time minus the second's."""
+    """Compile one model without caches; the compile time is the first call's time minus the second's."""
     from fusepass.compilation.backend import fusepass
     from fusepass.reports.collector import collect
 
@@ -182,7 +182,8 @@ def main() -> int:
         console.print(table(rows, options.inner))
         if times := growth(rows):
             console.print(
-                f"{rows[-1]['layers']} layers take the pass {times:.1f} times as long as {rows[0]['layers']}"
+                f"the pass takes {times:.1f} times as long for {rows[-1]['layers']} layers "
+                f"as for {rows[0]['layers']}"
             )
     return 0 if not options.check or within_limits(rows) else 1
 

@@ -3,10 +3,10 @@
     python benchmarks/fp8.py --out benchmarks/results/fp8-nvidia-h200.csv
     python benchmarks/fp8.py --read benchmarks/results/fp8-nvidia-h200.csv --markdown docs/fp8.md
 
-Inputs are N(0, 1), and N(0, 1) with 0.1% of N(0, 100) added (the outliers of Shah et al., arXiv 2407.08608,
-table 3).  "cast" is the unscaled `.to(float8_e4m3fn)` of tutorials; "identical" is exact arithmetic on
-exactly the e4m3 inputs of "fp8", with its result rounded like the kernel's.  The last table is the loss of a
-small trained language model.  Needs a Hopper GPU, and nvidia-cudnn-frontend or flash-attn 3.
+Inputs are N(0, 1), and N(0, 1) with N(0, 100) added to 0.1% of the elements (the outliers of Shah et al.,
+arXiv 2407.08608, table 3).  "cast" is the unscaled `.to(float8_e4m3fn)` of tutorials.  "identical" is exact
+arithmetic on exactly the e4m3 inputs of "fp8", with the result rounded like the kernel's.  The last table is
+the loss of a small trained language model.  Needs a Hopper GPU, and nvidia-cudnn-frontend or flash-attn 3.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEAD_DIM = 128
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """As people write it; ``[B, S, H, D]``."""
+    """Attention as people write it: ``[B, S, H, D]`` in, ``[B, S, H * D]`` out."""
     group = q.shape[2] // k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     s = q @ k.repeat_interleave(group, 1).transpose(-1, -2) / math.sqrt(q.shape[-1])
@@ -72,7 +72,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor
 
 
 def quality(out: Tensor, true: Tensor) -> tuple[float, float]:
-    """The relative error, and the SQNR in dB."""
+    """The relative error, and the ratio of signal to quantisation noise (SQNR) in dB."""
     noise = (out.double() - true).square().sum().item()
     power = true.square().sum().item()
     return math.sqrt(noise / power), 10 * math.log10(power / max(noise, 1e-300))
@@ -270,7 +270,7 @@ def _ones(k: Tensor, library: str) -> list[Tensor]:
 def _kernel(
     q: Tensor, k: Tensor, v: Tensor, scales: list[Tensor], scale: float, causal: bool, library: str
 ) -> Tensor:
-    """The operator on e4m3 tensors ``[B, S, H, D]``; its result likewise."""
+    """The operator on e4m3 tensors ``[B, S, H, D]``; its result has that layout too."""
     if library == "flash3":
         result: Tensor = torch.ops.fusepass.fp8_flash3(q, k, v, *scales, scale, causal)
         return result
@@ -391,7 +391,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="4096,8192,16384,32768")
     parser.add_argument("--parts", default="time,accuracy,loss")
     parser.add_argument("--steps", type=int, default=300, help="training steps of the small model")
-    parser.add_argument("--read", type=Path, help="measure nothing: these results, for --markdown")
+    parser.add_argument("--read", type=Path, help="measure nothing; write these results to --markdown")
     parser.add_argument("--markdown", type=Path, help="write the tables to this page")
     arguments = parser.parse_args()
     if arguments.read:

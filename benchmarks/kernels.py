@@ -8,9 +8,9 @@ The most important cases are measured first.  The results are
 
 - ``benchmarks/results/profile-GPU.csv``: every kernel by name, and `torch.compile`;
 - ``fusepass/selection/profiles/GPU.json``: the cost model made from that;
-- ``benchmarks/results/auto-GPU.csv``: `torch.compile`, `auto` with that profile, and calls by hand; with
-``--contenders auto,hand,compile,eager`` also unfused attention without a compiler; - ``docs/kernels/``:
-pictures of the latter and of other GPUs' results, if matplotlib is installed.
+- ``benchmarks/results/auto-GPU.csv``: `torch.compile`, `auto` with that profile, and hand-written calls; with
+  ``--contenders auto,hand,compile,eager`` also unfused attention without a compiler;
+- ``docs/kernels/``: pictures of all files ``auto-*.csv``, if matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fusepass.tools.bench.cases import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTHS, HEAD_DIMS = (4096, 1024, 128, 16384, 512), (128, 64, 256)
-#: Beyond this length unfused attention takes tens of GiB, and is certain to be slower.
+#: Beyond this length unfused attention takes tens of GiB and is always slower, so it is not measured.
 UNFUSED_UP_TO = 4096
 
 
@@ -97,7 +97,7 @@ def main() -> int:
     option("--head-dims", type=numbers, default=list(HEAD_DIMS))
     option("--workers", type=int, default=1)
     option("--repeats", type=int, default=20)
-    option("--limit", type=float, help="seconds per part after which no measurement begins")
+    option("--limit", type=float, help="start no new measurement of a part after this many seconds")
     option("--kernels", help="for the profile (all that run here)")
     option("--variants", type=lambda text: text.split(","), default=list(VARIANTS))
     option("--add", action="store_true", help="keep rows of the CSV files that are not measured again")

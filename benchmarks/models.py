@@ -1,4 +1,4 @@
-"""Whole models under `torch.compile`: eager attention, attention integrated by hand, and fusepass on eager.
+"""Whole models under `torch.compile`: eager attention, the library's own fused one, and fusepass on eager.
 
     python benchmarks/models.py --out benchmarks/results/models-nvidia-h200.csv
     python benchmarks/models.py --read benchmarks/results/models-nvidia-h200.csv --markdown docs/models.md
@@ -7,8 +7,8 @@
 Random weights in bfloat16, random data, no dropout.  "forward" is inference; "training" is a step: forward,
 backward and a fused AdamW.  "sdpa" and "flash_attention_2" are transformers' own `attn_implementation`; if a
 model has none, or one that leaves something out, the row says so.  The loss, with the same weights and data,
-shows that all compute the same.  Compiling is distributed over processes; while one is timed all others
-pause.
+shows that all compute the same.  Compiling is distributed over processes; while one process is timed, all
+others pause.
 """
 
 from __future__ import annotations
@@ -330,7 +330,7 @@ def main() -> int:
     option("--small", action="store_true", help="tiny models")
     option("--repeats", type=int, default=20)
     option("--workers", type=int, default=1)
-    option("--limit", type=float, help="seconds after which no measurement begins")
+    option("--limit", type=float, help="start no new measurement after this many seconds")
     option("--add", action="store_true", help="keep rows of the file that are not measured again")
     option("--load", help="what else the machine was doing, for the description in the CSV file")
     option("--out", type=Path, default=Path("models.csv"))

@@ -1,4 +1,4 @@
-"""Exported attention on ONNX Runtime's CUDA provider: numbers against PyTorch, time against other exports.
+"""Exported attention on ONNX Runtime's CUDA provider: its errors against PyTorch, and its time.
 
 Each variant is the attention of one layer, from projected queries, keys and values to the weighted values,
 with dynamic sizes.  It is exported by PyTorch alone (unfused), by fusepass for its targets, and by
@@ -97,7 +97,7 @@ class Core(nn.Module):
         return t.view(t.shape[0], t.shape[1], -1, WIDTH).transpose(1, 2)
 
     def turned(self, t: Tensor) -> Tensor:
-        """``[B, H, n, D]``, rotated by positions from zero on if the variant has rotary embeddings."""
+        """``[B, H, n, D]``, rotated by its positions, from zero on, if the variant has rotary embeddings."""
         if not self.rotary:
             return t
         steps = torch.arange(0, WIDTH, 2, device=t.device) / WIDTH
@@ -203,7 +203,7 @@ def example(args: Args, shapes: Any) -> Args:
 
 
 def exports(model: nn.Module, args: Args, shapes: Any, folder: Path) -> Iterator[tuple[str, Path | str]]:
-    """The files by the name of the export; a text in place of a file says why it is missing.
+    """The files by the name of the export. A text in place of a file says why there is none.
 
     Files that are already in the folder are reused.
     """
@@ -254,7 +254,7 @@ def exports(model: nn.Module, args: Args, shapes: Any, folder: Path) -> Iterator
 
 
 def session(path: Path, provider: str, profile: Path | None = None) -> Any:
-    """A session on the given provider, with the CPU for operators that it does not have."""
+    """A session on the given provider, and on the CPU for operators that the provider lacks."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -34,7 +34,7 @@ from fusepass.exporters.onnx.targets import fused_operators
 from fusepass.exporters.onnx.verify import difference, run_session, session
 from tests.onnx_models import MODELS, dynamic
 
-#: Model families of ONNX Runtime's optimizer to try, the likeliest first.
+#: The `model_type` that ONNX Runtime's optimizer is given for each model; for all others it is "gpt2".
 FAMILIES = {
     "bert": "bert",
     "gpt2": "gpt2",
@@ -67,7 +67,7 @@ def by_fusepass(target: str) -> Callable[[Path, Path, str], None]:
 
 
 def void(_: object) -> None:
-    """A tool that does nothing."""
+    """Discard a result."""
 
 
 def by_onnxruntime(before: Path, after: Path, name: str) -> None:
@@ -187,8 +187,8 @@ def markdown(rows: list[Row]) -> str:
 def main() -> int:
     """Measure, show, write."""
     parser = argparse.ArgumentParser(description="Fused attention in ONNX, side by side.")
-    parser.add_argument("--models", default=",".join(MODELS), help="which (%(default)s)")
-    parser.add_argument("--dynamic", action="store_true", help="with dynamic sizes, too")
+    parser.add_argument("--models", default=",".join(MODELS), help="which models (%(default)s)")
+    parser.add_argument("--dynamic", action="store_true", help="also with dynamic sizes")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     arguments = parser.parse_args()
     rows: list[Row] = []

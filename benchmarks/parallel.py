@@ -6,7 +6,7 @@
 
 Random weights in bfloat16 and random data; a step is forward, backward and AdamW.  Every row is measured by
 separate processes, one per GPU.  "compile" is `torch.compile` without fusepass.  Peak memory is that of one
-GPU.  The loss is that of the last of a few steps with equal weights and data, before any timing.
+GPU.  Before any timing, a few steps are made from equal weights and data; the loss is that of the last one.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SMALL = Sizes(2, 64, 4, 2, 32, 2)
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement, by the first process."""
+    """One measurement, as the first process made it."""
 
     kind: str
     contender: str
@@ -329,7 +329,9 @@ def main() -> int:
         return 0
     place = arguments.read or arguments.out
     if place is None:
-        print("give --out, a CSV file to write, or --read, one to make the table from", file=sys.stderr)
+        print(
+            "give --out, a CSV file to write, or --read, a CSV file to make the table from", file=sys.stderr
+        )
         return 2
     if arguments.read is None:
         rows: list[Row] = []

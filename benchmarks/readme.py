@@ -25,7 +25,7 @@ MODES = {"forward": "inference", "training": "training"}
 
 
 def census() -> str:
-    """How many sites of `transformers` are fused, from the census and the numbers of the picture."""
+    """How many sites of `transformers` are fused, from the census and the numbers behind the picture."""
     text = (ROOT / "benchmarks/census.md").read_text(encoding="utf-8")
     match = re.search(
         r"(\d+) families: (\d+) could be judged, .*; (\d+) wrong, (\d+) failed.*?fused (\d+) of (\d+) sites"
@@ -62,7 +62,7 @@ def speedups() -> str:
 
 
 def _ratios(place: Path) -> dict[tuple[str, str], str]:
-    """By model and pass: times as fast as the compiled eager model / as the best attention by hand."""
+    """By model and pass: how many times as fast it is as the compiled eager model / the best call by hand."""
     rows, _ = models.read(place)
     spent: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:

@@ -39,7 +39,9 @@ class Attention(nn.Module):
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile, report, compare."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--inner", default="aot_eager", help="compiles the rewritten graph (%(default)s)")
+    parser.add_argument(
+        "--inner", default="aot_eager", help="what compiles the rewritten graph (%(default)s)"
+    )
     parser.add_argument("--kernel", default="auto", help="(%(default)s)")
     options = parser.parse_args(argv)
 

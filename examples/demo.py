@@ -5,7 +5,7 @@
     python examples/demo.py --inner inductor      generate code instead of just running the rewritten graph
 
 The models have the usual architectures, few layers and random weights: nothing is downloaded. "before" is the
-inner compiler alone and "after" is the same compiler behind fusepass.
+inner compiler alone; "after" is the same compiler on the graph that fusepass has rewritten.
 """
 
 import argparse

@@ -32,12 +32,12 @@ class Layers(nn.Module):
         return torch.where(visible, scores, torch.finfo(scores.dtype).min).softmax(-1) @ v
 
     def talking_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The scores of all heads are mixed before the softmax: another function."""
+        """The scores of all heads are mixed before the softmax, which no attention kernel does."""
         scores: Tensor = self.mix((q @ k.transpose(-2, -1)).movedim(1, -1)).movedim(-1, 1)
         return scores.softmax(-1) @ v
 
     def over_queries(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The softmax runs over the wrong axis."""
+        """The softmax runs over the queries instead of the keys."""
         return (q @ k.transpose(-2, -1)).softmax(-2) @ v
 
 

@@ -2,8 +2,8 @@
 
     python examples/own_kernel.py
 
-A package registers its kernels in a module that its entry points name, and then `doctor`, `explain`, `bench`
-and every `kernel=` know them, with no import:
+A package registers its kernels in a module that its entry points name. Then `doctor`, `explain`, `bench` and
+every `kernel=` know them, and nobody has to import the package:
 
     [project.entry-points."fusepass.kernels"]
     mine = "mypackage.kernels"

@@ -4,9 +4,9 @@
     python examples/train_char_gpt.py --dropout 0 --kernel auto
 
 The text is the documentation that ships with Python. With dropout a fused kernel draws its random numbers in
-its own way, so losses agree within noise, not digit by digit. On a CPU no fused kernel has dropout, so the
-default there is `--kernel reference`, plain mathematics as one operator: it shows that recognition, gradients
-and dropout are correct, but it is not fast.
+its own way, so losses agree within noise, not digit by digit. On a CPU no fused kernel has dropout. The
+default there is therefore `--kernel reference`, plain mathematics as one operator, which shows that
+recognition, gradients and dropout are correct, but is not fast.
 """
 
 import argparse
@@ -120,12 +120,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300, help="(%(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each kind (%(default)s)")
     parser.add_argument("--dropout", type=float, default=0.1, help="(%(default)s)")
-    parser.add_argument("--inner", default="aot_eager", help="compiles the rewritten graph (%(default)s)")
+    parser.add_argument(
+        "--inner", default="aot_eager", help="what compiles the rewritten graph (%(default)s)"
+    )
     kernel = "auto" if gpu else "reference"
     parser.add_argument("--kernel", default=kernel, help="the backend's option (%(default)s)")
     parser.add_argument("--device", default="cuda" if gpu else "cpu", help="(%(default)s)")
     parser.add_argument(
-        "--threads", type=int, default=1, help="on a CPU; the tensors are small (%(default)s)"
+        "--threads", type=int, default=1, help="threads on a CPU; the tensors are small (%(default)s)"
     )
     return parser.parse_args(argv)
 

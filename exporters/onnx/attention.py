@@ -2,7 +2,7 @@
 
 It computes ``softmax(softcap(scale * q k^T) + mask) v``, with grouped heads.  ``is_causal`` is aligned
 top-left; with a cache it counts from the end of the cache (ONNX operator specification of Attention, versions
-23 and 24).  Fused kernels of runtimes take no mask, so a mask that is proved to be causal is never passed as a
+23 and 24).  Fused kernels of runtimes take no mask, so a mask that is proved to be causal is not passed as a
 tensor.  Runtimes need a mask of rank 4 with all queries and keys, whatever the specification says about
 broadcasting.  If a mask hides later keys and others, ``is_causal`` is set as well: kernels then skip the
 blocks of later keys.
@@ -86,7 +86,7 @@ def _hides_later(spec: Attention, offset: Size) -> bool:
 
 
 def _sunk(site: Site, build: OnnxBuilder, x: Operands, extra: Added) -> tuple[Operands, Added]:
-    """The sink as one more key and value of zeros: the key's score is zero, and its bias is the sink's logit."""
+    """The sink as one more key and value of zeros, with a score of zero and the sink's logit as its bias."""
     assert site.spec.sink is not None
     spec, dtype = site.spec, build.dtype_of(x.q)
     logit = build.cast(row_operand(site, build, site.spec.sink.slot), dtype)
