@@ -515,9 +515,7 @@ def totals(rows: list[Row]) -> str:
         middle = sorted(shares)[len(shares) // 2]
         lines.append(f"The pass's share of the compile time: median {middle:.1%}, largest {max(shares):.1%}.")
     if others:
-        lines.append(
-            f"The {len(others)} shares above {LARGE:.0%} are at most {max(others):.1%} with TorchInductor."
-        )
+        lines.append(f"Of the {len(others)} largest with Inductor: at most {max(others):.1%}.")
     return "\n".join(lines)
 
 

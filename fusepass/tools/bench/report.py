@@ -125,7 +125,7 @@ tokens and 2048 features unless the rows say otherwise. The contenders of a case
 
 ABOUT_NAMED = """\
 Median milliseconds on random data. `compile` is `torch.compile` of attention as it is written. The column of
-a kernel is fusepass with that kernel; the number in brackets is how many times as fast it is as `compile`."""
+a kernel is fusepass with that kernel; in brackets stands how many times as fast as `compile` it is."""
 
 
 def markdown(rows: Sequence[Row], machine: dict[str, str], source: str) -> str:
@@ -156,12 +156,7 @@ def _behind(table: Sequence[tuple[str, ...]]) -> list[str]:
     for variant, mode, head_dim, length, *_, by_hand, _ in (line[:12] for line in lost):
         cases.setdefault(variant, []).append(f"{mode} {head_dim} × {length} ({by_hand})")
     listed = [f"- {variant}: {', '.join(places)}" for variant, places in cases.items()]
-    return [
-        f"{text} It is slower in these (head size × length, and how many times as fast it is):",
-        "",
-        *listed,
-        "",
-    ]
+    return [f"{text} It loses in (head size × length, times as fast):", "", *listed, ""]
 
 
 ABOUT_UNREPAIRED = """\
