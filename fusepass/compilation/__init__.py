@@ -1,1 +1,1 @@
-"""The pass over a graph, and the ways into it: the backend, `enable`, `fuse`, and guards of compiled code."""
+"""The pass over a graph, the ways into it (the backend, `enable`, `fuse`), and guards of compiled code."""

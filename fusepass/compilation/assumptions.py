@@ -1,7 +1,7 @@
 """What the pass may rely on beyond Dynamo's guards: the elements of buffers, as long as they do not change.
 
-A buffer that has changed once is not a constant.  This is remembered of the tensor and of its place in the
-model: later compilations rely on neither.
+A buffer that has changed once is not a constant.  The tensor and its place in the model are both remembered:
+later compilations rely on neither.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def static_inputs(
         if type(value) is not Tensor or value.requires_grad or value.layout is not torch.strided:
             continue
         if value.is_inference() and value.device.type != "cpu":
-            continue  # there is no version to guard
+            continue  # an inference tensor has no version counter, which guards on a GPU compare
         held = getattr(value, "_dynamo_static_input_type", None) is not None
         if (held if among is None else value in among) and not _changes(value, place_of(node)):
             static[node.name] = value
@@ -69,7 +69,7 @@ def _changes(tensor: Tensor, place: Place | None) -> bool:
 
 
 def place_of(node: fx.Node) -> Place | None:
-    """The place of a placeholder's tensor, where Dynamo says it."""
+    """The place of a placeholder's tensor; None if Dynamo does not tell it."""
     frame = getattr(CompileContext.current_compile_id(), "frame_id", None)
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", None)

@@ -2,9 +2,10 @@
 
 Each call of `torch.compile` whose backend is Inductor creates one `_TorchCompileInductorWrapper`; other calls
 create none. While the pass is enabled, that name stands for a subclass that runs the pass first. So `mode=`,
-`options=` and every other argument keep their meaning, other backends are not affected, and `torch.compile`
-itself is left alone, with all references to it that were imported earlier. What counts is the time at which
-`torch.compile(...)` is called, not the model's first call, which compiles it.
+`options=` and every other argument keep their meaning, and other backends are not affected. `torch.compile`
+itself is not replaced, so references to it that were imported earlier get the pass too. What counts is
+whether the pass is enabled when `torch.compile(...)` is called, not at the model's first call, which compiles
+it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,7 @@ def _with_pass(options: Options) -> type[Any]:
         def __call__(self, model_: torch.fx.GraphModule, inputs_: Sequence[Any], **kwargs: Any) -> Any:
             let_inductor_inline()
             compiler = partial(compile_by_inductor, self, **kwargs)
-            # PyTorch takes the result of this class for Inductor's, and stores parts of it on its own.
+            # PyTorch treats the result of this class as Inductor's own, and may store parts of it itself.
             stored_by_torch = bool(getattr(torch._functorch.config, "bundled_autograd_cache", False))
             return compile_fused(
                 model_, inputs_, self.fusepass_options, compiler, stores_itself=not stored_by_torch
@@ -56,11 +57,12 @@ def _with_pass(options: Options) -> type[Any]:
 def enable(**options: Unpack[PassOptions]) -> None:
     """From now on, every `torch.compile(...)` whose backend is Inductor gets the pass.
 
-    Takes `kernel`, `precision` and `validate`; a second call replaces them. The inner backend and its mode
-    are those of each `torch.compile` call.
+    Takes `kernel`, `precision` and `validate`, as described for `Options`; a second call replaces them. The
+    inner backend and its mode are those of each `torch.compile` call.
 
     Raises:
-        TypeError, ValueError: a wrong value, or an option that is not taken.
+        TypeError: a value has the wrong type.
+        ValueError: an unknown value, or an option that is unknown or not taken here.
     """
     setattr(torch, _HOOK, _with_pass(pass_options("enable", options)))
 

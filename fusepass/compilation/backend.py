@@ -52,7 +52,7 @@ def _same_request(given: object, options: Options) -> Options:
     return options
 
 
-#: Dynamo calls it when it is reset.
+#: Dynamo calls this function when Dynamo is reset.
 fusepass.reset = forget_places  # type: ignore[attr-defined]
 
 
@@ -66,8 +66,8 @@ def compile_fused(
 ) -> Callable[..., Any]:
     """Run the pass, then `compiler`; if that fails on the fused graph, compile the original.
 
-    The fused graph may rely on the elements of buffers, and on arguments that share no memory. The result
-    then includes guards that check both.
+    The fused graph may rely on the elements of buffers, and on certain arguments not sharing memory. The
+    result then includes guards that check both.
 
     Args:
         gm: the graph, which is rewritten.
@@ -75,8 +75,8 @@ def compile_fused(
         options: the user's.
         compiler: the inner compiler.
         among: the tensors whose elements may be relied on; by default all buffers.
-        stores_itself: whether the result may store itself. If it may not and PyTorch is about to store it, no
-            guard would be stored with it, so nothing is relied on.
+        stores_itself: whether the result may store itself. If it may not, and PyTorch is about to store it,
+            the guards would not be stored, so the graph relies on nothing that needs them.
     """
     from fusepass.compilation import guards
 

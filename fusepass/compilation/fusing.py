@@ -33,8 +33,9 @@ def fuse(graph: Any, *example_inputs: Any, **options: Unpack[PassOptions]) -> An
             ``inner=`` and ``mode=`` are refused.
 
     Raises:
-        TypeError: ``graph`` is neither, or needs example inputs and has none.
-        ValueError: an unknown option or value, or an option that is not taken.
+        TypeError: ``graph`` is of another type, or it needs example inputs and none are given, or an option
+            has a value of the wrong type.
+        ValueError: an unknown value, or an option that is unknown or not taken here.
     """
     checked = pass_options("fuse", options)
     if isinstance(graph, ExportedProgram):

@@ -19,7 +19,8 @@ log = logging.getLogger("fusepass")
 
 #: Inductor's setting for a custom pass over its final graph.
 _PASS = "post_grad_custom_post_pass"
-#: Inductor as `torch.compile` calls it; `enable` replaces it with a class that runs the pass.
+#: Inductor as `torch.compile` calls it. `enable` makes that name in `torch` stand for a class that runs the
+#: pass first; this is the original.
 _INDUCTOR = torch._TorchCompileInductorWrapper
 
 
@@ -40,8 +41,8 @@ def compile_by_inductor(
 ) -> Callable[..., Any]:
     """Inductor as `torch.compile` calls it, with a named range for every fused site.
 
-    By default Inductor omits casts to narrower dtypes. It is told to keep them if a site stays whose scores
-    are rounded by such casts: a fill that overflows there is infinite.
+    By default Inductor omits casts to narrower dtypes. It is told to keep them if a site that is not fused
+    has scores or weights that such casts round: a fill that overflows in such a cast becomes infinite.
     """
     compiler = marked(inductor, gm)
     graphs = (module for module in gm.modules() if isinstance(module, torch.fx.GraphModule))

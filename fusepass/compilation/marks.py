@@ -76,7 +76,7 @@ class Marking(CustomGraphPass):
         write_marks(graph)
 
     def uuid(self) -> Any:
-        """The cache key of the code; None (no caching) if one of the user's passes says so."""
+        """The cache key of the code; None (no caching) if one of the user's passes has no key."""
         theirs = [getattr(one, "uuid", lambda: None)() for one in self.before]
         return None if None in theirs else (get_hash_for_files((__file__,)), self.labels, *theirs)
 
@@ -84,7 +84,7 @@ class Marking(CustomGraphPass):
 class Mark(ir.ExternKernel):
     """Lines before or after a call that a template writes: an operation without operands or results.
 
-    The scheduler gets an order that rules out no fusion: a mark comes before a template, or after one.
+    The order that a mark imposes on the scheduler prevents no fusion: it comes before or after a template.
     """
 
     def __init__(self, device: str, lines: tuple[str, ...]) -> None:

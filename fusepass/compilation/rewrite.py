@@ -1,4 +1,4 @@
-"""The pass over PyTorch's graphs, inner graphs included: answers what :class:`.site_pass.SitePass` asks.
+"""The pass over PyTorch's graphs, inner graphs included: it answers what :class:`.site_pass.SitePass` asks.
 
 The graph outside a fused site is not touched.
 """
@@ -172,10 +172,10 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         ]
 
     def apart(self) -> list[list[str]]:
-        """The placeholders on each of the storages that must not be one memory in a later call.
+        """For each storage that must stay separate from the others in later calls: the placeholders on it.
 
-        What a buffer held before the call is what it holds when a site reads it, unless another argument that
-        the graph writes to is the same memory.
+        When a site reads a buffer, it holds what it held before the call, unless the graph has written to
+        another argument that shares its memory.
         """
         placeholders = self.graph.find_nodes(op="placeholder")
         memory, assumed = self.reader.memory, set(self.assumed())
@@ -315,7 +315,7 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         return _REBOUND if self.reader.memory.rebinds else self.transforms.refuse(node)
 
     def _scores_of(self, node: fx.Node, site: Site) -> Sequence[Expr]:
-        """The products of a site that nodes hold; for one within a call, the call's result."""
+        """The products of a site that nodes hold; for a product inside a call, the call's result."""
         meaning, held = self.reader.defined[node], self.reader.definer
         if all(p in held for p in site.products) or not isinstance(meaning, Expr):
             return site.products
@@ -324,7 +324,7 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         for part in walk(meaning):
             if part not in inside and any(a in inside for a in part.args):
                 (scores.append if part in held else inside.add)(part)
-        return scores or products_behind(meaning)  # of joined keys there are several
+        return scores or products_behind(meaning)  # keys that are joined have several products
 
     def _fastest(self, node: fx.Node, site: Site, target: Target, kernels: Sequence[Kernel]) -> str | None:
         """The name of the kernel that was measured fastest for a site."""
@@ -365,7 +365,8 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         except GuardOnDataDependentSymNode as unknown:
             build.discard()
             return (
-                f"{unknown.cond} is not known before it runs, and PyTorch asks (torch._check can promise it)"
+                f"PyTorch asks whether {unknown.cond} holds, which is not known before the graph runs "
+                "(torch._check can promise it)"
             )
 
     def _target(self, node: fx.Node) -> Target:
@@ -383,11 +384,9 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
         return label
 
     def _why_alone(self, node: fx.Node) -> str:
-        """Why weights reach no product with values."""
+        """Why the weights that a node computes reach no product with values."""
         if self.known.own_gradient:
-            return (
-                "the softmax is in a torch.autograd.Function, and a kernel would not compute its own gradient"
-            )
+            return "the softmax is in a torch.autograd.Function, whose own backward a kernel would ignore"
         seen, todo = {node}, [node]
         odd: fx.Node | None = None
         while todo:
@@ -406,7 +405,7 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
             return "nothing uses the weights"
         meaning = self.reader.defined.get(odd)
         return (
-            "the product that reads them is of another form"
+            "the product that reads the weights has another form"
             if isinstance(meaning, Expr) and meaning.op == "dot"
             else f"the weights go through '{operation(odd)[0] or odd.name}', which no rule takes from them"
         )
@@ -414,7 +413,7 @@ class _TorchGraph(SiteGraph[fx.Node, fx.Node, Builder]):
 
 _COPIED = "computed over the unfolded keys and values"
 _REBOUND = "the graph puts a tensor on another storage (set_), so that what was read before is not known"
-_MAY_OVERLAP = "an argument is written to before it, which may share memory with one that it reads"
+_MAY_OVERLAP = "an argument that the graph writes to earlier may share memory with one that the site reads"
 _LOST = "the scores are written to in a way no rule follows"
 
 
@@ -430,9 +429,9 @@ def _precision_note(rejected: Sequence[tuple[str, str]]) -> str | None:
 
 
 def overtaken_by(new_nodes: Sequence[fx.Node], reader: Reader, anchor: fx.Node) -> set[Any]:
-    """Storages of arguments: one is read later than in the original, after another was written to.
+    """Storages of arguments: one is written to, and another is read after that instead of before.
 
-    That they are separate memory is known for this call only.
+    That these storages are separate is known for this call only.
     """
     memory, end = reader.memory, reader.order[anchor]
     overtaken: set[Any] = set()
@@ -448,7 +447,7 @@ def overtaken_by(new_nodes: Sequence[fx.Node], reader: Reader, anchor: fx.Node) 
 def as_good(node: fx.Node, site: Site, target: Target) -> bool:
     """Is the node a call to SDPA that a new call would not improve on?
 
-    Gradients of rows that see no key are what PyTorch's own kernel makes of them.
+    In training it is as good if a row may see no key: the call itself defines the gradients of such rows.
     """
     if operation(node)[0] != "scaled_dot_product_attention":
         return False

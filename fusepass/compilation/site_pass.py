@@ -59,20 +59,20 @@ class SiteGraph(Protocol[N, V, B]):
     def read(self) -> Iterator[tuple[N, Expr]]:
         """The live nodes and their meanings, in program order, as long as they are in the graph.
 
-        Of nodes with the same meaning the first, and those of the others that :meth:`reuse` can replace.
+        Of nodes with the same meaning: the first one, and all others that :meth:`reuse` can replace.
         """
 
     def name_and_source(self, node: N) -> tuple[str, str | None]:
         """A node's name in reports, and its line in the model."""
 
     def recognised(self, node: N, product: Expr | None = None) -> Summands | Miss | None:
-        """The sites whose last step is a node, or ``product``, which is the same written as a product.
+        """The sites whose last step is a node, or ``product``, the same value written as a product.
 
-        A Miss says why it is none; None: it does not look like one.
+        Returns a Miss, with the reason, for what resembles attention and is not a site; None for the rest.
         """
 
     def inner(self, node: N) -> set[str]:
-        """The names of the products, and their sums, that a node normalises or adds up."""
+        """The names of the products, and of their sums, that a node normalises or adds up."""
 
     def settled(self, node: N, sites: Sequence[Site], shared: Shared[N]) -> tuple[str | None, str] | None:
         """Why no kernel is asked for a node: the kernel that it already calls, if any, and the reason."""

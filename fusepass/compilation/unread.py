@@ -82,7 +82,7 @@ class Unread:
         return None if node is None or node.op in ("placeholder", "get_attr") else node
 
     def _reads_scores(self, node: fx.Node, result: Expr) -> bool:
-        """Does a call that is not read get scores, of which its result keeps queries and keys?"""
+        """Does an unread call get scores, and does its result keep their last two sizes, queries and keys?"""
         todo, seen = [node], {node}
         while todo:
             for source in todo.pop().all_input_nodes:
@@ -102,14 +102,14 @@ class Unread:
 
 
 def _origin(node: fx.Node) -> fx.Node:
-    """The call whose result, or a part of whose results, a node is."""
+    """The call that computed a node's value, alone or as one of several results."""
     while node.target in (operator.getitem, getattr) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
 
 def _tensors(node: fx.Node) -> int:
-    """How many tensors a call reads, parameters apart."""
+    """How many tensors a call reads, not counting parameters."""
     values = [value_of(n) for n in node.all_input_nodes]
     return sum(isinstance(v, torch.Tensor) and not isinstance(v, torch.nn.Parameter) for v in values)
 
@@ -151,7 +151,7 @@ def _returned(meanings: list[Expr]) -> str | None:
 
 
 def _under_pointwise(node: Expr) -> Expr:
-    """The expression below views and element-wise functions of it alone."""
+    """The expression below views and element-wise functions of one argument."""
     while node.op in VIEWS or (node.op in POINTWISE and len(node.args) == 1):
         node = node.args[0]
     return node
