@@ -1,8 +1,8 @@
 """`options={"kernel": "autotune"}`: measure the candidates for a site, and remember the fastest on disk.
 
 A site's nodes are cut out of the graph, once as they were and once with each kernel, compiled by the same
-inner compiler, and timed on random tensors of the site's own shapes and strides.  The result is stored for
-this GPU, these versions and this specification.
+inner compiler, and timed on random tensors of the site's own shapes and strides.  The result is stored
+together with everything that it depends on (:func:`key_of`).
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def _read() -> dict[str, Any]:
 
 
 def key_of(spec: Attention, tensors: Sequence[Tensor], training: bool, inner: Any, mode: str | None) -> str:
-    """What a result depends on: the machine, the versions, the specification, the layout of the operands."""
+    """What a result depends on, as text: the machine, the versions, the specification, the layouts of the
+    operands, whether gradients are wanted, the inner compiler and its mode."""
     layouts = [(str(t.dtype), [_hint(n) for n in t.shape], [_hint(n) for n in t.stride()]) for t in tensors]
     device = tensors[0].device.type if tensors else "cpu"
     about = {k: v for k, v in machine(device).items() if k != "python"}
@@ -111,7 +112,7 @@ def _hint(size: Any) -> int:
 
 
 def site_inputs(node: fx.Node) -> list[Tensor]:
-    """The tensors that a site begins with, in the form that the key uses."""
+    """The tensors that a site begins with, in program order; :func:`key_of` takes them."""
     order = {n: i for i, n in enumerate(node.graph.nodes)}
     nodes = site_nodes(node, node, order)
     outside = sorted({i for n in nodes for i in n.all_input_nodes if i not in nodes}, key=lambda n: order[n])
@@ -165,7 +166,7 @@ def _standalone(
 
 
 def _like(value: Tensor, fake: Tensor) -> Tensor:
-    """A random value with the strides that it has in the graph."""
+    """A random value, copied to the strides that its node has in the graph."""
     laid = torch.empty_strided(
         value.shape, [_hint(n) for n in fake.stride()], dtype=value.dtype, device=value.device
     )

@@ -1,7 +1,7 @@
-"""Times of steps, on a GPU and on a CPU: medians, with turns between contenders, and of recorded CUDA graphs.
+"""Median times of steps on a GPU or a CPU, for contenders that take turns, and recording of CUDA graphs.
 
-A GPU's clock follows its temperature and its power.  So steps that are compared take turns, in a different
-order in each round: no step always comes after one that draws more power.
+A GPU's clock follows its temperature and its power.  So steps that are compared take turns there, in
+a different order in each round: no step always comes after one that draws more power.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
+    """The type of an error and the first line of its message, at most 200 characters."""
     lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip(" =")]
     return lines[0][:200]
 
@@ -28,9 +28,11 @@ def timed(step: Callable[[], object], device: torch.device, repeats: int) -> flo
 
 
 def in_turn(steps: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
-    """For each step, the median time of single runs in milliseconds; on a GPU the median over rounds of runs.
+    """For each step, the median time of single runs in milliseconds.
 
-    In every round each step has a turn, in a different order.
+    In every round each step has a turn.  On a GPU a turn is many runs, the order of the steps differs from
+    round to round, and the result is the median of the rounds' medians; for a single step it is the smallest
+    median.
     """
     if device.type != "cuda":
         return [
@@ -76,13 +78,14 @@ def _settled(step: Callable[[], object], count: int) -> float:
 _BATCHES, _AGREES = 6, 0.02
 #: How many turns each of the compared steps has.
 _ROUNDS = 7
-#: Milliseconds: of work before measuring starts, of a batch of short steps (at least), and of all long steps
-#: together.
+#: Milliseconds of work before measuring starts; in a batch of short steps, at least; in all batches of a long
+#: step together, at most.
 _WARM, _SHORT, _LONG = 30.0, 10.0, 300.0
 
 
 def _events(step: Callable[[], object], count: int) -> list[float]:
-    """Times of runs back to back: if the host is slower than the GPU, its time counts, as for a user."""
+    """Milliseconds of runs back to back: if the host is slower than the GPU, the host's time counts, as for a
+    user."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     marks[0].record()
     for mark in marks[1:]:
@@ -140,6 +143,7 @@ def _capture(step: Callable[[], object], times: int) -> Callable[[], object]:
 
 
 def peak(step: Callable[[], object], device: torch.device) -> int | None:
+    """The bytes of GPU memory that a step takes at its peak, beyond those taken before; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()

@@ -3,10 +3,10 @@
 The GPU's time grows in proportion to the number of queries.  How it grows with the number of keys that each
 query sees depends on the kernel: tiles fill up, blocks are skipped.  So a curve gives the time per million
 elements of queries and results for several numbers of visible keys, and is interpolated on logarithmic axes.
-A measured size is thereby predicted exactly, and other batches in proportion.  A call is never cheaper than
-its launch, less two parts: what calling any compiled function takes, and what the GPU does meanwhile for the
-layer that the call is part of.  There is one curve for each kernel, kind of attention, head size and pass
-that was measured; nothing is extrapolated to other kinds.
+A measured size is thereby predicted exactly, and other batches in proportion.  A call takes at
+least the time of its launch, minus two parts: the time to call any compiled function, and the time for which
+the GPU is busy with the layer that the call is part of.  There is one curve for each kernel, kind of
+attention, head size and pass that was measured; nothing is extrapolated to other kinds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Sample:
     size: the number of elements in its queries and results.
     keys: how many keys a query sees, on average.
     milliseconds: the GPU's time.
-    launch: the time per call of calls back to back, which is at least the time of a launch.
+    launch: milliseconds per call of calls back to back, which is at least the time of a launch.
     """
 
     kernel: str
@@ -53,8 +53,8 @@ class Sample:
 class Curve:
     """The costs of one kernel for one kind of attention.
 
-    launch: milliseconds; no call is faster.
-    points: numbers of visible keys, ascending, and milliseconds per million elements there.
+    launch: the least milliseconds of a call, with all overhead (:meth:`milliseconds`).
+    points: pairs of a number of visible keys, ascending, and the milliseconds per million elements.
     """
 
     kernel: str
@@ -75,8 +75,8 @@ class Curve:
     def rate(self, keys: float) -> float:
         """Milliseconds per million elements if a query sees this many keys.
 
-        Above the largest number that was measured, they grow with the keys; below the smallest, they are
-        constant.
+        Above the largest number that was measured, the time is proportional to the keys; below the smallest,
+        it is constant.
         """
         first, last = self.points[0], self.points[-1]
         if keys <= first[0]:
@@ -118,9 +118,9 @@ class Profile:
     def layer(self, tokens: float, width: float, mode: str) -> float:
         """Milliseconds that the GPU needs for the products of a transformer layer.
 
-        Launches run ahead of the GPU while it is busy with them.  A layer has about ``12 width**2`` weights
-        (Kaplan et al., arXiv 2001.08361, table 1), and its products are assumed to be as fast as those of the
-        fastest attention that was measured.
+        While the GPU is busy with these products, the host launches what follows.  A layer has about
+        ``12 width**2`` weights (Kaplan et al., arXiv 2001.08361, table 1), and its products are assumed to be
+        as fast as those of the fastest attention that was measured.
         """
         rates = [2 * keys / spent for c in self.curves for keys, spent in c.points if c.mode == FORWARD]
         work = 24 * tokens * width * width * (3 if mode == TRAINING else 1)
@@ -163,7 +163,7 @@ def curves(samples: Iterable[Sample]) -> tuple[Curve, ...]:
 
 
 def _curve(key: tuple[str, str, int, str], samples: Sequence[Sample]) -> Curve:
-    """Of several samples with the same number of keys the fastest counts: disturbances only add time."""
+    """Of samples with about the same number of keys the fastest counts: disturbances only add time."""
     at: dict[int, list[Sample]] = {}
     for s in samples:
         at.setdefault(round(16 * math.log2(s.keys)), []).append(s)

@@ -1,8 +1,9 @@
 """The forms of a site whose scores are a sum of products, in the order in which to try them.
 
-The sum is one product of concatenated features, or one product with the others stored as biases.  Features
-are copied once and read by any kernel.  A stored product takes memory for every pair of a query and a key; it
-is written and read, and so is its gradient; and flash kernels take none.
+The sum is written as one product of concatenated features, or as one product with the others stored as
+biases.  Concatenated features are copied once, and any kernel reads them.  A stored product takes memory for
+every pair of a query and a key; it is written and read, and so is its gradient; and flash kernels take no
+such bias.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from fusepass.selection.work import hint
 
 #: A copy of fewer elements takes no longer than its launch.
 SMALL = 1 << 16
-#: A stored product is written and read; a copy is as well, and the kernel reads each only once more.
+#: Features are concatenated if that copies at most this many elements for each one that it spares storing.
 TRAFFIC = 2.0
 
 Parts = list[tuple[int, Site]]

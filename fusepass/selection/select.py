@@ -1,11 +1,12 @@
 """The order in which kernels are tried for a site.
 
-If a profile of the GPU exists (:mod:`.costs`), kernels are ranked by predicted time, and a site that was
-measured faster unfused stays.  Of kernels that are equally fast the first in the list is taken, because it
-depends on fewer compilers.  A kernel that was not measured for a kind of attention comes after those that
-were.  Without a profile the order is that of the list, with one exception: where a dense mask would be large,
-a kernel that skips what is hidden comes before one that needs such a mask.  On a CPU the order is that of the
-list, except for short sequences (:func:`reference.beats_sdpa`).
+If a profile of the GPU exists (:mod:`.costs`), kernels are ranked by predicted time, and a site that is
+predicted to be faster unfused stays.  Of kernels that are equally fast the first in the list
+(:data:`fusepass.kernels.KERNELS`) is taken, because it depends on fewer compilers.  A kernel that was not
+measured for a kind of attention comes after those that were.  Without a profile the order is that of the
+list, with one exception: where there is a sink, or a dense mask would be large, a kernel that skips what is
+hidden comes before one that needs such a mask.  On a CPU the order is that of the list, except for short
+sequences (:func:`reference.beats_sdpa`).
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ LARGE = 1024 * 1024
 COPIED = 1 << 25
 #: A site stays unfused only if that is predicted to be faster by more than the model's error.
 MARGIN = 1.1
-#: Up to this many keys, a learned bias is not predicted from one that is not learned.  FlexAttention sums its
-#: gradient with atomic operations, and SDPA chooses another kernel for it: Swin's windows of 49 keys train
-#: faster with SDPA, and T5's 512 keys with FlexAttention (docs/models-h100.md).
+#: Up to this many keys, times with a learned bias are not predicted from times with a fixed one.
+#: FlexAttention sums the gradient of a learned bias with atomic operations, and SDPA chooses another kernel
+#: for it: Swin's windows of 49 keys train faster with SDPA, and T5's 512 keys with FlexAttention
+#: (docs/models-h100.md).
 FEW_KEYS = 64
 #: Predictions this close to the fastest count as equal: measurements vary as much.
 EQUAL = 1.02
@@ -45,7 +47,7 @@ Measure = Callable[[Sequence[Kernel]], str | None]
 
 @dataclass(frozen=True)
 class Ranked:
-    """A kernel, and its predicted milliseconds if there is a prediction; without a kernel: leave the site."""
+    """A kernel, or None for leaving the site as it is, and the predicted milliseconds if they are known."""
 
     kernel: Kernel | None
     milliseconds: float | None = None
@@ -130,10 +132,10 @@ def predicted(profile: costs.Profile, kernel: str, work: Work) -> float | None:
 def skips_copies(kernel: Kernel, site: Site, target: Target) -> bool:
     """Is a kernel faster over the original keys of a window than any kernel over the copies?
 
-    It has to skip hidden keys without a tensor over queries and keys, as none does on a CPU.  On an H100, one
-    that knows the window itself was always faster, and FlexAttention, which needs block tables, from about
-    the number of copied elements in ``COPIED``: neighbourhoods of 7 by 7 from a grid of 16 by 16, blocks of
-    128 that look one block back from a length of 8192.
+    It has to skip hidden keys without a tensor over queries and keys; on a CPU no kernel does.  On an H100, a
+    kernel that takes the window's bounds was always faster.  FlexAttention, which needs block tables, was
+    faster from about ``COPIED`` copied elements: for neighbourhoods of 7 by 7, from a grid of 16 by 16; for
+    blocks of 128 that look one block back, from a length of 8192.
     """
     if site.original is None or target.device != "cuda" or kernel is reference.REFERENCE:
         return False
@@ -150,7 +152,7 @@ def skips_copies(kernel: Kernel, site: Site, target: Target) -> bool:
 def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel]) -> list[Kernel]:
     """The order without measurements.
 
-    For SDPA a sink is one more column in a dense mask and in copies of the keys and values.
+    For SDPA a sink means a dense mask with one more column, and copies of keys and values with one more row.
     """
     dense = bool(spec.added) and not spec.is_causal() and sizes["i"] * sizes["j"] >= LARGE
     if not dense and spec.sink is None:

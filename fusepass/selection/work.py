@@ -29,8 +29,9 @@ class Work:
     keys: float
     """How many keys a query sees, on average."""
     all_keys: float
+    """How many keys there are, hidden ones included."""
     tokens: float
-    """Number of queries per head."""
+    """Number of queries of one head, over the whole batch."""
     width: float
     """Number of elements in one query, over all heads."""
 
@@ -75,7 +76,7 @@ def _visibility(spec: Attention) -> str:
 
 
 def sizes_of(site: Site) -> dict[str, float]:
-    """The sizes of a site.  Symbolic ones take their values in the example, to pick a kernel by."""
+    """The sizes of a site; symbolic ones as in the traced example, which is enough to choose a kernel."""
     spec = site.spec
     named = {
         "b": spec.batch, "h": spec.heads, "g": spec.kv_heads, "i": spec.queries, "j": spec.keys,
@@ -85,7 +86,7 @@ def sizes_of(site: Site) -> dict[str, float]:
 
 
 def hint(size: Size, site: Site) -> int:
-    """The value of a size in the example that was traced."""
+    """The value of a size in the example that was traced; 1024 if it has none."""
     if isinstance(size, int):
         return size
     env: Any = site.space.facts._env
