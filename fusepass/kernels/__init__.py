@@ -3,12 +3,13 @@
 ``KERNELS`` is in order of preference, for use where nothing has been measured; :mod:`fusepass.selection`
 ranks kernels where something has.  PyTorch's SDPA comes first, then the table of libraries
 (:mod:`fusepass.host.libraries`), whose rows say where their kernels are.  ``reference``, plain mathematics,
-comes last: unless it is requested it serves only training, and short sequences on a CPU.  FP8 is not in the
-list, because ``precision=`` asks for it.
+comes last: unless it is requested it serves only training, short sequences on a CPU, and compiled sites that
+round scores or weights.  FP8 is not in the list, because ``precision=`` asks for it.
 
-Kernels of other packages (:func:`fusepass.register_kernel`) are not in the list: :func:`named` finds both.
-Their authors find what they need here: :class:`Gate` and :class:`Takes` to declare what a kernel takes, the
-modifiers of a specification, and helpers that lay out the tensors of a :class:`Site` with a :class:`Builder`.
+Kernels of other packages (:func:`fusepass.register_kernel`) are not in the list; :func:`named` finds these
+too.  Their authors find what they need here: :class:`Gate` and :class:`Takes` to declare what a kernel takes,
+the modifiers of a specification, and helpers that lay out the tensors of a :class:`Site` with a
+:class:`Builder`.
 """
 
 from __future__ import annotations

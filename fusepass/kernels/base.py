@@ -46,14 +46,23 @@ IN_GRAPH = (ScaleBy, WeightScale, KeyGate)
 
 @dataclass(frozen=True)
 class Target:
-    """Where and how a site will run."""
+    """Where and how a site will run.
+
+    Attributes:
+        device: the type of the device, such as "cuda".
+        training: are gradients wanted?
+        aten: does the graph consist of ATen operators, as exported graphs do?
+        requested: did the user request this kernel by name?
+        precision: the user's ``precision=``.
+        compiled: does a compiler follow, which expands plain mathematics?
+    """
 
     device: str
     training: bool
     aten: bool
-    requested: bool = False  # the user requested this kernel by name
+    requested: bool = False
     precision: str = "native"
-    compiled: bool = False  # a compiler follows, which expands plain mathematics
+    compiled: bool = False
 
 
 class Refused(Exception):
@@ -86,14 +95,14 @@ class Kernel:
     rounds: bool = False
 
     def refuse(self, spec: Attention, target: Target) -> str | None:
-        """Why it does not compute ``spec``, judged by the specification alone; None if it does."""
+        """Why it does not compute ``spec``, judged by the specification and the target; None if it does."""
         return self.takes.refuse(spec, target.training) or self.more(spec, target)
 
     def write(self, site: Site, build: Builder, target: Target) -> fx.Node:
         """Write the nodes of a site that is not refused.
 
         Raises:
-            Refused: its operands give a reason to.
+            Refused: its operands give a reason not to compute it.
         """
         for mod in site.spec.modifiers if target.training else ():
             if not isinstance(mod, self.takes.learned):
@@ -136,10 +145,13 @@ def refuse_far_elements(build: Builder, nodes: Sequence[fx.Node]) -> None:
 
 
 def operands(site: Site, build: Builder, gated: bool = True) -> Operands:
-    """Lay out queries, keys and values; grouped heads are not copied.
+    """Lay out queries, keys and values, cast to one dtype; grouped heads are not copied.
 
     ``gated``: multiply factors of the weights that vary over the keys into the values,
     ``(w * g) . v = w . (g * v)``.
+
+    Raises:
+        Refused: such a factor differs between query heads that share values.
     """
     r = site.roles
     layouts = (
@@ -174,8 +186,8 @@ def without_hidden_keys(site: Site, build: Builder, target: Target, x: Operands)
     """The keys, with those that are hidden from every query set to zero, for kernels that add their masks.
 
     A mask that replaces scores also hides NaN, which uninitialised memory may hold; a mask that is added does
-    not.  On a GPU this is done only for a mask over the keys alone: with a single query it would cost another
-    read of the keys.
+    not.  On a GPU this is done only for masks over the keys alone.  It is not done for a single query, where
+    it would cost another read of the keys, nor for grouped heads.
     """
     spec = site.spec
     masks = [m for m in spec.masks if not m.additive and not all(isinstance(a, Band) for a in m.atoms)]
@@ -192,8 +204,8 @@ def may_empty_rows(spec: Attention, target: Target) -> bool:
     """Are there rows to mend: may a row see no key, and is adding the fills as they are not enough?
 
     In inference, a bias that may hide whole rows is added as it is, in the order of computation, except where
-    its fills absorb scores in half precision alone.  The backward of every kernel gets such rows wrong
-    (``exp(s - logsumexp)`` loses the row's length).
+    its fills absorb scores only in sums of half precision.  The backward of every kernel gets such rows wrong
+    (``exp(s - logsumexp)`` loses the number of keys).
     """
     if (target.training or not spec.biases_absorb) and any(map(is_hiding, spec.scores)):
         return True
@@ -201,7 +213,7 @@ def may_empty_rows(spec: Attention, target: Target) -> bool:
 
 
 def score_operand(site: Site, build: Builder, slot: int) -> Any:
-    """A modifier's tensor, ``[B | 1, H | 1, Q | 1, K | 1]``."""
+    """A modifier's tensor, ``[B | 1, H | 1, Q | 1, K | 1]``, or a number of the graph."""
     r = site.roles
     term = site.operands[slot]
     operand = build.tensor(term.expr)
@@ -235,7 +247,7 @@ def row_operand(site: Site, build: Builder, slot: int) -> Any:
 
 
 def scaled(site: Site, build: Builder, x: Operands) -> tuple[float, Operands]:
-    """The constant scale; factors that the kernel's scale cannot express are multiplied into the queries."""
+    """A positive scale for the kernel, and the operands; other factors are multiplied into the queries."""
     factor, q = 1.0, x.q
     for mod in site.spec.scores:
         if isinstance(mod, Scale):
@@ -280,7 +292,7 @@ def after_weights(site: Site, build: Builder, out: fx.Node) -> fx.Node:
 
 
 def _zero_hidden_rows(site: Site, build: Builder, out: fx.Node) -> fx.Node:
-    """The result, zero in the rows whose weights were all set to zero after the softmax, NaN or not."""
+    """The result, zero in the rows whose weights, even NaN, were all set to zero after the softmax."""
     for mod in site.spec.weights:
         if isinstance(mod, Keep) and not mod.product and "j" not in mod.axes:
             kept, zero = row_operand(site, build, mod.slot), build.number(0.0, out)
@@ -315,7 +327,7 @@ class Rows:
     """Which queries see a key, and the scores that the masks alone would give.
 
     level: ``[B | 1, H | 1, Q | 1, K | 1]``, the masks (and biases that may hide) applied to a score of
-    zero, minus the row maximum; with a sink, only in rows that see no key.
+    zero, minus the row maximum; with a sink, it is subtracted only in rows that see no key.
     top: ``[..., 1]``, that maximum, which is a fill in rows that see no key.
     seen: ``[..., 1]``, boolean.
     """
@@ -361,8 +373,8 @@ def _reached(site: Site, build: Builder, top: fx.Node) -> fx.Node:
 
 
 def with_infinite_rows(site: Site, build: Builder, target: Target, out: fx.Node) -> fx.Node:
-    """The result, NaN in rows whose keys are all hidden by biases of minus infinity that were added as they
-    are.
+    """The result, with NaN in rows whose keys are all hidden by biases of minus infinity that were added as
+    they are.
 
     Kernels return zero there, as SDPA defines it; rows that see no key for other reasons are already mended.
     """
@@ -404,7 +416,7 @@ def _levels(site: Site, build: Builder) -> fx.Node:
         elif level is not None and isinstance(mod, ScaleBy):
             level = build.op("mul", level, tensor_operand(site, build, mod.slot))
         elif level is not None and not isinstance(mod, Bias):
-            raise Refused(f"'{mod}' follows what may hide all keys of a query")
+            raise Refused(f"'{mod}' follows a mask or bias that may hide all keys of a query")
     assert level is not None
     return level
 
@@ -436,7 +448,7 @@ def _hide(site: Site, build: Builder, level: fx.Node | None, mod: Mask | Bias) -
 
 
 def learns_hidden_rows(site: Site, build: Builder, target: Target) -> bool:
-    """Are there gradients of rows that see no key, and is it not known which keys such a row weighs?
+    """Are gradients of rows that see no key wanted, and is it not known which keys have weight in such a row?
 
     Raises:
         Refused: these gradients are not known.
@@ -448,7 +460,7 @@ def learns_hidden_rows(site: Site, build: Builder, target: Target) -> bool:
 
 
 def _is_opaque(spec: Attention) -> bool:
-    """Are keys hidden by a bias, of which it is not known what it holds?"""
+    """Are keys hidden by a bias whose elements are not known?"""
     return any(isinstance(m, Bias) for m in hiders(spec))
 
 
@@ -478,10 +490,12 @@ def finish_rows(
         lost = build.op("where", build.op("isfinite", rows.top), out, build.number(math.nan, out))
         return build.op("where", kept, lost, cleared)  # what a bias alone hides is not zeroed
     if target.training and policy != "zero" and 0 < len(additive) < len(fills):
-        raise Refused("gradients of rows that see no key under masks that are added and masks that are not")
+        raise Refused(
+            "it has no gradients of rows that see no key where some masks are added and others replace scores"
+        )
     if target.training and (opaque or any(math.isfinite(m.fill) for m in additive if isinstance(m, Mask))):
         if len(fills) > 1:
-            raise Refused("gradients of rows that see no key under several masks (join them into one)")
+            raise Refused("it has no gradients of rows that see no key under several masks (join the masks)")
         if not opaque:
             mended = build.cast(_with_gradients(site, build, x, scale, out), value.dtype)
             out = build.op("where", rows.seen, out, mended)
@@ -503,8 +517,8 @@ def finish_rows(
 def mean_of_values(site: Site, build: Builder, x: Operands, scale: float, gradients: bool) -> fx.Node:
     """The mean of all values, ``[B, H, 1 | Q, Dv]``: the result of rows whose scores one fill absorbs.
 
-    ``gradients``: include those of the scores, which a mask that is added lets through and one that replaces
-    scores does not.
+    ``gradients``: include gradients of the scores, which a mask that is added lets through; a mask that
+    replaces scores does not.
 
     Raises:
         Refused: its gradients are not known.
@@ -541,7 +555,7 @@ def _check_gradients(site: Site, build: Builder) -> None:
     for mod in site.spec.scores:
         learned = isinstance(mod, Bias) and build.value(tensor_operand(site, build, mod.slot)).requires_grad
         if learned or not isinstance(mod, (Scale, ScaleBy, Mask, Bias)):
-            raise Refused(f"gradients of rows that see no key, under '{mod}'")
+            raise Refused(f"it has no gradients of rows that see no key under '{mod}'")
 
 
 def repeat_heads(site: Site, build: Builder, node: fx.Node) -> fx.Node:

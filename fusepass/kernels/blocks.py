@@ -26,8 +26,8 @@ from fusepass.kernels.formula import Formula, read
 BLOCK = 128
 
 Interval = tuple[Tensor, Tensor]
-"""Lowest and highest value in each block, ``[B | 1, H | 1, query blocks | 1, key blocks | 1]``; of a
-truth value: does it hold everywhere, anywhere."""
+"""Lowest and highest value in each block, ``[B | 1, H | 1, query blocks | 1, key blocks | 1]``; for a truth
+value, whether it holds everywhere in the block, and whether anywhere."""
 
 
 class Blocks:
@@ -43,7 +43,7 @@ class Blocks:
     ) -> None:
         self.sizes, self.tensors, self.device, self.block = sizes, tensors, device, block
         self.traced = traced
-        # Numbers stay on the CPU: they combine with tensors on any device, and reading them waits for none.
+        # Numbers stay on the CPU: they combine with tensors on any device, and reading them waits for no GPU.
         self.unknown = torch.tensor(-math.inf), torch.tensor(math.inf)
         self._indices: dict[str, Interval] = {}
 
@@ -116,7 +116,7 @@ class Blocks:
         return torch.full((), number, dtype=kind, device=self.device)
 
     def load(self, tensor: Tensor, indices: Any) -> Interval:
-        """Reduce a tensor over blocks; it is unknown unless its dimensions are constants or letters."""
+        """Reduce a tensor over blocks if each index is a constant or a letter; otherwise nothing is known."""
         order: list[str] = []
         for dim, (constant, terms) in reversed(list(enumerate(indices))):
             if not terms:
@@ -247,7 +247,7 @@ class Blocks:
         if x[0].dtype is torch.bool:
             return _numbers(x)
         if x[0].is_floating_point() and not dtype.is_floating_point:
-            return self.unknown  # infinity has no integer
+            return self.unknown  # no integer is infinite
         if not dtype.is_floating_point:
             return _wrapped(x, dtype)
         return x[0].to(dtype), x[1].to(dtype)
@@ -318,7 +318,7 @@ _captured: list[Tensor] = []
 
 
 def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A cached tensor on a device; a number stays on the CPU, since it combines with any."""
+    """A cached tensor on a device; a number stays on the CPU, as it combines with tensors on any."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured.append(tensor)
     return tensor.to(device, non_blocking=True) if tensor.dim() else tensor
@@ -334,7 +334,7 @@ def block_visibility(
     device: torch.device,
     traced: bool = False,
 ) -> Interval:
-    """For each block: do all, and do any, of its queries see its keys?
+    """For each block: do all of its queries see all of its keys, and does any see any?
 
     Returns:
         Two boolean tensors ``[B, H, query blocks, key blocks]``.  A block that extends beyond the last query
@@ -368,7 +368,7 @@ def _inside(blocks: Blocks) -> Tensor:
 def tables(every: Tensor, some: Tensor, both: bool = True) -> list[Tensor]:
     """``kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices``.
 
-    ``both``: followed by the same four, by queries.
+    ``both``: followed by the same four by queries, which a backward reads.
     """
     kinds = torch.stack((some & ~every, every))
     results: list[Tensor] = []

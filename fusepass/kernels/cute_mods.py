@@ -23,7 +23,7 @@ from fusepass.kernels.formula import Formula, may_hide
 Value = Any
 """A number of Python, or a value of CuTe (``TensorSSA``)."""
 
-#: The lowest number used: any lower one hides just as well, and this one does not overflow in powers of two.
+#: The lowest number used: it hides as well as any lower one, and does not overflow in powers of two.
 LOWEST = -1e37
 
 _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
@@ -241,7 +241,7 @@ class Walk:
     # -- scores ------------------------------------------------------------------------------
 
     def score(self, steps: Sequence[Any], s: Value) -> tuple[Value, list[Value]]:
-        """The modified score, and the derivative of each step; None is one."""
+        """The modified score, and the derivative of each step; None stands for 1."""
         slopes: list[Value] = []
         for step in steps:
             s, slope = self._step(step, s)
@@ -249,7 +249,7 @@ class Walk:
         return s, slopes
 
     def _step(self, step: Any, s: Value) -> tuple[Value, Value]:
-        """A score after one step, and the step's derivative; None is one."""
+        """A score after one step, and the step's derivative; None stands for 1."""
         match step:
             case "scale", factor:
                 return s * factor, factor
@@ -274,7 +274,7 @@ class Walk:
         raise ValueError(f"flash-attn 4: unknown step {step[0]!r}")
 
     def _added(self, formula: Formula, factor: float, like: Value) -> Value:
-        """A bias as float32; the lowest finite numbers are raised, and hide just as much."""
+        """A bias as float32; finite numbers below ``LOWEST`` are raised to it, and hide just as much."""
         wide = self._as(self._real(self.value(formula)), self.cutlass.Float32, like)
         wide = wide if factor == 1 else wide * factor
         if not may_hide(formula, LOWEST):
@@ -292,7 +292,7 @@ def _letters(b: Value, h: Value, i: Value, j: Value) -> dict[str, Value]:
 
 @functools.cache
 def _version() -> str:
-    """A version for the kernels on disk, which depend on the text of this file."""
+    """A version of the text of this file, on which the kernels that are cached on disk depend."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 

@@ -1,9 +1,9 @@
 """flash-attn 2, 3 and 4: causal and windowed attention with softcap and grouped heads, and each one's extras.
 
-flash 2 has dropout and ALiBi, flash 4 a sink, and formulas (:mod:`fusepass.kernels.flash4_mods`).  Their
-masks are bands aligned at the bottom right: query ``i`` sees the keys ``i + K - Q - left .. i + K - Q +
-right`` (README of flash-attention, changes in version 2.1).  Bands of the graph count from the top left, so
-they move by ``K - Q``.
+flash 2 also has dropout and ALiBi; flash 4 also has a sink, and formulas
+(:mod:`fusepass.kernels.flash4_mods`).  The masks of all three are bands aligned at the bottom right: query
+``i`` sees the keys ``i + K - Q - left .. i + K - Q + right`` (README of flash-attention, changes in version
+2.1).  Bands of a specification are aligned at the top left, so they are moved by ``K - Q``.
 """
 
 from __future__ import annotations

@@ -8,12 +8,13 @@ steps of the score, a visibility, and the tables of its blocks.  flash-attn 4 co
 
 ``q`` is ``[B, Q, H, D]``, ``k`` and ``v`` are ``[B, K, G, D]`` and ``[B, K, G, Dv]``; ``scores`` and
 ``masks`` are what the formulas load; ``tables`` are those of ``fusepass::block_tables``: four for a forward,
-eight if a backward follows, none if nothing except the window hides.  ``out`` is ``[B, Q, H, Dv]``, ``lse``
-float32 ``[B, H, Q]``, minus infinity in rows that see no key.
+eight if a backward follows, none if nothing except the window hides.  ``out`` is ``[B, Q, H, Dv]``; ``lse``
+is float32 ``[B, H, Q]``, and minus infinity in rows that see no key.
 
 ``flash4_filled`` is the same, for sites in which such rows come first and give the mean of all values.  A
-second call of the library, with zero queries, computes them: a tensor (``seqused_q``) says how many there
-are, and it writes no other rows.  Selecting afterwards would read and write the whole result once more.
+second call of the library, with queries of zeros, computes these rows: a tensor (``seqused_q``) says how many
+there are, and the call writes no others.  Selecting rows afterwards would read and write the whole result
+once more.
 """
 
 from __future__ import annotations

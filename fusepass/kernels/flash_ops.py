@@ -6,10 +6,10 @@ and none of the libraries' own autograd functions::
     flashN(q, k, v, extra?, scale, left?, right?, softcap, dropout) -> (out, lse, rng)
 
 ``q`` is ``[B, Q, H, D]``, ``k`` and ``v`` are ``[B, K, G, D]`` and ``[B, K, G, Dv]``, float16 or bfloat16,
-in any strides with a contiguous last dimension; ``out`` is ``[B, Q, H, Dv]``, ``lse`` float32
-``[B, H, Q]``, ``rng`` what the backward pass needs to draw the dropout again.  Query ``i`` sees the keys
-``i + K - Q - left <= j <= i + K - Q + right``; None is unbounded.  ``extra`` is a float32 ``[H]``: the sink
-for flash 4, the ALiBi slopes for flash 2.
+in any strides with a contiguous last dimension; ``out`` is ``[B, Q, H, Dv]``, ``lse`` is float32
+``[B, H, Q]``, and ``rng`` is what the backward pass needs to draw the dropout again.  Query ``i`` sees the
+keys ``i + K - Q - left <= j <= i + K - Q + right``; None means unbounded.  ``extra`` is a float32 ``[H]``:
+the sink for flash 4, the ALiBi slopes for flash 2.
 
 Sources: Dao (arXiv 2307.08691), Shah et al. (arXiv 2407.08608), and the interfaces of the libraries.
 """
@@ -49,7 +49,7 @@ class Library(Protocol):
 
 
 def is_causal(window: Window) -> bool:
-    """The window that the libraries have a flag for."""
+    """Is it the window for which the libraries have a flag?"""
     return window == (None, 0)
 
 
@@ -141,7 +141,7 @@ def _flash3_settings(scale: float, window: Window) -> dict[str, Any]:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """The tensor with contiguous elements in each head."""
+    """The tensor, copied if the elements of a head are not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

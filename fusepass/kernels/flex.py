@@ -4,7 +4,8 @@ visibility.
 On a GPU, masks that hide for good become block tables (:mod:`fusepass.kernels.flex_blocks`).  This module
 handles the rest.
 
-The whole score formula becomes the ``score_mod``; the tensors that it reads are passed as its buffers.
+Here the whole score formula becomes the ``score_mod``, and the tensors that it reads are passed as its
+buffers.
 Source: Dong et al., "Flex Attention" (arXiv 2412.05496), ``torch.nn.attention.flex_attention``.
 """
 
@@ -109,7 +110,7 @@ def _with_tables(site: Site, build: Builder, target: Target, options: dict[str, 
 def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
     """Write everything into the score formula; hidden scores get their fills."""
     if site.spec.sink is not None:
-        raise Refused("a sink, with scores that have no formula")
+        raise Refused("it computes a sink only with scores that have a formula")
     x, spec, rows = operands(site, build), site.spec, None
     original, scale = x, 1.0
     if may_empty_rows(spec, target):
@@ -145,7 +146,7 @@ def _stored(build: Builder, node: fx.Node) -> fx.Node:
     return node if node.op == "placeholder" else build.call(stored_op, node)
 
 
-#: Adding this to a score leaves none of it, up to 2 ** 15.
+#: Added in float32 to a score of at most 2 ** 15, this absorbs it completely.
 LARGE = 2.0**40
 
 
@@ -191,7 +192,10 @@ def emit_flash(site: Site, build: Builder, target: Target) -> fx.Node:
     """The same as :func:`emit`, with ``BACKEND="FLASH"`` and block tables only."""
     out = _with_tables(site, build, target, {"BACKEND": "FLASH"})
     if out is None:
-        raise Refused("its modifiers have no formula, or in training a bias may hide all keys of a query")
+        raise Refused(
+            "its modifiers have no formula, or a bias may hide all keys of a query, in training or in half "
+            "precision"
+        )
     return build.cast(after_weights(site, build, out), site.spec.out_dtype)
 
 

@@ -66,7 +66,8 @@ SMALL_HEAD_DIM = SMALL_TILE = 64
 class Plan:
     """A specification as formulas.
 
-    ``hides_rows``: a bias of unknown contents may hide whole rows, whose gradients no log-sum-exp tells.
+    ``hides_rows``: a bias of unknown contents may hide whole rows; the log-sum-exp does not tell which, nor
+    their gradients.
     """
 
     site: Site
@@ -102,7 +103,7 @@ def plan(site: Site, build: Builder) -> Plan | None:
     masked = False
     biased = any(isinstance(m, Bias) for m in spec.scores)
     if biased and any(m.fill != -math.inf for m in spec.masks):
-        return None  # a bias may hide whole rows, where it is compared with finite fills
+        return None  # in a row that a bias hides wholly, the bias would be compared with finite fills
     for position, mod in enumerate(spec.scores):
         if masked and not isinstance(mod, (Mask, Bias)):
             return None
@@ -253,9 +254,9 @@ def emit(site: Site, build: Builder, target: Target, planned: Plan, options: dic
 def tile(spec: Attention, dense: bool) -> dict[str, int]:
     """FlexAttention's options for the tiles of its forward kernel; none if its defaults are better.
 
-    Scores that read a tensor over queries and keys hold a tile of it next to their own; on Hopper smaller
-    tiles are then faster for small heads (``bias`` in docs/attention.md).  Fewer queries use the decoding
-    kernel, which has other tiles.
+    If scores read a tensor over queries and keys, the kernel holds a tile of it beside the tile of scores; on
+    Hopper smaller tiles are then faster for small heads (``bias`` in docs/attention.md).  Fewer queries than
+    a block use the decoding kernel, which has other tiles.
     """
     half, many = spec.dtype in (torch.float16, torch.bfloat16), isinstance(spec.queries, int)
     small = isinstance(spec.head_dim, int) and spec.head_dim <= SMALL_HEAD_DIM
@@ -277,18 +278,18 @@ def _with_sink(build: Builder, out: fx.Node, lse: fx.Node, sink: Any) -> fx.Node
     return build.cast(build.op("mul", out, kept), build.value(out).dtype)
 
 
-GROUPED = "with grouped heads its backward pass has no scores that depend on the position"
-"""In a backward pass on Hopper, flash-attn 4 4.0.0b36 takes the heads for packed ones and reads elsewhere."""
+GROUPED = "with grouped heads its backward pass takes no score modifiers that depend on the position"
+"""In a backward pass on Hopper, flash-attn 4 4.0.0b36 takes heads for packed ones and misreads tensors."""
 
 
 def scores_by_position(site: Site, planned: Plan) -> bool:
-    """With grouped heads, do steps of the score read indices?"""
+    """Are there grouped heads, and do steps of the score depend on batch, head or position?"""
     indexed = (s[0] in ("add", "times") and fm.letters(s[1]) for s in planned.scores)
     return bool(site.roles.group) and any(indexed)
 
 
 def _stored(build: Builder, node: fx.Node) -> fx.Node:
-    """A tensor in the form that FlexAttention can read, made once for all sites."""
+    """A tensor in memory, where FlexAttention can read it; stored once for all sites."""
     if node.op == "placeholder":
         return node
     store = torch.ops.fusepass.stored.default

@@ -31,7 +31,7 @@ from fusepass.specification.program import Program, decode
 
 LOWEST = torch.finfo(torch.float32).min / 2
 EXTREME = -1e30
-"""Stands for every lower score: the kernels work in powers of two, where float32's lowest overflows."""
+"""Stands for every lower score: kernels work in powers of two, where float32's lowest number overflows."""
 
 
 def flex_attention(
@@ -114,7 +114,7 @@ def _apply(mod: Any, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, 
 def _masked(
     mod: Mask, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, ...], exact: bool
 ) -> Tensor:
-    """Scores after a mask.  ``exact``: keep the exact fill, as rows that a bias may hide compare fills."""
+    """Scores after a mask.  ``exact``: keep the fill, since it is compared with a bias that may hide rows."""
     fill = max(mod.fill, EXTREME)
     if exact:
         fill = mod.fill if mod.fill == -math.inf else max(mod.fill, LOWEST)
@@ -209,7 +209,7 @@ def _scored(mod: tuple[Any, ...], s: Tensor, at: dict[str, Tensor], captured: tu
 
 
 def representable(added: Tensor) -> Tensor:
-    """Halve the lowest finite values: they hide just as much, and do not overflow in powers of two."""
+    """Raise lower finite values to ``LOWEST``: they hide as much, and do not overflow in powers of two."""
     if added.dtype is torch.float16 or not added.is_floating_point():
         return added
     too_low = torch.logical_and(added < LOWEST, added > -math.inf)

@@ -5,13 +5,13 @@ It is written as nested lists, from the expressions of :mod:`fusepass.rules.form
 
     ["const", x]                      a number
     ["index", c, [[n, letter, stride, size], ...]]
-                                      c + sum of n * ((letter // stride) % size); size 0 is unbounded
+                                      c + sum of n * ((letter // stride) % size); size 0: no remainder
     ["load", slot, [index, ...]]      one element of a tensor
     [operation, formula, ...]         arithmetic, comparisons, logic, "where"
     ["cast", formula, dtype]
 
-The same text is a ``mask_mod`` or ``score_mod`` of FlexAttention (:func:`evaluate`) and, on intervals
-instead of numbers, what a whole block of queries and keys sees (:mod:`fusepass.kernels.blocks`).
+The same text is evaluated in a ``mask_mod`` or ``score_mod`` of FlexAttention (:func:`evaluate`) and, on
+intervals instead of numbers, for whole blocks of queries and keys (:mod:`fusepass.kernels.blocks`).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Writer:
         """A formula as nested lists.
 
         Raises:
-            Unwritable: it has none.
+            Unwritable: the formula has no text.
         """
         if node.op == "const":
             return ["const", node.attrs[0]]
@@ -170,7 +170,7 @@ def is_dense(formula: Formula) -> bool:
 
 
 def may_hide(formula: Formula, lowest: float) -> bool:
-    """May a bias hide scores: does it hold a low constant, or a tensor that no distance multiplies?"""
+    """May a bias hide scores: has it a low constant, or a tensor that is not multiplied by a distance?"""
     kind = formula[0]
     if kind in ("index", "const"):
         return bool(kind == "const" and formula[1] < lowest)
@@ -224,7 +224,7 @@ _STRICTER = {("gt", 1): "ge", ("lt", -1): "le", ("le", 1): "lt", ("ge", -1): "gt
 
 
 def _compared(formula: Formula) -> tuple[str, tuple[int, Any]] | None:
-    """A comparison of an index expression with an integer, or the reverse, as a comparison with zero."""
+    """A comparison of an index expression with an integer, or its negation, as a comparison with zero."""
     if formula[0] == "not":
         inner = _compared(formula[1])
         if inner is None:

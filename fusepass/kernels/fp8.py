@@ -90,7 +90,7 @@ def largest(x: Tensor, heads: int) -> Tensor:
 
 
 def rounded(x: Tensor, factor: Tensor) -> Tensor:
-    """``[B, S, H, D]`` times a number per head, as e4m3: rounded to nearest, clamped to the largest."""
+    """``[B, S, H, D]`` times a number per head, as e4m3: rounded to nearest, clamped to its range."""
     wide = x.float() * per_head(factor, x.shape[2])
     return wide.clamp(-fp8_ops.E4M3_MAX, fp8_ops.E4M3_MAX).to(torch.float8_e4m3fn)
 
@@ -114,7 +114,7 @@ def hadamard(size: int, like: Tensor) -> Tensor:
 
 
 def library() -> str:
-    """The library to use: flash-attn 3, which writes bfloat16, if it is installed; else cuDNN."""
+    """The library to use: flash-attn 3, which writes bfloat16, if it can be imported; else cuDNN."""
     return "flash3" if installed(FLASH3) and import_refuses(FLASH3) is None else "cudnn"
 
 

@@ -1,6 +1,6 @@
-"""Why a library cannot serve a site, or run on this machine: its row in the table of libraries, asked.
+"""Why a library cannot serve a site, or run on this machine, by its row in the table of libraries.
 
-The table is :mod:`fusepass.host.libraries`.  A kernel's ``refuse`` asks here first.
+The table is in :mod:`fusepass.host.libraries`.  A kernel's ``refuse`` asks here first.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def installed(package: Package) -> bool:
 
 
 def library_refuses(kernel: str) -> str | None:
-    """Why the library of a kernel is installed but cannot be imported: a part is missing, or from another
+    """Why the library of a kernel is installed but cannot be imported: a part is missing, or is from another
     release.
 
     None if one of its libraries can be imported, or if none is installed: a graph may be compiled for another

@@ -1,6 +1,7 @@
 """``torch.ops.fusepass.attention``: the reference semantics as one opaque operator, with gradients.
 
-It shows recognition without any kernel: any device, any dtype, forward and backward, plain mathematics.
+With it, recognition can be tested without any library: it computes plain mathematics, forward and backward,
+on any device and in any dtype.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def compute_gradients(
 
 
 def _operator(name: str) -> tuple[Any, Any]:
-    """The semantics of :func:`.attention.reference` as ``fusepass::name``, and its gradients as another.
+    """Two operators: :func:`.attention.reference` as ``fusepass::name``, and its gradients.
 
     The arguments of the operator; its backward takes the gradient of the result first, then the same ones:
         q: ``[B, H, Q, D]``; k: ``[B, G, K, D]``; v: ``[B, G, K, Dv]``.
@@ -96,17 +97,18 @@ def let_inductor_inline() -> None:
         decomposition.fast_random_decomps.cache_clear()  # it copies the table at first use
 
 
-#: Up to these numbers of queries and keys, plain mathematics is no slower than SDPA on a CPU (docs/cpu.md):
-#: in bfloat16, if the processor multiplies it natively, in inference and training; in float32, in training
-#: with a mask.
+#: Up to these numbers of queries and keys, plain mathematics is no slower than SDPA on a CPU (docs/cpu.md).
+#: The first holds in inference and the second in training, both in bfloat16 if the processor multiplies it
+#: natively; the third holds in float32, in training with a mask.
 SHORT, SHORT_IN_TRAINING, SHORT_WITH_MASK = 128, 256, 32
 
 
 def refuse(spec: Attention, target: Target) -> str | None:
-    """It computes every specification; unless it was requested, it serves only training and short sequences.
+    """Why plain mathematics is not worth writing, although it computes every specification.
 
-    Plain mathematics is no faster than the original graph, but in training it keeps no weights.  It also
-    rounds as the program says, where the compiler that follows would keep wider numbers.
+    It is no faster than the original graph.  So unless it was requested, it serves only training, where it
+    keeps no weights; short sequences on a CPU; and compiled sites that round scores or weights: it rounds as
+    the program says, where the compiler would keep wider numbers.
     """
     if target.requested or target.training or beats_sdpa(spec, target):
         return None
@@ -145,7 +147,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def emit(site: Site, build: Builder, target: Target) -> fx.Node:
-    """Write the operator; the mask of a dropout is drawn outside it, as one more operand."""
+    """Write the operator; the mask of a dropout is drawn outside the operator, and is one more operand."""
     x = operands(site, build, gated=False)
     spec = site.spec
     tensors = all_operands(site, build)

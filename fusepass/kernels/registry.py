@@ -64,9 +64,9 @@ def register_kernel(
 
     Args:
         name: what users call it.
-        emit: `(site, build, target) -> node` writes the nodes and returns the result, `[B, H, Q, Dv]` of the
-            site's dtype; it raises `fusepass.kernels.Refused` where the operands show a reason. What it needs
-            is in `fusepass.kernels`.
+        emit: `(site, build, target) -> node` writes the nodes and returns the result, `[B, H, Q, Dv]` in the
+            dtype `site.spec.out_dtype`; it raises `fusepass.kernels.Refused` where the operands show a
+            reason. What it needs is in `fusepass.kernels`.
         takes: the modifiers that it computes. All others are refused; every field defaults to "no".
         gate: its machines, dtypes and head sizes, whether it has a backward pass, and the package it needs.
         refuse: `(spec, target) -> reason or None`, for what `takes` and `gate` cannot say.
@@ -76,10 +76,11 @@ def register_kernel(
         replace: take the place of a kernel that was registered under this name.
 
     Returns:
-        The kernel, as `fusepass.kernels.KERNELS` has them.
+        The kernel, an object like those in `fusepass.kernels.KERNELS`.
 
     Raises:
-        ValueError: the name is taken or no identifier, or the gate is of another name.
+        ValueError: the name is taken or is not an identifier, the gate has another name, or `rounds` is set
+            and the gate says `auto=True`.
     """
     _check(name, gate, rounds, replace)
     kernel = Kernel(name, takes, _careful(name, emit), _with_gate(name, refuse), of_torch, rounds)
@@ -92,7 +93,7 @@ def unregister_kernel(name: str) -> None:
     """Remove a registered kernel; graphs that were compiled with it keep it.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: no kernel is registered under this name.
     """
     if name not in _registered:
         raise ValueError(

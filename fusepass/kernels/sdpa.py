@@ -104,7 +104,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
 
 
 def _with_absorbed_scores(site: Site, build: Builder, target: Target, rows: Rows, x: Operands) -> Operands:
-    """The operands, with scores of zero in rows that see no key, where a fill absorbs the scores.
+    """The operands, changed to give scores of zero in rows that see no key, where a fill absorbs the scores.
 
     In training under a bias that may hold fills, the weights of such a row are known only at run time, and so
     are the gradients of its scores.  There each score is written as ``q·k - q·k``, over twice the features,
@@ -157,7 +157,7 @@ def _with_sink(
 def attn_mask(site: Site, build: Builder, target: Target, x: Operands) -> fx.Node | None:
     """Everything that is added to the scores, as one tensor; None if nothing is.
 
-    If a sink is to be joined to it, it has the dtype of the sum.
+    With a sink, which is joined to the tensor later, the tensor keeps the dtype of the sum.
     """
     spec, dtype = site.spec, build.value(x.q).dtype
     extra = spec.added
@@ -197,9 +197,10 @@ def _lifted(build: Builder, total: fx.Node) -> fx.Node:
 
 
 def _filled(site: Site, build: Builder, mod: Mask, before: fx.Node | None, dtype: torch.dtype) -> fx.Node:
-    """The sum so far, replaced by the fill where the mask hides: by ``-inf`` in rows that see a key.
+    """The sum so far, replaced by the fill where the mask hides.
 
-    In other rows ``-inf`` would give NaN gradients: these rows are mended, or keep their finite fill.
+    The fill ``-inf`` is kept only if every row is known to see a key, because it gives NaN gradients in other
+    rows.  Otherwise the lowest finite number replaces it, and rows that see no key are mended.
     """
     lowest = torch.finfo(dtype).min
     fill = mod.fill if mod.fill == -math.inf and site.spec.rows_seen else max(mod.fill, lowest)
@@ -209,7 +210,7 @@ def _filled(site: Site, build: Builder, mod: Mask, before: fx.Node | None, dtype
 
 
 def _representable(build: Builder, added: fx.Node) -> fx.Node:
-    """``added`` with its lowest finite values halved, since kernels work in powers of two.
+    """``added`` with finite values below ``finfo.min / 2`` raised to it: kernels work in powers of two.
 
     ``finfo.min * log2(e)`` overflows: a row that the user's float mask hides completely would be NaN.  Half
     of it hides just as much, and keeps such a row uniform.
@@ -223,7 +224,7 @@ def _representable(build: Builder, added: fx.Node) -> fx.Node:
 
 
 def mends_rows(spec: Attention, target: Target) -> bool:
-    """Are there rows to mend?  Those that a bias hides too, where a fill does not absorb the scores."""
+    """Are there rows to mend?  Those that a bias may hide count too, unless all fills absorb the scores."""
     return may_empty_rows(spec, target) or (any(map(is_hiding, spec.scores)) and not spec.fills_absorb)
 
 
@@ -233,8 +234,8 @@ def _absorbs(site: Site, target: Target, dtype: torch.dtype) -> bool:
     ``score + finfo.min`` rounds to ``finfo.min`` in float32 and bfloat16, so that such a row is uniform.  A
     higher fill does not absorb all scores, which is correct only if the original adds it too.  All this holds
     for a single mask, on the CPU (CUDA's kernels compute in powers of two, where ``finfo.min`` overflows) and
-    without gradients (the backward's ``exp(s - logsumexp)`` loses the row's length).  A sum of wider numbers
-    is moved to a maximum of zero (:func:`_as_operand`), where it absorbs nothing.
+    without gradients (the backward's ``exp(s - logsumexp)`` loses the number of keys).  A sum of wider
+    numbers is moved to a maximum of zero (:func:`_as_operand`), where it absorbs nothing.
     """
     spec, added = site.spec, [site.operands[m.slot].expr for m in site.spec.added]
     if len(added) > 1 and any(a.is_float and a.rank and is_less_precise(dtype, a.dtype) for a in added):
@@ -302,7 +303,7 @@ def _as_written(build: Builder, node: fx.Node) -> fx.Node:
 
 
 def _forms(site: Site, build: Builder, x: Operands) -> Iterator[tuple[Operands, bool, Size | None]]:
-    """Ways to write the call, cheapest first: operands, grouped heads, the width to cut the result to.
+    """Ways to write the call, cheapest first: operands, are heads grouped, a width to cut the result to.
 
     Each form writes its nodes only when the iterator reaches it, so unneeded forms leave no nodes.
     """
@@ -334,7 +335,7 @@ def _dense(build: Builder, x: Operands) -> Operands | None:
 def _is_math(
     build: Builder, x: Operands, mask: fx.Node | None, p: float, causal: bool, scale: float, gqa: bool
 ) -> bool:
-    """Would PyTorch compute this call with its unfused fallback?  It is run on fake tensors to find out."""
+    """Would PyTorch compute this call with its unfused fallback?  The call is run on fake tensors to see."""
     q, k, v = (build.value(n) for n in (x.q, x.k, x.v))
     added = None if mask is None else build.value(mask)
     if q.device.type == "cuda" and not torch.cuda.is_available():
@@ -376,7 +377,7 @@ def _why_math(site: Site, build: Builder, target: Target, mask: fx.Node | None, 
 
 
 def _same_width(site: Site, build: Builder, x: Operands, head_dim: Size) -> Operands:
-    """Pad the narrower of keys and values with zeros, which add nothing to a product."""
+    """Pad values, or queries and keys, if they are narrower, with zeros, which add nothing to a product."""
     width = site.spec.value_dim
     if site.space.facts.at_most(width, head_dim):
         return Operands(x.q, x.k, build.op("pad", x.v, [0, build.size(head_dim - width)]))

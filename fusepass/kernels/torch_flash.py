@@ -1,8 +1,8 @@
 """PyTorch's own flash kernel with a window, which ``scaled_dot_product_attention`` can only take as a mask.
 
 ``aten::_flash_attention_forward`` (flash-attn 2, built into PyTorch) has window bounds, aligned at the last
-query and key, and PyTorch's derivative formula for it passes them on.  It takes ``[B, S, H, D]``, with
-grouped heads as they are.
+query and key, and PyTorch's derivative formula for the operator uses them too.  It takes ``[B, S, H, D]``,
+and grouped heads without copies.
 """
 
 from __future__ import annotations
