@@ -29,7 +29,7 @@ H = TypeVar("H", bound=Handler)
 
 @dataclass(frozen=True)
 class Result:
-    """What is known about a node before its meaning: result type, facts about sizes, a unique name."""
+    """What is known about a node before it gets a meaning: shape, dtype, facts about sizes, a unique name."""
 
     shape: Shape
     dtype: torch.dtype
@@ -112,8 +112,8 @@ def _types(hint: Any) -> tuple[type, ...] | None:
 def as_expr(value: Value, like: torch.dtype = torch.float64) -> Expr | None:
     """A tensor operand or a number as an expression.
 
-    A Python float gets the precision in which the tensor next to it, of dtype ``like``, is computed; without
-    such a tensor, it keeps its own.
+    A Python float gets the dtype in which PyTorch computes with it and a tensor of dtype ``like``: float32
+    for half precision, and the default dtype for integers.  Without ``like`` it is float64.
     """
     if isinstance(value, Expr):
         return value
@@ -184,7 +184,10 @@ def arg_exprs(r: Result, *values: Value) -> tuple[Expr, ...] | None:
 
 
 def in_common(args: tuple[Expr, ...]) -> tuple[Expr, ...]:
-    """Operands of a comparison in the integers it is computed in: for bytes, ``x < 300`` is ``x < 44``."""
+    """The operands of a comparison, with numbers cast to the integer dtype in which it is computed.
+
+    For an ``x`` of dtype uint8, ``x < 300`` is ``x < 44``.
+    """
     common = common_dtype(args)
     if not is_integer(common):
         return args
@@ -193,7 +196,10 @@ def in_common(args: tuple[Expr, ...]) -> tuple[Expr, ...]:
 
 
 def common_dtype(args: tuple[Expr, ...]) -> torch.dtype:
-    """The promoted dtype; operands without dimensions do not promote tensors of their kind."""
+    """The promoted dtype; operands without dimensions do not promote tensors of the same kind.
+
+    The kinds are boolean, integer, floating and complex.
+    """
     strong = [a.dtype for a in args if a.rank]
     weak = [a.dtype for a in args if not a.rank]
     promoted = [functools.reduce(torch.promote_types, dtypes) for dtypes in (strong, weak) if dtypes]

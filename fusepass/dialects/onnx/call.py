@@ -1,4 +1,4 @@
-"""What the handlers of ONNX operators get: the call, its attributes, and broadcasting by proof."""
+"""What the handlers of ONNX operators get: the call, its attributes, and broadcasting of proved sizes."""
 
 from __future__ import annotations
 
@@ -129,11 +129,11 @@ def _joined(c: Call, a: Size, b: Size) -> Size | None:
 
 
 def fitted(c: Call, x: Expr, shape: Shape) -> Expr:
-    """An operand of a broadcast to ``shape``, in which a dimension of size ``min(n, s)`` is broadcast with
-    ``s``.
+    """``x`` as an operand of a broadcast to ``shape``, where ``x`` may have a dimension of size ``min(n, s)``
+    and ``shape`` has ``s``.
 
-    If ``n`` is one, the dimension has one element (or none if ``s`` is zero; then there is nothing to say).
-    Otherwise the model runs only if ``s`` is at most ``n``, and the dimension is ``s``.
+    If ``n`` is one, that dimension has one element (or none if ``s`` is zero: then the result is empty).
+    Otherwise the model runs only if ``s`` is at most ``n``, and the size of the dimension is ``s``.
     """
     met = [
         (dim, wide)

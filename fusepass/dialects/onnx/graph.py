@@ -1,8 +1,8 @@
 """Reads an ONNX graph into expressions.
 
-A graph of ONNX values is pure, so every value has one meaning.  Constants get a closed form if they have one;
-integers that describe shapes are tracked element by element; an operator that the table does not describe
-becomes a leaf with the shape that the model records for it.
+Nothing in an ONNX graph is overwritten, so every value has one meaning.  Constants get a closed form if they
+have one; integers that describe shapes are tracked element by element; the result of an operator that the
+table does not describe becomes a leaf with the shape that the model records for it.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class OnnxReader:
         return self.meaning[value]
 
     def facts_of(self, node: Expr) -> DimFacts:
-        """Facts for the elements of an expression: its dimensions, and its arguments', are not empty."""
+        """Facts for an expression that has elements, so that no size of it or of its arguments is zero."""
         return DimFacts([n for e in (node, *node.args) for n in e.shape])
 
     def smallest(self, value: ir.Value) -> float:
@@ -181,7 +181,7 @@ class OnnxReader:
         return leaf(value.name, shape, dtype)
 
     def _constant(self, value: ir.Value) -> Expr | None:
-        """The meaning of an initializer; one that is also a graph input may get another value."""
+        """The meaning of an initializer; a leaf if it is also a graph input, which may get another value."""
         tensor = ir.convenience.get_const_tensor(value)
         dtype = None if tensor is None else DTYPES.get(tensor.dtype)
         if tensor is None or dtype is None or value.is_graph_input():
@@ -196,7 +196,9 @@ class OnnxReader:
         return closed_form(wide, dtype) or self._table(value, wide, dtype)
 
     def _table(self, value: ir.Value, table: Any, dtype: torch.dtype) -> Expr:
-        """A constant without a closed form; it is expanded along dimensions that it does not vary over."""
+        """A constant without a closed form, as a slice that is expanded along the dimensions in which it
+        repeats.
+        """
         shape = tuple(int(n) for n in table.shape)
         whole = leaf(value.name or f"constant{id(value)}", shape, dtype)
         self._tables.add(whole, value)

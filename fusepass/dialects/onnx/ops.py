@@ -1,8 +1,8 @@
 """The operation table of ONNX: one handler per operator, opsets 11 to 26.
 
-A handler gets the meanings of a node's inputs and returns the meaning of its (first) output, or None if it
-stays opaque.  Shapes are derived here, from the named dimensions of the graph's inputs; two sizes that cannot
-be proved equal never count as equal.  Nothing here knows about attention.
+A handler gets the meanings of a node's inputs and returns the meaning of its (first) output, or None if the
+node stays opaque.  Shapes are derived here, from the named dimensions of the graph's inputs; two sizes that
+cannot be proved equal never count as equal.  Nothing here knows about attention.
 """
 
 from __future__ import annotations
@@ -370,7 +370,7 @@ HANDLERS["", "ReduceLogSumExp"] = _reduce("logsumexp")
 
 @handles("ReduceMean", "ReduceMin", "ReduceProd", "ReduceL2", "ReduceSumSquare", "ReduceL1")
 def _reduced(c: Call, x: Expr, *_: Expr | None) -> Expr | None:
-    """Only its shape is known."""
+    """A reduction that stays opaque: only its shape is known."""
     total = _reduce("sum")(c, x)
     return _unread(c, total) if isinstance(total, Expr) else None
 
@@ -387,7 +387,7 @@ def _softmax(op: str) -> Handler:
     def handler(c: Call, x: Expr) -> Expr | None:
         axis = dim_of(c.attr("axis", -1 if c.version >= 13 else 1), x.rank)
         if c.version < 13 and axis != x.rank - 1:
-            return None  # before opset 13 it covers all dimensions from the axis on
+            return None  # before opset 13 a softmax is over all dimensions from the axis on
         return expr(op, (x,), (axis,), x.shape, x.dtype)
 
     return handler

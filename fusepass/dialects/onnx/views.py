@@ -121,7 +121,7 @@ def _cut(c: Call, x: Expr, start: Size, end: Size, axis: Size, step: Size) -> Ex
     recorded = c.recorded[0]
     open_ended = isinstance(length, sympy.Expr) and length.has(sympy.Min)
     if open_ended and recorded and len(recorded) == x.rank and c.names(recorded[dim]):
-        length = recorded[dim]  # the exporter knew the order of the bound and the size
+        length = recorded[dim]  # the exporter knew which is smaller, the bound or the size
     if step > 1:
         if not isinstance(length, int):
             return None

@@ -107,7 +107,7 @@ def _triu(r: Result, x: Expr, diagonal: Value = 0) -> Expr | None:
 
 
 def triangle(r: Result, x: Expr, diagonal: Value, op: str) -> Expr | None:
-    """``where(column - row <= diagonal, x, 0)``."""
+    """``where(column - row <= diagonal, x, 0)``, in which ``op`` ("le", "ge") is the comparison."""
     k = as_expr(diagonal)
     if k is None:
         return None
@@ -116,7 +116,10 @@ def triangle(r: Result, x: Expr, diagonal: Value, op: str) -> Expr | None:
 
 
 def diagonals(shape: Shape, op: str, k: Expr, row: int, column: int) -> Expr:
-    """``column - row <= k`` of two dimensions of a shape, broadcastable to it."""
+    """``column - row <= k`` for the indices of two dimensions of a shape, broadcastable to it.
+
+    The comparison is ``op``: "le", "ge" or "eq".
+    """
     first, rank = min(row, column), len(shape)
 
     def along(dim: int) -> Expr:
@@ -136,7 +139,7 @@ def _fill_diagonal(r: Result, x: Expr, fill_value: Value, wrap: bool = False) ->
 
 
 def diagonal_filled(x: Expr, value: Expr, offset: Value = 0, dim1: int = 0, dim2: int = 1) -> Expr | None:
-    """``x`` after ``value``, if that is a constant, is written to ``x.diagonal(offset, dim1, dim2)``."""
+    """``x`` after a constant is written to ``x.diagonal(offset, dim1, dim2)``; None if it is not constant."""
     known, k = scalar_of(value), as_expr(offset)
     if known is None or k is None:
         return None

@@ -28,7 +28,7 @@ class Expansion:
             self.call.graph.erase_node(node)
 
     def accept(self) -> None:
-        """Remove the call, and the nodes that read results which nothing needs."""
+        """Remove the call and the nodes that still read it, whose results nothing needs."""
         _erase_with_users(self.call)
 
     def used_outside(self) -> bool:

@@ -41,13 +41,13 @@ from fusepass.expressions.ir import POINTWISE, VIEWS, Expr, Shape, cast, const, 
 from fusepass.host.faults import Faults
 from fusepass.host.surroundings import settings
 
-#: Opaque operations that return finite numbers of ordinary size for such operands.
+#: Opaque operations whose results are finite and of ordinary size if their operands are.
 _FINITE = frozenset(
     "conv1d conv2d conv3d layer_norm group_norm batch_norm instance_norm rms_norm native_layer_norm gelu "
     "silu normalize interpolate".split()
 )
 
-#: How many views of views are looked through for the tensor that a new one is a view of.
+#: How many nested views are followed to find the tensor that a new view belongs to.
 _NESTED = 8
 
 
@@ -79,8 +79,10 @@ class Reader:
     Attributes:
         meaning: the present expression (or tuple of expressions) of every node that has one.
         defined: the expression it had when it was computed, whatever was written into it later.
-        holders: for an expression, the nodes that hold its value, each with the position from which it does.
-        before: for a leaf that stands for a tensor after a write of unknown effect, its earlier meaning.
+        holders: for an expression, the nodes that hold its value, each with the position from which on it
+            does.
+        before: for a leaf that stands for a tensor after a write of unknown effect, the tensor's meaning
+            before the write.
         facts: what is known about symbolic sizes.
         contents: what is known about the elements of leaves.
         faults: nodes that could not be read; each became a leaf.
@@ -109,7 +111,7 @@ class Reader:
         self._writes: dict[Any, list[int]] = {}
         self.before: dict[Expr, Expr] = {}
         self._held: dict[tuple[Expr, joins.Window], Expr] = {}  # what parts are known to hold
-        self._views: dict[fx.Node, tuple[fx.Node, tuple[Expr, ...]]] = {}  # of which nodes, in which steps
+        self._views: dict[fx.Node, tuple[fx.Node, tuple[Expr, ...]]] = {}  # whose view, by which steps
         self._no_grad = False
         self.without_gradients: set[fx.Node] = set()  # nodes in ``no_grad`` regions of the graph
         self._reshaped = self._last_reshaping()
@@ -195,7 +197,9 @@ class Reader:
         return positions
 
     def has_its_shape(self, node: fx.Node, position: int) -> bool:
-        """Is the recorded shape the one at ``position``?  In-place reshapes change the record too."""
+        """Is the recorded shape the one at ``position``?  An in-place reshape also changes the recorded
+        values of earlier nodes.
+        """
         return position >= self._reshaped.get(id(value_of(node)), 0)
 
     # -- reading -----------------------------------------------------------------------------
@@ -220,7 +224,7 @@ class Reader:
             self._write_in_place(node, name, written, position)
             return
         if not self.has_its_shape(node, position):
-            return  # the record has a later shape
+            return  # the recorded value has the shape of a later node
         self._bind(node, self._meaning(node, name))
 
     def _bind(self, node: fx.Node, meaning: Value) -> None:
@@ -234,7 +238,7 @@ class Reader:
             self._note_view(meaning, node)
 
     def _note_view(self, meaning: Expr, node: fx.Node) -> None:
-        """Note the steps in which a new node is a view of its operand, or of what that is a view of."""
+        """Note by which steps a new node is a view of its operand, or of a tensor that the operand views."""
         steps = [meaning]
         while steps[-1].op in VIEWS:
             steps.append(steps[-1].args[0])
@@ -285,7 +289,7 @@ class Reader:
         return named
 
     def _is_static(self, node: fx.Node) -> bool:
-        """May the elements of its tensor be relied on?  Not if the graph writes to them, even later."""
+        """May the elements of a node's tensor be relied on?  Not if the graph writes to them, even later."""
         if node.op != "placeholder" or node.name not in self.known.static:
             return False
         return not (self.memory.rebinds or self.memory.of(node) & self.memory.all_written)
@@ -339,7 +343,7 @@ class Reader:
         return self._call(handler, node, value)
 
     def _strided(self, node: fx.Node, value: torch.Tensor) -> Value:
-        """``as_strided`` of a contiguous tensor; strides and places in the storage are those observed."""
+        """``as_strided`` of a contiguous tensor; strides and offsets are those of the recorded values."""
         source = first_operand(node)
         x, known = self.meaning.get(source), value_of(source)
         if not isinstance(x, Expr) or not statically_known_true(known.is_contiguous()):
@@ -497,7 +501,7 @@ class Reader:
         """What ``base`` means once a view of it holds ``out``.
 
         Args:
-            view_of: the steps of the view, from the part to the whole, as they were when it was made.
+            view_of: the steps of the view, from the part to the whole, as they were when the view was made.
             base: the present meaning of the whole.
         """
         now = [base]  # what the steps mean at present

@@ -32,7 +32,7 @@ def _cat(r: Result, tensors: tuple[Value, ...], dim: int = 0, **kw: Value) -> Ex
     if not all(isinstance(t, Expr) for t in tensors):
         return None
     rank = len(r.shape)
-    parts = [t for t in tensors if rank == 1 or t.shape != (0,)]  # any rank, no elements
+    parts = [t for t in tensors if rank == 1 or t.shape != (0,)]  # PyTorch ignores these, whatever the rank
     if any(t.rank != rank for t in parts):
         return None
     return joined(parts, dim_of(kw.get("axis", dim), rank), r)
@@ -219,7 +219,7 @@ def selected(x: Expr, window: Window) -> Expr:
 
 
 def holds(e: Expr, ranges: Ranges, value: Expr, facts: Facts) -> bool:
-    """Is ``value`` provably equal to that box of ``e``?"""
+    """Is ``value`` provably equal to the box of ``e`` with these ranges?"""
     if all(r is None for r in ranges):
         return e is value
     window = window_of_view(value, e)
@@ -280,11 +280,11 @@ class _Write:
         return pointwise("where", selected(self.x, self.window), spread, self.x, dtype=self.x.dtype)
 
     def _changed(self, value: Expr, place: Callable[[Expr], Expr]) -> Expr | None:
-        """If the value is computed from the part, ``f(x[window])``: an ``f`` that leaves the rest of ``x``
-        the same.
+        """For a value ``f(x[window])``, computed from the part: ``g(x)`` for a ``g`` that is ``f`` in the
+        box and changes nothing outside it.  None for other values.
 
-        ``x[w] + t`` written to ``x[w]`` is ``x + pad(t)``.  ``place`` gives an expression with the value's
-        shape the layout of the part.
+        ``x[w] + t`` written to ``x[w]`` is ``x + pad(t)``.  ``place`` turns an expression with the value's
+        shape into one with the layout of the part.
         """
         if self._is_part(place(value)):
             return self.x
@@ -310,7 +310,10 @@ class _Write:
         return None
 
     def _replaced(self, value: Expr, place: Callable[[Expr], Expr]) -> Expr | None:
-        """``where(c, f(x[window]), number)`` written to the part: ``c`` is true in the rest of ``x``."""
+        """``where(c, f(x[window]), number)`` written to the part, with ``c`` made true in the rest of ``x``.
+
+        If the number is first, ``c`` is made false there.
+        """
         c = place(view("expand", value.args[0], value.shape))
         for kept in (1, 2):
             known = scalar_of(value.args[3 - kept])

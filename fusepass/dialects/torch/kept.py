@@ -1,8 +1,9 @@
 """Functions that Dynamo was told not to trace (``allow_in_graph``): their steps are written next to the call.
 
-AOTAutograd traces such a function later in any case, with the same fake tensors; here it happens before the
-pass, as operators before autograd.  A function stays one call where that could change what it does: under
-autocast or a transform, with a gradient of its own, or where its results are not new tensors.
+AOTAutograd traces such a function later in any case, with the same fake tensors.  Here it is traced before
+the pass, into the operators that it calls before autograd.  A function stays one call where tracing could
+change what it does: under autocast or a transform, with a gradient of its own, or where its result is not a
+new tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fusepass.host.surroundings import graph_context
 
 log = logging.getLogger("fusepass")
 
-#: What a call's steps take over from it.
+#: The metadata that a call's steps copy from the call.
 _SOURCE = ("stack_trace", "nn_module_stack")
 
 
@@ -109,7 +110,7 @@ def _copied(call: fx.Node, traced: fx.GraphModule, given: list[fx.Node]) -> Expa
 
 
 def _is_pure(node: fx.Node) -> bool:
-    """Is it a call of an operator that writes to no argument and draws no random number?"""
+    """Does the node compute a size, or call an operator that writes to no argument and is not random?"""
     target = node.target
     if "val" not in node.meta:
         return False

@@ -28,11 +28,12 @@ Storage = Any
 Storages = frozenset[Storage]
 
 _NONE: Storages = frozenset()
-#: The only storage of a graph in which tensors change storages (``x.set_(y)``): none can be told apart.
+#: The only storage of a graph in which tensors change storages (``x.set_(y)``): there, storages cannot be
+#: told apart.
 _ANY = "any"
 #: Operations that move a tensor to another storage.
 _REBINDING = frozenset({"set", "swap_tensors", "_set_data"})
-#: Functions of several results or steps that update statistics, in operands that no schema names.
+#: Functions that update running statistics in operands that no schema marks as written.
 _STATISTICS = frozenset({"batch_norm", "instance_norm"})
 #: Higher-order operators without a body that write to nothing.
 _FUNCTIONAL = frozenset(
@@ -96,7 +97,7 @@ class Memory:
         return _NONE.union(*(self.of(n) for n in node.all_input_nodes))
 
     def stand_in(self, new: fx.Node, old: fx.Node) -> None:
-        """Record that ``new`` replaces ``old``: views of one count as views of the other."""
+        """Record that ``new`` replaces ``old``: it is on the storages of both from then on."""
         self._of[new] = self.of(new) | self.of(old)
 
     def same_elements(self, a: fx.Node, b: fx.Node) -> bool:
@@ -156,7 +157,7 @@ def _known_equal(a: Any, b: Any) -> bool:
 
 
 def _is_permuted(value: Any) -> bool:
-    """Is it unknown or false that a tensor's strides decrease from one dimension to the next?"""
+    """May a stride of a tensor be larger than that of the dimension before it?  Size 1 does not count."""
     if not isinstance(value, Tensor):
         return True
     both = zip(value.shape, value.stride(), strict=True)
@@ -236,7 +237,7 @@ def written_operands(node: fx.Node) -> list[fx.Node]:
     """The operands that a call of a function or method writes to.
 
     PyTorch's functions write to the operands that their schema marks, to the first operand if their name ends
-    in an underscore, to ``out=``, and in place if an option says so.  Functions from elsewhere are watched.
+    in an underscore or ``inplace=True`` is passed, and to ``out=``.  Functions from elsewhere are watched.
     """
     if node.op not in ("call_function", "call_method"):
         return []
@@ -276,7 +277,7 @@ def _schemas_in_place(name: str) -> tuple[Any, ...]:
 
 
 def _by_convention(node: fx.Node, name: str) -> list[fx.Node]:
-    """The operands that a function writes to without a name that says so."""
+    """The operands that a function writes to although its name does not say so."""
     function: Any = node.target
     module = str(getattr(function, "__module__", None) or "torch")
     if module.split(".")[0] not in ("torch", "math", "_operator", "operator", "builtins"):
@@ -342,12 +343,14 @@ def _observed(node: fx.Node) -> list[fx.Node]:
 
 
 def _alias(value: Any) -> Any:
-    """The same memory as another tensor, whose metadata may be changed."""
+    """A new tensor on the same memory: changes of its metadata do not reach the recorded value."""
     return value.detach() if isinstance(value, Tensor) else value
 
 
 def _module_targets(node: fx.Node, owner: torch.nn.Module | None) -> list[fx.Node]:
-    """The operands that a module writes to: a known one only to its buffers, an unknown one to all."""
+    """The operands that a module writes to: none for PyTorch's modules, unless they work in place, and all
+    for unknown ones.
+    """
     module = _attribute(owner, str(node.target))
     if not isinstance(module, torch.nn.Module) or not type(module).__module__.startswith("torch.nn."):
         return _tensors(node)
@@ -355,7 +358,7 @@ def _module_targets(node: fx.Node, owner: torch.nn.Module | None) -> list[fx.Nod
 
 
 def _higher_order_targets(node: fx.Node, owner: torch.nn.Module | None) -> list[fx.Node]:
-    """The operands that a higher-order operator writes to: all, if a body writes to any of its inputs."""
+    """The operands that a higher-order operator writes to: all of them if a body writes to an input."""
     bodies = [_attribute(owner, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"]
     graphs = [b for b in bodies if isinstance(b, fx.GraphModule)]
     if graphs:
@@ -401,9 +404,10 @@ def is_type_check(node: fx.Node) -> bool:
 def live_nodes(graph: fx.Graph, memory: Memory, without: Collection[fx.Node] = ()) -> set[fx.Node]:
     """The nodes that the output, an effect, or a visible write depends on.
 
-    A write is visible outside (arguments, attributes), to a later node that gets a tensor on the storage, or
-    to a backward pass that reads what a tensor held, and is not told (``.data``).
-    ``without``: nodes that have been replaced, including their writes.
+    A write is visible if it is to an argument or attribute, or to a storage that a later live node reads.  It
+    is also visible if it goes through ``.data`` or ``detach`` to a tensor with gradients: autograd does not
+    notice such a write, and the backward pass reads what was written.
+    ``without``: nodes that have been replaced; their writes do not count either.
     """
     live: set[fx.Node] = set()
     seen = set(memory.external)

@@ -24,7 +24,8 @@ _INPLACE_OPERATORS = {
     "iand": "and", "ior": "or", "ixor": "xor", "imod": "mod",
 }  # fmt: skip
 _BINARY = "add sub mul truediv floordiv mod pow and or xor matmul eq ne lt le gt ge rsub getitem".split()
-#: Operators written as methods (`x.__eq__(y)`, as in Dynamo of torch 2.11); `__bool__` is not `bool()`.
+#: Operators written as methods (`x.__eq__(y)`, as in Dynamo of torch 2.11).  They are listed because other
+#: such names mean something else: `x.__bool__()` is not `x.bool()`.
 _OPERATORS = {
     **{f"__{name}__": name for name in (*_BINARY, "neg", "abs", "invert", *_INPLACE_OPERATORS)},
     **{f"__r{name}__": name for name in ("add", "mul", "and", "or", "xor")},

@@ -152,7 +152,7 @@ _FEW_POINTS = 25
 def _cdist(r: Result, x: Expr, y: Expr, p: Value = 2.0, compute_mode: Value = None) -> Expr | None:
     """Euclidean distances ``[..., P, R]`` of ``[..., P, D]`` and ``[..., R, D]``, by products or differences.
 
-    With few points differences are squared and summed, which is more exact (see ``torch.cdist``).
+    With few points, differences are squared and summed, which is more exact (see ``torch.cdist``).
     """
     if p != 2 or x.dtype is not r.dtype or y.dtype is not r.dtype:
         return None

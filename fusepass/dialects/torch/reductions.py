@@ -20,7 +20,7 @@ from fusepass.dialects.torch.views import slice_dim
 from fusepass.expressions.index import prod, simplify_size
 from fusepass.expressions.ir import Expr, cast, const, expr, opmath, pointwise
 
-#: How many truth values are written out as a conjunction.
+#: ``all`` and ``any`` of at most this many truth values are written out.
 _FEW = 8
 
 

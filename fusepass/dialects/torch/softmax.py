@@ -81,7 +81,7 @@ def sdpa(
 ) -> Expr | None:
     """``scaled_dot_product_attention`` written out, as PyTorch's documentation defines it.
 
-    Its kernels compute half precision in float32: a mask is not rounded with the scores.
+    In half precision its kernels add the mask in float32, so the sum of scores and mask is not rounded.
     """
     factor = scale if scale is not None else _default_scale(q.shape[-1])
     if not isinstance(factor, (int, float)) or not isinstance(dropout_p, (int, float)) or q.rank < 3:
@@ -116,7 +116,7 @@ def sdpa(
 
 
 def _grouped(r: Result, x: Expr, heads: Size) -> Expr | None:
-    """Key/value heads repeated, one for each query head; None if their number is not known."""
+    """Key/value heads repeated, one for each query head; None if it is not known how often."""
     count = r.facts.quotient(heads, x.shape[-3])
     if count is None:
         return None

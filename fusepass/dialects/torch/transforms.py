@@ -23,14 +23,14 @@ _OPEN = {
 _CLOSE = {"_vmap_decrement_nesting", "_grad_decrement_nesting", "_jvp_decrement_nesting", "_exit_dual_level"}
 _BACKWARD = "_autograd_grad"
 
-FORWARD_MODE = "it is differentiated in forward mode (torch.func.jvp), which no fused kernel can be"
+FORWARD_MODE = "it is differentiated in forward mode (torch.func.jvp), which no fused kernel supports"
 BATCHED = "torch.vmap runs it, or its gradient, over a dimension that fused kernels would not see"
 FOREIGN = "torch.func.grad differentiates only PyTorch's own operators"
-TWICE = "it is differentiated twice (torch.func.grad of grad), which no fused kernel can be"
+TWICE = "it is differentiated twice (torch.func.grad of grad), which no fused kernel supports"
 AGAIN = (
-    "what torch.func.grad makes of it may be differentiated again, because a tensor requires gradients "
-    "outside of it as well (a parameter, say), and no fused kernel can be differentiated twice; detach such "
-    "tensors, or call it under torch.no_grad()"
+    "its gradient by torch.func.grad may be differentiated again, because a tensor (a parameter, say) "
+    "requires gradients outside of torch.func.grad as well, and no fused kernel can be differentiated twice; "
+    "detach such tensors, or call torch.func.grad under torch.no_grad()"
 )
 
 

@@ -117,7 +117,7 @@ def slice_dim(x: Expr, dim: int, start: Size, length: Size, step: Size = 1) -> E
 
 
 def slice_start(start: Value, size: Size) -> Size | None:
-    """The first index of a slice, counted from the front; None if its sign is not known."""
+    """The first index of a slice, counted from the front; None if the sign of ``start`` is not known."""
     if start is None:
         return 0
     if isinstance(start, int):

@@ -29,7 +29,7 @@ def _unfold(r: Result, x: Expr, *args: Value, **kw: Value) -> Expr | None:
 
 
 def _windows(x: Expr, dim: int, size: int, step: int, count: Size, dilation: int = 1) -> Expr:
-    """``[..., count, ..., size]``: a number of windows of a dimension, ``step`` apart, in the last one."""
+    """``[..., count, ..., size]``: ``count`` windows of a dimension, ``step`` apart, in a new last one."""
     starts, inside = (
         expr("iota", (), (0, by), (n,), torch.int64) for by, n in ((step, count), (dilation, size))
     )
@@ -59,14 +59,14 @@ def _image_windows(
 
 
 def strided(r: Result, x: Expr, strides: Sequence[Size], start: Size) -> Expr | None:
-    """``as_strided`` of a contiguous tensor: an index into its elements in a row.
+    """``as_strided`` of a contiguous tensor: an index into the flattened tensor.
 
     Args:
         strides: one for each dimension of the result.
         start: the first element, counted from the first one of ``x``.
 
     Returns:
-        None where an element may lie outside of ``x``, in other memory of the same storage.
+        The expression; None where an element may lie outside of ``x``, elsewhere in the same storage.
     """
     count = prod(x.shape)
     last = sum((stride * (size - 1) for stride, size in zip(strides, r.shape, strict=True)), start)
@@ -83,7 +83,7 @@ def strided(r: Result, x: Expr, strides: Sequence[Size], start: Size) -> Expr | 
 
 
 def _alone(size: Size, dim: int, r: Result) -> tuple[Size, ...]:
-    """The shape of one dimension among those of the result."""
+    """The shape that broadcasts one dimension to its place among those of the result."""
     return (size, *(1,) * (len(r.shape) - dim - 1))
 
 

@@ -48,10 +48,10 @@ handles("tril_indices")(_triangle_indices("le"))
 
 
 def expanded(keys: Value, rank: int) -> list[Value] | None:
-    """The keys of ``x[keys]``, one or more dimensions each, with slices in place of what is left out.
+    """The keys of ``x[keys]``, each for one or more dimensions, with full slices for those without a key.
 
-    New dimensions (None) are dropped, since a single value is written alike with and without them.  None for
-    keys of other kinds.
+    New dimensions (None) are dropped: they make no difference to where a single value is written.  The result
+    is None if a key is a truth value, a tuple or a list.
     """
     given = list(keys) if isinstance(keys, tuple) else [keys]
     kept = [k for k in given if k is not None]
@@ -92,12 +92,12 @@ def hits(x: Expr, keys: Value) -> Expr | None:
 
 
 def _both(a: Expr, b: Expr) -> Expr:
-    """A conjunction, in which a constant is true."""
+    """A conjunction; a constant among the two is known to be true."""
     return b if a.op == "const" else a if b.op == "const" else pointwise("and", a, b)
 
 
 def hit(shape: Shape, indices: dict[int, Expr]) -> Expr:
-    """True at the elements that index tensors, one for each of some dimensions, name together.
+    """True at the elements of ``x[indices]``, where some dimensions have an index tensor each.
 
     The result broadcasts to ``shape``.
     """
@@ -135,7 +135,7 @@ def _every(x: Expr, dim: int, start: Size, step: int) -> Expr:
 
 
 def assigned(x: Expr, keys: Value, value: Expr, facts: Facts) -> Expr | None:
-    """``x`` after ``x[keys] = value``, if a single value is written, or is combined with what is there."""
+    """``x`` after ``x[keys] = value``, if one number is written, or combined with what is there (``+=``)."""
     mask = hits(x, keys)
     if mask is None:
         return None
@@ -153,7 +153,7 @@ def assigned(x: Expr, keys: Value, value: Expr, facts: Facts) -> Expr | None:
 
 
 def _single(value: Expr, dtype: torch.dtype) -> Expr | None:
-    """The one number that a tensor holds everywhere, without dimensions."""
+    """The one number that a tensor holds everywhere, as an expression without dimensions, or None."""
     known = scalar_of(value)
     if known is not None:
         return cast(const(known, value.dtype), dtype)
@@ -182,7 +182,7 @@ def _index_fill(r: Result, x: Expr, dim: int, index: Expr, value: Value) -> Expr
 def _scatter(
     r: Result, x: Expr, dim: int, index: Expr, src: Value = None, value: Value = None
 ) -> Expr | None:
-    """``scatter`` of one number: in the other dimensions, every index is at its own position."""
+    """``scatter`` of one number: in the other dimensions, an index writes at its own position."""
     filler = as_expr(src if value is None else value, x.dtype)
     single = None if filler is None else _single(filler, x.dtype)
     if single is None or not x.rank or index.rank != x.rank or index.dtype not in _INDICES:
