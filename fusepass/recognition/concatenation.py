@@ -1,4 +1,4 @@
-"""One product of several over the same pairs: their operands' features are concatenated."""
+"""Several products over the same pairs as one: the features of their operands are concatenated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Joint:
-    """``scale`` times one product; how much is copied for it, and how much the other products have."""
+    """``scale`` times one product.
+
+    ``copied``: how many elements are copied for it.  ``spared``: how many elements the other products have.
+    """
 
     product: Product
     node: Expr
@@ -42,7 +45,7 @@ class Joint:
 
 @dataclass(frozen=True)
 class _Operands:
-    """The tensors that may serve as the operands of a part, and the factor that is left outside of them."""
+    """The tensors that may serve as the operands of a part, and the factor that is not in them."""
 
     query: list[Term]
     key: list[Term]
@@ -71,7 +74,7 @@ def joined_product(scope: Scope, parts: Sequence[Part], low: torch.dtype) -> Joi
 
 
 def _operands(scope: Scope, part: Part, low: torch.dtype, scales: bool) -> _Operands:
-    """The operands of a part, with or without the constants that were multiplied into them."""
+    """The operands of a part; with ``scales``, constants that were multiplied into them are a factor."""
     (fq, query), (fk, key) = (chain_of(scope, t, low, scales) for t in (part.query, part.key))
     return _Operands(query, key, part.factor * math.prod(fq) * math.prod(fk))
 
@@ -79,7 +82,8 @@ def _operands(scope: Scope, part: Part, low: torch.dtype, scales: bool) -> _Oper
 def _is_exact(factor: float, dtype: torch.dtype) -> bool:
     """May a factor of at most one be multiplied into features?
 
-    In half precision only a power of two: any other would round them, and the original rounds the scores.
+    In half precision only a power of two may: any other would round the features, and the original rounds
+    the scores instead.
     """
     wide = dtype.itemsize >= 4
     return abs(factor) >= SMALLEST and (wide or abs(math.frexp(factor)[0]) == 0.5)
@@ -142,7 +146,7 @@ def _side(
 def _pick(scope: Scope, chain: Sequence[Term], inner: Sequence[str]) -> tuple[Term, list[str]] | None:
     """The first tensor of a chain that names its elements once, and its axes except the features.
 
-    One without axes over which it is merely repeated is preferred.
+    A tensor without axes over which it only repeats itself is preferred.
     """
     best: tuple[Term, list[str]] | None = None
     for term in chain:
@@ -185,7 +189,7 @@ def _multiplied(node: Expr, factor: float) -> Expr:
 def _adjacent(
     scope: Scope, chains: Sequence[Sequence[Term]], features: Sequence[Sequence[str]], feature: Affine
 ) -> Term | None:
-    """The tensor of which the parts' features are adjacent slices, in their order: nothing is copied."""
+    """The tensor in which the features of the parts already lie side by side, in order: nothing is copied."""
     for first in chains[0]:
         place, start = _slice(scope, first, features[0]), None
         if place is None:
@@ -213,7 +217,7 @@ def _slice(scope: Scope, term: Term, inner: Sequence[str]) -> tuple[int, Size] |
 
 
 def _continues(scope: Scope, first: Term, term: Term, dim: int, inner: Sequence[str], start: Size) -> bool:
-    """Does a part's operand lie behind ``start`` in the same tensor as the first one's?"""
+    """Are a part's features in the tensor of the first part, from ``start`` on?"""
     if term.expr is not first.expr or _slice(scope, term, inner) != (dim, start):
         return False
     resolve = scope.space.resolve

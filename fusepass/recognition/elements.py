@@ -18,9 +18,9 @@ MOST = 256
 
 @dataclass(frozen=True)
 class Region:
-    """Where all of ``given`` are at most zero, the operand is ``element``; None is a number: padding.
+    """Where all of ``given`` are at most zero, the operand is ``element``; None stands for padding.
 
-    ``views`` are the same element seen through fewer views.
+    ``views`` are the same element, seen through fewer views.
     """
 
     given: tuple[Affine, ...]
@@ -28,7 +28,7 @@ class Region:
     views: tuple[Term, ...] = ()
 
     def above(self, count: int) -> Region:
-        """The region with the element that is a number of views above."""
+        """The region with its element as it is ``count`` views closer to the operand."""
         if self.element is None:
             return self
         return Region(self.given, [*self.views, self.element][-1 - min(count, len(self.views))])
@@ -47,7 +47,7 @@ class Region:
 
 
 def _digits(index: Affine, value: int, space: AxisSpace) -> dict[str, int]:
-    """The values of the axes of a mixed-radix number, such as ``3*row + column``; none if it is no number."""
+    """The values of the axes of a mixed-radix number, such as ``3*row + column``; empty for other indices."""
     names = space.digits(index, prod(space.sizes[a] for a in index.axes)) or ()
     digits: dict[str, int] = {}
     for axis in reversed(names):
@@ -84,7 +84,7 @@ class Elements:
         return regions
 
     def _pinned(self, region: Region) -> Iterator[Affine]:
-        """What follows from mixed-radix numbers that have a single value: so do their digits."""
+        """Inequalities that pin the digits of mixed-radix numbers which have a single value."""
         for axis, value in region.pins(self.space).items():
             away = Affine(((axis, 1),)) - value
             yield from (away, away * -1)
@@ -132,11 +132,11 @@ class Elements:
         return [Region(given, Term(x, (*before, *at, *after))) for given, at in cases]
 
     def _within(self, index: Affine, size: Size, given: tuple[Affine, ...]) -> bool:
-        """Is an index proved to be that of an element, counted from the front?"""
+        """Is an index proved to be within bounds, counted from the front?"""
         return all(implied(part, given, self.space) for part in (index * -1, index + 1 - size))
 
     def _window(self, position: Expr, size: Size) -> list[tuple[tuple[Affine, ...], Affine]] | None:
-        """The single case of a position in a window that stays whole at the edges: start + place."""
+        """The single case of a position in a window that keeps its width at the edges: start + place."""
         if position.op != "add":
             return None
         start, place = sorted(position.args, key=lambda a: index_of(a) is not None)
@@ -181,7 +181,10 @@ class Elements:
 
 
 def _where(condition: Expr, wanted: bool) -> list[tuple[Affine, ...]] | None:
-    """Disjoint systems of inequalities, one of which holds where a condition has a value; None if unknown."""
+    """Disjoint systems of inequalities, one of which holds where a condition is ``wanted``.
+
+    None if they are not known.
+    """
     if (bound := against_zero(condition, "le")) is not None:
         return [(bound if wanted else bound * -1 + 1,)]
     if condition.op == "not":

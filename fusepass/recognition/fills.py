@@ -54,8 +54,7 @@ class Fills:
         self.overflows: Mask | None = None
 
     def understood(self, written: Sequence[ScoreModifier]) -> tuple[ScoreModifier, ...]:
-        """The modifiers of the scores: scales are merged, masks understood, and fills are as they reach the
-        softmax.
+        """The modifiers of the scores, with scales merged, masks named, and fills as they reach the softmax.
 
         Args:
             written: the modifiers as they were peeled, from the product outwards.
@@ -83,7 +82,7 @@ class Fills:
         """
         if self.partly and not (rows_seen and all(isinstance(m, Mask) for m in self.partly)):
             raise Refuse(
-                f"'{self.partly[0]}' absorbs scores in part, after a shift or before a scale",
+                f"'{self.partly[0]}' absorbs scores only in part, after a shift or before a change of scale",
                 self.core.scores.expr,
             )
         if rows_seen:
@@ -107,10 +106,10 @@ class Fills:
     def _rounded(
         self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, Written]
     ) -> ScoreModifier:
-        """A mask whose fill becomes minus infinity, since it overflows when the scores are rounded.
+        """The modifier; a mask whose fill overflows when the scores are rounded gets minus infinity instead.
 
         Raises:
-            Refuse: it becomes infinity or NaN.
+            Refuse: the fill becomes infinity or NaN, or a number that absorbs less in a wider dtype.
         """
         if not isinstance(mod, Mask) or not isinstance(merged, (Mask, Bias)):
             return mod
@@ -141,7 +140,7 @@ class Fills:
         return self._infinite(mod) if fill == -math.inf else mod
 
     def _overflown(self, mod: ScoreModifier, *dtypes: torch.dtype) -> ScoreModifier:
-        """A mask whose fill is below the range of the scores' dtype: it becomes minus infinity."""
+        """The modifier; a mask whose fill is below the range of one of the dtypes gets minus infinity."""
         lowest = min(torch.finfo(d).min for d in dtypes)
         return self._infinite(mod) if isinstance(mod, Mask) and mod.fill < lowest else mod
 
@@ -157,7 +156,8 @@ class Fills:
     def _filled(self, scores: list[ScoreModifier]) -> list[ScoreModifier]:
         """``s * c + (0 if c else fill) = where(c, s, fill)`` for a factor ``c`` of zeros and ones.
 
-        An infinite fill makes rows NaN, and their gradients: zero times NaN is NaN.
+        A mask with an infinite fill stays as it is: in rows that see no key the result is NaN, and so are the
+        gradients, since zero times NaN is NaN.
         """
         out: list[ScoreModifier] = []
         for mod in scores:
@@ -182,7 +182,7 @@ class Fills:
     def _floored(self, scores: list[ScoreModifier]) -> tuple[ScoreModifier, ...]:
         """``max(where(m, s, -inf), c) = where(m, s, c)``: a floor becomes the fill of the masks before it.
 
-        Where only scales come before it as well, nothing is left for the floor to do.
+        If only scales and masks come before the floor, nothing is left for it to do.
         """
         at = next((n for n, m in enumerate(scores) if isinstance(m, Floor)), None)
         if at is None:
@@ -198,7 +198,7 @@ class Fills:
         return (*before, *kept, *rest)
 
     def _finite(self, scores: list[ScoreModifier]) -> list[ScoreModifier]:
-        """``nan_to_num(where(m, s, -inf)) = where(m, nan_to_num(s), low)``: it moves before the masks.
+        """``nan_to_num(where(m, s, -inf)) = where(m, nan_to_num(s), low)``: it comes before the masks.
 
         Raises:
             Refuse: the result for infinite scores depends on more than a mask.
@@ -236,9 +236,9 @@ class Fills:
         if finite and any(map(_is_infinite, before)):
             return "fills are added to others that are infinite"
         if _lowest_level(under, mod.low) < lowest:
-            return "fills overflow together"
+            return "the sum of fills overflows"
         if len(finite) < len(under) and any(map(_is_infinite, after)):
-            return "infinite ones are added to them"
+            return "infinite numbers are added to them"
         levels = fills_after((mod, *after), 0, mod.low)
         if under and any(level is not None and level < lowest for level in levels):
             return "overflow when they are scaled or rounded"
@@ -249,7 +249,7 @@ class Fills:
         return self._filled_with(mod, fill) if mod.fill == -math.inf else mod
 
     def _filled_with(self, mod: Mask, fill: float) -> Mask:
-        """A mask with another fill, which replaces scores."""
+        """A mask with another fill; if that is a change, it replaces scores, even if it was additive."""
         if mod.fill == fill:
             return mod
         if not mod.additive:
@@ -291,7 +291,7 @@ class Fills:
             return scores
         if hiding is not None or self.core.form != "bare" or large:
             raise Refuse(
-                "its softmax is written out, and what a query that sees no key gives depends on its scores",
+                "its softmax is written out, and the result for a query that sees no key depends on scores",
                 self.core.scores.expr,
             )
         if rows_seen:
@@ -302,7 +302,7 @@ class Fills:
         )
         if any(_last_level(hidden, n) != -math.inf for n in vanishing):
             raise Refuse(
-                "its softmax is written out, and a query that sees no key has fills that are changed later",
+                "its softmax is written out, and for a query that sees no key the fills are changed later",
                 self.core.scores.expr,
             )
         return hidden
@@ -330,7 +330,7 @@ def _stays_low(scores: Sequence[ScoreModifier], at: int) -> bool:
 
 
 def _lowest_level(masks: Sequence[Mask], low: float) -> float:
-    """The lowest number that fills of masks give, those that are added on top of those before them.
+    """The lowest number that several masks can make of a score: additive fills are added up.
 
     Infinite fills count as ``low``.
     """
@@ -357,7 +357,7 @@ def _vanishes(scores: Sequence[ScoreModifier], at: int) -> bool:
 
 
 def _last_level(scores: Sequence[ScoreModifier], at: int) -> float | None:
-    """What the scores that the mask at a position fills are after all later modifiers; None if not known."""
+    """The value, after all later modifiers, of scores that the mask at a position fills; None if unknown."""
     *_, level = fill_levels(scores, at)
     return level
 

@@ -34,11 +34,11 @@ from fusepass.specification.attention import (
 
 
 class Meanings:
-    """Names what the modifiers of one site are.
+    """Says what the modifiers of one site mean.
 
     Args:
         scope: the site's axes and tensors.
-        roles: what each axis is.
+        roles: the role of each axis.
         computed: the dtype of the product of queries and keys.
     """
 
@@ -48,7 +48,7 @@ class Meanings:
         settle(scope, roles)
 
     def understood(self, mod: ScoreModifier) -> ScoreModifier:
-        """A modifier with its axes named; a bias that is always zero or a fill becomes a mask."""
+        """A modifier with its axes named; a bias whose elements are all zero or a fill becomes a mask."""
         scope = self.scope
         if isinstance(mod, ScaleBy):
             return replace(mod, axes=self.letters(scope.operands[mod.slot]))
@@ -80,7 +80,7 @@ class Meanings:
         return Mask(self.scope.slot(scaled), hidden.fill, True, True, atoms, wide)
 
     def constants(self, mod: Bias) -> float:
-        """How large a bias is because of its constants, whatever its inputs are; 0 if not known."""
+        """The size that the constants of a bias give it, whatever its inputs are; 0 if not known."""
         known = intervals.Ranges(self.scope.contents, self.scope.facts, scale=intervals.LEAST)
         bounds = known.of(self.scope.operands[mod.slot].expr)
         return 0.0 if bounds is None else intervals.magnitude(bounds) * abs(mod.factor)
@@ -132,7 +132,7 @@ class Meanings:
         visible = [masks.conjuncts(self.mask_visible(m)) for m in spec.masks if spec.hides(m)]
         hidden = {c for parts in visible for c in parts}
         covers = hidden <= kept and all(visible)
-        # In a row whose visible keys a bias hides as well, keys that only have a low score get weights.
+        # If a bias hides all visible keys of a row, the row's weights go to keys with a finite fill.
         levels = any(map(is_hiding, spec.scores)) and not spec.fills_are_infinite
         return replace(mod, axes=axes, implied=kept <= hidden and not levels, covers=covers)
 
@@ -167,7 +167,7 @@ class Meanings:
 
 
 def settle(scope: Scope, roles: Roles) -> None:
-    """Replace every listed axis that has been split since by its parts."""
+    """Replace every listed axis that was split after it was listed by its parts."""
     for name in ("batch", "kv_heads", "group", "query", "key", "head_dim", "value_dim"):
         axes = getattr(roles, name)
         setattr(roles, name, heads.ordered(scope, [Affine(((a, 1),)) for a in axes]))
@@ -176,8 +176,8 @@ def settle(scope: Scope, roles: Roles) -> None:
 def told_by_masks(scope: Scope, roles: Roles, scores: Term, mods: Sequence[ScoreModifier]) -> Roles:
     """The roles under which most parts of the masks have names, and fewest parts vary over heads.
 
-    A mask ties the queries to the keys, and a padding the sequences.  What the places of the axes say decides
-    between roles that are alike in this.
+    A mask tells which axis is the query, since it relates queries to keys; a padding tells which axis is the
+    batch.  Between roles that are equally good, the places of the axes decide.
     """
     known = formulas.Formulas(scope)
     parts = [p for m in mods if isinstance(m, (Mask, Bias)) for p in _parts(known, scope, m)]
@@ -204,7 +204,7 @@ def _parts(known: formulas.Formulas, scope: Scope, mod: Mask | Bias) -> list[Exp
 
 
 def _position(scope: Scope, axes: list[str]) -> Affine:
-    """The position that some axes count together, outermost first."""
+    """The position that some axes, outermost first, count together."""
     index = Affine()
     for axis in axes:
         index = index * scope.space.sizes[axis] + Affine(((axis, 1),))

@@ -17,9 +17,9 @@ from fusepass.specification.program import slots
 def chain_of(
     scope: Scope, term: Term, low: torch.dtype, scales: bool = True
 ) -> tuple[list[float], list[Term]]:
-    """The constant scales of an operand, and the tensors behind its views that hold what is left of it.
+    """The constant scales of an operand, and the tensors that hold it without them, behind its views.
 
-    A scale that was written into the operand's own memory (``q *= scale``) stays in it.
+    A scale that was written into the operand's own memory (``q *= scale``) stays in the operand.
     """
     factors: list[float] = []
     chain = [term]
@@ -45,7 +45,7 @@ def chain_of(
 
 
 def check_operands(scope: Scope, spec: Attention, products: Collection[Expr]) -> None:
-    """Refuse a modifier that is computed from the scores: they would be computed a second time."""
+    """Refuse a modifier that is computed from the scores, which would have to be computed a second time."""
     for slot in slots(spec):
         todo, seen = [scope.operands[slot].expr], set()
         while todo:

@@ -69,7 +69,7 @@ class Rules:
 
 RULES = Rules()
 
-_DIFFERENCES = "the scores are squared differences, which are more exact than products of the two"
+_DIFFERENCES = "the scores are squared differences, which are more exact than a product of queries and keys"
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class _Scores:
 
 
 def _steps(layer: Peel, dtype: torch.dtype) -> list[ScoreModifier]:
-    """What a layer does to scores, from the softmax inwards: what promotes them casts them first."""
+    """What a layer does to scores, from the softmax inwards; if it promotes them, a cast comes before it."""
     mod, inner = layer.modifier, layer.inner.expr
     steps: list[ScoreModifier] = [] if mod is None else [mod]  # type: ignore[list-item]
     promoted = inner.dtype != dtype and inner.is_float and dtype.is_floating_point
@@ -136,8 +136,8 @@ def recognise(
 def _read(anchor: Expr, position: int, scope: Callable[[], Scope], rules: Rules) -> Site | Miss | None:
     """Read a product whose operand at a position holds the weights.
 
-    Where products are added, it is read twice: with one product of concatenated features, and with the others
-    as biases.
+    Where products are added in the scores, it is read twice: with one product of concatenated features, and
+    with all products but one as biases.
     """
     together, joins = _read_once(anchor, position, scope(), rules, True)
     if not joins:
@@ -166,7 +166,7 @@ def _read_once(
 
 
 def as_product(node: Expr) -> Expr | None:
-    """The product with the values that a node is equal to, where it is not written as one."""
+    """The product with the values that equals a node which is not itself such a product, or None."""
     return normalised_late(node) or joined(node)
 
 
@@ -179,7 +179,7 @@ def recognise_sum(
 ) -> list[tuple[int, Site]] | Miss | None:
     """Read a product as a signed sum of attentions: usually one, otherwise one per summand of its weights.
 
-    The arguments are those of :func:`recognise`.
+    The arguments are those of :func:`recognise`.  Each site comes with its sign, 1 or -1.
     """
     try:
         pieces = _pieces(anchor)
@@ -193,7 +193,7 @@ def recognise_sum(
         elif len(pieces) == 1:
             return site
         else:
-            why = "not each of them is a softmax of a product" if site is None else site.reason
+            why = "not all of them are softmaxes of a product" if site is None else site.reason
             return Miss(f"the weights are a sum of several softmaxes: {why}", anchor)
     return sites
 
@@ -330,7 +330,7 @@ class _Reading:
         if all(sides):
             return "both sides of the score product vary over the key position"
         if not any(sides):
-            return "no side of the score product varies over the key position"
+            return "neither side of the score product varies over the key position"
         return None
 
     def _is_key_side(self, product: Product, side: int) -> bool:
@@ -344,7 +344,7 @@ class _Reading:
     # -- understanding -----------------------------------------------------------------------
 
     def _summed(self, core: Core, peeled: _Scores) -> Summed:
-        """The scores without terms that cancel, and their sum of products as one, where it is joined."""
+        """The scores without terms that cancel; a sum of products is one product if they can be joined."""
         scores = whole(peeled.modifiers, peeled.product, peeled.node)
         if not any(isinstance(m, Bias) for m in peeled.modifiers):
             return scores
@@ -388,7 +388,7 @@ class _Reading:
             keys_exist=scope.facts.at_most(1, sizes["key"]),
         )  # fmt: skip
         if not spec.rows_seen and spec.fills_stay_finite:
-            # A number that a mask writes counts beside infinite fills, however low it is.
+            # Next to infinite fills a key with a finite fill still counts as seen, however low the fill is.
             infinite = [m for m in spec.hiding_alone if m.fill == -math.inf]
             spec = replace(
                 spec, rows_seen=len(infinite) == len(spec.hiding_alone) and meanings.rows_seen(infinite)

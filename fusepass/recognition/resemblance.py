@@ -18,11 +18,11 @@ T = TypeVar("T")
 _SOFTMAXES = frozenset({"softmax", "log_softmax"})
 _ENDS = frozenset({"input", "dot"})
 
-#: For an expression, the softmaxes and exponentials below it, without itself, up to the next products.
+#: For an expression, the nearest softmaxes and exponentials below it, down to the next products.
 _behind: WeakKeyDictionary[Expr, tuple[Expr, ...]] = WeakKeyDictionary()
-#: Is there a product of two tensors of rank 3 or more below, up to the next products?
+#: Is one of the next products below an expression a product of two tensors of rank 3 or more?
 _active: WeakKeyDictionary[Expr, bool] = WeakKeyDictionary()
-#: Is one of those products one of queries and keys, as far as its factors tell?
+#: Is one of those products a product of queries and keys, as far as its factors tell?
 _scored: WeakKeyDictionary[Expr, bool] = WeakKeyDictionary()
 
 
@@ -32,12 +32,12 @@ def _upwards(
     ends: frozenset[str],
     combine: Callable[[Expr, Sequence[Expr]], T],
 ) -> T:
-    """The answer of ``combine`` for an expression, computed first for everything below it that has none yet.
+    """The answer of ``combine`` for an expression; everything below that has no answer yet gets one first.
 
     Args:
+        known: the answers so far, to which new ones are added.
         ends: the operations at which the search stops; their arguments are not looked at.
-        combine: gets an expression and those of its arguments that are looked at, whose answers are known by
-            then.
+        combine: gets an expression, and the arguments of it that are looked at; their answers are known.
     """
     todo = [root]
     while todo:
@@ -102,7 +102,7 @@ def _of_rank_three(node: Expr, below: Sequence[Expr]) -> bool:
 
 
 def are_scores(node: Expr) -> bool:
-    """Does it come from a product of two tensors of rank 3 or more, whose own factors hold no softmax?"""
+    """Does an expression come from a product of two tensors of rank 3 or more that no softmax is behind?"""
     return node.op not in _SOFTMAXES and _upwards(node, _scored, _ENDS | _SOFTMAXES, _holds_scores)
 
 
@@ -113,7 +113,7 @@ def _holds_scores(node: Expr, below: Sequence[Expr]) -> bool:
 
 
 def unpeeled(scores: Expr) -> str | None:
-    """The outermost operation that keeps rules from the product in some scores; None if none does."""
+    """The outermost operation between scores and their product that is neither element-wise nor a view."""
     todo, seen = [scores], {scores}
     while todo:
         node = todo.pop(0)
@@ -144,7 +144,7 @@ def were_scores(softmax: Expr, before: Mapping[Expr, Expr]) -> bool:
 
     Args:
         softmax: the softmax.
-        before: for leaves that were written to, what they held before.
+        before: for leaves that stand for tensors after a write, what the tensors held before it.
     """
     todo, seen = list(softmax.args[:1]), set(softmax.args[:1])
     while todo and before:

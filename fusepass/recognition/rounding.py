@@ -34,7 +34,7 @@ from fusepass.specification.attention import (
 
 @dataclass(frozen=True)
 class Written:
-    """A mask or bias as written: the dtype of what it gives, and the scales and roundings after it.
+    """A mask or bias as written: the dtype of its sum or choice, and the scales and roundings after it.
 
     ``scaled_by_tensor``: the scales are not all known numbers.
     """
@@ -66,8 +66,8 @@ def without_exact_casts(
 ) -> list[ScoreModifier]:
     """Drops the casts before the first one that is less precise than the product; the rest are kept.
 
-    All are kept where scores are narrowed after anything except sums, scales and masks.  Of these it is known
-    what rounding does to fills (:func:`roundings`).  ``whole``: all are kept for another reason.
+    All casts are kept where scores are narrowed after anything except sums, scales and masks: only for these
+    is it known what rounding does to fills (:func:`roundings`).  ``whole``: keep all casts in any case.
     """
     if whole:
         return list(mods)
@@ -94,12 +94,12 @@ class Rounding:
         self.scope, self.meanings, self.core, self.dtype = meanings.scope, meanings, core, dtype
 
     def fill_as_written(self, mod: Mask | Bias) -> float:
-        """The fill of a mask, or of a bias that is one, before any scale; -inf if there is none."""
+        """The fill of a mask, or of a bias that is one, before any scale; -inf for other biases."""
         mask = self.meanings.understood(mod)
         return mask.fill if isinstance(mask, Mask) else -math.inf
 
     def narrows_fills(self, written: Sequence[ScoreModifier]) -> bool:
-        """Is a sum with a bias that may hide, wider than the product, narrowed later?"""
+        """Is a bias that may hide added in a wider dtype than the product's, and the sum narrowed later?"""
         for at, mod in enumerate(written):
             if not isinstance(mod, Bias) or not is_less_precise(self.meanings.computed, DTYPES[mod.dtype]):
                 continue
@@ -109,10 +109,10 @@ class Rounding:
         return False
 
     def check_narrowed(self, scores: Sequence[ScoreModifier], rounded: dict[int, Written]) -> None:
-        """Check that no bias holds numbers that hide in the dtype its sum is rounded to, and not in its own.
+        """Check that no bias hides keys only because its sum is rounded to a less precise dtype than its own.
 
         Raises:
-            Refuse: the original absorbs the scores of a row that it hides, and a wider sum would not.
+            Refuse: the original absorbs the scores of a row that the bias hides, and a wider sum would not.
         """
         for mod in scores:
             if not isinstance(mod, Bias) or (written := rounded.get(mod.slot)) is None:
@@ -133,12 +133,12 @@ class Rounding:
     def check_sizes(
         self, written: Sequence[ScoreModifier], scores: Sequence[ScoreModifier], narrow: torch.finfo
     ) -> None:
-        """Check that usual scores stay numbers, and that fills are no infinities when they are changed later.
+        """Check that usual scores stay finite, and so do fills that are changed later.
 
         Args:
             written: the modifiers as they were peeled.
             scores: the same, merged and understood.
-            narrow: the numbers of the narrowest dtype on the way.
+            narrow: the range of the narrowest dtype on the way.
 
         Raises:
             Refuse: the original overflows, and a wider sum or product would not.
@@ -159,7 +159,7 @@ class Rounding:
                 added = isinstance(mod, Bias) or (isinstance(mod, Mask) and mod.additive)
                 level = level + fill if added else min(level, fill)
             elif level < narrow.min and not isinstance(mod, (Mask, Bias, Cast)):
-                raise Refuse(f"fills overflow together in {narrow.dtype}, and '{mod}' follows them")
+                raise Refuse(f"the sum of fills overflows in {narrow.dtype}, and '{mod}' is applied to it")
 
     def _factor(self, mod: ScoreModifier) -> float:
         """By how much a modifier makes scores larger, as far as that is known."""
@@ -171,7 +171,7 @@ class Rounding:
         return 1.0 if bounds is None or not magnitude(bounds) < math.inf else magnitude(bounds)
 
     def overflowing(self, scores: Sequence[ScoreModifier], narrow: torch.finfo) -> Mask | None:
-        """A mask whose fill is a number of the narrowest dtype, except together with constants of biases."""
+        """A mask whose fill is finite in the narrowest dtype, but not when constants of biases are added."""
         most = narrow.max * (1 + narrow.eps / 4)  # what is larger is rounded to infinity
         for at, mod in enumerate(scores):
             if not isinstance(mod, Mask) or not -most < mod.fill:
@@ -183,9 +183,9 @@ class Rounding:
         return None
 
     def absorbs_in_part(self, mod: ScoreModifier, merged: ScoreModifier, rounded: dict[int, Written]) -> bool:
-        """Does adding a mask or a constant round the scores, and are other numbers rounded than were written?
+        """Does adding a mask or a constant round the scores, and would a fused kernel round other numbers?
 
-        So it is if a shift before the addition was dropped, or if a scale moved before it.
+        It would if a shift before the addition was dropped, or if a scale was moved before the addition.
         """
         if not isinstance(mod, (Mask, Bias)) or not isinstance(merged, (Mask, Bias)):
             return False
@@ -210,7 +210,7 @@ class Rounding:
 
         Args:
             scores: the modifiers.
-            dtypes: of the scores, and of the softmax.
+            dtypes: the dtypes of the scores and of the softmax.
         """
         added = [m for m in scores if isinstance(m, Mask) and m.additive]
         for mod in scores:
@@ -225,7 +225,7 @@ class Rounding:
         return None
 
     def rounded_on_a_fill(self, scores: Sequence[ScoreModifier]) -> Bias | None:
-        """A bias of unknown numbers that is added to a fill within reach of scores, and rounded by it."""
+        """A bias of unknown numbers that is rounded because it is added to a fill as small as ``-1e4``."""
         for at, mask in enumerate(scores):
             if not isinstance(mask, Mask) or not mask.atoms or not math.isfinite(mask.fill):
                 continue

@@ -1,4 +1,4 @@
-"""Windows whose first key is no linear function of the query, because they stay whole at the edges."""
+"""Windows that keep their width at the edges, so that the first key is not a linear function of the query."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Start:
 
     Attributes:
         formula: the number of the first key, in the axes of the queries.
-        inside: what it is where the window touches no edge; None if it has several such forms.
+        inside: that number where the window touches no edge; None if it has no single linear form there.
     """
 
     formula: Expr
@@ -25,10 +25,10 @@ class Start:
 
 @dataclass
 class Starts:
-    """The starts of windows as axes of their own: proofs need their range alone, not their formulas.
+    """The starts of windows as axes of their own: proofs need only the range of a start, not its formula.
 
-    Each axis runs from 0 over all starts that leave a window within the keys.  No axis of a tensor has its
-    name, so the formula takes its place wherever something is named or written.
+    Each axis counts from 0 all starts that leave a window within the keys.  No tensor has such an axis, so
+    the formula takes the place of the axis wherever something is named or written.
     """
 
     space: AxisSpace

@@ -2,11 +2,11 @@
 
 * Several products over the same pairs are one: ``a.c + b.d = [a, b].[c, d]``, where ``[a, b]`` are the
   features of both (absorbed latent attention, DeepSeek-AI, arXiv 2405.04434).
-* A term that does not vary over the keys cancels in the softmax: of a squared distance
-  ``|q|^2 + |k|^2 - 2 q.k`` a key bias is left.
+* A term that does not vary over the keys cancels in the softmax: a squared distance
+  ``|q|^2 + |k|^2 - 2 q.k`` becomes a product with a key bias.
 
-In floats: a product is accumulated in float32 or wider, and the sum of two is rounded once instead of three
-times.  A term that cancels has to be of ordinary size.
+In floats: a product is accumulated in float32 or wider, so the sum of two products is rounded once if they
+are one, and three times otherwise.  A term that cancels must be of ordinary size.
 """
 
 from __future__ import annotations
@@ -36,10 +36,15 @@ from fusepass.specification.attention import (
 
 @dataclass(frozen=True)
 class Summed:
-    """Scores: modifiers, from the product outwards, and the product; the products that it is made of.
+    """Scores: a product, and the modifiers from the product outwards.
 
-    copied: how many elements of queries and keys are copied to concatenate features.
-    spared: how many elements the products have that would be stored as biases otherwise.
+    Attributes:
+        modifiers: what is done to the product, in order of computation.
+        product: the product of queries and keys.
+        node: the product as an expression.
+        products: the original products that it is made of.
+        copied: how many elements of queries and keys are copied to concatenate features.
+        spared: how many elements the products have that would otherwise be stored as biases.
     """
 
     modifiers: list[ScoreModifier]
@@ -63,9 +68,9 @@ class Sums:
         self.scope, self.roles, self.low = scope, roles, low
 
     def without_rows(self, scores: Summed) -> Summed:
-        """Without the terms that do not vary over the keys, where they cancel in the softmax.
+        """The scores without terms that do not vary over the keys, where these cancel in the softmax.
 
-        A constant stays: it is a part of what it is added to, as in ``(1 - mask) * fill``.
+        A constant stays, because it belongs to the term that it is added to, as in ``(1 - mask) * fill``.
         """
         self._know_squares(scores)
         mods: list[ScoreModifier] = []
@@ -102,7 +107,7 @@ class Sums:
         return None if rest is None else replace(mod, slot=self.scope.slot(term.of(rest)))
 
     def _know_squares(self, scores: Summed) -> None:
-        """Sums of squares of the operands of products are of ordinary size, since those products are."""
+        """Note that sums of squares of the operands of products are of ordinary size, as the products are."""
         leaves = [
             term.of(leaf)
             for mod in scores.modifiers
@@ -138,7 +143,8 @@ class Sums:
     # -- products ----------------------------------------------------------------------------
 
     def joined(self, scores: Summed) -> Summed | None:
-        """One product of all those that are added up before anything but scales, casts and masks is done.
+        """One product in place of all products that are added with only scales, biases, masks and widening
+        casts in between.
 
         None where there is only one, or where their operands cannot be concatenated.
         """
@@ -174,8 +180,8 @@ class Sums:
 
         Args:
             mod: the bias.
-            scale: the factor that the first product has by then.
-            largest: the largest factor of a product that the masks before it absorb.
+            scale: the factor of the first product where the bias is added.
+            largest: the largest factor of a product that is absorbed by the masks before the bias.
             parts: the products so far.
         """
         term, taken = self.scope.operands[mod.slot], set()
@@ -191,7 +197,8 @@ class Sums:
     def _fits(self, product: Product) -> bool:
         """Does one operand vary over the keys and not the queries, and the other over the queries alone?
 
-        A single query is not an axis.  Fills that are multiplied are masks, not features.
+        A single query has no axis, and then only one operand must vary over the keys.  A product with fills
+        in an operand is a mask, not a product of features.
         """
         if holds_fill(product.left.expr) or holds_fill(product.right.expr):
             return False
@@ -209,18 +216,18 @@ class Sums:
 
 
 def _lets_pass(mod: ScoreModifier) -> bool:
-    """Is ``M(x) + p = M(x + p)`` for a product ``p`` that its fill absorbs, up to a scale?"""
+    """Is ``M(x) + p = M(x + p)`` up to a scale, for a product ``p`` that the fill of a mask ``M`` absorbs?"""
     return isinstance(mod, (Scale, Bias, Mask)) or (isinstance(mod, Cast) and not mod.narrow)
 
 
 def _most_absorbed(fill: float, dtypes: Collection[torch.dtype]) -> float:
-    """The largest factor of a product of usual size that leaves a fill as it is; 0 if that is below one."""
+    """The largest factor with which a product of usual size leaves a fill as it is; 0 if it is at most 1."""
     usual = (-fill * torch.finfo(dtype).eps / 2 / USUAL_SCORES for dtype in dtypes)
     return largest if (largest := min(usual)) > 1 else 0.0
 
 
 def whole(modifiers: Sequence[ScoreModifier], product: Product, node: Expr) -> Summed:
-    """Scores as they were peeled."""
+    """The scores as they were peeled."""
     return Summed(list(modifiers), product, node, (node,))
 
 

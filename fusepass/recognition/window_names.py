@@ -1,4 +1,4 @@
-"""Windows over original keys by name, and their bounds as tensors."""
+"""Names for windows over original keys, and the bounds of windows written as tensors."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class Dim:
         at: the dimension of the key's and of the value's tensor.
         first: the first key of a window, in the axes of the queries.
         digits: the axes that count ``w``, outermost first.
+        width: how many keys a window has.
         size: how many keys there are.
         key: the new axis of the keys.
-        step: the distance of neighbours in a window: its dilation.
+        step: the distance between neighbouring keys of a window (its dilation).
     """
 
     at: tuple[int, int]
@@ -45,7 +46,7 @@ class Dim:
         return simplify_size(self.step * (self.width - 1))
 
     def hit(self, formulas: Formulas) -> Expr:
-        """Is a key one of those that the steps of a window meet?"""
+        """The formula: is a key a multiple of ``step`` away from the first key of the window?"""
         inside, step = affine(formulas.space.resolve(self.key - self.first)), const(self.step, torch.int64)
         rest = formulas.make("mod", (inside, step), torch.int64)
         return formulas.make("eq", (rest, const(0, torch.int64)), torch.bool)
@@ -65,7 +66,7 @@ class Names:
         others = {a for d in self.dims for a in self.starts.axes(d.first) if d is not dim}
         indices = [i for i in map(self.space.resolve, query.index) if first and first <= i.axes]
         if len(indices) != 1 or (others & indices[0].axes and indices[0].axes - others - first):
-            return None  # a number of several dimensions, and of positions in blocks
+            return None  # the index counts several dimensions together, and positions in blocks
         place = Affine()
         for axis in heads.ordered(self.meanings.scope, indices):
             if axis not in others:
@@ -73,7 +74,7 @@ class Names:
         return place
 
     def atoms(self, clauses: Sequence[Expr]) -> tuple[Atom, ...]:
-        """The names of clauses; bounds of one window are one atom."""
+        """The names of clauses; both bounds of a window together are one atom."""
         named: list[Atom] = []
         sides: dict[tuple[int, Size, bool], list[Band]] = {}
         hits = [dim.hit(self.meanings.formulas) for dim in self.dims if dim.step != 1]
@@ -99,8 +100,11 @@ class Names:
         return [Window(b.left, b.right, block, number, whole, step) for b in bands]
 
     def _side(self, clause: Expr) -> tuple[tuple[int, Size, bool], Band] | None:
-        """A bound of the window along a dimension, and which: the dimension's number, the size of blocks, and
-        whether the bound moves inwards at the edges.
+        """A clause as one bound of a window, or None.
+
+        Returns:
+            The dimension's number, the size of its blocks, and whether the window keeps its width at the
+            edges; then the bound.
         """
         bound = against_zero(clause, "le")
         for axis, (dim, place) in enumerate(zip(self.dims, self.places, strict=True)):

@@ -6,11 +6,13 @@ stacked or concatenated, rolled blocks, an index)::
     softmax_w(q[i] . k[f(i) + w]) . v[f(i) + w] = softmax_j(q[i] . k[j]) . v[j]   with  0 <= j - f(i) < width
 
 The map ``w -> j`` is read from the indices of the key's and the value's elements.  It is one to one because
-``w`` counts ``j`` in single steps.  Where something else stands than an original key (padding, or the other
-end of a rolled tensor), the masks must hide it; on the rest they are read as formulas of ``i`` and ``j``.
+``w`` counts ``j`` in equal steps.  At some places the copies hold something other than an original key
+(padding, or the other end of a rolled tensor): these the masks must hide.  At all other places the masks are
+read as formulas of ``i`` and ``j``.
 
-The other design took concatenations and windows off with rules, layer by layer, like joined keys.  But such
-a layer equals its operand only where the mask hides the rest, and a rule below the mask does not see it.
+The alternative design peeled concatenations and windows with rules, layer by layer, like joined keys.  But
+such a layer equals its operand only where the mask hides the rest, and a rule below the mask does not see the
+mask.
 """
 
 from __future__ import annotations
@@ -48,14 +50,14 @@ from fusepass.specification.attention import (
     merge_scales,
 )
 
-#: How often an axis is split so that stacked neighbours become rows and columns of them.
+#: How often an axis is split, so that a stack of neighbours becomes rows and columns.
 _SPLITS = 4
-#: From how many views above the original keys these are looked at.
+#: How often original keys are looked for: below all views, below all but the last one, and so on.
 _VIEWS = 3
 
 
 def over_original_keys(site: Site, meanings: Meanings, contracted: Sequence[Affine]) -> Site:
-    """The site; with what it is over the original keys, where its own were unfolded and that is proved.
+    """The site; if its keys are proved to be unfolded, with its specification over the original keys.
 
     Args:
         site: a site over the keys as they are multiplied.
@@ -101,7 +103,7 @@ class _Windows:
     def _sides(self, views: int) -> tuple[tuple[Term, Term], list[Region]] | None:
         """The elements of the original keys and values, and all regions of the operands.
 
-        ``views``: seen from how many views above, because a view may merge the axes of a grid.
+        ``views``: how many of the lowest views are not looked through, since a view may merge axes of a grid.
         """
         elements = Elements(self.site.scope, self.starts)
         for _ in range(_SPLITS):
@@ -118,7 +120,9 @@ class _Windows:
         return (sides[0][0], sides[1][0]), list(dict.fromkeys([*sides[0][1], *sides[1][1]]))
 
     def _fitted(self, regions: Sequence[Region]) -> tuple[Term, list[Region]] | None:
-        """One index for as many regions as possible, and the regions; the others lose their element."""
+        """One index for as many regions as possible, and all regions; those it does not fit lose their
+        element.
+        """
         real = [r for r in regions if r.element is not None]
         over = self.space.resolve(self.site.scope.keys).axes
         best: tuple[tuple[int, int], Term, list[Region]] | None = None
@@ -136,7 +140,7 @@ class _Windows:
         return None if best is None else best[1:]
 
     def _general(self, start: Region, real: Sequence[Region]) -> Term | None:
-        """The index of a region, with the axes that are single numbers in it put back."""
+        """The index of a region, made valid for other regions: axes that have one value in it vary again."""
         assert start.element is not None
         index, pins = start.element.index, start.pins(self.space)
         for axis, value in pins.items():
@@ -192,7 +196,7 @@ class _Windows:
         return out
 
     def _dims(self, keys: Term, values: Term) -> list[Dim]:
-        """The dimensions over which windows run; none where these do not overlap, or are no windows."""
+        """The dimensions over which windows run; empty if there are none, or if windows do not overlap."""
         over = self.space.resolve(self.site.scope.keys).axes
         pairs = [self._windowed(term, over) for term in (keys, values)]
         if len(pairs[0]) != len(pairs[1]):
@@ -223,13 +227,16 @@ class _Windows:
         return [d for d, i in enumerate(term.index) if self.space.resolve(i).axes & over]
 
     def _overlap(self, dim: Dim) -> bool:
-        """Do windows that follow each other share keys, so that these are copied?"""
+        """Do neighbouring windows share keys, which are therefore copied?"""
         return any(self.facts.at_most(1, c) and self.facts.at_most(c, dim.last) for _, c in dim.first.terms)
 
     # -- what is visible ---------------------------------------------------------------------
 
     def _visible(self, regions: Sequence[Region], keys: Term, dims: Sequence[Dim]) -> Expr | None:
-        """One formula for what is visible where original keys stand; None if anything else is visible."""
+        """One formula for what is visible where the operands hold original keys.
+
+        None if there is no such formula, or if something other than an original key is visible.
+        """
         whole = TRUE
         for mask in self.site.spec.masks:
             whole = self.formulas.make("and", (whole, self.meanings.mask_visible(mask)), torch.bool)
@@ -248,13 +255,16 @@ class _Windows:
         return None
 
     def _beyond(self, given: Sequence[Affine], keys: Term, dims: Sequence[Dim]) -> bool:
-        """Does the index of the keys, in a region where something else stands, name no key?"""
+        """In a region that holds something other than keys, is the keys' index out of bounds everywhere?"""
         bounds = [(keys.index[d.at[0]], d.size) for d in dims]
         inside = [part for i, n in bounds for part in (i * -1, i + 1 - n)]
         return impossible([*given, *inside], self.space)
 
     def _assuming(self, node: Expr, *cases: Sequence[Affine]) -> Expr:
-        """A formula where all inequalities of one of the cases hold: comparisons that each decides alike."""
+        """A formula simplified by what is known: all inequalities of one of the cases hold.
+
+        Comparisons that have the same result in every case become true or false.
+        """
         bound = against_zero(node, "le")
         if bound is not None:
             if all(implied(bound, given, self.space) for given in cases):
@@ -293,7 +303,7 @@ class _Windows:
         return [*map(self.formulas.at_most_zero, kept), *(p for c in simpler for p in masks.conjuncts(c))]
 
     def _moved(self, node: Expr, dims: Sequence[Dim]) -> Expr | None:
-        """A formula with the original keys' axes in place of the windows'."""
+        """A formula with the axes of the original keys in place of those of the windows, or None."""
         if (start := self.starts.of_formula(node)) is not None:
             return affine(start)
         if (bound := against_zero(node, "le")) is not None:
@@ -313,7 +323,7 @@ class _Windows:
         return self.formulas.make(node.op, known, node.dtype, node.attrs) if known else node
 
     def _index(self, index: Affine, dims: Sequence[Dim]) -> Affine | None:
-        """An index in which windows are counted as a whole, over the original keys."""
+        """An index over the original keys; None unless it contains each window's axes only as a whole."""
         index = self.space.resolve(index)
         for dim in dims:
             factors = dict(index.terms)
@@ -352,7 +362,7 @@ class _Windows:
         if new_masks is None or kept is None:
             return None
         seen = names.every_row_sees(clauses)
-        # Of a row that sees no key, a finite fill gives the mean over its window.
+        # A row that sees no key, with finite fills, gets the mean over its window, not over all keys.
         same = seen or spec.fills_are_infinite
         same = same and not any(set(new.slots()) - set(mod.slots()) for mod, new in kept)
         scores = merge_scales([*map(Scale, scales), *(new for _, new in kept), *new_masks])
@@ -380,9 +390,9 @@ class _Windows:
     def _renamed(
         self, meanings: Meanings, dims: Sequence[Dim]
     ) -> list[tuple[ScoreModifier, ScoreModifier]] | None:
-        """The modifiers besides masks, and what they are over the original keys.
+        """The modifiers other than masks, each with its form over the original keys.
 
-        A tensor that varies over a window gets an index that no view has: kernels cannot be given it.
+        A tensor that varies over a window gets an index that no view can express, so kernels cannot take it.
         """
         scope = meanings.scope
         renamed: list[tuple[ScoreModifier, ScoreModifier]] = []
@@ -411,7 +421,7 @@ class _Windows:
     def _roles(
         self, scope: Scope, dims: Sequence[Dim], key: Sequence[Term], value: Sequence[Term]
     ) -> Roles | None:
-        """The roles of the axes: what the windows move with is a position of the queries."""
+        """The roles of the axes: the axes that windows move with are positions of queries."""
         query = self.site.query
         operand_axes = [scope.axes(chain[0]) for chain in (query, key, value)]
         in_q, in_k, in_v = (scope.finest(axes) for axes in operand_axes)
@@ -434,7 +444,11 @@ class _Windows:
         )  # fmt: skip
 
     def _masks(self, meanings: Meanings, names: Names, clauses: Sequence[Expr]) -> list[Mask] | None:
-        """One mask for all that positions decide, and one for each tensor; None if a clause is neither."""
+        """One mask for all clauses that only positions decide, and one mask for each clause that reads a
+        tensor.
+
+        None if a clause reads a tensor in any other way than as a mask of its own.
+        """
         scope = meanings.scope
         of_positions = [c for c in clauses if not _loads(c)]
         new_masks: list[Mask] = []
@@ -463,7 +477,7 @@ def _is_kept(mod: Modifier) -> bool:
 
 
 def _step(counted: Affine) -> int:
-    """What all factors of an index are multiples of."""
+    """The greatest common divisor of the factors of an index; 1 if one is not known."""
     known = [c for _, c in counted.terms if isinstance(c, int)]
     return math.gcd(*known) if len(known) == len(counted.terms) else 1
 
