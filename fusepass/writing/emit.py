@@ -60,7 +60,15 @@ _POINTWISE = {
 
 
 class Builder(Layouts[fx.Node]):
-    """Inserts nodes before ``anchor`` in the graph that ``reader`` has read."""
+    """Inserts nodes before ``anchor`` in the graph that ``reader`` has read.
+
+    Args:
+        reader: the reader of the graph.
+        anchor: the node that computes a site's result.
+        replaced: the results of sites that were replaced earlier, with the nodes that take their places.
+        space: the site's axes.
+        shared: what sites of the graph share (:meth:`once`).
+    """
 
     def __init__(
         self,
@@ -115,7 +123,7 @@ class Builder(Layouts[fx.Node]):
             yield
 
     def op(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
-        """A named operation, as an ATen operator; in an ATen graph, as the overload that it would choose.
+        """A named operation, as an ATen operator; in an ATen graph, as one of the operator's overloads.
 
         Functions of ``torch`` and its modules are not used: the user may have replaced them.
         """
@@ -133,7 +141,7 @@ class Builder(Layouts[fx.Node]):
         return self.call_with(self.value(node), aten.copy_.default, targets[0], out)
 
     def before(self, user: fx.Node, target: Callable[..., Any], node: fx.Node) -> fx.Node:
-        """A call on a node of the graph, written in front of ``user``, which is a new node as well."""
+        """A call of ``target`` on ``node``, written in front of ``user``, one of the builder's new nodes."""
         new = self.call(target, node)
         user.prepend(new)
         self.new_nodes.remove(new)
@@ -143,8 +151,8 @@ class Builder(Layouts[fx.Node]):
     def _reshaped(self, node: fx.Node, old: Sequence[Size], new: Sequence[Size]) -> fx.Node:
         """A reshaped node.
 
-        If a tensor was written to through a permuted view, PyTorch's functionalization keeps its old strides
-        and then fails to merge dimensions that are not adjacent; such a tensor is copied first.
+        If a tensor was written to through a permuted view, PyTorch's functionalization keeps the tensor's old
+        strides, and then cannot merge dimensions that are not adjacent.  Such a tensor is copied first.
         """
         cuts = [set(itertools.accumulate(sizes, operator.mul)) for sizes in (old, new)]
         if not cuts[0] <= cuts[1] and self.reader.memory.of(node) & self.reader.memory.written_turned:
@@ -156,7 +164,7 @@ class Builder(Layouts[fx.Node]):
         return value_of(node)  # type: ignore[no-any-return]
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """A node as another dtype."""
+        """A node's tensor in another dtype."""
         return node if self.value(node).dtype is dtype else self.op("to", node, dtype)
 
     def number(self, value: float, like: fx.Node, dtype: torch.dtype | None = None) -> fx.Node:
@@ -165,7 +173,7 @@ class Builder(Layouts[fx.Node]):
         return self.op("scalar_tensor", value, dtype=dtype or known.dtype, device=known.device)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """The result of ``make``, shared by all sites, which are rewritten in program order."""
+        """The result of ``make``, made once for all sites: these are rewritten in program order."""
         if key not in self.shared:
             self.shared[key] = make()
             self._sharing.append(key)

@@ -2,8 +2,8 @@
 
 A fused call keeps its operands and its result for its backward pass; the original may have kept other
 tensors, so memory that the graph writes to later is copied first.  Everything that the original result
-depended on keeps a gradient: an operand that cancels (a bias of whole rows, everything over a single key)
-gets zeros, not None.
+depended on keeps a gradient: an operand that does not change the result (a bias of whole rows, or everything
+in the scores of a single key) gets zeros, not None.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def requires_grad(node: fx.Node) -> bool:
 
 
 def keep_for_backward(build: Builder, products: Sequence[Expr], out: fx.Node) -> fx.Node:
-    """Copy operands that the backward pass will read and the graph writes to later, and likewise the result.
+    """Copy the operands that the graph writes to later, for the backward pass; likewise the result.
 
     An opaque operator copies the operands, because TorchInductor replaces a plain copy of an argument by the
     argument.
@@ -50,10 +50,10 @@ def keep_for_backward(build: Builder, products: Sequence[Expr], out: fx.Node) ->
 
 
 def _overwrites_what_is_kept(build: Builder, products: Sequence[Expr]) -> bool:
-    """Is an operand of the original's products written to after autograd has kept it for the other one's
-    gradient?
+    """Is an operand of one of the original's products overwritten after autograd has kept it for the gradient
+    of the other operand?
 
-    In eager mode that is an error or, through ``.data``, a different gradient.
+    In eager mode that is an error or, if it is written through ``.data``, a different gradient.
     """
     reader = build.reader
     for node in (*map(reader.definer.get, products), build.anchor):
@@ -73,7 +73,7 @@ def tensors_read_by(new_nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def with_zero_gradients(build: Builder, out: fx.Node, new_nodes: Sequence[fx.Node]) -> fx.Node:
-    """``out``, with zero gradients for everything that the original depends on and ``new_nodes`` do not.
+    """``out``, with zero gradients for all that the original depends on, but ``new_nodes`` do not.
 
     Source: the derivative of ``torch.where`` is zero for the branch that is not taken, whatever its value.
     """
@@ -92,7 +92,7 @@ def with_zero_gradients(build: Builder, out: fx.Node, new_nodes: Sequence[fx.Nod
 
 
 def unreached(anchor: fx.Node, used: Iterable[fx.Node], order: dict[fx.Node, int]) -> list[fx.Node]:
-    """The nodes nearest to ``anchor`` that its gradients reach, but not through ``used``."""
+    """The nodes nearest to ``anchor`` that its gradients reach, but that those of ``used`` do not reach."""
     through = {n for n in used if requires_grad(n)}
     first = min((order.get(n, 0) for n in through if n.op in ("call_function", "call_method")), default=0)
     leads: dict[fx.Node, bool] = dict.fromkeys(through, True)

@@ -34,7 +34,7 @@ class Layouts(ABC, Generic[N]):
 
     @abstractmethod
     def discard(self) -> None:
-        """Take back everything that was written."""
+        """Remove everything that was written."""
 
     @abstractmethod
     def size(self, size: Size) -> Any:
@@ -63,7 +63,7 @@ class Layouts(ABC, Generic[N]):
         return self.space.named_once(term.index, term.expr.shape)
 
     def finest(self, groups: Groups) -> list[list[str]]:
-        """Groups in the finest axes: reading an operand may have split some since they were listed."""
+        """Groups in the finest axes: axes may have been split since, because an operand was read."""
         return [[b for a in g for b in self._parts(a)] for g in groups]
 
     def _parts(self, axis: str) -> list[str]:
@@ -74,10 +74,10 @@ class Layouts(ABC, Generic[N]):
         return [b for a in (*(a for a, _ in terms if a != inner), inner) for b in self._parts(a)]
 
     def choose(self, chain: Sequence[Term], groups: Groups) -> Term:
-        """Of the tensors that may serve, the one without copies that is closest to the wanted layout.
+        """The tensor of a chain that holds each element once and is closest to the wanted layout.
 
-        Of several that are equally close, the deepest in the chain, which makes the views in between
-        unnecessary.
+        Of several that are equally close, the deepest in the chain is chosen, because then the views above it
+        are not needed.  If there is none, it is the first of the chain.
         """
         groups = self.finest(groups)
         wanted = [a for g in groups for a in g]
@@ -124,7 +124,7 @@ class Layouts(ABC, Generic[N]):
         cuts = [self._cut(i, n) for i, n in zip(term.index, term.expr.shape, strict=True)]
         axes = [a for cut in cuts if cut is not None for a in cut[3]]
         if None in cuts or len(set(axes)) < len(axes):
-            raise CannotEmit("an operand selects or repeats parts of its tensor as no view can")
+            raise CannotEmit("an operand selects or repeats parts of its tensor in a way that no view can")
         node, shape = self.as_tensor(term.expr), []
         for dim, cut in enumerate(cuts):
             assert cut is not None
@@ -158,7 +158,7 @@ class Layouts(ABC, Generic[N]):
         full: bool,
         dims: Sequence[Sequence[str]],
     ) -> N:
-        """Give a tensor whose elements run over the axes ``flat`` one dimension for each group."""
+        """A tensor whose elements run over the axes ``flat``, with one dimension for each group."""
         extra = [a for a in flat if a not in {x for g in groups for x in g}]
         if extra:
             raise CannotEmit("an operand varies over an axis that the kernel does not have")

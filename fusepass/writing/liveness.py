@@ -17,7 +17,7 @@ _LIGHT = (
     | VIEWS
     | {"softmax", "log_softmax", "sum", "amax", "logsumexp", "dropout", "cumsum", "index", "cat", "const"}
 )
-#: Views, which do not count as readers themselves: their own readers do.
+#: Views that are leaves in expressions.  They do not count as readers of scores; their own readers do.
 _OPAQUE_VIEWS = frozenset({"detach", "diagonal"})
 
 
@@ -31,7 +31,7 @@ def outside_reader(
     """A live node, not on a path to ``anchor``, for which the scores or weights must still be computed.
 
     If ``anchor`` only normalises a product with the values, or sums several, those products are on the path.
-    ``shared`` gives the scores of a reader that will no longer need them either.
+    ``shared`` gives the scores that a reader will no longer need either, because it is replaced as well.
     """
     inner = inner_products(reader, anchor)
     for node in _computing(reader, product, anchor, inner):
@@ -86,14 +86,14 @@ def _computing(
 
 
 def _passes_on(reader: Reader, node: fx.Node, product: Expr) -> bool:
-    """Does it just return an operand that equals ``product`` (``s[:]``, ``s.view(s.shape)``)?"""
+    """Does a node only return an operand that equals ``product`` (``s[:]``, ``s.view(s.shape)``)?"""
     return reader.defined.get(node) is product and any(
         reader.defined.get(source) is product for source in node.all_input_nodes
     )
 
 
 def _is_light(reader: Reader, node: fx.Node, meaning: object) -> bool:
-    """May it lie between the two products of a site: element-wise, view, reduction or write?"""
+    """May a node lie between the two products of a site: is it element-wise, a view, reduction or write?"""
     if isinstance(meaning, tuple) or reader.memory.written(node) or operation(node)[0] in _OPAQUE_VIEWS:
         return True
     return isinstance(meaning, Expr) and meaning.op in _LIGHT
@@ -140,13 +140,13 @@ def _readers(reader: Reader, node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _reads_type(user: fx.Node) -> bool:
-    """Does it read only the shape, dtype or device of a tensor?"""
+    """Does a node read only the shape, dtype or device of a tensor?"""
     kinds = (torch.dtype, torch.device, torch.Size, torch.SymInt, int)
     return is_type_check(user) or (isinstance(value_of(user), kinds) and operation(user)[0] != "item")
 
 
 def erase_dead(graph: fx.Graph, memory: Memory, before: set[fx.Node], replaced: Collection[fx.Node]) -> None:
-    """Remove nodes that are no longer needed, and those that read them without effect.
+    """Remove nodes that are no longer needed, and dead nodes that read them.
 
     Args:
         graph: the graph, after sites were replaced.

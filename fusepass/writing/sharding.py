@@ -22,7 +22,7 @@ _TABLES = ("op_to_rules", "op_strategy_funcs", "op_single_dim_strategy_funcs")
 
 
 def is_sharded(value: Any) -> bool:
-    """Is it a DTensor?  Nothing is imported to find out."""
+    """Is a value a DTensor?  Nothing is imported to find out."""
     return _MODULE in sys.modules and isinstance(value, sys.modules[_MODULE].DTensor)
 
 
@@ -49,14 +49,14 @@ def has_strategy(operator: Any) -> bool:
 
 
 def _backward_of(operator: Any) -> Any:
-    """The operator that computes its gradients, if there is one with the matching name."""
+    """The operator ``..._backward`` that computes the gradients of an operator, or None."""
     namespace, name = operator._schema.name.split("::")
     packet = getattr(getattr(torch.ops, namespace), f"{name}_backward", None)
     return None if packet is None else getattr(packet, "default", None)
 
 
 def check_placements(before: torch.Tensor, after: torch.Tensor) -> None:
-    """Check that a replacement is on the same devices, in the same shards.
+    """Check that a replacement is on the same devices as the original, in the same shards.
 
     Raises:
         CannotEmit: it is not.

@@ -8,8 +8,8 @@ from torch import Tensor
 def stored(x: Tensor) -> Tensor:
     """A copy of ``x``, of any shape, that a compiler must keep in memory.
 
-    Inductor's FlexAttention reads its buffers from memory in a layout known beforehand, and fails (or
-    reads what was never stored) where they are computed in the same graph.
+    Inductor's FlexAttention reads its buffers from memory, in a layout that must be known beforehand.  It
+    fails, or reads memory that was never written, if a buffer is computed in the same graph.
     """
     return x.contiguous().clone()
 

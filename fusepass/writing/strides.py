@@ -53,7 +53,7 @@ def laid_out_as(build: Builder, node: fx.Node, out: fx.Node) -> fx.Node:
 
 
 def same_strides(a: torch.Tensor, b: torch.Tensor, facts: Facts) -> bool:
-    """Are the strides provably equal in all dimensions of more than one element, if there are elements?"""
+    """Are the strides provably equal in all dimensions of more than one element, unless a size is zero?"""
     sizes = {size_of(size) for size in (*a.shape, *b.shape)}
     return all(
         statically_known_true(size == 1) or _equal(m, n, sizes, facts)
@@ -62,7 +62,7 @@ def same_strides(a: torch.Tensor, b: torch.Tensor, facts: Facts) -> bool:
 
 
 def _equal(m: Any, n: Any, sizes: set[Any], facts: Facts) -> bool:
-    """Are two strides equal in a tensor that has elements, so that none of its sizes is zero?"""
+    """Are two strides provably equal if none of the tensor's sizes is zero?"""
     if statically_known_true(m == n):
         return True
     strides = []
@@ -82,7 +82,7 @@ def _hint(stride: Any) -> int:
 
 
 def _observed(build: Builder, node: fx.Node, value: torch.Tensor) -> bool:
-    """Would a reader of ``node`` notice if it had the strides of ``value``?"""
+    """Would a reader of ``node`` notice if ``node`` had the strides of ``value``?"""
     order = build.reader.order
     changed: dict[fx.Node, Any] = {node: value}
     todo = [(order.get(u, -1), u) for u in node.users]
@@ -111,8 +111,8 @@ def _observed(build: Builder, node: fx.Node, value: torch.Tensor) -> bool:
 def _aliases_otherwise(build: Builder, user: fx.Node, new: Any, changed: dict[fx.Node, Any]) -> bool:
     """Would a view become a copy, or a copy a view, in a way that can be observed?
 
-    It can if one of them is written to, and if no gradients are recorded: then a view of a tensor that needs
-    a gradient needs one too, but a copy does not.
+    It can be observed if one of the two is written to.  It can also be observed under ``no_grad``: there, a
+    view of a tensor that requires a gradient requires one too, but a copy does not.
     """
     reader, memory = build.reader, build.reader.memory
     if not isinstance(new, torch.Tensor):
@@ -128,7 +128,7 @@ def _aliases_otherwise(build: Builder, user: fx.Node, new: Any, changed: dict[fx
 
 
 def _must_keep(user: fx.Node) -> bool:
-    """Is it a reader that depends on strides, or may do so?"""
+    """Does a reader depend on strides, or is it unknown whether it does?"""
     if user.op not in ("call_function", "call_method"):
         return True
     if isinstance(user.target, torch._ops.HigherOrderOperator):

@@ -1,7 +1,7 @@
 """Translation validation: a site's original and its replacement are both run when the graph is compiled.
 
-Both are computed from the same random values for the tensors at which they begin to differ, the original also
-in float64.  The replacement's error may be twice that of the original in its own dtype.
+Both are computed from the same random values for the tensors that the site reads, the original also in
+float64.  The replacement's error may be twice that of the original in its own dtype.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ def site_error(original: fx.Node, replacement: fx.Node) -> float:
         replacement: the node that is to take its place, in the same graph.
 
     Returns:
-        ``error(replacement) / (2 * error(original) + slack)``, errors being the largest difference
-        from the original in float64, and the slack 16 units in the last place of the largest result.
-        0.0 if the original itself cannot be run outside its graph (because of dropout, say).
+        ``error(replacement) / (2 * error(original) + slack)``, where an error is the largest difference
+        from the original in float64, and the slack is 16 units in the last place of the largest result.
+        Infinity if the two differ in their shapes, or in where they are finite.
+        0.0 if they cannot be compared, because the site draws random numbers (dropout) or the original
+        has no finite results.
     """
     order = {n: i for i, n in enumerate(original.graph.nodes)}
     nodes = site_nodes(original, replacement, order)
@@ -75,7 +77,7 @@ def site_nodes(original: fx.Node, replacement: fx.Node, order: dict[fx.Node, int
 
 
 def _is_boundary(node: fx.Node) -> bool:
-    """Is it a projection or normalisation, at which a site begins?"""
+    """Is a node a projection or normalisation, at which a site begins?"""
     name = getattr(node.target, "__name__", str(node.target))
     return node.op == "call_module" or any(
         word in name for word in ("linear", "layer_norm", "embedding", "conv", "group_norm", "rms_norm")
