@@ -28,7 +28,8 @@ def dense_terms(site: Site) -> Iterator[tuple[str, str, bool]]:
     """The masks and biases over queries and keys, in the order of computation.
 
     Yields:
-        Its name in the specification, its formula, and whether a tensor over queries and keys is read.
+        For each: its name in the specification, its formula, and whether it reads a tensor over queries and
+        keys.
     """
     formulas, letters = Formulas(site.scope), site.roles.letters()
     for mod in site.spec.scores:

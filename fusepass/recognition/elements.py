@@ -155,7 +155,10 @@ class Elements:
         return [((), self.starts.add(start, inside, low, simplify_size(high - low + 1)) + at)]
 
     def _cases(self, position: Expr, size: Size) -> list[tuple[tuple[Affine, ...], Affine]] | None:
-        """What a position is, and where: clamped and chosen positions have several cases."""
+        """The cases of a position: its index, and the inequalities under which it is this index.
+
+        A clamped or chosen position has several cases.
+        """
         if (known := index_of(position)) is not None:
             return [((), known)]
         if position.op == "where":

@@ -313,7 +313,7 @@ class Fills:
         return bounds is not None and magnitude(bounds) * abs(mod.factor) <= SMALL
 
     def _is_exact(self, mod: Bias) -> bool:
-        """Are all its constants so small that subtracting a log-sum-exp of their size loses no precision?"""
+        """Are the constants of a bias so small that subtracting a log-sum-exp of their size is precise?"""
         most = self.meanings.constants(mod)
         return most <= SMALL or not rounds_scores(most, self.core.scores.expr.dtype)
 

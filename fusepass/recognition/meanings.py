@@ -93,7 +93,7 @@ class Meanings:
         return "".join(sorted({table.get(a, "b") for a in axes}))
 
     def positions(self) -> masks.Positions:
-        """The positions of queries and keys as numbers of their axes."""
+        """The positions of queries and keys as index expressions in their axes."""
         return masks.Positions(
             _position(self.scope, self.roles.query),
             _position(self.scope, self.roles.key),

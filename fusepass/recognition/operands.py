@@ -20,6 +20,7 @@ def chain_of(
     """The constant scales of an operand, and the tensors that hold it without them, behind its views.
 
     A scale that was written into the operand's own memory (``q *= scale``) stays in the operand.
+    ``low``: the dtype of the result; casts from it to a wider one are dropped.  ``scales``: take scales out.
     """
     factors: list[float] = []
     chain = [term]

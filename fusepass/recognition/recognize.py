@@ -284,7 +284,7 @@ class _Reading:
         raise Refuse(f"more than {STEP_LIMIT} layers between the softmax and the values", self.out.expr)
 
     def _check_weights(self, rounded: Sequence[torch.dtype], softmax: torch.dtype) -> None:
-        """Check that the weights are as precise as the softmax and the values.
+        """Check that the weights are as precise as the softmax, or as the values if these are less precise.
 
         Raises:
             Refuse: they are rounded further, and a kernel would not round them.
@@ -334,7 +334,11 @@ class _Reading:
         return None
 
     def _is_key_side(self, product: Product, side: int) -> bool:
-        """Does an operand vary over the keys?  With a single key: does it not vary over the queries?"""
+        """Is an operand the keys: does it vary over the key position?
+
+        A single key has no axis.  Then the operand with fewer axes that the values lack is the key, or the
+        right one if both have equally many.
+        """
         operands = (product.left, product.right)
         if not self.scope.keys.is_const:
             return self.scope.varies_over_keys(operands[side])

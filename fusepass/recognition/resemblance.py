@@ -69,7 +69,7 @@ def _joined(node: Expr, below: Sequence[Expr]) -> tuple[Expr, ...]:
 
 
 def softmaxes_behind(anchor: Expr) -> set[Expr]:
-    """The softmax nodes directly behind a product, whatever layers lie between."""
+    """The nearest softmaxes and exponentials behind a product, whatever layers lie between."""
     return {e for a in anchor.args for e in _at_or_behind(a)}
 
 

@@ -123,7 +123,7 @@ class Rounding:
             before = low / abs(mod.factor) if mod.factor else low
             for dtype in (written.dtype, *casts, self.core.dtype):
                 hides = negligible(low, dtype) and not negligible(low, operand.dtype)
-                known = dtype is torch.float16 and not mod.hides  # rows under others are mended
+                known = dtype is torch.float16 and not mod.hides  # kernels mend rows of a bias that ``hides``
                 if hides or (known and absorbs(before, dtype, USUAL_SCORES)):
                     raise Refuse(
                         f"a bias of {low:g} in {operand.dtype} is rounded to {dtype}, where it hides scores",
@@ -154,7 +154,7 @@ class Rounding:
         for mod in written:
             fill = self.fill_as_written(mod) if isinstance(mod, (Mask, Bias)) else math.nan
             if isinstance(mod, Bias) and fill == -math.inf:
-                fill = -self.meanings.constants(mod)  # no mask
+                fill = -self.meanings.constants(mod)  # the bias is not a mask
             if math.isfinite(fill):
                 added = isinstance(mod, Bias) or (isinstance(mod, Mask) and mod.additive)
                 level = level + fill if added else min(level, fill)
@@ -225,7 +225,7 @@ class Rounding:
         return None
 
     def rounded_on_a_fill(self, scores: Sequence[ScoreModifier]) -> Bias | None:
-        """A bias of unknown numbers that is rounded because it is added to a fill as small as ``-1e4``."""
+        """A bias of unknown numbers that is added to a fill of moderate size (``-1e4``) and rounded there."""
         for at, mask in enumerate(scores):
             if not isinstance(mask, Mask) or not mask.atoms or not math.isfinite(mask.fill):
                 continue

@@ -36,7 +36,7 @@ class Starts:
     known: dict[tuple[Expr, Size, Size], Affine] = field(default_factory=dict)
 
     def add(self, formula: Expr, inside: Affine | None, low: Size, count: Size) -> Affine:
-        """The axis of a formula whose values are proved to be from ``low`` to ``low + count - 1``."""
+        """``low`` plus an axis, for a formula that is proved to lie from ``low`` to ``low + count - 1``."""
         key = (formula, low, count)
         if key not in self.known:
             axis = self.space.new_axis("f", count)
@@ -61,7 +61,7 @@ class Starts:
         return self.space.resolve(index).axes.difference(starts).union(*varied)
 
     def inside(self, index: Affine) -> Affine | None:
-        """An index where no window touches an edge; None if a start has no single form there."""
+        """An index as it is where no window touches an edge; None if a start has no single form there."""
         for axis in self.of(index):
             inside, factor = self.by_axis[axis].inside, dict(index.terms)[axis]
             if inside is None:

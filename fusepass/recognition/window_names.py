@@ -61,7 +61,7 @@ class Names:
         self.places = [self._place(dim, query) for dim in dims]
 
     def _place(self, dim: Dim, query: Term) -> Affine | None:
-        """The number of the query along the dimension of the keys that its window moves over."""
+        """The query's position along one dimension of the keys, or None if no single index tells it."""
         first = self.starts.axes(dim.first)
         others = {a for d in self.dims for a in self.starts.axes(d.first) if d is not dim}
         indices = [i for i in map(self.space.resolve, query.index) if first and first <= i.axes]
@@ -125,7 +125,7 @@ class Names:
         return None
 
     def _blocks(self, dim: Dim, place: Affine) -> list[tuple[Affine, Size]]:
-        """The query's position, and the first position of its block with the block's size."""
+        """The query's position with a block size of 1, and the start and size of its block if it has one."""
         moving = self.starts.axes(dim.first)
         inner = Affine(tuple((a, c) for a, c in place.terms if a not in moving))
         size = prod(self.space.sizes[a] for a in inner.axes)

@@ -7,8 +7,8 @@ stacked or concatenated, rolled blocks, an index)::
 
 The map ``w -> j`` is read from the indices of the key's and the value's elements.  It is one to one because
 ``w`` counts ``j`` in equal steps.  At some places the copies hold something other than an original key
-(padding, or the other end of a rolled tensor): these the masks must hide.  At all other places the masks are
-read as formulas of ``i`` and ``j``.
+(padding, or the other end of a rolled tensor): the masks must hide these places.  At all other places the
+masks are read as formulas of ``i`` and ``j``.
 
 The alternative design peeled concatenations and windows with rules, layer by layer, like joined keys.  But
 such a layer equals its operand only where the mask hides the rest, and a rule below the mask does not see the
@@ -180,7 +180,7 @@ class _Windows:
         return near
 
     def _agrees(self, region: Region, candidate: Term) -> bool:
-        """Is the element of a region the candidate's?"""
+        """Does the candidate, at the places of a region, give the element of the region?"""
         if region.element is None or region.element.expr is not candidate.expr:
             return False
         place = {axis: Affine((), n) for axis, n in region.pins(self.space).items()}

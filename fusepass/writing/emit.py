@@ -173,7 +173,10 @@ class Builder(Layouts[fx.Node]):
         return self.op("scalar_tensor", value, dtype=dtype or known.dtype, device=known.device)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """The result of ``make``, made once for all sites: these are rewritten in program order."""
+        """The result of ``make``, made once for all sites of the graph.
+
+        Sites are rewritten in program order, so later ones can read what an earlier one has written.
+        """
         if key not in self.shared:
             self.shared[key] = make()
             self._sharing.append(key)

@@ -1,7 +1,8 @@
 """The choice of a tensor for an operand, and the change of its layout: the same for all kinds of graphs.
 
-The deepest tensor that holds an operand without copies is chosen, and given one dimension per role by
-``reshape``, ``permute`` and ``expand``.  The subclass defines what a node is, and how to write one.
+Of the tensors that hold each element of an operand once, the one closest to the wanted layout is chosen.  It
+gets one dimension per role by ``reshape``, ``permute`` and ``expand``.  The subclass defines what a node is,
+and how to write one.
 """
 
 from __future__ import annotations
@@ -93,7 +94,10 @@ class Layouts(ABC, Generic[N]):
         return best[1] if best is not None else chain[0]
 
     def reach(self, term: Term, scope: Scope) -> Term:
-        """The first tensor below ``term``'s views in which the index names every element exactly once."""
+        """The first tensor below ``term``'s views in which the index names every element exactly once.
+
+        If there is none, ``term``.
+        """
         at: Term | None = term
         while at is not None:
             if self.digits(at) is not None:

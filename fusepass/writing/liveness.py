@@ -113,7 +113,7 @@ def _reader_of(
     while todo:
         node = todo.pop()
         if node in live and not reader.memory.external.isdisjoint(reader.memory.written(node)):
-            return node  # the caller sees its writes
+            return node  # it writes to an argument or attribute, which the caller of the graph sees
         for user in _readers(reader, node):
             if user is anchor or user in seen or user not in live or _reads_type(user):
                 continue

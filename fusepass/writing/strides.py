@@ -27,6 +27,7 @@ _ASKING = frozenset(
     "stride is_contiguous storage_offset data_ptr as_strided untyped_storage sym_stride sym_storage_offset "
     "set dim_order is_non_overlapping_and_dense".split()
 )
+#: If more readers than this would have to be run, one of them is assumed to depend on strides.
 _LIMIT = 200
 _LARGE = 1 << 20  # stands for a size that depends on data
 
@@ -73,7 +74,7 @@ def _equal(m: Any, n: Any, sizes: set[Any], facts: Facts) -> bool:
 
 
 def _hint(stride: Any) -> int:
-    """A number to sort by."""
+    """A stride as a number, for sorting dimensions."""
     if isinstance(stride, int):
         return stride
     if stride.node.hint is not None:

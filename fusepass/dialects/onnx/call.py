@@ -32,7 +32,18 @@ HANDLERS: dict[tuple[str, str], Handler] = {}
 
 @dataclass(frozen=True)
 class Call:
-    """One node: its attributes, its known integers, the version of its operator set."""
+    """One node, as its handler sees it.
+
+    Attributes:
+        node: the node.
+        version: the version of its operator set.
+        facts: what is proved about sizes.
+        inputs: the meanings of its inputs; None for an input that is left out or not known.
+        known: the integers of its inputs, where these are known.
+        recorded: the shapes that the model records for its outputs.
+        symbols: the named dimensions that occur before the node.
+        home: for an expression, the first value that holds it.
+    """
 
     node: ir.Node
     version: int

@@ -76,6 +76,7 @@ class OnnxReader:
         meaning: the expression of every value that has one.
         known: the numbers of small integer tensors.
         home: for an expression, the first value that holds it.
+        sources: for the name of a dimension, a value and which of its dimensions has this size.
         order: the position of every node.
         contents: the elements of constants that have no closed form of their own.
         faults: the operators that failed when they were read.
@@ -290,7 +291,7 @@ def _integral(call: Call) -> bool:
 
 
 def _numbers(known: Known) -> Expr | None:
-    """Known numbers as an expression, if it can represent all of them."""
+    """A known number, or the only one of a vector, as an expression; None for several numbers."""
     if not isinstance(known, tuple):
         return as_expr(known)
     single = as_expr(known[0]) if len(known) == 1 else None

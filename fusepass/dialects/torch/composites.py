@@ -1,4 +1,4 @@
-"""Functions of several steps that are one node in a graph: the steps are written next to it.
+"""Functions of several steps that are one node in a graph: the steps are written next to the node.
 
 Dynamo records ``torch.nn.functional.multi_head_attention_forward`` as a single call.  Its steps are written
 in front of it so that the pass can read them.  If nothing in them is fused, they are removed again and the
@@ -79,7 +79,7 @@ def _written(
 ) -> tuple[Any, ...] | str:
     """The results of the steps, which are written in front of the call with fake values; or why they are not.
 
-    The arguments are those of the function itself, however the call passes them.
+    The steps get the arguments by the names of the function's parameters, with defaults filled in.
     """
     mode = next((m for n in call.all_input_nodes if (m := getattr(value_of(n), "fake_mode", None))), None)
     if mode is None:
@@ -103,7 +103,7 @@ def _erase_new(graph: fx.Graph, before: set[fx.Node]) -> None:
 
 
 def _argument(value: Any, tracer: Any) -> Any:
-    """A tensor as a proxy; a number that the graph knows as the number."""
+    """A node as a proxy, except a float whose value is known: that is passed as a number."""
     if not isinstance(value, fx.Node):
         return value
     known = value_of(value)

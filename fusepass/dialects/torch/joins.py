@@ -154,7 +154,7 @@ Ranges = tuple[tuple[Size, Size] | None, ...]
 
 @dataclass(frozen=True)
 class Window:
-    """A box of elements: a range per dimension (None is all of it), and which ranges are single indices."""
+    """A box of elements: a range per dimension (None: all of it), and the dimensions with a single index."""
 
     ranges: Ranges
     single: frozenset[int] = frozenset()

@@ -394,7 +394,7 @@ def _returns_nothing(node: fx.Node) -> bool:
 
 
 def is_type_check(node: fx.Node) -> bool:
-    """Is it an assertion on the type of a value, which is pointless once the value is not computed?"""
+    """Is a node an assertion on the type of a value, which is pointless once the value is not computed?"""
     return operation(node)[0] == "_assert_tensor_metadata"
 
 
@@ -433,7 +433,7 @@ def _is_unseen_by_autograd(node: fx.Node) -> bool:
 
 
 def _leaves_autograd(node: fx.Node) -> bool:
-    """Is it the ``.data`` or the ``detach()`` of a tensor?"""
+    """Is a node the ``.data`` or the ``detach()`` of a tensor?"""
     data = node.target is getattr and node.args[1:] == ("data",)
     return data or operation(node)[0] == "detach" or getattr(node.target, "__name__", "") == "_get_data_attr"
 

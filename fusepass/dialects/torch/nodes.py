@@ -132,7 +132,8 @@ def size_of(value: Any) -> Any:
 def operation(node: fx.Node) -> tuple[str, bool]:
     """The operation's name, and whether it writes into its first argument.
 
-    An operator of another library is known by its whole name, ``library::name``, if there is a handler of it.
+    An operator of another library keeps its whole name, ``library::name``, if it writes to nothing and has a
+    handler; otherwise its name is empty.
     """
     if (whole := _of_library(node.target)) is not None:
         writes = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

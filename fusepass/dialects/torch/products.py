@@ -9,7 +9,7 @@ from fusepass.expressions.ir import Expr, cast, const, expr, opmath, pointwise
 
 
 def dot(a: Expr, b: Expr, la: str, lb: str, lo: str, r: Result, dtype: torch.dtype | None = None) -> Expr:
-    """``einsum("la,lb->lo", a, b)``; operands are cast if the result is narrower (autocast)."""
+    """``einsum("la,lb->lo", a, b)``; operands are cast to the result's dtype, as autocast does."""
     dtype = dtype or r.dtype
     return expr("dot", (cast(a, dtype), cast(b, dtype)), (la, lb, lo), r.shape, dtype)
 
@@ -144,7 +144,7 @@ def einsum_labels(equation: str, ranks: list[int]) -> list[str] | None:
     return [*full, out.replace("...", wide)]
 
 
-#: With more points on a side than this, PyTorch computes Euclidean distances by products.
+#: If either side has more points than this, PyTorch computes Euclidean distances by products.
 _FEW_POINTS = 25
 
 

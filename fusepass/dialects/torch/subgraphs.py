@@ -86,7 +86,7 @@ def recompute_nothing(gm: fx.GraphModule, fused: Collection[fx.GraphModule]) -> 
 
 
 def _may_require_grad(value: Any) -> bool:
-    """Does a gradient flow to a result, or may it?"""
+    """May a gradient flow to a result?  True as well if a part of the result is not known."""
     tensors = [t for t in pytree.tree_leaves(value) if not isinstance(t, (int, float, torch.SymInt))]
     return any(t is None or t.requires_grad for t in tensors)
 

@@ -29,7 +29,10 @@ def _unfold(r: Result, x: Expr, *args: Value, **kw: Value) -> Expr | None:
 
 
 def _windows(x: Expr, dim: int, size: int, step: int, count: Size, dilation: int = 1) -> Expr:
-    """``[..., count, ..., size]``: ``count`` windows of a dimension, ``step`` apart, in a new last one."""
+    """``[..., count, ..., size]``: ``count`` windows of a dimension, whose starts are ``step`` apart.
+
+    The elements of a window, ``dilation`` apart, are in a new last dimension.
+    """
     starts, inside = (
         expr("iota", (), (0, by), (n,), torch.int64) for by, n in ((step, count), (dilation, size))
     )

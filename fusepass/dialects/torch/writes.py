@@ -135,7 +135,10 @@ def _every(x: Expr, dim: int, start: Size, step: int) -> Expr:
 
 
 def assigned(x: Expr, keys: Value, value: Expr, facts: Facts) -> Expr | None:
-    """``x`` after ``x[keys] = value``, if one number is written, or combined with what is there (``+=``)."""
+    """``x`` after ``x[keys] = value``, if one number is written, or combined with what is there (``+=``).
+
+    None for any other value.
+    """
     mask = hits(x, keys)
     if mask is None:
         return None
