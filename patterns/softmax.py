@@ -73,7 +73,7 @@ def quotient(term: Term, scope: Scope) -> Core | None:
     return sunk
 
 
-def _form(scores: Expr, dim: int, scope: Scope) -> Literal["softmax", "bare", "late", "relative"]:
+def _form(scores: Expr, dim: int, scope: Scope) -> Literal["softmax", "bare", "late", "relative", "shifted"]:
     """The ``form`` of a softmax by what was subtracted from its logits before the exponential."""
     node, masked = under_casts(scores), False
     while True:
@@ -87,16 +87,12 @@ def _form(scores: Expr, dim: int, scope: Scope) -> Literal["softmax", "bare", "l
             break
     if node.op != "sub" or not holds_product(node.args[0]):
         return "bare"
-    if not _subtracts_maximum(node, dim, scope):
-        return "relative"
-    return "late" if masked else "softmax"
-
-
-def _subtracts_maximum(node: Expr, dim: int, scope: Scope) -> bool:
     shift = node.args[1]
     while shift.op in ("cast", "expand") or shift in scope.contents.values:
         shift = scope.contents.values.get(shift) or shift.args[0]
-    return _is_maximum(shift, node.args[0], dim)
+    if not _is_maximum(shift, node.args[0], dim):
+        return "relative" if shift.op in ("amax", "logsumexp") else "shifted"
+    return "late" if masked else "softmax"
 
 
 def _is_maximum(shift: Expr, x: Expr, dim: int, casts: bool = True) -> bool:

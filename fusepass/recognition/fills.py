@@ -277,6 +277,13 @@ class Fills:
                 "its softmax is written out, as exp(x - logsumexp(x)), which differs for large biases",
                 self.core.scores.expr,
             )
+        if self.core.form == "shifted" and any(
+            isinstance(m, Mask) or (isinstance(m, Bias) and not self._is_small(m)) for m in scores
+        ):
+            raise Refuse(
+                "its softmax is written out, and its exponentials may overflow: the shift is not a maximum",
+                self.core.scores.expr,
+            )
         if self.core.form == "softmax" or (rows_seen and self.core.form != "bare" and hiding is None):
             return scores
         if self.core.form == "late" and hiding is None and not any(map(_is_finite_mask, scores)):

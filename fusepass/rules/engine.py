@@ -73,7 +73,8 @@ class Core:
             ``"bare"``: NaN, since no maximum was subtracted, so that all exponentials are zero;
             ``"late"``: something else where a mask hides the key with the maximum, since the mask was applied
             after the maximum was subtracted;
-            ``"relative"``: something else, since a logsumexp or an unknown shift was subtracted;
+            ``"relative"``: something else, since a logsumexp, or the maximum of more scores, was subtracted;
+            ``"shifted"``: the same for another shift, beside which exponentials may overflow in any row;
             ``"gated"``: zero, or NaN where the fill is infinite, although there is a sink.
     """
 
@@ -81,7 +82,7 @@ class Core:
     dim: int
     dtype: torch.dtype
     sink: Term | None = None
-    form: Literal["softmax", "bare", "late", "relative", "gated"] = "softmax"
+    form: Literal["softmax", "bare", "late", "relative", "shifted", "gated"] = "softmax"
 
 
 @dataclass(frozen=True)

@@ -300,6 +300,19 @@ def infinity_negated_below_a_mask(s: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------- written out
 
 
+@unsound
+def exponentials_less_the_mean_of_fills(s: Tensor) -> Tensor:
+    s = s + torch.full((N, N), -1e4).triu(1)
+    e = (s - s.mean(-1, keepdim=True)).exp()
+    return e / e.sum(-1, keepdim=True)
+
+
+@fused
+def exponentials_less_their_mean(s: Tensor) -> Tensor:
+    e = (s - s.mean(-1, keepdim=True)).exp()
+    return e / e.sum(-1, keepdim=True)
+
+
 @fused
 def exponentials_over_their_sum(s: Tensor) -> Tensor:
     e = s.masked_fill(~CAUSAL, LOW).exp()
