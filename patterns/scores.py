@@ -149,7 +149,7 @@ def scale(term: Term, scope: Scope) -> Peel | None:
 
 def _scale(factor: float, node: Expr) -> Scale:
     large = holds_product(node) and abs(factor) > torch.finfo(node.dtype).max
-    if factor == 0 or large or not math.isfinite(factor):
+    if large or not math.isfinite(factor):
         raise Refuse(f"the scores are multiplied by {factor:g}", node)
     return Scale(factor)
 
