@@ -70,10 +70,10 @@ def call(fn: Function, inputs: Inputs, dtype: torch.dtype | None = None, grads: 
 def assert_as_accurate(
     got: Tensor, eager: Tensor, exact: Tensor, what: str = "output", scale: float = 0.0
 ) -> None:
-    """Assert NaN and infinity in the same places as eager; elsewhere at most twice eager's error against
-    float64.
+    """Assert NaN and infinity in the same places as eager, and elsewhere an error that is not much larger.
 
-    The floor is eight roundings, in eager's own dtype, of the largest true value or of `scale`.
+    Errors are those against float64. Twice eager's error is allowed, and eight roundings more, in eager's own
+    dtype, of the largest true value or of `scale`.
     """
     assert got.dtype is eager.dtype and got.shape == eager.shape, f"{what}: {got.dtype} {tuple(got.shape)}"
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
@@ -91,7 +91,7 @@ def assert_as_accurate(
 def assert_same_accuracy(got: Run, eager: Run, exact: Run) -> None:
     """Compare results and gradients; a gradient that sums many elements may cancel to a small number."""
     assert_as_accurate(got.out, eager.out, exact.out)
-    assert set(got.grads) == set(eager.grads), "a gradient that is None on one side alone"
+    assert set(got.grads) == set(eager.grads), "only one side has a gradient for some input"
     scale = max((g.abs().nan_to_num(0.0, 0.0).max().item() for g in exact.grads.values()), default=0.0)
     for name, grad in eager.grads.items():
         assert_as_accurate(got.grads[name], grad, exact.grads[name], f"gradient of {name}", scale)

@@ -15,7 +15,7 @@ from fusepass.kernels import gates
 
 
 def hopper(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
-    """Pretend that there is such a GPU, with every library except flash-attn 3, and without a profile."""
+    """Pretend that there is a GPU of this capability, every library except flash-attn 3, and no profile."""
     monkeypatch.setattr(gates, "capability", lambda: capability)
     present = lambda package: package is not FLASH3  # noqa: E731
     for module in ("fusepass.kernels.gates", "fusepass.kernels.fp8"):

@@ -78,7 +78,7 @@ COMPUTED: dict[str, tuple[str, ...]] = {
 #: Options are checked where torch is not loaded.
 LAZY_TORCH = "fusepass.host.config"
 
-#: Rooms and modules that are only about expressions: no graphs, no formats, and of torch only dtypes.
+#: Rooms and modules that know only expressions: no graphs, no file formats, and of torch only the dtypes.
 ABSTRACT = ("rules", "patterns", "compilation.site_pass")
 
 
@@ -128,7 +128,7 @@ def imports(source: str, module: str = "", is_package: bool = False) -> Iterator
 
 
 def _inside(tree: ast.AST, which: Callable[[ast.AST], bool]) -> set[int]:
-    """The identities of all nodes inside nodes of some kind."""
+    """The ids of all nodes inside the nodes for which `which` is true."""
     return {id(inner) for node in ast.walk(tree) if which(node) for inner in ast.walk(node)}
 
 
@@ -154,7 +154,7 @@ def _imports(node: ast.AST) -> bool:
 
 
 def computes_names(source: str) -> int:
-    """The line on which a source uses such a function without a literal name; 0 if it does not."""
+    """The line on which a source imports a module whose name is not a literal; 0 if there is none."""
     tree = ast.parse(source)
     literal = {
         id(node.func)
@@ -230,7 +230,7 @@ def _faults(
     if each.for_types:
         yield f"imports {name} for types alone, which hides a circle"
     if each.lazy and not _may_be_lazy(module, name, target, at_top):
-        yield f"imports {name} inside a function, and it is no library that may be missing or loads slowly"
+        yield f"imports {name} inside a function, and it is not a library that may be missing or loads slowly"
     if target in FRONT_DOORS and name != "fusepass.__version__":
         yield f"imports {name}: nothing may import a front door"
     if target is not None and target not in FRONT_DOORS:
@@ -254,7 +254,7 @@ def _is_abstract(name: str) -> bool:
 
 
 def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
-    """The modules that import each other, through whatever others."""
+    """The groups of modules that import each other, directly or through others."""
     behind: dict[str, set[str]] = {}
     for start in graph:
         todo, seen = list(graph[start]), set[str]()

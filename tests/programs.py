@@ -562,7 +562,7 @@ def words(p: Program) -> list[str]:
 
 
 def _joins(p: Program) -> bool:
-    """Is a second product certain to be joined to the first: by constants, in a dtype that keeps them?"""
+    """Is a second product certain to be joined to the first? Factors must be numbers that the dtype keeps."""
     return p.function == "none" and p.dtype == "float32" and p.scale not in ("tensor", "0-d")
 
 

@@ -1,7 +1,7 @@
 """Programs that unfold their keys: spellings of windows, and of what is visible in them.
 
 Every spelling takes ``x [B, H, S, D]`` and gives the neighbours of every position, ``[B, H, S, W, D]``, or of
-every block, ``[B, H, N, W, D]``; where no neighbour is, anything may stand.
+every block, ``[B, H, N, W, D]``; where there is no neighbour, the elements may be anything.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _padded_for_steps(x: Tensor) -> Tensor:
 
 
 def _by_steps() -> Tensor:
-    """The positions of two neighbours on each side, every second one."""
+    """Every position with two neighbours on each side, ``STEP`` apart."""
     return torch.arange(S)[:, None] + STEP * (torch.arange(5) - 2)
 
 
@@ -135,7 +135,7 @@ def by_steps(spelling: Spelling, visible: str) -> Program:
 
 
 def _kept_whole(size: int, width: int) -> Tensor:
-    """The positions of neighbours, ``[size, width]``, of which every position has as many."""
+    """The positions of neighbours, ``[size, width]``: every position has the same number of them."""
     first = (torch.arange(size) - width // 2).clamp(0, size - width)
     return first[:, None] + torch.arange(width)
 
@@ -209,7 +209,7 @@ def around(x: Tensor, back: int, ahead: int) -> Tensor:
 
 
 def rolled(x: Tensor, back: int, ahead: int) -> Tensor:
-    """Blocks with their neighbours, of which the outermost are those of the other end."""
+    """Blocks with their neighbours; the first and the last block are neighbours of each other."""
     return torch.cat([x.roll(-n, 2) for n in range(-back, ahead + 1)], 3)
 
 
@@ -274,7 +274,7 @@ SIDE = 6
 
 
 def _rows(width: int) -> Tensor:
-    """Whether the neighbours of a row are rows of the grid, ``[SIDE, width]``."""
+    """Are the neighbours of a row rows of the grid? ``[SIDE, width]``."""
     at = torch.arange(SIDE)[:, None] + torch.arange(width) - width // 2
     return (at >= 0) & (at < SIDE)
 
@@ -350,7 +350,7 @@ def halo(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def volume(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Neighbours in three dimensions, of which the first is seen backwards only."""
+    """Neighbours in three dimensions; along the first one, only earlier positions are seen."""
     keys, values = (
         F.pad(t, (0, 0, 1, 1, 1, 1, 1, 0)).unfold(1, 2, 1).unfold(2, 3, 1).unfold(3, 3, 1) for t in (k, v)
     )

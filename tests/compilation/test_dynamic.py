@@ -95,7 +95,7 @@ def test_one_dynamic_graph_serves_many_sizes(name: str) -> None:
 @pytest.mark.parametrize("heads", ["equal", "expand", "repeat"])
 @pytest.mark.parametrize("bias", ["none", "head"])
 def test_packed_heads_of_unknown_number_and_size(heads: str, bias: str) -> None:
-    """Their sizes are quotients of quotients, which the guards of the products equate."""
+    """Sizes of heads are quotients of quotients here; guards of the products say which of them are equal."""
     p = Program(layout="packed", heads=heads, bias=bias, mask="causal")
     given = programs.inputs(p)
     run = checking.call(checking.compiled(programs.function(p), dynamic=True), given)
@@ -171,7 +171,7 @@ def kept(x: Tensor, keep: Tensor) -> Tensor:
 
 
 def promised(x: Tensor, keep: Tensor) -> Tensor:
-    """The same among the first rows, whose number is promised to be positive."""
+    """The same among the first rows, which are promised to be at least two."""
     n = int(keep.sum().item())
     torch._check(n >= 2)
     torch._check(n <= x.shape[0])
@@ -184,7 +184,7 @@ def promised(x: Tensor, keep: Tensor) -> Tensor:
 @pytest.mark.parametrize(("program", "fused"), [(kept, False), (promised, True)])
 @pytest.mark.parametrize("kernel", ["auto", "flex"])
 def test_sizes_that_depend_on_data(program: Callable[..., Tensor], fused: bool, kernel: str) -> None:
-    """PyTorch's operators check whether such a size is 0, so a site stays without a promise."""
+    """PyTorch's operators ask whether such a size is 0; without a promise that it is not, the site stays."""
     torch.manual_seed(0)
     given = {"x": torch.randn(10, 96), "keep": torch.arange(10) % 3 != 0}
     ask = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
@@ -203,7 +203,7 @@ def test_sizes_that_depend_on_data(program: Callable[..., Tensor], fused: bool, 
 
 
 def a_grid_and_back(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Sizes that literals fix, by guards on remainders and quotients."""
+    """The literal sizes of views fix those of the inputs, through guards on remainders and quotients."""
     s = (q @ k.mT).view(-1, 3, 3, 3, 3) + torch.arange(3.0)
     return s.view(-1, 9, 9).softmax(-1) @ v
 
@@ -240,13 +240,13 @@ def test_what_fuses_at_fixed_sizes_fuses_at_any(program: Callable[..., Tensor]) 
         given = {n: torch.randn(shape) for n in "qkv"}
         eager, exact = checking.call(program, given), checking.call(program, given, torch.float64)
         got = checking.call(fn, given)
-        assert all(site.fused for site in got.sites), got.sites  # none where it is not compiled again
+        assert all(site.fused for site in got.sites), got.sites  # no sites if nothing is compiled
         assert got.sites or shape != SHAPES.get(program, ((2, 4, 6, 8),))[0]
         checking.assert_same_accuracy(got, eager, exact)
 
 
 def test_half_precision_sums_may_overflow() -> None:
-    """A sum in half precision is no mean, however it is divided."""
+    """A sum in half precision may overflow; divided by the number of keys, it is not their mean."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         s = q @ k.mT

@@ -103,7 +103,7 @@ def compiled_by(
 
 
 def test_what_is_taken_back_is_shared_with_nobody() -> None:
-    """A later site writes it again, and what earlier sites wrote stays."""
+    """What a site takes back, a later site writes again; what earlier sites wrote stays."""
     gm = dynamo_graph(attention, *torch.randn(3, 2, 4, 8, 16))
     reader, before = Reader(gm.graph, gm), list(gm.graph.nodes)
     anchor, shared = before[-2], dict[Any, Any]()

@@ -264,7 +264,7 @@ def apart() -> list[Tensor]:
 
 
 def check_overlap(fn: Any) -> None:
-    """Arguments that overlap only in a later call: the write comes after what it overwrites was read."""
+    """Call with arguments that overlap: the keys must be read before the write overwrites them."""
     args = overlapping()
     expected = (args[0] @ args[1].mT).softmax(-1) @ args[2]
     with torch.no_grad():
@@ -295,7 +295,7 @@ def test_models_that_share_stored_code(store: Store) -> None:
 
 
 def test_what_cannot_be_stored_is_not(store: Store) -> None:
-    """An inner compiler that PyTorch cannot store: guards hold here, and the next process compiles."""
+    """An inner compiler that PyTorch cannot store: guards hold here, and the next process compiles again."""
     model = Persistent()
     for _ in range(2):
         store.start()
@@ -377,7 +377,7 @@ def test_code_compiled_ahead_checks_its_buffers(
     with torch.no_grad():
         change(model)
     for _ in range(2):
-        assert not agree(fn, model).graphs, "it compiles"
+        assert not agree(fn, model).graphs, "it is compiled again"
 
 
 def test_code_compiled_ahead_checks_for_overlap(tmp_path: Path) -> None:
@@ -628,7 +628,7 @@ def test_buffers_of_what_stays_are_not_relied_on(warned: list[str]) -> None:
 
 
 def test_tensors_are_compared_again_only_if_they_were_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where comparing waits for the device."""
+    """Checked as for tensors on a GPU, where a comparison would wait for the device."""
     monkeypatch.setattr(contents, "_ALWAYS_COMPARED", frozenset())
     compared: list[Tensor] = []
     equals = contents.Snapshot._equals

@@ -31,7 +31,7 @@ def compiled_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def caches(compiled_code: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Programs are generated again in each test; C++ that is the same is compiled once."""
+    """Programs are generated again in each test; equal C++ is compiled only once."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled_code))
     generated_again = torch._functorch.config.patch(enable_autograd_cache=False)
     with torch._inductor.config.patch(fx_graph_cache=False), generated_again:
@@ -110,7 +110,7 @@ def test_every_site_is_a_range_around_its_kernel(inner: str, training: bool) -> 
     for label, inside in ranges.items():
         kernels = [name for name in inside if "scaled_dot_product" in name]
         assert len(kernels) == 1 and ("backward" in kernels[0]) == label.endswith(", backward")
-        assert not [name for name in inside if "mm" in name], "what is around it stays outside"
+        assert not [name for name in inside if "mm" in name], "the products around attention are outside"
 
 
 @pytest.mark.parametrize("training", [False, True])

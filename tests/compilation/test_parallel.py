@@ -44,7 +44,7 @@ def softcapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def spread(mesh: Any, *dims: int | None, heads: int = 4, learns: bool = False) -> list[Any]:
-    """DTensors of two ranks, queries, keys and values each split by a dimension (None: copied)."""
+    """Queries, keys and values as DTensors of two ranks, each split by its dimension (None: copied)."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     tensors = []

@@ -53,7 +53,7 @@ class Notebook(Layouts[str]):
 
 
 def anything(*args: Any) -> None:
-    """Every kernel serves, and computes what it should."""
+    """The answer None: every kernel serves, and computes what it should."""
 
 
 class Table(SiteGraph[str, str, Notebook]):

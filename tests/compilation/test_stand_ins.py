@@ -1,4 +1,4 @@
-"""Libraries replace PyTorch's functions by their own: only code that calls these gets them."""
+"""Libraries replace PyTorch's functions by their own: only programs that call these get the library's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def with_padding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def with_scales(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scales and biases that are tensors, rows of which cancel, and grouped heads."""
+    """A scale and biases that are tensors (one is constant in each row, and cancels), and grouped heads."""
     k, v = (t[:, :1].repeat_interleave(2, 1) for t in (k, v))
     s = q @ k.mT * q.mean((0, 2, 3))[None, :, None, None].exp() + k.sum(-1)[:, :, None] + q.sum(-1, True)
     return s.softmax(-1) @ v

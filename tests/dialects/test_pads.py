@@ -330,7 +330,7 @@ def test_a_cache_written_before_it_is_read() -> None:
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_relative_position_written_over_every_key_of_a_grid(first: int) -> None:
-    """From `first` on; from 0 the slice is the whole, and is the product itself."""
+    """Rows and keys from `first` on; from 0 on, the slice is read as the product itself, not as a part."""
 
     def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
         s = q @ k.mT

@@ -65,7 +65,7 @@ def test_a_feature_becomes_the_operators(feature: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_the_reference_evaluator_agrees(feature: str, padded: bool, tmp_path: Path) -> None:
-    """onnx's own evaluator is a second oracle; masks have all queries, which it needs to be right."""
+    """onnx's own evaluator is a second oracle; it is right for masks that have all queries, as here."""
     from onnx.reference import ReferenceEvaluator
 
     path = tmp_path / "model.onnx"

@@ -328,7 +328,7 @@ def test_stored_masks_are_proved_causal(how: str, script: bool, tmp_path: Path) 
 
 
 class Chunked(nn.Module):
-    """Causal within chunks of four tokens (Llama 4); exporters divide integers by several operators."""
+    """Causal within chunks of four tokens (Llama 4); exporters write `//` as several operators."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n = torch.arange(q.shape[2])
@@ -359,7 +359,7 @@ def test_dropout_in_training_stays(tmp_path: Path) -> None:
 
 
 def test_the_reference_evaluator_agrees(tmp_path: Path) -> None:
-    """onnx's own evaluator as a second oracle: it is right for masks with all queries."""
+    """onnx's own evaluator is a second oracle; it is right for masks that have all queries."""
     from onnx.reference import ReferenceEvaluator
 
     before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
@@ -384,7 +384,7 @@ def test_models_of_transformers(name: str, varying: bool, tmp_path: Path) -> Non
     plain(model, before, kwargs=inputs, dynamic_shapes=dynamic(inputs) if varying else None)
     for target in ("onnx", "ort", "tensorrt"):
         report = fusepass.optimize_onnx(before, after, target=target)
-        kept = sites if target == "tensorrt" and name == "gemma2" else 0  # its importer has no softcap
+        kept = sites if target == "tensorrt" and name == "gemma2" else 0  # no softcap in its importer
         assert (report.sites, report.sites - report.fused, report.softmaxes) == (sites, kept, kept)
         assert report.max_error <= 1e-5
 

@@ -333,7 +333,7 @@ def test_symbolic_divmod_of_two_axes(hint: int) -> None:
 
 
 def test_guards_prove_exact_divisions_and_numbers() -> None:
-    """What a program's views have required: nothing is read off the example's sizes."""
+    """Guards are what a program's views have required; the example's sizes prove nothing."""
     env = ShapeEnv()
     size, other = (
         env.create_unspecified_symbol(n, ConstantSource(f"size{n}"), DimDynamic.DYNAMIC) for n in (9, 12)
@@ -351,7 +351,7 @@ def test_guards_prove_exact_divisions_and_numbers() -> None:
 
 
 def test_ratios_are_compared_as_integers() -> None:
-    """PyTorch evaluates no negative powers: a claim about a ratio is one about its numerator."""
+    """PyTorch does not evaluate negative powers: a claim about ratios becomes one about their numerators."""
     env = ShapeEnv()
     size, part = (
         env.create_symbol(

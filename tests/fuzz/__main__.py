@@ -86,14 +86,16 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--kernel", choices=(*KERNELS, "all"), default="all", help="all: each program draws one"
     )
     parser.add_argument(
-        "--inner", choices=(*INNERS, "inductor", "all"), default="all", help="all: but inductor"
+        "--inner", choices=(*INNERS, "inductor", "all"), default="all", help="all: any except inductor"
     )
     parser.add_argument("--operands-not-finite", action="store_true", help="NaN and inf in q, k and v too")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument(
-        "--shrink-seconds", type=float, default=30.0, help="for a failing program; 0: as drawn"
+        "--shrink-seconds", type=float, default=30.0, help="time to shrink a failing program; 0: never"
     )
-    parser.add_argument("--folder", type=Path, default=Path("fuzz-failures"), help="for failing programs")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("fuzz-failures"), help="where failing programs are saved"
+    )
     args = parser.parse_args(arguments)
     if args.programs is None and args.seconds is None:
         args.programs = DEFAULT_PROGRAMS

@@ -18,16 +18,16 @@ from torch import Tensor
 from tests.fuzz.harness import compiled, run
 from tests.fuzz.programs import Loaded, Program
 
-#: AOT Autograd guards on the sizes of an argument's base, which Dynamo cannot say, or cannot put arguments
-#: that are views of one another on one base: of symbolic size, or where one was made without autograd. All
-#: depend on the order of compilations.
+#: Errors of AOT Autograd, which come or not depending on the order of compilations. It guards on the size of
+#: an argument's base, for which Dynamo has no name; or it cannot give one base to arguments that are views of
+#: one another, because a size is symbolic or because one of them was made without autograd.
 OF_BASES = (
     "sources must not be empty for symbol",
     "Expected !size_bytes_is_heap_allocated_",
     "Aliased inputs share storage but have mixed autograd ._base states",
 )
 
-#: Factors of scores, which enlarge their rounding and their gradients as much.
+#: Large factors of scores: the errors of rounding and the gradients grow by the same factor.
 LARGE = r"-1\)\.to\(torch\.uint8\)|\b200\b"
 
 RIGHT, WRONG, FAILED, SKIPPED, TORCHS_OWN = "right", "wrong", "failed", "skipped", "torch's own"
@@ -85,7 +85,7 @@ def is_unseen_by_autograd(program: Program, verdict: Verdict) -> bool:
 def is_written_between_passes(program: Program, verdict: Verdict) -> bool:
     """Does PyTorch reject a write between forward and backward, by code outside the site's graph?
 
-    A fused call keeps its keys, but eager keeps a copy of them for every query head.
+    A fused call keeps its keys. Eager keeps copies, one for every query head, which the write does not reach.
     """
     refused = any("modified by an inplace operation" in reason for reason in verdict.reasons)
     return refused and re.search(r"repeat|expand|arange\(H\)", program.text) is not None
@@ -94,7 +94,8 @@ def is_written_between_passes(program: Program, verdict: Verdict) -> bool:
 def is_kernels_own(program: Program, verdict: Verdict) -> bool:
     """Does the difference vanish if eager's SDPA is computed by plain mathematics instead of its CPU kernel?
 
-    Its gradients of rows that ``finfo.min`` hides are too large: ``exp(s - logsumexp)`` loses their length.
+    That kernel's gradients are too large in rows that ``finfo.min`` hides: the log-sum-exp rounds away the
+    logarithm of the number of keys, so each weight ``exp(s - logsumexp)`` is one.
     """
     if "scaled_dot_product_attention" not in program.text:
         return False
@@ -125,10 +126,10 @@ def coarseness(program: Program) -> float:
     units = {
         r"bfloat16": brain / 8,
         r"(?<!b)float16|half\(": half / 8,
-        r"torch\.float64": single / 8,  # most masks, and softmaxes now and then, are of single precision
-        r"-1e4|-10000|-30000|\* 100\b": 1e4 * single / 64,  # scores so large, and their log-sum-exp
-        LARGE: 256 * single,  # scores so large, and their gradients
-        r"\+= \w+\.sum\(": 4 * single,  # keys, and so scores, many times as large
+        r"torch\.float64": single / 8,  # most masks and some softmaxes are of single precision
+        r"-1e4|-10000|-30000|\* 100\b": 1e4 * single / 64,  # scores this large, and their log-sum-exp
+        LARGE: 256 * single,  # scores this large, and their gradients
+        r"\+= \w+\.sum\(": 4 * single,  # keys, and therefore scores, become many times as large
         r"softmax\([^()]*float16|\.half\(\)\.(log_)?softmax": half,  # rounded weights, and their gradients
     }
     coarse = [eps for text, eps in units.items() if re.search(text, program.text)]
@@ -159,16 +160,16 @@ def compare(program: Program, expected: Expected, backend: str, **options: str) 
 
 
 def is_of_bases(error: Exception) -> bool:
-    """Did PyTorch fail because a guard is on the size of an argument's base?"""
+    """Did PyTorch fail because of the base of an argument (see `OF_BASES`)?"""
     frames = traceback.extract_tb(error.__traceback__)
     unnamed = isinstance(error, IndexError) or "IndexError" in str(error)
     return any(text in str(error) for text in OF_BASES) or (unnamed and frames[-1].name == "issue_guard")
 
 
 def overflows(program: Program, want: Any, exact: Any) -> bool:
-    """Is a number NaN only because the program takes exponentials without a maximum, which overflow?
+    """Is a number NaN only because exponentials overflow, from which no maximum was subtracted?
 
-    A softmax written out without a maximum counts as a softmax, whatever the size of its scores.
+    Such exponentials over their sum are read as a softmax, whatever the size of the scores.
     """
     if "exp(" not in program.text or not isinstance(want, Tensor) or not isinstance(exact, Tensor):
         return False
@@ -218,7 +219,7 @@ def same_places(one: Tensor, other: Tensor) -> bool:
 
 
 def _error(want: Tensor, got: Tensor, exact: Any, eps: float) -> str:
-    """Twice eager's error against float64 is allowed, and some roundings more.
+    """The error, if it is too large: twice eager's error against float64 is allowed, and some roundings more.
 
     If eager itself is far from float64, an element must be close to one or the other.
     """

@@ -312,7 +312,7 @@ def biased(sk: Sketch, s: str) -> str:
 
 
 def _stored(sk: Sketch, s: str) -> str:
-    """The scores go through the caller's memory, or through their own."""
+    """The scores are written to an argument, or to a new tensor, and read from there."""
     if sk.chance(0.4):
         buffer = sk.new("t", f"torch.zeros_like({s})", scores=True)
         sk.line(sk.pick(f"{buffer}.copy_({s})", f"{buffer}[:] = {s}", f"torch.mul({s}, 1, out={buffer})"))

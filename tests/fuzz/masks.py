@@ -186,7 +186,7 @@ def hiding_bias(sk: Sketch, scores: str) -> str:
 
 
 def hide(sk: Sketch, s: str) -> str:
-    """Scores behind a mask, as an expression; a statement's name where they are written to in place."""
+    """Scores behind a mask, as an expression; or their name, after a line that hides keys in place."""
     if sk.chance(0.3):
         return f"{s} + {hiding_bias(sk, s)}"
     m = mask(sk)

@@ -7,7 +7,7 @@ from tests.fuzz.sketch import Live, Shape, Sketch
 
 @dataclass(frozen=True)
 class Operands:
-    """Names, and what multiplies."""
+    """The names of queries, keys and values."""
 
     q: str
     k: str
@@ -15,7 +15,10 @@ class Operands:
 
 
 def operands(sk: Sketch, equal: str) -> Operands:
-    """The three, shaped to be multiplied; `equal` says which sizes are (letters: L: Q and K; E: D and E)."""
+    """The three, shaped to be multiplied.
+
+    The letters of `equal` say which sizes are the same: L for Q and K, E for D and E, G for G and H.
+    """
     heads = sk.lead[1:]
     kv = ("B", *("G" for _ in heads))
     given_q = _queries(sk, (*sk.lead, "Q", "D"))

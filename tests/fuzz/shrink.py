@@ -43,7 +43,7 @@ def shrink(program: Program, bad: Callable[[Program], bool], seconds: float = 60
 
 
 def tidied(program: Program, bad: Callable[[Program], bool]) -> Program:
-    """The program without unused arguments, lines whose results are not read, and names of names."""
+    """The program without unused arguments, lines whose results are not read, and second names of values."""
     small = program
     while (next_one := _tidier(small)) != small:
         small = next_one

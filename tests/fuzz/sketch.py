@@ -16,7 +16,7 @@ class Live:
     leaf: bool = False
     """Does it learn, so that autograd forbids plain writes?"""
     scores: bool = False
-    """Has it the shape of the scores?"""
+    """Does it have the shape of the scores?"""
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Sketch:
         return self.given(name, kind, "requires_grad" in value)
 
     def given(self, name: str, kind: str = "float", leaf: bool = False) -> str:
-        """Passes a name that the inputs know."""
+        """Make an argument of a name that the inputs define."""
         self.args.append(name)
         self.live.append(Live(name, kind, leaf))
         return name

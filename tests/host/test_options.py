@@ -1,4 +1,4 @@
-"""One set of option names everywhere; ignored options are refused; kernels that serve nothing."""
+"""One set of option names everywhere; options that would be ignored; kernels that serve no site."""
 
 import logging
 from collections.abc import Callable
@@ -247,7 +247,7 @@ def test_otherwise_nothing_is_said(
 
 @pytest.mark.parametrize("first", [True, False], ids=["served first", "served later"])
 def test_it_is_said_once_a_request(first: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """All graphs of a model belong to the same request; another model has another one."""
+    """All graphs of one call of `torch.compile` belong to one request; the next call is another request."""
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         x = plain(q, k, v) if first else softcapped(q, k, v)

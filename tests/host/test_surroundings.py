@@ -286,7 +286,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_checkpoint_around_compiled_code(mask: bool, early: bool, whole: bool) -> None:
-    """What is saved in the first step, in which the block is compiled, is what is saved again later."""
+    """The first step compiles the block, and saves the same tensors as when it is run again for gradients."""
     torch._dynamo.reset()
     model = nn.Sequential(Block(mask), Block(mask))
     options: dict[str, Any] = {"inner": "aot_eager"}

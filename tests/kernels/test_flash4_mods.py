@@ -124,7 +124,7 @@ SIZES = {"b": 2, "h": 1, "i": 300, "j": 420}
 
 
 def compiled(function: Callable[..., Any], backend: str, count: int, given: Tensor) -> Any:
-    """What a backend makes of a graph that calls ``function``, as the pass leaves it behind."""
+    """Run a graph that calls ``function``, written as the pass writes it, and compiled by a backend."""
     graph = fx.Graph()
     results = graph.call_function(function, (graph.placeholder("given"),))
     graph.output(tuple(graph.call_function(operator.getitem, (results, n)) for n in range(count)))
@@ -265,7 +265,7 @@ def test_whole_sites(name: str, grads: bool, on_cpu: None, monkeypatch: pytest.M
 def test_grouped_heads_train_without_scores_by_position(
     on_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The library's backward pass on Hopper reads other heads there."""
+    """On Hopper, the library's backward pass reads the wrong heads in this case."""
     monkeypatch.setattr("fusepass.kernels.flash.gate_refuses", lambda *given: None)
     case = CASES["alibi"]
     inputs = {n: t.bfloat16() if n in "qkv" else t for n, t in case.inputs("cpu").items()}
@@ -523,7 +523,7 @@ def test_the_library_is_called_as_its_interface_has_it(monkeypatch: pytest.Monke
 class CuteInterface:
     """A stand-in for ``flash_attn.cute.interface`` with its arguments, which uses modifiers and tables.
 
-    Full blocks of the tables are not asked for the mask, and blocks that are in neither list are skipped.
+    The mask is not evaluated in full blocks of the tables, and blocks that are in neither list are skipped.
     """
 
     def __init__(self) -> None:

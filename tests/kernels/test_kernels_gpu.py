@@ -55,7 +55,7 @@ def test_results_and_gradients(kernel: str, name: str) -> None:
 
 @pytest.mark.parametrize(("kernel", "name"), [p for p in PAIRS if p[1] in INFERRED])
 def test_inference_under_inductor(kernel: str, name: str) -> None:
-    """Forward only, everything in one graph: where block tables were once fused away."""
+    """Forward only, everything in one graph: a case in which block tables were once fused away."""
     need(kernel)
     if kernel == "flex_flash":
         got = call(compiled(CASES[name].program, kernel, "inductor"), CASES[name].inputs())
@@ -131,7 +131,7 @@ def test_formulas_of_flash4_in_cuda_graphs(name: str) -> None:
 
 @pytest.mark.parametrize("grads", [False, True])
 def test_fixed_tables_are_taken_from_the_gpu(grads: bool) -> None:
-    """Those of a window, which read no tensor, are put there when the graph is compiled."""
+    """Tables of a window read no tensor: they are put on the GPU when the graph is compiled."""
     need("flex")
     check(CASES["window"], "flex", "inductor", grads)
     assert blocks._resident
@@ -198,7 +198,7 @@ def test_tables_of_a_padding_follow_the_data(kernel: str, grads: bool) -> None:
 
 
 def test_one_that_breaks_its_process_is_a_row_and_others_are_measured() -> None:
-    """A bias of more than 2**32 elements is refused with a reason, or computed correctly."""
+    """A bias of 2**32 elements: FlexAttention refuses it with a reason, and the others are measured."""
     work = bench.jobs(["bias", "full"], [16384], [128], ["forward"], ["flex", "sdpa"], repeats=2)
     rows = {(r.variant, r.contender): r for r in bench.run(work, workers=2)}
     assert "counts in 32 bits" in rows["bias", "flex"].problem

@@ -146,7 +146,7 @@ def test_another_denominator_stays(name: str) -> None:
 
 @pytest.mark.parametrize("dims", [(-1,), (-2, -1)])
 def test_a_maximum_of_more_than_the_row_lets_hidden_rows_vanish(dims: tuple[int, ...]) -> None:
-    """Beside another row's maximum all exponentials of a row of low fills are zero: 0/0, and no mean."""
+    """If another row has the maximum, all exponentials of a row of low fills are zero: 0/0, not a mean."""
     hidden = torch.zeros(B, 1, N, N, dtype=torch.bool)
     hidden[0, :, 3] = True
 

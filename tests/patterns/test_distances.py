@@ -1,4 +1,4 @@
-"""Squared distances as scores: by products, whatever they are written as; differences stay."""
+"""Squared distances as scores: several spellings of the product form are fused; squared differences stay."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_distances_that_are_read_elsewhere_stay() -> None:
 
 
 def test_distances_within_one_tensor_keep_their_bound() -> None:
-    """It keeps rounding errors out of the gradients of points, which are at no distance from themselves."""
+    """A point has distance zero from itself: the bound keeps rounding errors there out of the gradients."""
 
     def bounded(q: Any, v: Any) -> Any:
         return (-squared(q, q).clamp(min=0)).softmax(-1) @ v

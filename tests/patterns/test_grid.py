@@ -55,8 +55,9 @@ def grid() -> list[Program]:
 def must_fuse(p: Program) -> bool:
     """Can a kernel of torch express exactly this, without gradients?
 
-    Where a given bias may hide the keys that a finite fill leaves, half precision rounds the scores of such
-    rows away, and weights that are set to zero afterwards stay.
+    A bias that is given may hide the keys that a finite fill leaves visible. In half precision, the scores of
+    such rows are rounded away; programs in half precision, and programs that set weights to zero after the
+    softmax, may then stay as they are.
     """
     if p.bias != "none" and p.fill != "-inf" and (p.after != "none" or p.dtype == "float16"):
         return False

@@ -180,7 +180,7 @@ def one_softmax_beside_scores(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Ten
 
 
 def one_value_for_all(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """An einsum repeats a single value."""
+    """The einsum repeats a single value for all keys."""
     w = torch.cat((q @ a.mT, q @ k.mT), -1).softmax(-1)
     far = torch.einsum("bhij,bhjd->bhid", w[..., :M], b[:, :, :1])
     return far + torch.einsum("bhij,bhjd->bhid", w[..., M:], v)

@@ -249,7 +249,7 @@ class Blocks(Base):
 
 
 class LookBack(Base):
-    """Each block also sees the block before it; visibility goes by positions, where -1 is none."""
+    """Each block also sees the block before it; masks compare positions, and -1 stands for no key."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         blocks = N // 4
@@ -264,7 +264,7 @@ class LookBack(Base):
 
 
 class Strided(Base):
-    """Every third token attends to the tokens of its class."""
+    """Tokens attend to those whose positions differ from theirs by a multiple of three."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (rearrange(t, "b h (n s) d -> b h s n d", s=3) for t in (q, k, v))
@@ -394,7 +394,7 @@ class OneKeyHead(Base):
 
 
 class Differential(Base):
-    """The difference of the two halves of a softmax, a factor of exponentials between (arXiv 2410.05258)."""
+    """The difference of two softmaxes, the second times a factor of exponentials (arXiv 2410.05258)."""
 
     sites = 2
 

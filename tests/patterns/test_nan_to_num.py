@@ -56,7 +56,7 @@ def random_inputs(broken: bool) -> dict[str, Tensor]:
     return inputs
 
 
-#: a score of minus infinity is then as low as a hidden one, and eager's hidden keys count beside it
+#: Here a score of minus infinity becomes as low as a hidden one, so in eager the hidden keys count as well.
 SUNK = ("empty row", True)
 
 

@@ -188,7 +188,7 @@ def scores_handed_to_the_next_layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @stays(_USED)
 def relative_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The weights meet values of keys and values of offsets (arXiv 1803.02155)."""
+    """The weights are multiplied with values of keys and with values of offsets (arXiv 1803.02155)."""
     offsets = (torch.arange(K)[None] - torch.arange(Q)[:, None]).clamp(-2, 2) + 2
     w = torch.softmax(scores(q, k), -1)
     return w @ v + torch.einsum("bhqk,qkd->bhqd", w, q[0, 0][offsets])
@@ -271,7 +271,7 @@ def rescaled_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @stays(None)
 def slot_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Keys compete for queries, and their weights are made to sum to one (arXiv 2006.15055)."""
+    """Queries compete for keys, and the weights of each query are made to sum to one (arXiv 2006.15055)."""
     w = torch.softmax(scores(q, k), -2) + 1e-8
     return (w / w.sum(-1, keepdim=True)) @ v
 
@@ -466,13 +466,13 @@ def row_of_the_scores_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def batch_mask_that_broadcasts_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A [B, K] mask is broadcast with [K', B, K] scores: it is not key padding."""
+    """A mask [B, K] over scores [Q, K] with Q = B: its rows belong to queries, so it is not key padding."""
     s = torch.einsum("qd,kd->qk", q[0, 0, :B], k[0, 0])
     return torch.softmax(s.masked_fill(k[:, 0, :, 0] > 1, float("-inf")), -1) @ v[0, 0]
 
 
 def head_bias_on_the_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A bias over what a reader may take for heads, in 3-D scores."""
+    """A bias over the batch in 3-D scores, whose first axis may be mistaken for heads."""
     s = scores(q[:, 0], k[:, 0]) + v[:, 0, 0, 0].view(B, 1, 1) * torch.arange(K)
     return torch.softmax(s, -1) @ v[:, 0]
 
@@ -548,7 +548,7 @@ def constant_mask_after_the_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def float_mask_after_the_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """K equals the head size here: a product moved to the result would still have a valid shape."""
+    """K equals the head size here: the factor would also fit the result, but means something else there."""
     seen = (~later(Q, D)).float()
     keys = torch.cat([k, k[:, :, :1]], 2)
     return (torch.softmax(scores(q, keys), -1) * seen) @ torch.cat([v, v[:, :, :1]], 2)

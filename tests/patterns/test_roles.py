@@ -1,4 +1,4 @@
-"""Which axis is the query, and which the batch, where the operands leave several: what masks tie together."""
+"""Which axis is the query and which is the batch, where operands alone do not tell: masks decide."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ FUNCTIONS: dict[str, list[Scores]] = {
     ],
 }
 
-#: Programs that are no function of one score, or no shift of whole rows.
+#: Programs that are neither a function of one score nor a shift of whole rows.
 OTHERS: list[Scores] = [
     lambda s: torch.where(s > 0.5, s, 0.2 * s),
     lambda s: torch.where(s > 0, s, 0.2 * s.mT),
@@ -81,7 +81,7 @@ def result(scores: Scores, given: list[Tensor], call: Callable[..., Any] | None 
 
 
 def compared(scores: Scores, kernel: str, dynamic: bool) -> report.Collector:
-    """Compares with eager by float64: its errors may be doubled."""
+    """Compare with eager: at most twice eager's error against float64 is allowed."""
     draw = torch.Generator().manual_seed(3)
     given = [torch.randn(2, 2, 6, 8, generator=draw) for _ in range(3)]
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""docs/recipes/modifier.md: a class and a rule, and every law of modifiers and of rules holds them."""
+"""docs/recipes/modifier.md: a class and a rule, which obey every law of modifiers and of rules."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MASK = Mask(0, -INF, atoms=(Band(None, 0),))
 
 @pytest.fixture
 def squash() -> Iterator[Any]:
-    """Step 1: a class, as if it had been written a minute ago, with no more than it must say."""
+    """Step 1: a new class that says no more than it must."""
 
     @dataclass(frozen=True)
     class Squash(ScoreModifier):

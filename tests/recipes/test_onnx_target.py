@@ -92,7 +92,7 @@ ASKED: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]
 
 @pytest.mark.parametrize("capability", ASKED)
 def test_every_capability_is_asked(capability: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With it and without it a model becomes another file; twice with it, the same."""
+    """With and without the capability, a model becomes different files; twice with it, the same file."""
     model, inputs = ASKED[capability]
     module, given = sharpened(model()), inputs()
 

@@ -66,7 +66,7 @@ def gradients(
     learned: dict[str, Tensor],
     constant: dict[str, Tensor],
 ) -> list[Tensor | None]:
-    """The gradients of some inputs, from the sum of a program's result; eager ones for no kernel."""
+    """The gradients of ``learned``, from the sum of a program's result; eager's if ``kernel`` is None."""
     torch._dynamo.reset()
     given = {n: t.detach().clone().requires_grad_() for n, t in learned.items()}
     options: Any = {"inner": "aot_eager", "kernel": kernel}

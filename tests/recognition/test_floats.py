@@ -33,7 +33,7 @@ UNSOUND: list[Any] = []
 
 
 def fused(program: Scores) -> Scores:
-    """From scores to weights: attention, whatever the numbers."""
+    """A program from scores to weights that is attention, whatever the numbers are."""
     FUSED.append(pytest.param(program, id=program.__name__))
     return program
 

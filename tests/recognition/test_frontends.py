@@ -225,7 +225,7 @@ def named(graph: fx.GraphModule, word: str) -> list[fx.Node]:
 
 
 def fused_nodes(graph: fx.GraphModule) -> int:
-    """Calls of a kernel."""
+    """How many kernels are called."""
     words = ("fusepass.attention", "scaled_dot_product_attention", "flex_attention")
     return sum(any(w in str(n.target) for w in words) for n in graph.graph.nodes if n.op == "call_function")
 

@@ -61,7 +61,7 @@ def example(number: str, dtype: torch.dtype, batch: int) -> dict[str, Tensor]:
 
 
 def random_like(like: Tensor, g: torch.Generator, batch: int) -> Tensor:
-    """Random numbers with a tensor's layout; a batch of two cut to one, very large ones cut down."""
+    """Random numbers with a tensor's layout; a batch of two is cut to ``batch``; none is large."""
     if like.dim() == 0:
         return like.clone()
     if like.numel() > 1 << 20:

@@ -21,7 +21,7 @@ LONG = 120  # steps of a chain, of several nodes each
 
 
 def chain(x: Tensor, steps: int = LONG) -> Tensor:
-    """A long chain of mild functions of two tensors each."""
+    """A long chain of steps, each of which reads its input twice."""
     for n in range(steps):
         x = torch.sigmoid(x) * 0.5 + x * (1 - n / 1000)
     return x

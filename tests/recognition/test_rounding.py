@@ -65,7 +65,7 @@ def test_a_fill_that_a_wider_dtype_holds_stays_finite(kernel: str) -> None:
 def test_a_sum_absorbs_in_its_own_dtype(
     kind: torch.dtype, wide: torch.dtype, fill: float, known: bool, kernel: str
 ) -> None:
-    """Scores are rounded as the dtype has it in which a low number is added to them."""
+    """A low number that is added to scores rounds them, in the dtype of that sum."""
 
     def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
         added = torch.zeros(N, N, dtype=wide).masked_fill(~ROWS, fill) if known else b
@@ -180,7 +180,7 @@ def test_rows_that_a_fill_hides_beside_an_unknown_bias_in_half(kernel: str) -> N
 
 
 def test_gradients_of_a_softmax_in_half_cancel_as_eager_s_do() -> None:
-    """The factor of a row that is hidden has no gradient, and its scores are large."""
+    """A hidden row gives the divisor no gradient: large terms must cancel."""
 
     def program(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
         s = (q @ k.mT).masked_fill(~ROWS, -1e4).half() / (t.abs() + 1)
@@ -236,7 +236,7 @@ def test_rows_whose_visible_keys_a_bias_hides_in_half(kernel: str, fill: float) 
     ids=["shift", "bias", "scale", "mask"],
 )
 def test_what_only_promotes_scores_is_kept(kernel: str, promote: Scores) -> None:
-    """The fill is a number of single precision, which overflows in the softmax."""
+    """The fill is a number of single precision, and overflows in a softmax of half precision."""
 
     def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         s = promote((q @ k.mT).half())
@@ -284,7 +284,7 @@ def test_scores_that_are_cleaned_in_single_precision_and_narrowed(kernel: str) -
 @pytest.mark.parametrize("scale", [1.0, 3**-0.5])
 @pytest.mark.parametrize("shape", [(N, N), (N, 1), (N,), ()])
 def test_rows_that_a_bias_of_half_hides(shape: tuple[int, ...], scale: float, kernel: str) -> None:
-    """Kernels add it in single precision, where it leaves scores some digits."""
+    """Kernels add the bias in single precision, where it leaves the scores some digits."""
 
     def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
         return ((q @ k.mT + b) * scale).float().softmax(-1).to(v.dtype) @ v
@@ -352,7 +352,7 @@ def test_numbers_that_half_precision_loses(change: Scores, kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_digits_of_a_bias_beside_a_large_number_in_half(kernel: str) -> None:
-    """The bias hides the keys that the mask leaves, and the others have a low number in common."""
+    """The bias hides the keys that the mask leaves visible; the mask adds one low number to all others."""
 
     def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
         s = (q @ k.mT + b).float() + torch.where(CAUSAL, 0.0, -1e4)

@@ -89,7 +89,7 @@ def inputs(kind: str, dtype: str, mask: str) -> dict[str, Tensor]:
 
 
 def possible(how: str, fill: str, dtype: str) -> bool:
-    """Does the dtype hold the fill, without a product of zero and infinity?"""
+    """Does the dtype hold the fill, and is zero never multiplied by infinity?"""
     if fill == "-inf":
         return how != "inverted"
     return not (dtype == "float16" and fill == "-1e9" and how != "inverted")
@@ -108,7 +108,7 @@ def cases() -> list[tuple[str, ...]]:
 
 
 def exact_of(given: dict[str, Tensor], case: tuple[str, ...]) -> Tensor:
-    """Float64 with the exact fill of the low dtype, so that rows of fills alone have the same meaning.
+    """Float64 with the exact fill of the low dtype, so that rows that hold only fills have the same meaning.
 
     A fill of -1e4 that is added shifts a row of fills without changing it, except for rounding.
     """

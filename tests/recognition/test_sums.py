@@ -223,7 +223,7 @@ def times_a_tensor(q: Any, k: Any, v: Any, a: Any, b: Any) -> Any:
 
 
 def check(program: Program, kernel: str, dtype: torch.dtype, grads: bool, dynamic: bool | None) -> Any:
-    """Compare with eager and float64; the sites."""
+    """Compare with eager and float64, and return the sites."""
     torch.compiler.reset()
     given = inputs(program, dtype)
     eager = checking.call(program, given, grads=grads)
@@ -316,7 +316,7 @@ def test_products_of_other_precision_stay_biases() -> None:
 
 
 def test_a_tensor_that_is_written_to_between_stays_apart() -> None:
-    """What the first product read is gone where the site is: that product remains a bias."""
+    """The tensor that the first product reads is overwritten before the site: that product stays a bias."""
 
     def program(q: Any, k: Any, v: Any, a: Any, b: Any) -> Any:
         t = a * 1.5
@@ -361,7 +361,7 @@ def test_terms_of_whole_rows_that_do_not_cancel_stay(above: str) -> None:
 
 @pytest.mark.parametrize(("factor", "joins"), [(1.0, True), (1e4, False)])
 def test_a_mask_before_it_absorbs_the_product(factor: float, joins: bool) -> None:
-    """In a row that the mask hides, a large product that is added to the fill would be left of the scores."""
+    """A product may join the scores below the mask only if the fill would have absorbed it above the mask."""
 
     def program(q: Any, k: Any, v: Any, a: Any, b: Any) -> Any:
         rows = torch.arange(S)[:, None] < 3

@@ -93,7 +93,7 @@ def test_a_length_for_each_sequence(queries: int, kernel: str) -> None:
 
 
 def test_a_bound_that_is_a_number_is_a_band() -> None:
-    """The rule still names what it may name."""
+    """If no tensor is compared, the band still gets its name."""
 
     def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         i, j = torch.arange(M)[:, None], torch.arange(M)[None, :]

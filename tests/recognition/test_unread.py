@@ -114,17 +114,17 @@ def test_the_operation_in_the_way_is_named(program: Program, name: str) -> None:
 
 
 def pooled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The softmax is over scores of an operation on one tensor."""
+    """The softmax is over the result of an operation on one tensor, which is not a product of two."""
     return F.conv2d(q, HEADS).softmax(-1) @ k.mT
 
 
 def normed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Two products in a row, with a layer norm between them, are no attention."""
+    """Two products in a row, with a layer norm between them, are not attention."""
     return F.layer_norm(q @ k.mT, (6,)) @ v
 
 
 def gated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The softmax is over another axis' features of an attention's result, which a function changes."""
+    """The softmax is over features of an attention's result, after a convolution: these are not scores."""
     x = F.scaled_dot_product_attention(q, k, v)
     return F.conv2d(x, HEADS).softmax(-1) @ v.mT
 

@@ -170,7 +170,7 @@ def test_a_bias_over_the_window_is_named_and_the_copy_stays(over: str) -> None:
 
 
 def test_rows_that_see_no_key_keep_their_windows_mean(over: str) -> None:
-    """A finite fill gives the mean over six copies there, and would give that over all keys."""
+    """A finite fill gives such rows the mean over six copies; over the original keys it would be of all."""
 
     def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = (F.pad(t, (0, 0, 3, 2)).unfold(2, 6, 1) for t in (k, v))
@@ -182,7 +182,7 @@ def test_rows_that_see_no_key_keep_their_windows_mean(over: str) -> None:
 
 
 def test_kernels_over_the_original_keys_are_chosen_by_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU those that skip hidden keys; FlexAttention only where many keys would be copied."""
+    """Only on a GPU, and only if they skip hidden keys; FlexAttention only if many keys would be copied."""
     seen: list[Site] = []
     monkeypatch.setattr(rewrite, "skips_copies", lambda kernel, site, target: seen.append(site))
     check(windows.of_blocks("slices", "causal"), REACH["causal"][3])

@@ -53,7 +53,7 @@ def scores(seed: int = 0) -> Tensor:
 
 
 def broken() -> Tensor:
-    """Scores with one completely hidden row, and infinities in others."""
+    """Scores with a row of NaN, and infinities in two other rows."""
     s = scores(1)
     s[0, 1, 2] = math.nan
     s[1, 0, 3, 2], s[1, 2, 1, 4] = -INF, INF
@@ -134,7 +134,7 @@ def test_the_derivative_is_that_of_the_meaning(sample: tuple[Step, tuple[Tensor,
 
 @pytest.mark.parametrize("sample", samples(Modifier))
 def test_a_program_reads_back_what_was_written_and_computes_it(sample: Sample) -> None:
-    """Among operands that others read, forward and backward."""
+    """Beside operands that another modifier reads or nobody reads; forward and backward."""
     draw = Draw(5)
     (mod, bias), tensors = joined(sample, (Bias(0, "hij"), (draw.normal("hij"),)))
     mod = moved(mod, 2)  # two operands that nobody reads come first
@@ -229,7 +229,7 @@ def after_all(mods: Sequence[ScoreModifier], s: Tensor, operands: Sequence[Tenso
 
 @pytest.mark.parametrize("first", SCORES, ids=lambda s: str(s[0]))
 def test_merged_scales_compute_the_same_scores(first: Sample) -> None:
-    """Around and between every pair and triple of modifiers."""
+    """Scales around and between one, two and three modifiers, in every combination."""
     others = [(), *((s,) for s in SCORES), *itertools.product(SCORES, repeat=2)]
     for n, more in enumerate(others):
         mods, operands = joined(first, *more)

@@ -170,7 +170,7 @@ def test_rows_that_see_no_key() -> None:
 
 
 def test_the_oracle_is_plain_attention() -> None:
-    """Against PyTorch's own, with grouped heads and everything it can say."""
+    """Compared with PyTorch's SDPA: grouped heads, a scale, a bias and a mask."""
     tensors, operands = inputs()
     q, k, v = tensors
     spec = spec_of([Scale(0.3), Bias(0, "bhij"), Mask(3, -INF)])

@@ -137,7 +137,7 @@ KERNELS_HERE = (SDPA, FLEX, REFERENCE, TOY)
 
 
 def drawn(kind: type[Any], seed: int) -> list[Sample]:
-    """The samples of a kind in float32; of masks, some that leave a query without a key."""
+    """The samples of a kind, in float32."""
     in_float32: list[Sample] = []
     for mod, tensors in kind.samples(Draw(seed)):
         in_float32.append((mod, tuple(t.float() if t.is_floating_point() else t for t in tensors)))

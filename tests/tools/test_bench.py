@@ -246,7 +246,7 @@ def test_on_a_gpu_the_order_of_turns_changes(monkeypatch: pytest.MonkeyPatch) ->
 def test_short_steps_are_recorded_several_times(
     milliseconds: float, recorded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the GPU's time for one step, whatever the host needs to launch it."""
+    """How many times depends on the GPU's time for one step, not on the host's time to launch it."""
     captures: list[int] = []
 
     def capture(step: Callable[[], object], times: int) -> Callable[[], object]:

@@ -172,13 +172,13 @@ def test_training(attend: Attend) -> None:
 
 
 def test_a_scale_written_into_the_query_stays_in_it() -> None:
-    """The tensor without the new dimension no longer exists."""
+    """The scaled query is used: the unscaled one, which the write overwrote, no longer exists."""
     spec = fusepass.explain(Projected(query_scaled, False), *inputs().values()).sites[0].spec
     assert "scale" not in spec, spec
 
 
 def test_a_shape_that_changes_in_place_is_not_read_too_early() -> None:
-    """The record of `y`'s shape is the later one: as a view of `x` it would be another tensor."""
+    """The record of `y` holds its shape after `transpose_`; the reshape of `x` must not be read with it."""
 
     def program(x: Tensor) -> Tensor:
         y = x.reshape(B, 4, 4, D).clone()

@@ -287,7 +287,7 @@ def values_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("program", [convolved, values_alone], ids=lambda f: f.__name__)
 def test_heads_with_strided_elements_take_sdpa(program: Program, train: bool) -> None:
-    """Fused kernels need contiguous elements in each head: three copies, not another kernel."""
+    """Fused kernels need contiguous elements in each head: three copies are made, and SDPA is still taken."""
     inputs = dict(zip("qkv", channels_first(), strict=True))
     got = checking.call(checking.compiled(program), inputs, grads=train)
     eager, exact = (checking.call(program, inputs, dtype, grads=train) for dtype in (None, torch.float64))
