@@ -8,13 +8,24 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fusepass.dialects.torch.graph import Reader
 from fusepass.expressions.ir import Expr
 from fusepass.reports.collector import Collector, collect
 
 Program = Callable[..., Any]
+
+
+class Wrapped(nn.Module):
+    """A function as a module, for those who take modules only."""
+
+    def __init__(self, function: Program) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
 
 
 def dynamo_graph(fn: Program, *args: Any, dynamic: bool | None = None) -> fx.GraphModule:

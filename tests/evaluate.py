@@ -67,6 +67,11 @@ def number(size: Size, sizes: Sizes) -> int:
     return size if isinstance(size, int) else int(size.subs(list(sizes.items())))
 
 
+def value(index: Affine, at: Mapping[str, int]) -> int:
+    """An index expression at one position of its axes."""
+    return int(index.const) + sum(int(c) * at[axis] for axis, c in index.terms)
+
+
 @dataclass
 class Evaluator:
     """Values of expressions, given the tensors of their leaves and the values of symbolic sizes."""

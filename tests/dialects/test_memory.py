@@ -14,6 +14,7 @@ from fusepass.dialects.torch.memory import Memory, written_operands
 from fusepass.reports import collector
 from tests import checking  # noqa: F401  (faults of the pass are raised)
 from tests.attention import cleared
+from tests.capture import dynamo_graph
 
 Program = Callable[[Tensor, Tensor, Tensor, Tensor], Any]
 NAMES = ("q", "k", "v", "b")
@@ -360,19 +361,6 @@ def test_arguments_that_overlap_in_a_later_call_alone() -> None:
 # ---------------------------------------------------------------------------------------- what is written
 
 
-def graph_of(program: Program) -> torch.fx.GraphModule:
-    caught: list[torch.fx.GraphModule] = []
-
-    def keep(gm: torch.fx.GraphModule, _: Any) -> Any:
-        caught.append(gm)
-        return gm.forward
-
-    torch._dynamo.reset()
-    call: Any = torch.compile(program, backend=keep)
-    call(**inputs())
-    return caught[0]
-
-
 @pytest.mark.parametrize(
     ("program", "shared"),
     [
@@ -389,7 +377,7 @@ def test_who_shares_memory_is_seen(program: Program, shared: bool) -> None:
     def whole(q, k, v, b):  # type: ignore[no-untyped-def]
         return program(q, k, v, b), b.exp()
 
-    graph = graph_of(whole).graph
+    graph = dynamo_graph(whole, *inputs().values()).graph
     memory = Memory(graph)
     given, _ = sorted(graph.find_nodes(op="placeholder"), key=lambda n: str(n.name), reverse=True)
     result, _ = graph.output_node().all_input_nodes
@@ -415,7 +403,7 @@ def test_which_operands_are_written(program: Program, written: str) -> None:
         program(q, k, v, b)
         return q + k + v + b
 
-    graph = graph_of(whole).graph
+    graph = dynamo_graph(whole, *inputs().values()).graph
     memory = Memory(graph)
     places = dict(
         zip(

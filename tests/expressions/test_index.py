@@ -21,7 +21,7 @@ from fusepass.expressions.index import Affine, AxisSpace, Facts, Size, prod, sim
 from fusepass.expressions.ir import Expr, expr, leaf
 from fusepass.recognition.recognize import RULES
 from fusepass.rules.engine import Scope, Term
-from tests.evaluate import Evaluator, Grid
+from tests.evaluate import Evaluator, Grid, value
 
 S0, S1 = (sympy.Symbol(name, integer=True, positive=True) for name in ("s0", "s1"))
 
@@ -148,10 +148,6 @@ affines = st.builds(
     st.dictionaries(st.sampled_from(["a", "b", "c"]), coefficients, max_size=3),
     coefficients,
 )
-
-
-def value(index: Affine, at: dict[str, int]) -> int:
-    return int(index.const) + sum(int(c) * at[axis] for axis, c in index.terms)
 
 
 @given(affines, affines, coefficients, st.fixed_dictionaries({a: st.integers(0, 9) for a in "abc"}))

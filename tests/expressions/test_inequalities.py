@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fusepass.expressions.index import Affine, AxisSpace, Facts
 from fusepass.expressions.inequalities import implied, impossible
+from tests.evaluate import value
 
 SIZES = {"a": 3, "b": 4, "c": 2}
 numbers = st.integers(-4, 4)
@@ -20,10 +21,6 @@ parts = st.builds(
 
 def space() -> AxisSpace:
     return AxisSpace(Facts(), dict(SIZES))
-
-
-def value(part: Affine, at: dict[str, int]) -> int:
-    return int(part.const) + sum(int(c) * at[axis] for axis, c in part.terms)
 
 
 def solutions(system: list[Affine]) -> list[dict[str, int]]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import fusepass
 from fusepass.reports.collector import Collector, collect
-from tests.capture import close, compiled, copies, qkv
+from tests.capture import Wrapped, close, compiled, copies, qkv
 
 INF = math.inf
 LOWEST = torch.finfo(torch.float32).min
@@ -126,17 +126,6 @@ class Block(nn.Module):
         w = self.drop(self.same(self.soft(q @ k.transpose(-1, -2) * 8**-0.5)))
         out: Tensor = self.out((w @ v).transpose(1, 2).reshape(2, 6, 16))
         return out
-
-
-class Wrapped(nn.Module):
-    """A function as a module, for those who take modules only."""
-
-    def __init__(self, function: Program) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Tensor) -> Tensor:
-        return self.function(*args)
 
 
 PAD = torch.tensor([[1] * 6, [1] * 4 + [0] * 2], dtype=torch.bool)

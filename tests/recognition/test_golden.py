@@ -24,6 +24,7 @@ from fusepass.expressions.ir import Expr, leaf, parse, to_text, walk
 from fusepass.expressions.ir import expr as make
 from fusepass.recognition.recognize import Miss, recognise
 from fusepass.rules.site import Site
+from tests.capture import Wrapped
 
 FOLDER = Path(__file__).parents[1] / "golden"
 INF = math.inf
@@ -109,17 +110,6 @@ PROGRAMS: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
 ]
 
 
-class Program(nn.Module):
-    """A function with the arguments a, b, c, …: their names are in the texts."""
-
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Tensor) -> Tensor:
-        return self.function(*args)
-
-
 def renamed(root: Expr) -> Expr:
     """The expression with its leaves numbered in the order of their use."""
     new: dict[Expr, Expr] = {}
@@ -139,7 +129,7 @@ def unnamed(node: Expr) -> Any:
 
 def described(function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> str:
     """The expression of every site, and the specification or the reason."""
-    program = torch.export.export(Program(function), args)
+    program = torch.export.export(Wrapped(function), args)
     reader = Reader(program.graph_module.graph, program.graph_module)
     parts = []
     for anchor in [m for m in reader.holders if m.op == "dot"]:

@@ -12,6 +12,7 @@ from fusepass.reports.collector import Collector, collect, publish, render, summ
 from fusepass.reports.report import GraphReport, SiteReport, source_of
 from fusepass.reports.tables import size
 from tests import engines
+from tests.capture import dynamo_graph
 
 LEFT = SiteReport("softmax_2", False, "", "", None, "softmax over [queries]", "model.py:9 f: x.softmax(1)")
 
@@ -74,19 +75,8 @@ def test_notes_are_printed_once() -> None:
     assert summary(collector) == "no attention found in 2 graphs"
 
 
-def captured(model: torch.nn.Module, *args: torch.Tensor) -> list[torch.fx.Node]:
-    nodes: list[torch.fx.Node] = []
-
-    def backend(gm: torch.fx.GraphModule, example_inputs: object) -> object:
-        nodes.extend(gm.graph.nodes)
-        return gm.forward
-
-    torch.compile(model, backend=backend)(*args)
-    return nodes
-
-
 def test_source_is_the_innermost_line_of_the_model() -> None:
-    nodes = captured(engines.Attention(), torch.randn(2, 8, 16))
+    nodes = dynamo_graph(engines.Attention(), torch.randn(2, 8, 16)).graph.nodes
     (site,) = (node for node in nodes if "softmax" in str(node.target))
     source = source_of(site)
     assert source is not None
