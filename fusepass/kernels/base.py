@@ -200,16 +200,12 @@ def without_hidden_keys(site: Site, build: Builder, target: Target, x: Operands)
     return Operands(x.q, build.op("where", build.op("transpose", seen, 2, 3), x.k, zero), x.v)
 
 
-def may_empty_rows(spec: Attention, target: Target) -> bool:
+def may_empty_rows(spec: Attention, target: Target, added: bool = False) -> bool:
     """Are there rows to mend: may a row see no key, and is adding the fills as they are not enough?
 
-    In inference, a bias that may hide whole rows is added as it is, in the order of computation, except where
-    its fills absorb scores only in sums of half precision.  The backward of every kernel gets such rows wrong
-    (``exp(s - logsumexp)`` loses the number of keys).
+    ``added``: the kernel adds the fills of masks that replace scores.
     """
-    if (target.training or not spec.biases_absorb) and any(map(is_hiding, spec.scores)):
-        return True
-    return spec.unseen_rows
+    return spec.unseen_rows or spec.biases_empty_rows(target.training, added)
 
 
 def score_operand(site: Site, build: Builder, slot: int) -> Any:

@@ -20,6 +20,7 @@ from fusepass.kernels.base import (
     Refused,
     Target,
     after_weights,
+    may_empty_rows,
     operands,
     scaled,
 )
@@ -36,7 +37,7 @@ TAKES = replace(sdpa.TAKES, sink=False, learned=IN_GRAPH, rows="seen")
 
 def refuse(spec: Attention, target: Target) -> str | None:
     """Why cuDNN, through torch, cannot compute ``spec``."""
-    if sdpa.mends_rows(spec, target):
+    if may_empty_rows(spec, target, added=True):
         return "a query may see no key"
     return gate_refuses("cudnn", spec, target.device, target.training)
 

@@ -46,7 +46,6 @@ from fusepass.kernels.base import (
 )
 from fusepass.rules.site import Site
 from fusepass.specification.attention import (
-    Attention,
     Bias,
     Dropout,
     Mask,
@@ -86,7 +85,7 @@ def emit(site: Site, build: Builder, target: Target) -> fx.Node:
     rows: Rows | None = None
     if causal:
         mask = None
-    elif not mends_rows(spec, target) or _absorbs(site, target, build.value(x.q).dtype):
+    elif not may_empty_rows(spec, target, added=True) or _absorbs(site, target, build.value(x.q).dtype):
         mask = attn_mask(site, build, target, x)
     else:
         dtype = build.value(x.q).dtype
@@ -221,11 +220,6 @@ def _representable(build: Builder, added: fx.Node) -> fx.Node:
     half = build.number(torch.finfo(value.dtype).min / 2, added)
     infinite = build.op("eq_scalar", added, -math.inf)
     return build.op("where", infinite, added, build.op("maximum", added, half))
-
-
-def mends_rows(spec: Attention, target: Target) -> bool:
-    """Are there rows to mend?  Those that a bias may hide count too, unless all fills absorb the scores."""
-    return may_empty_rows(spec, target) or (any(map(is_hiding, spec.scores)) and not spec.fills_absorb)
 
 
 def _absorbs(site: Site, target: Target, dtype: torch.dtype) -> bool:

@@ -157,20 +157,23 @@ class Attention:
         """Do all masks write minus infinity?"""
         return all(m.fill == -math.inf for m in self.masks)
 
-    @property
-    def fills_absorb(self) -> bool:
-        """Would fills that replace scores give the same result if they were added to the scores instead, in
-        single precision?"""
-        written = (m.fill for m in self.masks if not m.additive and math.isfinite(m.fill))
-        return all(absorbs(fill, torch.float32, USUAL_SCORES) for fill in written)
+    def biases_empty_rows(self, training: bool, added: bool = False) -> bool:
+        """Must a kernel mend rows that a bias may hide whole?
 
-    @property
-    def biases_absorb(self) -> bool:
-        """Do fills in biases that may hide absorb as much where they are added in single precision?
+        In inference it is enough to add such a bias as it is, in the order of computation, except in two
+        cases: its fills may absorb scores only in sums of half precision, while kernels add in single
+        precision; and a kernel may add fills that replace scores, and do not absorb them.  The backward
+        of every kernel gets such rows wrong (``exp(s - logsumexp)`` loses the number of keys).
 
-        Those of half precision absorb scores only in sums of half precision.
+        Args:
+            training: are gradients wanted?
+            added: does the kernel add the fills of masks that replace scores?
         """
-        return self.dtype is not torch.float16 or not any(is_hiding(m) and not m.dtype for m in self.scores)
+        hiding = [m for m in self.scores if is_hiding(m)]
+        half = self.dtype is torch.float16 and any(not m.dtype for m in hiding)
+        replacing = (m.fill for m in self.masks if not m.additive and math.isfinite(m.fill))
+        absorbed = not added or all(absorbs(fill, torch.float32, USUAL_SCORES) for fill in replacing)
+        return bool(hiding) and (training or half or not absorbed)
 
     @property
     def fills_stay_finite(self) -> bool:

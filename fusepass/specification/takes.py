@@ -162,9 +162,7 @@ class Takes:
             return f"'{hiding}' may hide all keys of a query"
         if hiding is not None and hiding.dtype == "f64":
             return f"'{hiding}' may hide all keys of a query, and is added in float64"
-        absorbed = spec.biases_absorb and (self.fills != "added" or spec.fills_absorb)
-        counts = training or not absorbed
-        mended = counts and hiding is not None and self.rows == "levels"
+        mended = self.rows == "levels" and spec.biases_empty_rows(training, self.fills == "added")
         if not spec.unseen_rows and not mended:
             return None
         if training and _zeroes_nan(spec):
