@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal
 
 import torch
 
@@ -13,7 +12,7 @@ from fusepass.expressions.ir import Expr, const, expr, opmath, pointwise, scalar
 from fusepass.patterns import examples as eg
 from fusepass.patterns.masks import visibility_factor
 from fusepass.patterns.scores import holds_product
-from fusepass.rules.engine import Core, Refuse, Rule, Scope, Term, rule
+from fusepass.rules.engine import Core, Form, Refuse, Rule, Scope, Term, rule
 from fusepass.rules.formulas import Formulas
 
 
@@ -73,7 +72,7 @@ def quotient(term: Term, scope: Scope) -> Core | None:
     return sunk
 
 
-def _form(scores: Expr, dim: int, scope: Scope) -> Literal["softmax", "bare", "late", "relative", "shifted"]:
+def _form(scores: Expr, dim: int, scope: Scope) -> Form:
     """The ``form`` of a softmax by what was subtracted from its logits before the exponential."""
     node, masked = under_casts(scores), False
     while True:
@@ -179,7 +178,7 @@ def _with_sink(term: Term, scores: Expr, denominator: Expr, numerator: Expr) -> 
         if sink.rank >= from_end and sink.shape[sink.rank - from_end] != 1:
             raise Refuse("the denominator adds a tensor that varies over the keys", term.expr)
         row = tuple(Affine() if d == dim else i for d, i in enumerate(term.index))
-        form: Literal["softmax", "bare"] = "softmax" if rest is not scores else "bare"
+        form: Form = "softmax" if rest is not scores else "bare"
         return Core(Term(rest, term.index), dim, term.expr.dtype, Term(rest, row).of(sink), form)
     return None
 

@@ -39,8 +39,8 @@ class Equations:
 
     def applied(self, size: Any) -> Any:
         """A size with its divisions as ratios, and with what the equations tell."""
-        known = self.known()
-        return self._with_ratios(size).xreplace(self._same).xreplace(known)
+        self.known()
+        return self._replaced(size)
 
     def known(self) -> dict[Any, Any]:
         """Numbers and sizes, by symbol."""
@@ -48,13 +48,17 @@ class Equations:
         self._read += len(new)
         claims = (g.expr for g in new if isinstance(g.expr, sympy.Eq))
         self._open += [claim for claim in claims if not claim.has(Mod, Max)]
-        while any([self._solve(claim) for claim in tuple(self._open)] if new else ()):
-            pass
+        told = len(new)
+        while told:
+            told = sum(map(self._solve, tuple(self._open)))
         return self._known
+
+    def _replaced(self, size: Any) -> Any:
+        return self._with_ratios(size).xreplace(self._same).xreplace(self._known)
 
     def _solve(self, claim: Any) -> bool:
         """Does an equation tell a symbol, or that two quotients are one?  If not, it may do so later."""
-        sides = [self._with_ratios(n).xreplace(self._same).xreplace(self._known) for n in claim.args]
+        sides = [self._replaced(side) for side in claim.args]
         rest = sympy.expand(sympy.fraction(sympy.together(sides[0] - sides[1]))[0])
         symbols = sorted(rest.free_symbols, key=str)
         if rest == 0 or (len(symbols) > 1 and not quotients(claim)):

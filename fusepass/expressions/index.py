@@ -87,7 +87,7 @@ class Facts:
 
     def settled(self, size: Size) -> Size:
         """A size with its divisions written as ratios where they are proved to be exact, and with its symbols
-        replaced by numbers where guards equate them with numbers.
+        replaced by the numbers, or other sizes, that guards equate them with.
         """
         if isinstance(size, int) or self._equations is None:
             return size

@@ -11,9 +11,8 @@ import torch
 from fusepass.expressions.intervals import magnitude, range_of
 from fusepass.expressions.ir import DTYPES, const, expr, pointwise
 from fusepass.patterns import masks
-from fusepass.recognition.meanings import Meanings
-from fusepass.recognition.rounding import Rounding, Written, roundings, without_exact_casts
-from fusepass.rules.engine import Core, Refuse, Term
+from fusepass.recognition.rounding import Rounding, Written, roundings
+from fusepass.rules.engine import Refuse, Term
 from fusepass.specification.attention import (
     Bias,
     Cast,
@@ -42,14 +41,12 @@ class Fills:
     """What fills do to the scores of one site.
 
     Args:
-        meanings: tells what the modifiers mean.
-        core: the softmax.
-        dtype: the dtype of the scores, which is that of queries and keys.
+        rounding: tells what rounding does to its scores; it knows the softmax and what the modifiers mean.
     """
 
-    def __init__(self, meanings: Meanings, core: Core, dtype: torch.dtype) -> None:
-        self.scope, self.meanings, self.core, self.dtype = meanings.scope, meanings, core, dtype
-        self.rounding = Rounding(meanings, core, dtype)
+    def __init__(self, rounding: Rounding) -> None:
+        self.rounding, self.meanings, self.core = rounding, rounding.meanings, rounding.core
+        self.scope = rounding.meanings.scope
         self.partly: list[ScoreModifier] = []
         self.overflows: Mask | None = None
 
@@ -60,7 +57,7 @@ class Fills:
             written: the modifiers as they were peeled, from the product outwards.
         """
         product = self.meanings.computed
-        merged = merge_scales(without_exact_casts(written, product, self.rounding.narrows_fills(written)))
+        merged = merge_scales(self.rounding.without_exact_casts(written))
         all_rounded = roundings(written, product)
         rounded = {} if any(isinstance(m, Cast) for m in merged) else all_rounded
         scores = [self._rounded(self.meanings.understood(m), m, rounded) for m in merged]
@@ -92,7 +89,7 @@ class Fills:
                 f"the fill of '{self.overflows}' and the constants of a bias overflow together",
                 self.core.scores.expr,
             )
-        if (large := self.rounding.unabsorbed(scores, self.dtype, self.core.dtype)) is not None:
+        if (large := self.rounding.unabsorbed(scores)) is not None:
             raise Refuse(
                 f"where a query sees no key, '{large}' holds numbers that the mask's fill does not absorb",
                 self.core.scores.expr,
@@ -224,13 +221,7 @@ class Fills:
     ) -> str | None:
         """What, other than a mask, makes scores infinite, or makes masked scores infinite again."""
         lowest = torch.finfo(self.meanings.computed).min
-        changed = [n for n, m in enumerate(before) if _is_infinite(m) and not isinstance(m, Mask)]
-        changed += [
-            n
-            for n, m in enumerate(before)
-            if isinstance(m, Mask) and m.fill == -math.inf and _last_level(before, n) != -math.inf
-        ]
-        if any(not all(isinstance(m, (Mask, Bias, Cast)) for m in before[n:]) for n in changed):
+        if _changes_infinity(before):
             return "are changed before that"
         finite = [m for m in under if m.additive and math.isfinite(m.fill)]
         if finite and any(map(_is_infinite, before)):
@@ -264,26 +255,8 @@ class Fills:
         Raises:
             Refuse: the effect depends on the values of the scores.
         """
+        self._check_exponentials(scores)
         hiding = next(filter(is_hiding, scores), None)
-        if self.core.form != "softmax" and not all(
-            _stays_low(scores, n) for n, m in enumerate(scores) if isinstance(m, Mask)
-        ):
-            raise Refuse(
-                "its softmax is written out, and scores that a mask sets to a low number do not stay low",
-                self.core.scores.expr,
-            )
-        if self.core.form == "relative" and not all(self._is_exact(m) for m in scores if isinstance(m, Bias)):
-            raise Refuse(
-                "its softmax is written out, as exp(x - logsumexp(x)), which differs for large biases",
-                self.core.scores.expr,
-            )
-        if self.core.form == "shifted" and any(
-            isinstance(m, Mask) or (isinstance(m, Bias) and not self._is_small(m)) for m in scores
-        ):
-            raise Refuse(
-                "its softmax is written out, and its exponentials may overflow: the shift is not a maximum",
-                self.core.scores.expr,
-            )
         if self.core.form == "softmax" or (rows_seen and self.core.form != "bare" and hiding is None):
             return scores
         if self.core.form == "late" and hiding is None and not any(map(_is_finite_mask, scores)):
@@ -313,6 +286,32 @@ class Fills:
                 self.core.scores.expr,
             )
         return hidden
+
+    def _check_exponentials(self, scores: Sequence[ScoreModifier]) -> None:
+        """Check that exponentials that are written out give what a softmax gives, in rows that see a key.
+
+        Raises:
+            Refuse: scores that are hidden do not vanish, or some exponentials overflow or lose digits.
+        """
+        if self.core.form != "softmax" and not all(
+            _stays_low(scores, n) for n, m in enumerate(scores) if isinstance(m, Mask)
+        ):
+            raise Refuse(
+                "its softmax is written out, and scores that a mask sets to a low number do not stay low",
+                self.core.scores.expr,
+            )
+        if self.core.form == "relative" and not all(self._is_exact(m) for m in scores if isinstance(m, Bias)):
+            raise Refuse(
+                "its softmax is written out, as exp(x - logsumexp(x)), which differs for large biases",
+                self.core.scores.expr,
+            )
+        if self.core.form == "shifted" and any(
+            isinstance(m, Mask) or (isinstance(m, Bias) and not self._is_small(m)) for m in scores
+        ):
+            raise Refuse(
+                "its softmax is written out, and its exponentials may overflow: the shift is not a maximum",
+                self.core.scores.expr,
+            )
 
     def _is_small(self, mod: Bias) -> bool:
         """Is a bias so small that it makes no exponential of a row vanish or overflow?"""
@@ -355,6 +354,16 @@ def _is_finite_mask(mod: ScoreModifier) -> bool:
 def _is_infinite(mod: ScoreModifier) -> bool:
     """May the modifier make scores infinite?"""
     return is_hiding(mod) or (isinstance(mod, Mask) and mod.fill == -math.inf)
+
+
+def _changes_infinity(scores: Sequence[ScoreModifier]) -> bool:
+    """Does anything except sums, masks and casts follow infinite scores, so that they may become others?"""
+    for at, mod in enumerate(scores):
+        stays = isinstance(mod, Mask) and _last_level(scores, at) == -math.inf
+        changed = not all(isinstance(m, (Mask, Bias, Cast)) for m in scores[at:])
+        if _is_infinite(mod) and changed and not stays:
+            return True
+    return False
 
 
 def _vanishes(scores: Sequence[ScoreModifier], at: int) -> bool:

@@ -28,6 +28,7 @@ from fusepass.patterns.weights import WEIGHTS, holds_softmax, parts
 from fusepass.recognition.fills import Fills, without_empty
 from fusepass.recognition.meanings import Meanings, told_by_masks
 from fusepass.recognition.operands import chain_of, check_operands
+from fusepass.recognition.rounding import Rounding
 from fusepass.recognition.sums import Summed, Sums, whole
 from fusepass.recognition.windows import over_original_keys
 from fusepass.rules.engine import (
@@ -93,7 +94,7 @@ class _Scores:
 def _steps(layer: Peel, dtype: torch.dtype) -> list[ScoreModifier]:
     """What a layer does to scores, from the softmax inwards; if it promotes them, a cast comes before it."""
     mod, inner = layer.modifier, layer.inner.expr
-    steps: list[ScoreModifier] = [] if mod is None else [mod]  # type: ignore[list-item]
+    steps: list[ScoreModifier] = [mod] if isinstance(mod, ScoreModifier) else []
     promoted = inner.dtype != dtype and inner.is_float and dtype.is_floating_point
     if promoted and not isinstance(mod, Cast):
         steps.append(Cast(DTYPE_NAMES[dtype], is_less_precise(dtype, inner.dtype)))
@@ -369,7 +370,7 @@ class _Reading:
         roles = told_by_masks(scope, roles, core.scores, summed.modifiers)
         dtype = query_chain[-1].expr.dtype
         meanings = Meanings(scope, roles, summed.node.dtype)
-        fills = Fills(meanings, core, dtype)
+        fills = Fills(Rounding(meanings, core, dtype))
         written = [Scale(f) for f in (*query_scales, *key_scales)] + summed.modifiers
         scores = fills.understood(written)
         sizes = meanings.sizes()

@@ -29,7 +29,7 @@ from fusepass.specification.attention import (
     is_less_precise,
     negligible,
     rounds_scores,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -61,44 +61,46 @@ def roundings(mods: Sequence[ScoreModifier], product: torch.dtype) -> dict[int, 
     return by_slot
 
 
-def without_exact_casts(
-    mods: Sequence[ScoreModifier], product: torch.dtype, whole: bool = False
-) -> list[ScoreModifier]:
-    """Drops the casts before the first one that is less precise than the product; the rest are kept.
-
-    All casts are kept where scores are narrowed after anything except sums, scales and masks: only for these
-    is it known what rounding does to fills (:func:`roundings`).  ``whole``: keep all casts in any case.
-    """
-    if whole:
-        return list(mods)
-    others = [not isinstance(m, (Scale, ScaleBy, Bias, Mask, Cast)) for m in mods]
-    if any(isinstance(m, Cast) and m.narrow and any(others[:n]) for n, m in enumerate(mods)):
-        return list(mods)
-    less = (
-        n for n, m in enumerate(mods) if isinstance(m, Cast) and is_less_precise(DTYPES[m.dtype], product)
-    )
-    first = next(less, len(mods))
-    return [m for n, m in enumerate(mods) if n >= first or not isinstance(m, Cast)]
-
-
+@dataclass(frozen=True)
 class Rounding:
     """What rounding does to the scores of one site.
 
-    Args:
+    Attributes:
         meanings: tells what the modifiers mean.
         core: the softmax.
         dtype: the dtype of the scores, which is that of queries and keys.
     """
 
-    def __init__(self, meanings: Meanings, core: Core, dtype: torch.dtype) -> None:
-        self.scope, self.meanings, self.core, self.dtype = meanings.scope, meanings, core, dtype
+    meanings: Meanings
+    core: Core
+    dtype: torch.dtype
 
     def fill_as_written(self, mod: Mask | Bias) -> float:
         """The fill of a mask, or of a bias that is one, before any scale; -inf for other biases."""
         mask = self.meanings.understood(mod)
         return mask.fill if isinstance(mask, Mask) else -math.inf
 
-    def narrows_fills(self, written: Sequence[ScoreModifier]) -> bool:
+    def without_exact_casts(self, written: Sequence[ScoreModifier]) -> list[ScoreModifier]:
+        """Drops the casts before the first one that is less precise than the product; the rest are kept.
+
+        All casts are kept where a bias that may hide is rounded, and where scores are narrowed after anything
+        except sums, scales and masks: only for these is it known what rounding does to fills
+        (:func:`roundings`).
+        """
+        others = [not isinstance(m, (Scale, ScaleBy, Bias, Mask, Cast)) for m in written]
+        changed = any(isinstance(m, Cast) and m.narrow and any(others[:n]) for n, m in enumerate(written))
+        if changed or self._narrows_fills(written):
+            return list(written)
+        product = self.meanings.computed
+        less = (
+            n
+            for n, m in enumerate(written)
+            if isinstance(m, Cast) and is_less_precise(DTYPES[m.dtype], product)
+        )
+        first = next(less, len(written))
+        return [m for n, m in enumerate(written) if n >= first or not isinstance(m, Cast)]
+
+    def _narrows_fills(self, written: Sequence[ScoreModifier]) -> bool:
         """Is a bias that may hide added in a wider dtype than the product's, and the sum narrowed later?"""
         for at, mod in enumerate(written):
             if not isinstance(mod, Bias) or not is_less_precise(self.meanings.computed, DTYPES[mod.dtype]):
@@ -117,7 +119,7 @@ class Rounding:
         for mod in scores:
             if not isinstance(mod, Bias) or (written := rounded.get(mod.slot)) is None:
                 continue
-            operand = self.scope.operands[mod.slot].expr
+            operand = self.meanings.scope.operands[mod.slot].expr
             low = -self.meanings.constants(mod)
             casts = (DTYPES[step.dtype] for step in written.steps if isinstance(step, Cast))
             before = low / abs(mod.factor) if mod.factor else low
@@ -167,7 +169,8 @@ class Rounding:
             return abs(mod.factor)
         if not isinstance(mod, ScaleBy):
             return 1.0
-        bounds = range_of(self.scope.operands[mod.slot].expr, self.scope.contents, self.scope.facts)
+        scope = self.meanings.scope
+        bounds = range_of(scope.operands[mod.slot].expr, scope.contents, scope.facts)
         return 1.0 if bounds is None or not magnitude(bounds) < math.inf else magnitude(bounds)
 
     def overflowing(self, scores: Sequence[ScoreModifier], narrow: torch.finfo) -> Mask | None:
@@ -195,7 +198,7 @@ class Rounding:
         if written is None:
             return False
         scale = math.prod(abs(step.factor) for step in written.steps if isinstance(step, Scale))
-        shifted = merged.slot in self.scope.shifted
+        shifted = merged.slot in self.meanings.scope.shifted
         if math.frexp(scale)[0] == 0.5 and not written.scaled_by_tensor and not shifted:
             return False
         if isinstance(mod, Bias):
@@ -205,13 +208,8 @@ class Rounding:
             fill, inexact = mod.fill, mod.additive
         return inexact and math.isfinite(fill) and not absorbs(fill, written.dtype, USUAL_SCORES * scale)
 
-    def unabsorbed(self, scores: Sequence[ScoreModifier], *dtypes: torch.dtype) -> Bias | None:
-        """A bias of constants that an additive mask does not absorb, so that hidden scores still differ.
-
-        Args:
-            scores: the modifiers.
-            dtypes: the dtypes of the scores and of the softmax.
-        """
+    def unabsorbed(self, scores: Sequence[ScoreModifier]) -> Bias | None:
+        """A bias of constants that an additive mask does not absorb, so that hidden scores still differ."""
         added = [m for m in scores if isinstance(m, Mask) and m.additive]
         for mod in scores:
             if (
@@ -220,7 +218,7 @@ class Rounding:
                 or (most := self.meanings.constants(mod)) <= USUAL_SCORES
             ):
                 continue
-            if not all(absorbs(m.fill, dtype_of_sum(m, *dtypes), most) for m in added):
+            if not all(absorbs(m.fill, dtype_of_sum(m, self.dtype, self.core.dtype), most) for m in added):
                 return mod
         return None
 
@@ -238,4 +236,4 @@ class Rounding:
         return None
 
 
-__all__ = ["Rounding", "Written", "roundings", "without_exact_casts"]
+__all__ = ["Rounding", "Written", "roundings"]

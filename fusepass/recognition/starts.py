@@ -57,7 +57,7 @@ class Starts:
     def axes(self, index: Affine) -> frozenset[str]:
         """The axes that an index varies over, with those of the formulas in place of starts."""
         starts = self.of(index)
-        varied = (self._axes(self.by_axis[axis].formula) for axis in starts)
+        varied = (axes_of(self.by_axis[axis].formula, self.space) for axis in starts)
         return self.space.resolve(index).axes.difference(starts).union(*varied)
 
     def inside(self, index: Affine) -> Affine | None:
@@ -87,14 +87,16 @@ class Starts:
             out = expr("add", (out, term), (), (), torch.int64)
         return out
 
-    def _axes(self, node: Expr) -> frozenset[str]:
-        if node.op == "affine":
-            return self.space.resolve(node.attrs[0]).axes
-        return frozenset().union(*map(self._axes, node.args))
+
+def axes_of(node: Expr, space: AxisSpace) -> frozenset[str]:
+    """The axes that a formula of positions varies over."""
+    if node.op == "affine":
+        return space.resolve(node.attrs[0]).axes
+    return frozenset().union(*(axes_of(a, space) for a in node.args))
 
 
 def _plus(formula: Expr, number: Size) -> Expr:
     return formula if number == 0 else expr("add", (formula, affine(Affine((), number))), (), (), torch.int64)
 
 
-__all__ = ["Start", "Starts"]
+__all__ = ["Start", "Starts", "axes_of"]

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fusepass.expressions.index import Affine, AxisSpace, Size, prod, simplify_size
+from fusepass.expressions.index import Affine, Size, prod, simplify_size
 from fusepass.expressions.inequalities import implied
 from fusepass.expressions.ir import POINTWISE, Expr, affine, const, expr, pointwise
 from fusepass.patterns import heads, masks
 from fusepass.recognition.meanings import Meanings
-from fusepass.recognition.starts import Starts
+from fusepass.recognition.starts import Starts, axes_of
 from fusepass.rules.engine import Term
 from fusepass.rules.formulas import TRUE, Formulas, against_zero
 from fusepass.specification.attention import Atom, Band, Window, intersect
@@ -156,7 +156,7 @@ class Names:
         whole = self.starts.written(clauses[0])
         for clause in clauses[1:]:
             whole = expr("and", (whole, self.starts.written(clause)), (), (), torch.bool)
-        axes = _axes(whole, self.space)
+        axes = sorted(axes_of(whole, self.space))
         tensor = self._tensor(whole, axes)
         if tensor is None:
             return None
@@ -187,13 +187,6 @@ class Names:
             spread = expr("reshape", (ramp,), (), (size,) + (1,) * after, torch.int64) if after else ramp
             out = spread if out is None else pointwise("add", out, spread, dtype=torch.int64)
         return expr("iota", (), (index.const, 0), (), torch.int64) if out is None else out
-
-
-def _axes(node: Expr, space: AxisSpace) -> list[str]:
-    """The axes of a formula."""
-    if node.op == "affine":
-        return sorted(space.resolve(node.attrs[0]).axes)
-    return sorted({axis for a in node.args for axis in _axes(a, space)})
 
 
 __all__ = ["Dim", "Names"]

@@ -61,6 +61,10 @@ class Peel:
     modifier: ScoreModifier | WeightModifier | None = None
 
 
+#: How a softmax is written: see :class:`Core`.
+Form = Literal["softmax", "bare", "late", "relative", "shifted", "gated"]
+
+
 @dataclass(frozen=True)
 class Core:
     """A softmax that was reached: its scores, the position of its axis in their index, the dtype it computes
@@ -82,7 +86,7 @@ class Core:
     dim: int
     dtype: torch.dtype
     sink: Term | None = None
-    form: Literal["softmax", "bare", "late", "relative", "shifted", "gated"] = "softmax"
+    form: Form = "softmax"
 
 
 @dataclass(frozen=True)
