@@ -7,7 +7,7 @@ import math
 import torch
 
 from fusepass.expressions.contents import Uniform
-from fusepass.expressions.intervals import is_ordinary, magnitude, range_of
+from fusepass.expressions.intervals import is_ordinary, least_size, magnitude, range_of
 from fusepass.expressions.ir import (
     DTYPE_NAMES,
     POINTWISE,
@@ -23,7 +23,7 @@ from fusepass.expressions.ir import (
 )
 from fusepass.patterns import examples as eg
 from fusepass.rules.engine import Peel, Refuse, Rule, Scope, Term, rule
-from fusepass.specification.atoms import negligible
+from fusepass.specification.atoms import negligible, rounds_scores
 from fusepass.specification.score_modifiers import (
     Absolute,
     Bias,
@@ -199,8 +199,16 @@ def _cancels(term: Term, side: int, scope: Scope) -> bool:
         return False
     if _is_row_maximum(t, x, scope):
         return True
-    ordinary = is_ordinary(t.expr, term.expr.dtype, scope.contents, scope.facts)
-    return ordinary and not _overflows_later(t, term.expr.dtype, scope)
+    return cancels(t.expr, term.expr.dtype, scope) and not _overflows_later(t, term.expr.dtype, scope)
+
+
+def cancels(t: Expr, dtype: torch.dtype, scope: Scope) -> bool:
+    """Does a tensor that does not vary over the keys cancel in the softmax, if it is added in a dtype?
+
+    It is of ordinary size, and none of its constants is so large that scores lose digits by the addition.
+    """
+    known = scope.contents, scope.facts
+    return is_ordinary(t, dtype, *known) and not rounds_scores(least_size(t, *known), dtype)
 
 
 def _overflows_later(t: Term, dtype: torch.dtype, scope: Scope) -> bool:

@@ -26,7 +26,16 @@ from fusepass.expressions.ir import VIEWS, Expr, is_integer, opmath, rounded_to
 
 Interval = tuple[float, float]
 
-__all__ = ["LEAST", "Interval", "Ranges", "absorbs_from_above", "holds_fill", "is_ordinary", "range_of"]
+__all__ = [
+    "LEAST",
+    "Interval",
+    "Ranges",
+    "absorbs_from_above",
+    "holds_fill",
+    "is_ordinary",
+    "least_size",
+    "range_of",
+]
 
 _BITS = frozenset("lt le gt ge eq ne and or xor not isnan isinf".split())
 _TRUTH: Interval = (0.0, 1.0)
@@ -287,6 +296,12 @@ def is_ordinary(node: Expr, dtype: torch.dtype, contents: Contents, facts: Facts
     interval = Ranges(contents, facts, scale=USUAL).of(node)
     most = min(FILL, torch.finfo(dtype).max / 2)
     return interval is not None and interval[0] > -most and interval[1] < most
+
+
+def least_size(node: Expr, contents: Contents, facts: Facts) -> float:
+    """The size that its constants give a tensor, whatever the inputs are; 0 if not known."""
+    interval = Ranges(contents, facts, scale=LEAST).of(node)
+    return 0.0 if interval is None else magnitude(interval)
 
 
 def absorbs_from_above(node: Expr, contents: Contents, facts: Facts) -> bool:

@@ -64,6 +64,7 @@ class Fills:
         scores = [self._overflown(m, self.core.dtype, product) for m in scores]
         pairs = zip(scores, merged, strict=True)
         self.partly = [m for m, as_merged in pairs if self.rounding.absorbs_in_part(m, as_merged, rounded)]
+        self.rounding.check_rows(scores)
         self.rounding.check_narrowed(scores, all_rounded)
         casts = [DTYPES[m.dtype] for m in written if isinstance(m, Cast)]
         narrow = torch.finfo(min((self.core.dtype, product, *casts), key=lambda d: torch.finfo(d).max))
@@ -108,7 +109,7 @@ class Fills:
         Raises:
             Refuse: the fill becomes infinity or NaN, or a number that absorbs less in a wider dtype.
         """
-        if not isinstance(mod, Mask) or not isinstance(merged, (Mask, Bias)):
+        if not isinstance(mod, (Mask, Bias)) or not isinstance(merged, (Mask, Bias)):
             return mod
         written = rounded.get(merged.slot)
         if written is None:
@@ -125,10 +126,12 @@ class Fills:
                 most = torch.finfo(DTYPES[step.dtype]).max
             fill = fill * step.factor if isinstance(step, Scale) else step.hidden(fill)
             fill = fill if abs(fill) <= most else math.copysign(math.inf, fill)
-        if fill == math.inf or math.isnan(fill):
+        if fill == math.inf or math.isnan(fill) or (fill == -math.inf and isinstance(mod, Bias)):
             raise Refuse(
                 f"the fill of '{mod}' overflows, and becomes {fill} when it is scaled", self.core.scores.expr
             )
+        if isinstance(mod, Bias):
+            return mod
         if isinstance(merged, Bias) and -math.inf < fill < torch.finfo(written.dtype).min:
             raise Refuse(
                 f"a fill of {written.dtype} becomes {fill:g} in a wider dtype, where it absorbs less",

@@ -81,9 +81,8 @@ class Meanings:
 
     def constants(self, mod: Bias) -> float:
         """The size that the constants of a bias give it, whatever its inputs are; 0 if not known."""
-        known = intervals.Ranges(self.scope.contents, self.scope.facts, scale=intervals.LEAST)
-        bounds = known.of(self.scope.operands[mod.slot].expr)
-        return 0.0 if bounds is None else intervals.magnitude(bounds) * abs(mod.factor)
+        operand = self.scope.operands[mod.slot].expr
+        return intervals.least_size(operand, self.scope.contents, self.scope.facts) * abs(mod.factor)
 
     def letters(self, term: Term) -> str:
         """The letters of the roles that an operand varies over, in order."""

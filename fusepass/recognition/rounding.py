@@ -101,14 +101,32 @@ class Rounding:
         return [m for n, m in enumerate(written) if n >= first or not isinstance(m, Cast)]
 
     def _narrows_fills(self, written: Sequence[ScoreModifier]) -> bool:
-        """Is a bias that may hide added in a wider dtype than the product's, and the sum narrowed later?"""
-        for at, mod in enumerate(written):
-            if not isinstance(mod, Bias) or not is_less_precise(self.meanings.computed, DTYPES[mod.dtype]):
-                continue
-            narrowed = any(isinstance(m, Cast) and m.narrow for m in written[at + 1 :])
-            if narrowed and is_hiding(self.meanings.understood(mod)):
-                return True
-        return False
+        """Is a fill, or a bias that may hide, wider than the product's dtype, and narrowed later?"""
+        return any(
+            self._is_wide(mod) and any(isinstance(m, Cast) and m.narrow for m in written[at + 1 :])
+            for at, mod in enumerate(written)
+        )
+
+    def _is_wide(self, mod: ScoreModifier) -> bool:
+        product = self.meanings.computed
+        if isinstance(mod, Mask):
+            return -math.inf < mod.fill < torch.finfo(product).min
+        wide = isinstance(mod, Bias) and is_less_precise(product, DTYPES[mod.dtype])
+        return wide and is_hiding(self.meanings.understood(mod))
+
+    def check_rows(self, scores: Sequence[ScoreModifier]) -> None:
+        """Check that no constant that is added to whole rows leaves their scores hardly a digit.
+
+        Raises:
+            Refuse: the original's weights are made by rounding, and those of a wider sum would not be.
+        """
+        for mod in scores:
+            if isinstance(mod, Bias) and "j" not in mod.axes and not mod.hides:
+                size, dtype = self.meanings.constants(mod), DTYPES[mod.dtype] if mod.dtype else self.dtype
+                if rounds_scores(size, dtype, 1.0):
+                    raise Refuse(
+                        f"{size:g} is added to whole rows, where scores lose their digits in {dtype}"
+                    )
 
     def check_narrowed(self, scores: Sequence[ScoreModifier], rounded: dict[int, Written]) -> None:
         """Check that no bias hides keys only because its sum is rounded to a less precise dtype than its own.
@@ -162,6 +180,18 @@ class Rounding:
                 level = level + fill if added else min(level, fill)
             elif level < narrow.min and not isinstance(mod, (Mask, Bias, Cast)):
                 raise Refuse(f"the sum of fills overflows in {narrow.dtype}, and '{mod}' is applied to it")
+        self._check_constants(written, narrow)
+
+    def _check_constants(self, written: Sequence[ScoreModifier], narrow: torch.finfo) -> None:
+        """Check that the constants of biases that are no masks stay finite through all scales."""
+        largest = 0.0
+        for mod in written:
+            if isinstance(mod, Bias) and isinstance(self.meanings.understood(mod), Bias):
+                constants = self.meanings.constants(mod)
+                largest = max(largest, constants if constants < math.inf else 0.0)
+            largest *= self._factor(mod)
+            if largest > narrow.max and not isinstance(mod, Bias):
+                raise Refuse(f"constants of a bias become {largest:g}, which overflows in {narrow.dtype}")
 
     def _factor(self, mod: ScoreModifier) -> float:
         """By how much a modifier makes scores larger, as far as that is known."""

@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from fusepass.expressions.index import Size
-from fusepass.expressions.intervals import holds_fill, is_ordinary
+from fusepass.expressions.intervals import holds_fill
 from fusepass.expressions.ir import DTYPES, Expr, const, is_constant, opmath, pointwise
+from fusepass.patterns.scores import cancels
 from fusepass.patterns.sums import product_below, square_below, summands, without
 from fusepass.recognition.concatenation import Part, joined_product
 from fusepass.rules.engine import STEP_LIMIT, Product, Scope, Term
@@ -88,15 +89,14 @@ class Sums:
         rows: dict[Expr, bool] = {}
         for factor, leaf in summands(term.expr, self.scope):
             row = not is_constant(leaf) and not self.scope.varies_over_keys(term.of(leaf))
-            cancels = row and self._is_ordinary(factor, leaf, mod)
-            rows[leaf] = cancels and rows.get(leaf, True)
-        return self._rest(mod, {leaf for leaf, cancels in rows.items() if cancels})
+            rows[leaf] = row and self._cancels(factor, leaf, mod) and rows.get(leaf, True)
+        return self._rest(mod, {leaf for leaf, dropped in rows.items() if dropped})
 
-    def _is_ordinary(self, factor: float, leaf: Expr, mod: Bias) -> bool:
-        """Is a multiple of a tensor, as it is added to the scores, of ordinary size?"""
+    def _cancels(self, factor: float, leaf: Expr, mod: Bias) -> bool:
+        """Does a multiple of a row's tensor cancel, as it is added to the scores?"""
         dtype = DTYPES[mod.dtype] if mod.dtype else leaf.dtype
         added = pointwise("mul", leaf, const(factor * mod.factor, opmath(leaf.dtype)), dtype=leaf.dtype)
-        return is_ordinary(added, dtype, self.scope.contents, self.scope.facts)
+        return cancels(added, dtype, self.scope)
 
     def _rest(self, mod: Bias, dropped: set[Expr]) -> Bias | None:
         """A bias without some of its summands."""

@@ -137,6 +137,11 @@ def negligible(fill: float, dtype: torch.dtype) -> bool:
     return fill == -math.inf or fill <= max(-1e8, lowest * 0.99)
 
 
+def rounds_scores(size: float, dtype: torch.dtype, most: float = 1 / 16) -> bool:
+    """May adding a number of this size to a score change the score by more than ``most`` through rounding?"""
+    return size * torch.finfo(dtype).eps > most
+
+
 def absorbs(fill: float, dtype: torch.dtype, most: float = 1e8) -> bool:
     """Does adding any number of ordinary size, up to ``most``, leave ``fill`` unchanged in ``dtype``?"""
     return -fill * torch.finfo(dtype).eps / 2 > most
@@ -144,5 +149,5 @@ def absorbs(fill: float, dtype: torch.dtype, most: float = 1e8) -> bool:
 
 __all__ = [
     "Atom", "Band", "Chunk", "Dense", "Document", "KeyPadding", "Prefix", "Window",
-    "absorbs", "intersect", "negligible",
+    "absorbs", "intersect", "negligible", "rounds_scores",
 ]  # fmt: skip

@@ -32,6 +32,7 @@ from fusepass.specification.atoms import (
     absorbs,
     intersect,
     negligible,
+    rounds_scores,
 )
 from fusepass.specification.modifiers import Modifier, ScoreModifier, WeightModifier, kinds
 from fusepass.specification.score_modifiers import (
@@ -181,9 +182,12 @@ class Attention:
 
         It must be below half the largest number of the scores' dtype.
         """
-        written = sum(abs(m.fill) for m in self.masks if m.fill != -math.inf)
+        finite = [n for n, m in enumerate(self.scores) if isinstance(m, Mask) and m.fill != -math.inf]
+        written = sum(abs(mod.fill) for mod in self.masks if mod.fill != -math.inf)
         return (
-            all(isinstance(m, Mask) for m in self.added) and written < torch.finfo(self.score_dtype).max / 2
+            all(isinstance(m, Mask) for m in self.added)
+            and written < torch.finfo(self.score_dtype).max / 2
+            and not any(level == -math.inf for at in finite for level in fill_levels(self.scores, at))
         )
 
     def _stays_hidden(self, scores: Sequence[ScoreModifier], at: int) -> bool:
@@ -286,11 +290,6 @@ def dtype_of_sum(mask: Mask, *dtypes: torch.dtype) -> torch.dtype:
     if mask.dtype:
         return DTYPES[mask.dtype]
     return next((d for d in dtypes if mask.fill >= torch.finfo(d).min), torch.float64)
-
-
-def rounds_scores(size: float, dtype: torch.dtype) -> bool:
-    """May adding a number of this size to a score change the score by more than 1/16 through rounding?"""
-    return size * torch.finfo(dtype).eps > 1 / 16
 
 
 def rounds_softmax(softmax_dtype: torch.dtype, operands: torch.dtype) -> bool:

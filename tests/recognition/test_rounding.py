@@ -333,10 +333,38 @@ def fills_that_overflow_together_once_cleaned(s: Tensor) -> Tensor:
     return (s + (~seen).to(s.dtype) * torch.finfo(s.dtype).min).nan_to_num()
 
 
+def a_shift_that_rounds_scores_beside_a_wide_fill(s: Tensor) -> Tensor:
+    return (s * 0.1 + 1e4) + torch.zeros(N, N).masked_fill(~ROWS, torch.finfo(s.dtype).min)
+
+
+def a_shift_and_a_fill_that_overflow_together(s: Tensor) -> Tensor:
+    s = s + torch.zeros_like(s).masked_fill_(~ROWS[:, :1], -1e4)
+    return s + (~ROWS[:, :1]).to(s.dtype) * torch.finfo(s.dtype).min
+
+
+def a_shift_and_a_fill_that_overflow_times_zero(s: Tensor) -> Tensor:
+    s = s.masked_fill(~CAUSAL, torch.finfo(s.dtype).min)
+    return (s + torch.ones(N, 1, dtype=torch.bool) * -100.0) * 0.0
+
+
+def a_fill_that_is_scaled_up_and_down(s: Tensor) -> Tensor:
+    hidden = (~ROWS[:, :1]).to(s.dtype)
+    s = (s * ROWS[:, :1] + hidden * torch.finfo(s.dtype).min) * 4
+    return s.masked_fill(~CAUSAL, torch.finfo(s.dtype).min) / torch.full((N, 1), 200, dtype=torch.uint8)
+
+
+def a_wide_fill_that_overflows_beside_infinite_ones(s: Tensor) -> Tensor:
+    s = s.masked_fill(~torch.eye(N, dtype=torch.bool), -INF).float()
+    return torch.where(CAUSAL.tril(-1), s, torch.finfo(torch.float32).min).bfloat16().float()
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     "change",
     [
+        a_shift_that_rounds_scores_beside_a_wide_fill, a_shift_and_a_fill_that_overflow_together,
+        a_shift_and_a_fill_that_overflow_times_zero, a_fill_that_is_scaled_up_and_down,
+        a_wide_fill_that_overflows_beside_infinite_ones,
         scores_that_overflow, fills_that_overflow_and_are_scaled, fills_that_overflow_times_zero,
         infinity_times_zero_cleaned, a_large_number_in_half, a_number_that_absorbs_rows,
         fill_that_is_scaled_in_single_precision, fills_that_overflow_together_once_cleaned,
