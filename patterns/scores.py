@@ -274,7 +274,10 @@ def mask(term: Term, scope: Scope) -> Peel | None:
         if fill is not None and holds_product(term.expr.args[kept]):
             if not fill < math.inf:
                 raise Refuse(f"some scores are set to {fill:g}", term.expr)
-            return Peel(term.argument(kept), Mask(scope.slot(term.argument(0)), fill, False, attends))
+            written = Mask(
+                scope.slot(term.argument(0)), fill, False, attends, dtype=DTYPE_NAMES[term.expr.dtype]
+            )
+            return Peel(term.argument(kept), written)
     if holds_product(yes) or holds_product(no):
         raise Refuse("where() chooses between the scores and another tensor, not a constant fill", term.expr)
     return None

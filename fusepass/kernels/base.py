@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fusepass.dialects.torch.nodes import size_of
 from fusepass.expressions.contents import FILL
-from fusepass.expressions.ir import Expr, opmath
+from fusepass.expressions.ir import DTYPES, Expr, opmath
 from fusepass.rules.site import Site
 from fusepass.specification.attention import (
     USUAL_SCORES,
@@ -434,6 +434,7 @@ def _hide(site: Site, build: Builder, level: fx.Node | None, mod: Mask | Bias) -
     if mod.additive:
         return tensor if level is None else build.op("add", level, tensor)
     dtype = site.product.dtype if level is None else build.value(level).dtype
+    dtype = torch.promote_types(dtype, DTYPES[mod.dtype]) if mod.dtype else dtype
     if math.isfinite(mod.fill):
         wide = (d for d in (torch.float32, torch.float64) if mod.fill >= torch.finfo(d).min)
         dtype = dtype if mod.fill >= torch.finfo(dtype).min else next(wide, torch.float64)

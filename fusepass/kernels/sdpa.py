@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusepass.dialects.torch.nodes import size_of
 from fusepass.expressions.index import Size
-from fusepass.expressions.ir import opmath
+from fusepass.expressions.ir import DTYPES, opmath
 from fusepass.kernels import torch_flash
 from fusepass.kernels.base import (
     AROUND,
@@ -167,7 +167,8 @@ def attn_mask(site: Site, build: Builder, target: Target, x: Operands) -> fx.Nod
     total: fx.Node | None = None
     for mod in extra:
         if isinstance(mod, Mask) and not mod.additive:
-            total = _filled(site, build, mod, total, dtype)
+            held = torch.promote_types(dtype, DTYPES[mod.dtype]) if mod.dtype else dtype
+            total = _filled(site, build, mod, total, held)
         else:
             term = _added(site, build, mod)
             total = term if total is None else build.op("add", total, term)

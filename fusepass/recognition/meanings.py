@@ -57,8 +57,14 @@ class Meanings:
         if isinstance(mod, Mask):
             formula = self.formulas.lift(scope.operands[mod.slot])
             attends = formula if mod.attends else self.formulas.make("not", (formula,), torch.bool)
-            return replace(mod, atoms=self._atoms(attends))
+            return replace(mod, atoms=self._atoms(attends), dtype=self._dtype_of_fill(mod))
         return mod
+
+    def _dtype_of_fill(self, mod: Mask) -> str:
+        """The dtype of the scores that a mask fills, where the product's dtype does not hold the fill."""
+        if not mod.dtype or not is_less_precise(self.computed, DTYPES[mod.dtype]):
+            return ""
+        return "" if float(const(mod.fill, self.computed).attrs[0]) == mod.fill else mod.dtype
 
     def _understood_bias(self, mod: Bias) -> Bias | Mask:
         scope = self.scope

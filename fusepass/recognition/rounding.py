@@ -168,9 +168,12 @@ class Rounding:
             scale *= self._factor(mod)
             if scale * USUAL_SCORES > narrow.max:
                 raise Refuse(f"scores that are multiplied by {scale:g} overflow in {narrow.dtype}")
-        for mod in scores:
-            if isinstance(mod, Mask) and mod.fill > narrow.max:
-                raise Refuse(f"some scores are set to {mod.fill:g}, which overflows in {narrow.dtype}")
+        for at, mod in enumerate(scores):
+            alone = (mod, *(m for m in scores[at + 1 :] if not isinstance(m, Mask)))
+            levels = fill_levels(alone, 0) if isinstance(mod, Mask) else ()
+            high = next((n for n in levels if n is not None and not n <= narrow.max), None)
+            if high is not None:
+                raise Refuse(f"some scores are set to {high:g}, which overflows in {narrow.dtype}")
         for mod in written:
             fill = self.fill_as_written(mod) if isinstance(mod, (Mask, Bias)) else math.nan
             if isinstance(mod, Bias) and fill == -math.inf:

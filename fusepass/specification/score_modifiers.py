@@ -169,7 +169,7 @@ class Mask(ScoreModifier):
     ``additive``: the operand in ``slot`` is a floating tensor of zeros and ``fill`` that is *added*;
     otherwise it is boolean, True where ``attends``, and hidden scores are *replaced* by ``fill``.
     Whether it hides for good depends on the fill and on what follows: ask :meth:`Attention.hides`.
-    ``dtype`` is that of the sum, as for a :class:`Bias`.
+    ``dtype`` is that of the sum, as for a :class:`Bias`, or of the scores that hold the fill.
     """
 
     slot: int
@@ -187,6 +187,7 @@ class Mask(ScoreModifier):
         tensor = operands[self.slot]
         if self.additive:
             return _widened(x, self.dtype) + tensor
+        x = _widened(x, self.dtype)
         low = -math.inf if self.fill == -math.inf else max(self.fill, torch.finfo(x.dtype).min)
         return x.masked_fill(~tensor if self.attends else tensor, low)
 

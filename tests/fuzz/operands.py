@@ -134,7 +134,7 @@ def prepared(sk: Sketch, name: str, prefix: str) -> str:
             "torch.cat([{x}[..., :1, :], {x}[..., 1:, :]], -2)",
             "{x}.transpose(0, 1).transpose(0, 1)",
         ),
-        "torch.nn.functional.normalize({x}, dim=-1)",
+        "torch.nn.functional.normalize({x}, dim=-1, eps=1e-3)",  # zeros of half precision stay finite
     )
     if step == "{x} @ w":
         width = "E" if prefix == "v" else "D"

@@ -360,6 +360,37 @@ def a_wide_fill_that_overflows_beside_infinite_ones(s: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
+    "function",
+    [torch.abs, torch.neg, lambda s: s * 0.0, lambda s: F.leaky_relu(s, -0.5), lambda s: s.abs().neg()],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_infinite_fills_that_a_function_of_the_scores_changes(
+    function: Scores, dtype: torch.dtype, kernel: str
+) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.mT + torch.full((N, N), -INF).triu(1)
+        s = torch.where(torch.arange(N)[:, None] > 0, s, torch.tensor(-1e4, dtype=s.dtype)) * 1e-3
+        return function(s).softmax(-1).to(v.dtype) @ v
+
+    given: Any = inputs(dtype)
+    agrees(program, kernel, close=2e-2, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_fills_that_the_dtype_of_the_product_does_not_hold(kernel: str) -> None:
+    """Both fills are the same number in single precision, and different ones in bfloat16."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = torch.where(KEYS, (q @ k.mT).float(), -1e9)
+        s = s + torch.zeros(N, N).masked_fill(~torch.eye(N, dtype=torch.bool), -1e9)
+        return s.softmax(-1).to(v.dtype) @ v
+
+    given: Any = inputs(torch.bfloat16)
+    agrees(program, kernel, close=2e-2, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
     "change",
     [
         a_shift_that_rounds_scores_beside_a_wide_fill, a_shift_and_a_fill_that_overflow_together,
