@@ -20,6 +20,7 @@ import torch
 from torch import fx
 from torch.utils._sympy.symbol import SymT, free_symbol_is_type
 
+from fusepass.expressions.ir import opmath
 from fusepass.host.surroundings import settings
 from fusepass.kernels import flex_blocks, flex_operators
 from fusepass.kernels import formula as fm
@@ -115,7 +116,7 @@ def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
     original, scale = x, 1.0
     if may_empty_rows(spec, target):
         original = x = without_hidden_keys(site, build, target, x)
-        rows = rows_of(site, build, build.value(x.q).dtype)
+        rows = rows_of(site, build, opmath(build.value(x.q).dtype))
         scale = math.prod(m.factor for m in spec.scores if isinstance(m, Scale))
         learns = learns_hidden_rows(site, build, target)
         x = x if learns else Operands(muted(build, rows, x.q), x.k, x.v)

@@ -135,7 +135,7 @@ def _with_sink(
     """A sink as one more key and value of zeros: its score is zero plus the sink, and its value is zero."""
     spec, like = site.spec, build.value(x.q)
     assert spec.sink is not None
-    k, v = (build.op("pad", t, [0, 0, 0, 1]) for t in (x.k, x.v))
+    k, v = (_with_zeros(build, t, 2, 1) for t in (x.k, x.v))
     sink = row_operand(site, build, spec.sink.slot)
     if not isinstance(sink, fx.Node) or not isinstance(build.value(sink), torch.Tensor):
         sink = build.op("full", [1, 1, 1, 1], sink, dtype=like.dtype, device=like.device)
@@ -375,9 +375,17 @@ def _same_width(site: Site, build: Builder, x: Operands, head_dim: Size) -> Oper
     """Pad values, or queries and keys, if they are narrower, with zeros, which add nothing to a product."""
     width = site.spec.value_dim
     if site.space.facts.at_most(width, head_dim):
-        return Operands(x.q, x.k, build.op("pad", x.v, [0, build.size(head_dim - width)]))
-    missing = [0, build.size(width - head_dim)]
-    return Operands(build.op("pad", x.q, missing), build.op("pad", x.k, missing), x.v)
+        return Operands(x.q, x.k, _with_zeros(build, x.v, 3, head_dim - width))
+    q, k = (_with_zeros(build, t, 3, width - head_dim) for t in (x.q, x.k))
+    return Operands(q, k, x.v)
+
+
+def _with_zeros(build: Builder, tensor: fx.Node, dim: int, count: Size) -> fx.Node:
+    """A tensor with zeros appended.  Unlike ``pad``, its gradient has known strides at symbolic sizes."""
+    like = build.value(tensor)
+    shape = [build.size(size_of(n)) for n in like.shape]
+    shape[dim] = build.size(count)
+    return build.op("cat", [tensor, build.op("full", shape, 0.0, dtype=like.dtype, device=like.device)], dim)
 
 
 def _repeated(site: Site, build: Builder, x: Operands) -> Operands:

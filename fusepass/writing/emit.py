@@ -37,7 +37,7 @@ _ATEN: dict[str, Any] = {
     "where": aten.where.self,
     "any": aten.any.dim, "mean": aten.mean.dim, "full": aten.full.default, "arange": aten.arange.default,
     "dropout": aten.dropout.default, "to": aten._to_copy.default, "slice": aten.slice.Tensor,
-    "select": aten.select.int, "flip": aten.flip.default, "pad": aten.constant_pad_nd.default,
+    "select": aten.select.int, "flip": aten.flip.default,
     "exp": aten.exp.default, "tanh": aten.tanh.default, "sqrt": aten.sqrt.default,
     "rsqrt": aten.rsqrt.default, "abs": aten.abs.default, "maximum": aten.maximum.default,
     "minimum": aten.minimum.default, "scalar_tensor": aten.scalar_tensor.default, "log": aten.log.default,
@@ -332,7 +332,7 @@ def _int(value: sympy.Expr) -> Size:
 def _packet(name: str) -> Callable[..., Any]:
     """The operator with all its overloads; a call chooses one by its arguments."""
     renamed = {
-        "eq_scalar": "eq", "mul_scalar": "mul", "div_number": "div", "pad": "constant_pad_nd",
+        "eq_scalar": "eq", "mul_scalar": "mul", "div_number": "div",
         "sum_over": "sum",
     }  # fmt: skip
     packet: Callable[..., Any] = getattr(aten, renamed.get(name, name))

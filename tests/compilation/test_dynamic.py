@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -256,3 +257,26 @@ def test_half_precision_sums_may_overflow() -> None:
     want = checking.call(attention, given).out
     got = checking.call(checking.compiled(attention, "reference", dynamic=True), given)
     torch.testing.assert_close(got.out, want, rtol=1e-2, atol=1e-2, equal_nan=True)
+
+
+def test_gradients_of_heads_that_are_padded_with_zeros() -> None:
+    """Values have other head sizes than keys, and all sizes are symbols."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        groups, queries = q.shape[1] // k.shape[1], q.shape[2]
+        wide = k.unsqueeze(2).repeat(1, 1, groups, 1, 1).flatten(1, 2)
+        scores = torch.bmm(q.flatten(0, 1), wide.flatten(0, 1).mT).view(*q.shape[:3], k.shape[2])
+        seen = torch.arange(queries)[:, None] < 2
+        weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
+        return weights @ v.repeat_interleave(groups, 1)
+
+    shapes = ((3, 4, 2, 1), (3, 2, 2, 1), (3, 2, 2, 2))
+    given = [torch.randn(*shape, requires_grad=True) for shape in shapes]
+    program(*given).sum().backward()
+    expected = [t.grad for t in given]
+    mine = [t.detach().clone().requires_grad_() for t in given]
+    options: dict[str, Any] = {"inner": "aot_eager", "kernel": "sdpa"}
+    with collector.collect() as seen:
+        torch.compile(program, backend="fusepass", dynamic=True, options=options)(*mine).sum().backward()
+    assert {site.kernel for site in seen.fused} == {"sdpa"}
+    torch.testing.assert_close([t.grad for t in mine], expected)

@@ -377,6 +377,19 @@ def test_infinite_fills_that_a_function_of_the_scores_changes(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_infinite_fills_beside_a_large_bias_of_single_precision(kernel: str) -> None:
+    """The keys that only the bias lowers have all the weight; half precision holds no lower number."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+        s = q @ k.mT + torch.full((N, N), -65504.0).triu(1)
+        return s.masked_fill(~kept, -INF).softmax(-1).to(v.dtype) @ v
+
+    kept = torch.ones(N, N, dtype=torch.bool).index_fill(1, torch.tensor([0, 2]), False)
+    given: Any = inputs(torch.float16)
+    agrees(program, kernel, close=5e-3, kept=kept, **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_fills_that_the_dtype_of_the_product_does_not_hold(kernel: str) -> None:
     """Both fills are the same number in single precision, and different ones in bfloat16."""
 
