@@ -30,8 +30,9 @@ def export_pt2(
 ) -> ExportReport:
     """Save a fused ``ExportedProgram``.
 
-    With ``kernel="auto"`` the file holds only PyTorch's own operators, and ``torch.export.load`` reads it
-    even if fusepass is not installed; the report names any other operators.
+    With ``kernel="sdpa"`` the file holds only PyTorch's own operators, and ``torch.export.load`` reads it
+    even if fusepass is not installed.  With ``kernel="auto"`` the report notes any other operator, as where
+    it takes a kernel of flash-attn on a GPU.
 
     Args:
         model: a module, or an ``ExportedProgram``, which is fused as it is: ``args``, ``kwargs`` and

@@ -58,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     _verify_parser(commands)
     _export_parser(commands)
     _optimize_parser(commands)
-    doctor = commands.add_parser("doctor", help="which kernels this machine can run, and why not the others")
+    about = "shows which kernels this machine can run, and why not the others"
+    doctor = commands.add_parser("doctor", help=about, description=f"{about[0].upper()}{about[1:]}.")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(command=_doctor)
     _run_parser(commands)

@@ -266,7 +266,7 @@ def test_a_page_of_the_results() -> None:
     hand = replace(row, contender="hand sdpa", milliseconds=1.0, gpu_milliseconds=0.9)
     page = bench_report.markdown([row, auto, hand], {"torch": "2"}, "rows.csv")
     assert "| 0.9 sdpa | 1 | sdpa |  | 0.90 | 0.50 |" in page and page.endswith(
-        "times as fast):\n\n- full: forward 16 × 16 (0.90)\n"
+        "relative to that call):\n\n- full: forward 16 × 16 (0.90)\n"
     )
 
 

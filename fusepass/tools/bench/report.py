@@ -135,7 +135,8 @@ def markdown(rows: Sequence[Row], machine: dict[str, str], source: str) -> str:
     about = ABOUT if automatic else ABOUT_NAMED
     device = f" on {machine['device']}" if "device" in machine else ""
     text = [f"# Attention, measured{device}", "",
-            f"Made by `python -m fusepass bench --read {source} --markdown`, from measurements with:", "",
+            f"Made by `python -m fusepass bench --read {source} --markdown FILE`,"
+            " from measurements with:", "",
             *(f"- {k}: {v}" for k, v in machine.items()), "", about, ""]  # fmt: skip
     text += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     text += [f"| {' | '.join(line)} |" for line in table]
@@ -156,7 +157,8 @@ def _behind(table: Sequence[tuple[str, ...]]) -> list[str]:
     for variant, mode, head_dim, length, *_, by_hand, _ in (line[:12] for line in lost):
         cases.setdefault(variant, []).append(f"{mode} {head_dim} × {length} ({by_hand})")
     listed = [f"- {variant}: {', '.join(places)}" for variant, places in cases.items()]
-    return [f"{text} It loses in (head size × length, times as fast):", "", *listed, ""]
+    slower = "It is slower than that in (head size × length, its speed relative to that call):"
+    return [f"{text} {slower}", "", *listed, ""]
 
 
 ABOUT_UNREPAIRED = """\
