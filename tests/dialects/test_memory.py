@@ -241,6 +241,23 @@ def everything_cancels_over_one_key(q, k, v, b):  # type: ignore[no-untyped-def]
     return (q @ k[:, :, :1].mT + b[..., :1]).softmax(-1) @ v[:, :, :1]
 
 
+@case(True)
+def zeros_that_are_written_after_a_sink_of_zero(q, k, v, b):  # type: ignore[no-untyped-def]
+    total = b.sum()
+    scores = torch.nn.functional.pad(q @ k.mT, (0, 1))
+    out = scores.softmax(-1)[..., :-1] @ v
+    total.copy_(torch.zeros(()))
+    return out, total
+
+
+@case(True)
+def copies_that_are_written_after_they_could_be_read(q, k, v, b):  # type: ignore[no-untyped-def]
+    hidden, seen = b[..., :4] * 3, torch.ones(4, 4, dtype=torch.bool).tril()
+    out = (q @ k.mT).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+    hidden.copy_(seen)
+    return out, hidden
+
+
 def run(program: Any, grads: str) -> list[Tensor]:
     """Results, gradients (NaN for None) and the inputs afterwards."""
     given = inputs()

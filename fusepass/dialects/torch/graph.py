@@ -132,9 +132,10 @@ class Reader:
     # -- public ------------------------------------------------------------------------------
 
     def usable(self, node: fx.Node, since: int, until: fx.Node) -> bool:
-        """Does ``node``, read at position ``since``, still hold the same value just before ``until``?"""
+        """Does ``node``, read at position ``since``, hold the same value just before ``until``?"""
         end = self.order[until]
-        return self.order[node] < end and not self.written_between(self.memory.of(node), since, end)
+        begun = max(self.order[node], since) < end
+        return begun and not self.written_between(self.memory.of(node), since, end)
 
     def written_between(self, storages: Storages, since: int, end: float = math.inf) -> bool:
         """Is one of the storages written to after position ``since`` and before ``end``?"""
