@@ -181,7 +181,8 @@ def _as_operand(site: Site, build: Builder, target: Target, total: fx.Node, dtyp
     extra = site.spec.added
     wide = torch.promote_types(build.value(total).dtype, dtype)
     overflows = 2 * torch.finfo(dtype).max < torch.finfo(wide).max  # not in bfloat16
-    large = len(extra) > 1 or (overflows and any(map(is_hiding, extra)))
+    precise = wide is torch.float64  # its digits count; kernels add in single precision
+    large = len(extra) > 1 or precise or (overflows and any(map(is_hiding, extra)))
     if large and wide.itemsize > dtype.itemsize:
         total = _lifted(build, total)
     total = build.cast(total, dtype)

@@ -15,6 +15,7 @@ from fusepass.rules import formulas, visibility
 from fusepass.rules.engine import Refuse, Scope, Term
 from fusepass.rules.site import Roles
 from fusepass.specification.attention import (
+    USUAL_SCORES,
     Atom,
     Attention,
     Band,
@@ -80,8 +81,9 @@ class Meanings:
             if intervals.absorbs_from_above(scaled.expr, scope.contents, scope.facts):
                 raise Refuse("a bias raises scores so far that others are absorbed", term.expr)
             hides = masks.may_hide(term.expr, scope.contents, scope.facts)
-            kept = wide if hides or rounds_scores(self.constants(mod), self.computed) else ""
-            return replace(mod, axes=self.letters(term), hides=hides, dtype=kept)
+            constants = self.constants(mod)
+            rounds = constants > USUAL_SCORES or rounds_scores(constants, self.computed)
+            return replace(mod, axes=self.letters(term), hides=hides, dtype=wide if hides or rounds else "")
         atoms = self._atoms(hidden.attends)
         return Mask(self.scope.slot(scaled), hidden.fill, True, True, atoms, wide)
 

@@ -377,6 +377,20 @@ def test_infinite_fills_that_a_function_of_the_scores_changes(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shift", [1e4, torch.arange(N).double()[:, None] * 1e4])
+def test_digits_of_scores_beside_a_large_number_in_double_precision(
+    shift: float | Tensor, kernel: str
+) -> None:
+    """The sink keeps the shift from being dropped."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q @ k.mT).double() + shift
+        return F.pad(s, (0, 1)).softmax(-1)[..., :-1].to(v.dtype) @ v
+
+    agrees(program, kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_infinite_fills_beside_a_large_bias_of_single_precision(kernel: str) -> None:
     """The keys that only the bias lowers have all the weight; half precision holds no lower number."""
 
