@@ -27,15 +27,9 @@ from fusepass.expressions.ir import VIEWS, Expr, is_integer, opmath, rounded_to
 Interval = tuple[float, float]
 
 __all__ = [
-    "LEAST",
-    "Interval",
-    "Ranges",
-    "absorbs_from_above",
-    "holds_fill",
-    "is_ordinary",
-    "least_size",
+    "LEAST", "Interval", "Ranges", "absorbs_from_above", "holds_fill", "is_ordinary", "least_size",
     "range_of",
-]
+]  # fmt: skip
 
 _BITS = frozenset("lt le gt ge eq ne and or xor not isnan isinf".split())
 _TRUTH: Interval = (0.0, 1.0)

@@ -422,6 +422,11 @@ def hiders(spec: Attention) -> list[Mask | Bias]:
     return [m for m in spec.scores if isinstance(m, Mask) or is_hiding(m)]
 
 
+def filled_dtype(mod: Mask, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a mask replaces scores of a dtype: one that holds its fill as it was written."""
+    return torch.promote_types(dtype, DTYPES[mod.dtype]) if mod.dtype else dtype
+
+
 def _hide(site: Site, build: Builder, level: fx.Node | None, mod: Mask | Bias) -> fx.Node:
     tensor = score_operand(site, build, mod.slot)
     if isinstance(mod, Bias):
@@ -433,8 +438,7 @@ def _hide(site: Site, build: Builder, level: fx.Node | None, mod: Mask | Bias) -
         return tensor if level is None else build.op("add", level, tensor)
     if mod.additive:
         return tensor if level is None else build.op("add", level, tensor)
-    dtype = site.product.dtype if level is None else build.value(level).dtype
-    dtype = torch.promote_types(dtype, DTYPES[mod.dtype]) if mod.dtype else dtype
+    dtype = filled_dtype(mod, site.product.dtype if level is None else build.value(level).dtype)
     if math.isfinite(mod.fill):
         wide = (d for d in (torch.float32, torch.float64) if mod.fill >= torch.finfo(d).min)
         dtype = dtype if mod.fill >= torch.finfo(dtype).min else next(wide, torch.float64)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusepass.dialects.torch.nodes import size_of
 from fusepass.expressions.index import Size
-from fusepass.expressions.ir import DTYPES, opmath
+from fusepass.expressions.ir import opmath
 from fusepass.kernels import torch_flash
 from fusepass.kernels.base import (
     AROUND,
@@ -30,6 +30,7 @@ from fusepass.kernels.base import (
     Target,
     after_weights,
     conjunction,
+    filled_dtype,
     finish_rows,
     hiders,
     learns_hidden_rows,
@@ -167,8 +168,7 @@ def attn_mask(site: Site, build: Builder, target: Target, x: Operands) -> fx.Nod
     total: fx.Node | None = None
     for mod in extra:
         if isinstance(mod, Mask) and not mod.additive:
-            held = torch.promote_types(dtype, DTYPES[mod.dtype]) if mod.dtype else dtype
-            total = _filled(site, build, mod, total, held)
+            total = _filled(site, build, mod, total, filled_dtype(mod, dtype))
         else:
             term = _added(site, build, mod)
             total = term if total is None else build.op("add", total, term)

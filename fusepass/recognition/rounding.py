@@ -83,9 +83,9 @@ class Rounding:
     def without_exact_casts(self, written: Sequence[ScoreModifier]) -> list[ScoreModifier]:
         """Drops the casts before the first one that is less precise than the product; the rest are kept.
 
-        All casts are kept where a bias that may hide is rounded, and where scores are narrowed after anything
-        except sums, scales and masks: only for these is it known what rounding does to fills
-        (:func:`roundings`).
+        All casts are kept where a wide fill, or a bias that may hide, is narrowed, and where scores are
+        narrowed after anything except sums, scales and masks: only for these is it known what rounding does
+        to fills (:func:`roundings`).
         """
         others = [not isinstance(m, (Scale, ScaleBy, Bias, Mask, Cast)) for m in written]
         changed = any(isinstance(m, Cast) and m.narrow and any(others[:n]) for n, m in enumerate(written))

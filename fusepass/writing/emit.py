@@ -331,10 +331,7 @@ def _int(value: sympy.Expr) -> Size:
 @functools.cache
 def _packet(name: str) -> Callable[..., Any]:
     """The operator with all its overloads; a call chooses one by its arguments."""
-    renamed = {
-        "eq_scalar": "eq", "mul_scalar": "mul", "div_number": "div",
-        "sum_over": "sum",
-    }  # fmt: skip
+    renamed = {"eq_scalar": "eq", "mul_scalar": "mul", "div_number": "div", "sum_over": "sum"}
     packet: Callable[..., Any] = getattr(aten, renamed.get(name, name))
     return packet
 

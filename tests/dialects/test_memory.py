@@ -251,11 +251,12 @@ def zeros_that_are_written_after_a_sink_of_zero(q, k, v, b):  # type: ignore[no-
 
 
 @case(True)
-def copies_that_are_written_after_they_could_be_read(q, k, v, b):  # type: ignore[no-untyped-def]
-    hidden, seen = b[..., :4] * 3, torch.ones(4, 4, dtype=torch.bool).tril()
-    out = (q @ k.mT).masked_fill(~seen, -torch.inf).softmax(-1) @ v
-    hidden.copy_(seen)
-    return out, hidden
+def a_number_that_is_filled_in_after_a_sink_of_it(q, k, v, b):  # type: ignore[no-untyped-def]
+    total = b.sum()
+    scores = torch.nn.functional.pad(q @ k.mT, (0, 1), value=1.5)
+    out = scores.softmax(-1)[..., :-1] @ v
+    total.fill_(1.5)
+    return out, total
 
 
 def run(program: Any, grads: str) -> list[Tensor]:
