@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from fusepass.expressions.index import Affine
 from fusepass.expressions.ir import Expr, expr, number_of, pointwise, under_casts
 from fusepass.patterns import examples as eg
-from fusepass.patterns.scores import number
 from fusepass.patterns.sums import product_below, square_below, summands
+from fusepass.patterns.terms import number
 from fusepass.rules.engine import STEP_LIMIT, Peel, Rule, Scope, Term, rule
 
 

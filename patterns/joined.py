@@ -21,7 +21,7 @@ import torch
 from fusepass.expressions.index import Size, simplify_size
 from fusepass.expressions.ir import Expr, cast, const, expr, pointwise, scalar_of, under_casts
 from fusepass.patterns import examples as eg
-from fusepass.patterns.scores import holds_product, number
+from fusepass.patterns.terms import holds_product, number
 from fusepass.patterns.weights import holds_softmax
 from fusepass.rules.engine import Peel, Rule, Scope, Term, rule
 

@@ -6,22 +6,19 @@ import math
 
 import torch
 
-from fusepass.expressions.contents import Uniform
 from fusepass.expressions.intervals import is_ordinary, least_size, magnitude, range_of
 from fusepass.expressions.ir import (
     DTYPE_NAMES,
-    POINTWISE,
-    VIEWS,
     Expr,
-    Number,
     const,
     expr,
-    number_of,
     opmath,
     pointwise,
     under_casts,
 )
 from fusepass.patterns import examples as eg
+from fusepass.patterns.functions import function
+from fusepass.patterns.terms import holds_product, number, score_sides
 from fusepass.rules.engine import Peel, Refuse, Rule, Scope, Term, rule
 from fusepass.specification.atoms import negligible, rounds_scores
 from fusepass.specification.score_modifiers import (
@@ -37,42 +34,6 @@ from fusepass.specification.score_modifiers import (
     ScaleBy,
     SoftCap,
 )
-
-
-def holds_product(node: Expr) -> bool:
-    """Is there a matrix product below, through views, casts and element-wise operations only?
-
-    In a concatenation every part has to hold one.
-    """
-    todo, seen = [node], {node}
-    while todo:
-        at = todo.pop()
-        if at.op == "dot" or (at.op == "sum" and at.args[0].op == "mul"):
-            return True
-        if at.op in POINTWISE or at.op in VIEWS:
-            unseen = [a for a in at.args if a not in seen]
-            seen.update(unseen)
-            todo.extend(unseen)
-        elif at.op == "cat" and all(holds_product(a) for a in at.args):
-            return True
-    return False
-
-
-def score_sides(term: Term) -> list[int]:
-    """The arguments of a binary layer that may lead to the product, the likelier first."""
-    sides = [i for i, a in enumerate(term.expr.args) if holds_product(a)]
-    return sorted(sides, key=lambda i: -term.expr.args[i].rank)
-
-
-def number(node: Expr, scope: Scope) -> float | None:
-    """A constant as a float, in its dtype; a buffer that holds a single number counts as one."""
-
-    def uniform(leaf: Expr) -> Number | None:
-        form = scope.contents.form(leaf)
-        return form.value if isinstance(form, Uniform) else None
-
-    value = number_of(node, uniform)
-    return None if value is None or isinstance(value, complex) else float(value)
 
 
 @rule("cast(x) changes only the precision", lambda: eg.cast(eg.scores()))
@@ -372,6 +333,6 @@ def finite(term: Term, scope: Scope) -> Peel | None:
 
 
 SCORES: tuple[Rule, ...] = (
-    cast, softcap, scale, leaky_rectifier, mask, shift, bias, scale_by, floor, clamp, rectifier, absolute,
-    finite,
+    cast, softcap, scale, leaky_rectifier, mask, floor, clamp, rectifier, absolute, finite, function, shift,
+    bias, scale_by,
 )  # fmt: skip

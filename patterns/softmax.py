@@ -11,7 +11,7 @@ from fusepass.expressions.index import Affine
 from fusepass.expressions.ir import Expr, const, expr, opmath, pointwise, scalar_of, under_casts
 from fusepass.patterns import examples as eg
 from fusepass.patterns.masks import visibility_factor
-from fusepass.patterns.scores import holds_product
+from fusepass.patterns.terms import holds_product
 from fusepass.rules.engine import Core, Form, Refuse, Rule, Scope, Term, rule
 from fusepass.rules.formulas import Formulas
 

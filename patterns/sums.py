@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from fusepass.expressions.index import Affine
 from fusepass.expressions.ir import VIEWS, Expr, cast, const, expr, number_of, opmath, pointwise, under_casts
 from fusepass.patterns.products import PRODUCTS
-from fusepass.patterns.scores import number
+from fusepass.patterns.terms import number
 from fusepass.rules.engine import STEP_LIMIT, Product, Scope, Term
 
 Multiple = tuple[float, Expr]

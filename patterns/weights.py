@@ -9,7 +9,7 @@ import torch
 from fusepass.expressions.ir import VIEWS, Expr, expr, pointwise
 from fusepass.expressions.ir import cast as as_dtype
 from fusepass.patterns import examples as eg
-from fusepass.patterns.scores import number
+from fusepass.patterns.terms import number
 from fusepass.rules.engine import Peel, Refuse, Rule, Scope, Term, rule
 from fusepass.specification.weight_modifiers import Dropout, Keep, WeightScale, ZeroEmptyRows
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 INF = math.inf
@@ -33,12 +34,16 @@ def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return merge((q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1) @ v)
 
 
-def banded(left: int | None, right: int | None, cap: float = 0.0) -> Callable[..., Tensor]:
+def banded(
+    left: int | None, right: int | None, cap: float = 0.0, function: Callable[[Tensor], Tensor] | None = None
+) -> Callable[..., Tensor]:
     def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = heads(q, k, v)
         s = q @ k.transpose(-1, -2) * 0.1
         if cap:
             s = cap * torch.tanh(s / cap)
+        if function is not None:
+            s = function(s)
         gap = torch.arange(s.shape[-1], device=q.device) - torch.arange(s.shape[-2], device=q.device)[:, None]
         seen = torch.ones_like(gap, dtype=torch.bool)
         if right is not None:
@@ -48,6 +53,12 @@ def banded(left: int | None, right: int | None, cap: float = 0.0) -> Callable[..
         return merge(s.masked_fill(~seen, -INF).softmax(-1) @ v)
 
     return program
+
+
+def above_distance(s: Tensor) -> Tensor:
+    """Scores that are at least minus a tenth of the distance between query and key."""
+    i, j = (torch.arange(n, device=s.device) for n in s.shape[-2:])
+    return torch.maximum(s, -0.1 * (j - i[:, None]).abs().to(s.dtype))
 
 
 def sink(left: int | None = None, cap: float = 0.0) -> Callable[..., Tensor]:
@@ -152,6 +163,12 @@ CASES = {
     "window both ways": Case(banded(40, 70), kernels="sdpa flash2 flash3 flash4 flex"),
     "softcap": Case(banded(None, 0, cap=5.0), kernels="flash2 flash3 flash4 flex flex_flash"),
     "softcap and window": Case(banded(63, 0, cap=5.0), kernels="flash2 flash3 flash4 flex"),
+    "silu": Case(banded(None, 0, function=F.silu), kernels="flash4 flex"),
+    "gelu, both ways": Case(banded(40, 70, function=F.gelu), kv_heads=8, kernels="flash4 flex"),
+    "softplus of halves": Case(
+        banded(None, 0, function=F.softplus), dtype=torch.float16, kernels="flash4 flex"
+    ),
+    "at least a distance": Case(banded(None, 0, function=above_distance), kv_heads=8, kernels="flash4 flex"),
     "sink": Case(sink(), extra="sinks", kernels="sdpa flash4 flex"),
     "sink, softcap and window": Case(sink(63, cap=5.0), extra="sinks", kernels="flash4 flex"),
     "alibi": Case(alibi, extra="slopes", kernels="flash2 flex"),

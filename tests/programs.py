@@ -274,6 +274,7 @@ _FUNCTIONS: dict[str, tuple[str, str]] = {
     "relu": ("s = 1.0 * F.relu(s)", "relu"),
     "leaky": ("s = F.leaky_relu(s, 0.1)", "leaky relu 0.1"),
     "abs": ("s = s.abs()", "abs"),
+    "silu": ("s = F.silu(s)", "function mul(s, sigmoid(s))"),
     "clamp": ("s = s.clamp(-0.5, 0.5)", "clamp -0.5 to inf, clamp -inf to 0.5"),
 }
 

@@ -25,13 +25,15 @@ Constants = tuple[tuple[Any, torch.dtype], ...]
 COMPARISONS = frozenset("lt le gt ge eq ne".split())
 LOGIC = frozenset("and or xor not".split())
 _OPERATIONS: dict[str, Callable[..., Tensor]] = {
-    "neg": torch.neg, "abs": torch.abs, "exp": torch.exp, "exp2": torch.exp2, "log": torch.log,
-    "tanh": torch.tanh, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "sigmoid": torch.sigmoid,
-    "relu": torch.relu, "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div,
-    "floordiv": torch.floor_divide, "mod": torch.remainder, "pow": torch.pow, "max": torch.maximum,
-    "min": torch.minimum, "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge, "eq": torch.eq,
-    "ne": torch.ne, "and": torch.logical_and, "or": torch.logical_or, "xor": torch.logical_xor,
-    "not": torch.logical_not, "isnan": torch.isnan, "isinf": torch.isinf,
+    "neg": torch.neg, "abs": torch.abs, "exp": torch.exp, "exp2": torch.exp2, "expm1": torch.expm1,
+    "log": torch.log, "log1p": torch.log1p, "tanh": torch.tanh, "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt, "sigmoid": torch.sigmoid, "erf": torch.erf, "relu": torch.relu,
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul,
+    "div": torch.div, "floordiv": torch.floor_divide, "mod": torch.remainder, "pow": torch.pow,
+    "max": torch.maximum, "min": torch.minimum, "lt": torch.lt, "le": torch.le,
+    "gt": torch.gt, "ge": torch.ge, "eq": torch.eq, "ne": torch.ne, "and": torch.logical_and,
+    "or": torch.logical_or, "xor": torch.logical_xor, "not": torch.logical_not, "isnan": torch.isnan,
+    "isinf": torch.isinf,
 }  # fmt: skip
 
 

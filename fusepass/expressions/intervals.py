@@ -35,7 +35,7 @@ _BITS = frozenset("lt le gt ge eq ne and or xor not isnan isinf".split())
 _TRUTH: Interval = (0.0, 1.0)
 #: Operations that do not round, and those whose rounding never leaves their bounds.
 _EXACT = frozenset("where max min amax cat neg abs relu".split())
-_BOUNDED = frozenset("tanh sigmoid softmax".split())
+_BOUNDED = frozenset("tanh sigmoid erf softmax".split())
 
 
 @dataclass(frozen=True)
@@ -493,6 +493,14 @@ def _ln(x: float) -> float:
     return -math.inf if x == 0 else math.log(x)
 
 
+def _log1p(x: Interval) -> Interval | None:
+    return None if x[0] < -1 else (_ln1p(x[0]), _ln1p(x[1]))
+
+
+def _ln1p(x: float) -> float:
+    return -math.inf if x == -1 else math.log1p(x)
+
+
 def _sqrt(x: Interval) -> Interval | None:
     return None if x[0] < 0 else (math.sqrt(x[0]), math.sqrt(x[1]))
 
@@ -505,7 +513,7 @@ def _rsqrt(x: Interval) -> Interval | None:
 
 
 def _pow(a: Interval, b: Interval) -> Interval | None:
-    if b[0] == b[1] and b[0].is_integer() and math.isfinite(b[0]):
+    if b[0] == b[1] and float(b[0]).is_integer() and math.isfinite(b[0]):
         power = _power(a, abs(b[0]))
         return power if power is None or b[0] >= 0 else _div((1.0, 1.0), power)
     if a[0] < 0 or not (_is_finite(a) and _is_finite(b)) or (a[0] == 0 and b[0] <= 0):
@@ -556,5 +564,7 @@ _RULES: dict[str, Callable[..., Interval | None]] = {
     "min": lambda a, b: (min(a[0], b[0]), min(a[1], b[1])),
     "relu": lambda x: (max(0.0, x[0]), max(0.0, x[1])),
     "exp": _monotone(_bounded(math.exp)), "exp2": _monotone(_bounded(math.exp2)),
+    "expm1": _monotone(_bounded(math.expm1)), "log1p": _log1p,
     "tanh": _clipped(_monotone(math.tanh), -1.0, 1.0), "sigmoid": _clipped(_monotone(_logistic), 0.0, 1.0),
+    "erf": _clipped(_monotone(math.erf), -1.0, 1.0),
 }  # fmt: skip

@@ -38,8 +38,8 @@ Shape = tuple[Size, ...]
 LEAVES = frozenset({"input", "const", "iota"})
 #: Element-wise operations with NumPy broadcasting.
 POINTWISE = frozenset(
-    "neg not abs exp exp2 log tanh sqrt rsqrt sigmoid relu isnan isinf add sub mul div floordiv mod pow max "
-    "min lt le gt ge eq ne and or xor where cast nan_to_num".split()
+    "neg not abs exp exp2 expm1 log log1p tanh sqrt rsqrt sigmoid erf relu isnan isinf add sub mul div "
+    "floordiv mod pow max min lt le gt ge eq ne and or xor where cast nan_to_num".split()
 )
 #: Operations that only rename elements.
 VIEWS = frozenset({"permute", "reshape", "expand", "slice", "select", "flip", "repeat"})

@@ -26,17 +26,17 @@ Value = Any
 #: The lowest number used: it hides as well as any lower one, and does not overflow in powers of two.
 LOWEST = -1e37
 
-_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul,
-}  # fmt: skip
+#: Powers up to this one are products.
+LARGEST_POWER = 16
+
 _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "le": operator.le, "lt": operator.lt, "ge": operator.ge, "gt": operator.gt,
     "eq": operator.eq, "ne": operator.ne,
 }  # fmt: skip
 #: The operations of formulas that can be expressed here.
 WRITABLE = frozenset(
-    {*_ARITHMETIC, *_COMPARISONS, "const", "index", "load", "cast", "neg", "abs", "exp", "sqrt", "tanh",
-     "div", "floordiv", "mod", "max", "min", "and", "or", "not", "where"}
+    {*_COMPARISONS, "const", "index", "load", "cast", "add", "sub", "mul", "div", "floordiv", "mod", "neg",
+     "abs", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "max", "min", "and", "or", "not", "where"}
 )  # fmt: skip
 _FLOATS = frozenset({"f16", "bf16", "f32"})
 _CASTS = _FLOATS | {"i32", "i64", "b8"}
@@ -89,8 +89,6 @@ class Walk:
         if kind == "cast":
             return self._cast(self.value(formula[1]), formula[2])
         given = [self.value(part) for part in formula[1:]]
-        if kind in _ARITHMETIC:
-            return _ARITHMETIC[kind](*self._alike(*given))
         if kind in _COMPARISONS:
             return _COMPARISONS[kind](*self._alike(*given))
         result: Value = getattr(self, f"_{kind}")(*given)
@@ -206,6 +204,52 @@ class Walk:
         x = self._real(x)
         return math.tanh(x) if isinstance(x, float) else self.cute.math.tanh(x, fastmath=True)
 
+    def _log(self, x: Value) -> Value:
+        x = self._real(x)
+        return math.log(x) if isinstance(x, float) else self.cute.math.log(x)
+
+    def _log1p(self, x: Value) -> Value:
+        x = self._real(x)
+        return math.log1p(x) if isinstance(x, float) else self.cute.math.log1p(x)
+
+    def _expm1(self, x: Value) -> Value:
+        x = self._real(x)
+        return math.expm1(x) if isinstance(x, float) else self.cute.math.expm1(x)
+
+    def _erf(self, x: Value) -> Value:
+        x = self._real(x)
+        return math.erf(x) if isinstance(x, float) else self.cute.math.erf(x)
+
+    def _exp2(self, x: Value) -> Value:
+        return self._exp(self._mul(self._real(x), math.log(2)))
+
+    def _rsqrt(self, x: Value) -> Value:
+        return self._div(1.0, self._sqrt(x))
+
+    def _sigmoid(self, x: Value) -> Value:
+        return self._div(1.0, self._add(self._exp(self._neg(self._real(x))), 1.0))
+
+    def _relu(self, x: Value) -> Value:
+        return self._max(x, 0.0)
+
+    def _pow(self, x: Value, y: Value) -> Value:
+        """A power of a positive number, or one with a positive integer exponent."""
+        if not isinstance(y, float) or not y.is_integer() or y > LARGEST_POWER:
+            return self._exp(self._mul(self._log(x), y))
+        power = x
+        for _ in range(int(y) - 1):
+            power = self._mul(power, x)
+        return power if y else 1.0
+
+    def _add(self, x: Value, y: Value) -> Value:
+        return operator.add(*self._alike(x, y))
+
+    def _sub(self, x: Value, y: Value) -> Value:
+        return operator.sub(*self._alike(x, y))
+
+    def _mul(self, x: Value, y: Value) -> Value:
+        return operator.mul(*self._alike(x, y))
+
     def _max(self, x: Value, y: Value) -> Value:
         x, y = self._alike(x, y)
         return self._where(self._or(operator.gt(x, y), operator.ne(x, x)), x, y)
@@ -268,10 +312,37 @@ class Walk:
                 return self._abs(s), self._where(above, 1.0, self._where(below, -1.0, 0.0))
             case "add", formula, factor:
                 return s + self._added(formula, factor, s), None
+            case "function", operations, formula:
+                return self._function(operations, formula, s)
             case "times", formula:
                 slope = self._as(self._real(self.value(formula)), self.cutlass.Float32, s)
                 return s * slope, slope
         raise ValueError(f"flash-attn 4: unknown step {step[0]!r}")
+
+    def _function(self, operations: Sequence[Any], formula: Formula | None, s: Value) -> tuple[Value, Value]:
+        """A function of the score and its derivative, step by step; ``formula`` is the element it reads."""
+        element = (
+            None if formula is None else self._as(self._real(self.value(formula)), self.cutlass.Float32, s)
+        )
+        values: list[Value] = [s]
+        slopes: list[Value] = [1.0]
+        for name, *arguments in operations:
+            given = [
+                element if a is None else values[a] if isinstance(a, int) else a for a in arguments
+            ]  # fmt: skip
+            values.append(getattr(self, f"_{name}")(*given))
+            slope: Value = 0.0
+            for at, argument in enumerate(arguments):
+                if isinstance(argument, int):
+                    part = self._mul(slopes[argument], _SLOPES[name][at](self, values[-1], *given))
+                    slope = self._add(slope, part)
+            slopes.append(slope)
+        return values[-1], self._as(slopes[-1], self.cutlass.Float32, s)
+
+    def _side(self, x: Value, above: float, below: float, of: Value = 0.0, even: float = 0.0) -> Value:
+        """``above`` where ``x`` is greater than ``of``, ``below`` where it is less, ``even`` elsewhere."""
+        less = self._where(operator.lt(*self._alike(x, of)), below, even)
+        return self._where(operator.gt(*self._alike(x, of)), above, less)
 
     def _added(self, formula: Formula, factor: float, like: Value) -> Value:
         """A bias as float32; finite numbers below ``LOWEST`` are raised to it, and hide just as much."""
@@ -281,6 +352,45 @@ class Walk:
             return wide
         low = self._and(operator.lt(*self._alike(wide, LOWEST)), operator.gt(*self._alike(wide, -math.inf)))
         return self._where(low, LOWEST, wide)
+
+
+# ---------------------------------------------------------------------------------------- derivatives
+
+
+def _even(other: Value) -> float:
+    """The derivative of an extreme of two equal numbers, as PyTorch has it."""
+    return 1.0 if isinstance(other, float) else 0.5
+
+
+#: The derivatives of an operation's result ``y`` by each of its arguments ``a`` and ``b``; ``w`` is the walk.
+_SLOPES: dict[str, tuple[Callable[..., Value], ...]] = {
+    "neg": (lambda w, y, a: -1.0,),
+    "abs": (lambda w, y, a: w._side(a, 1.0, -1.0),),
+    "relu": (lambda w, y, a: w._side(a, 1.0, 0.0),),
+    "exp": (lambda w, y, a: y,),
+    "exp2": (lambda w, y, a: w._mul(y, math.log(2)),),
+    "expm1": (lambda w, y, a: w._add(y, 1.0),),
+    "log": (lambda w, y, a: w._div(1.0, a),),
+    "log1p": (lambda w, y, a: w._div(1.0, w._add(a, 1.0)),),
+    "sqrt": (lambda w, y, a: w._div(0.5, y),),
+    "rsqrt": (lambda w, y, a: w._mul(-0.5, w._pow(y, 3.0)),),
+    "tanh": (lambda w, y, a: w._sub(1.0, w._mul(y, y)),),
+    "sigmoid": (lambda w, y, a: w._mul(y, w._sub(1.0, y)),),
+    "erf": (lambda w, y, a: w._mul(2 / math.sqrt(math.pi), w._exp(w._neg(w._mul(a, a)))),),
+    "add": (lambda w, y, a, b: 1.0, lambda w, y, a, b: 1.0),
+    "sub": (lambda w, y, a, b: 1.0, lambda w, y, a, b: -1.0),
+    "mul": (lambda w, y, a, b: b, lambda w, y, a, b: a),
+    "div": (lambda w, y, a, b: w._div(1.0, b), lambda w, y, a, b: w._neg(w._div(y, b))),
+    "pow": (lambda w, y, a, b: w._mul(b, w._pow(a, b - 1)), lambda w, y, a, b: w._mul(y, w._log(a))),
+    "max": (
+        lambda w, y, a, b: w._side(a, 1.0, 0.0, b, _even(b)),
+        lambda w, y, a, b: w._side(b, 1.0, 0.0, a, _even(a)),
+    ),
+    "min": (
+        lambda w, y, a, b: w._side(a, 0.0, 1.0, b, _even(b)),
+        lambda w, y, a, b: w._side(b, 0.0, 1.0, a, _even(a)),
+    ),
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- modifiers

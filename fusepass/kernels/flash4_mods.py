@@ -48,6 +48,7 @@ from fusepass.specification.attention import (
     Band,
     Bias,
     Clamp,
+    Function,
     KeyPadding,
     LeakyReLU,
     Mask,
@@ -212,8 +213,8 @@ torch.library.register_autograd(
 
 #: What formulas can compute, judged by the specification alone.
 TAKES = Takes(
-    ((Scale, ScaleBy, SoftCap, Clamp, LeakyReLU, Absolute, Bias, Mask),), AROUND, learned=IN_GRAPH,
-    factors="pairs", rows="one level", hiding_biases=True,
+    ((Scale, ScaleBy, SoftCap, Clamp, LeakyReLU, Absolute, Function, Bias, Mask),), AROUND,
+    learned=IN_GRAPH, factors="pairs", rows="one level", hiding_biases=True,
 )  # fmt: skip
 #: The same, plus what the library computes itself: it has sinks.
 OR_NATIVE = replace(TAKES, sink=True, learned=(*IN_GRAPH, Sink))
@@ -285,7 +286,7 @@ def _check(
     if any(v.dtype not in (torch.float16, torch.bfloat16) for v in values):
         raise Refused("queries, keys and values have different dtypes")
     parts = [visible] if visible is not None else []
-    parts += [step[1] for step in plan.scores if step[0] in ("add", "times")]
+    parts += flex_blocks.formulas_of(plan.scores)
     for part in parts:
         written = fm.read(fm.text(part))
         if fm.is_dense(written):

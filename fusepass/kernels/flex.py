@@ -54,6 +54,7 @@ from fusepass.specification.attention import (
     Clamp,
     Finite,
     Floor,
+    Function,
     LeakyReLU,
     Mask,
     Modifier,
@@ -132,7 +133,7 @@ def _with_scores(site: Site, build: Builder, target: Target) -> fx.Node:
     if target.device == "cuda":
         refuse_far_elements(build, [x.q, x.k, x.v, *tensors])
     tensors = [_stored(build, t) for t in tensors]
-    dense = any({"i", "j"} <= set(m.axes) for m in spec.scores if isinstance(m, (Bias, ScaleBy)))
+    dense = any({"i", "j"} <= set(m.axes) for m in spec.scores if isinstance(m, (Bias, ScaleBy, Function)))
     options = fm.text(sorted(flex_blocks.tile(spec, dense).items()))
     out = build.call_with(value, flex_attention, x.q, x.k, x.v, tensors, encode(spec, bands=True), options)
     if target.device == "cpu":
@@ -165,6 +166,8 @@ def _with_levels(site: Site, build: Builder, rows: Rows, learns: bool) -> tuple[
             continue
         if any(m in hiding for m in site.spec.scores[:at]) and not isinstance(mod, Bias):
             raise Refused(f"'{mod}' comes after a mask under which a row may see no key")
+        if isinstance(mod, Function) and mod.slot is not None:
+            raise Refused(f"a query may see no key, and '{mod}' depends on the key even there")
         if isinstance(mod, (Bias, ScaleBy)):
             tensor = tensor_operand(site, build, mod.slot)
             tensors.append(muted(build, rows, tensor) if isinstance(mod, Bias) else tensor)
@@ -201,9 +204,9 @@ def emit_flash(site: Site, build: Builder, target: Target) -> fx.Node:
 
 
 TAKES = Takes(
-    ((Scale, ScaleBy, SoftCap, Bias, Mask, Floor, Finite, Clamp, LeakyReLU, Absolute),), AROUND, sink=True,
-    learned=(Modifier,), factors="pairs", fills="written", lowest=flex_operators.EXTREME, rows="levels",
-    hiding_biases=True,
+    ((Scale, ScaleBy, SoftCap, Bias, Mask, Floor, Finite, Clamp, LeakyReLU, Absolute, Function),), AROUND,
+    sink=True, learned=(Modifier,), factors="pairs", fills="written", lowest=flex_operators.EXTREME,
+    rows="levels", hiding_biases=True,
 )  # fmt: skip
 OF_FORMULAS = replace(TAKES, scores=((Scale, ScaleBy, SoftCap, Bias, Mask),), sink=False, fills="hidden")
 FLEX = Kernel("flex", TAKES, emit, refuse)

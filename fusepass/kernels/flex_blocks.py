@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,7 @@ from fusepass.specification.attention import (
     Bias,
     Clamp,
     Finite,
+    Function,
     LeakyReLU,
     Mask,
     Scale,
@@ -123,6 +125,9 @@ def plan(site: Site, build: Builder) -> Plan | None:
                 planned.scores.append(["add", value, mod.factor])
             elif isinstance(mod, ScaleBy):
                 planned.scores.append(["times", _value(planned.of_scores, mod.slot, build)])
+            elif isinstance(mod, Function):
+                read = None if mod.slot is None else _value(planned.of_scores, mod.slot, build)
+                planned.scores.append(["function", mod.steps, read])
             else:
                 return None
         except fm.Unwritable:
@@ -238,7 +243,7 @@ def emit(site: Site, build: Builder, target: Target, planned: Plan, options: dic
     if reads:  # without gradients the kernel writes no log-sum-exp unless it is told to
         options = options | {"OUTPUT_LOGSUMEXP": True}
     if not flash:
-        dense = any(s[0] in ("add", "times") and fm.is_dense(s[1]) for s in planned.scores)
+        dense = any(map(fm.is_dense, formulas_of(planned.scores)))
         options = options | tile(site.spec, dense)
     arguments = (x.q, x.k, x.v, scores, masks, tables, planned.code(), fm.text(sorted(options.items())))
     results = build.call_with(value, block_attention, *arguments)
@@ -284,8 +289,13 @@ GROUPED = "with grouped heads its backward pass takes no score modifiers that de
 
 def scores_by_position(site: Site, planned: Plan) -> bool:
     """Are there grouped heads, and do steps of the score depend on batch, head or position?"""
-    indexed = (s[0] in ("add", "times") and fm.letters(s[1]) for s in planned.scores)
-    return bool(site.roles.group) and any(indexed)
+    return bool(site.roles.group) and any(map(fm.letters, formulas_of(planned.scores)))
+
+
+def formulas_of(steps: Sequence[Any]) -> list[Any]:
+    """What the steps of a score read: the formulas of biases, factors and arguments of functions."""
+    read = [s[1] if s[0] in ("add", "times") else s[2] for s in steps if s[0] in ("add", "times", "function")]
+    return [formula for formula in read if formula is not None]
 
 
 def _stored(build: Builder, node: fx.Node) -> fx.Node:

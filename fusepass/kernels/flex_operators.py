@@ -20,6 +20,7 @@ from fusepass.specification.attention import (
     Clamp,
     Finite,
     Floor,
+    Function,
     LeakyReLU,
     Mask,
     Scale,
@@ -104,6 +105,8 @@ def _apply(mod: Any, s: Tensor, at: tuple[Tensor, ...], captured: tuple[Tensor, 
             return torch.maximum(s, torch.full_like(s, max(bound, torch.finfo(torch.float32).min)))
         case Clamp() | LeakyReLU() | Absolute():
             return mod.apply(s, ())
+        case Function(steps, slot):
+            return _function(steps, s, None if slot is None else _element(captured[slot], at))
         case Finite(nan, low, high):
             return finite(s, nan, max(low, EXTREME), min(high, -EXTREME))
         case Mask():
@@ -196,6 +199,8 @@ def _scored(mod: tuple[Any, ...], s: Tensor, at: dict[str, Tensor], captured: tu
             return LeakyReLU(slope).apply(s, ())
         case ("abs",):
             return s.abs()
+        case "function", steps, formula:
+            return _function(steps, s, None if formula is None else fm.evaluate(formula, at, captured))
         case "add", formula, factor:
             added = fm.evaluate(formula, at, captured)
             added = added if factor == 1 else added * factor
@@ -206,6 +211,12 @@ def _scored(mod: tuple[Any, ...], s: Tensor, at: dict[str, Tensor], captured: tu
             low, high = (max(min(end, -EXTREME), EXTREME) for end in ends)
             return finite(s, nan, low, high)
     raise ValueError(f"FlexAttention program: unknown step {mod!r}")
+
+
+def _function(steps: Any, s: Tensor, element: Tensor | None) -> Tensor:
+    if element is None:
+        return Function(steps).apply(s, ())
+    return Function(steps, 0).apply(s, (element,))
 
 
 def representable(added: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from fusepass.specification.attention import (
     Band,
     Bias,
     Dense,
+    Function,
     Keep,
     KeyGate,
     Mask,
@@ -51,7 +52,7 @@ class Meanings:
     def understood(self, mod: ScoreModifier) -> ScoreModifier:
         """A modifier with its axes named; a bias whose elements are all zero or a fill becomes a mask."""
         scope = self.scope
-        if isinstance(mod, ScaleBy):
+        if isinstance(mod, (ScaleBy, Function)) and mod.slot is not None:
             return replace(mod, axes=self.letters(scope.operands[mod.slot]))
         if isinstance(mod, Bias):
             return self._understood_bias(mod)

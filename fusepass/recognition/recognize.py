@@ -22,8 +22,9 @@ from fusepass.patterns.distances import DISTANCES, squares_differences
 from fusepass.patterns.joined import JOINED, joined, split_softmaxes
 from fusepass.patterns.layout import LAYOUT
 from fusepass.patterns.products import PRODUCTS, factors, normalised_late
-from fusepass.patterns.scores import SCORES, holds_product
+from fusepass.patterns.scores import SCORES
 from fusepass.patterns.softmax import SOFTMAX
+from fusepass.patterns.terms import holds_product
 from fusepass.patterns.weights import WEIGHTS, holds_softmax, parts
 from fusepass.recognition.fills import Fills, without_empty
 from fusepass.recognition.meanings import Meanings, told_by_masks

@@ -11,7 +11,7 @@ from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from fusepass.expressions.ir import POINTWISE, VIEWS, Expr
-from fusepass.patterns.scores import holds_product
+from fusepass.patterns.terms import holds_product
 
 T = TypeVar("T")
 

@@ -18,6 +18,7 @@ from fusepass.specification.attention import (
     USUAL_SCORES,
     Bias,
     Cast,
+    Function,
     Mask,
     Scale,
     ScaleBy,
@@ -169,6 +170,8 @@ class Rounding:
             if scale * USUAL_SCORES > narrow.max:
                 raise Refuse(f"scores that are multiplied by {scale:g} overflow in {narrow.dtype}")
         for at, mod in enumerate(scores):
+            if isinstance(mod, Function) and any(map(is_hiding, scores[:at])):
+                raise Refuse(f"'{mod}' is applied to scores that a bias may hide")
             alone = (mod, *(m for m in scores[at + 1 :] if not isinstance(m, Mask)))
             levels = fill_levels(alone, 0) if isinstance(mod, Mask) else ()
             high = next((n for n in levels if n is not None and not n <= narrow.max), None)

@@ -24,7 +24,7 @@ from fusepass.kernels.registry import registered
 from fusepass.rules.site import Site
 from fusepass.selection import costs
 from fusepass.selection.work import FIXED, LEARNED, UNFUSED, Work, kind_of, sizes_of, work_of
-from fusepass.specification.attention import Attention, Band, Document, KeyPadding
+from fusepass.specification.attention import Attention, Band, Document, Function, KeyPadding
 
 #: Above this many query–key pairs a dense mask is the slower choice.
 LARGE = 1024 * 1024
@@ -153,7 +153,10 @@ def by_rule(spec: Attention, sizes: dict[str, float], kernels: Sequence[Kernel])
     """The order without measurements.
 
     For SDPA a sink means a dense mask with one more column, and copies of keys and values with one more row.
+    FlexAttention computes functions of scores faster than flash-attn 4's formulas do.
     """
+    if any(isinstance(m, Function) for m in spec.scores):
+        return sorted(kernels, key=lambda kernel: kernel.name != "flex")
     dense = bool(spec.added) and not spec.is_causal() and sizes["i"] * sizes["j"] >= LARGE
     if not dense and spec.sink is None:
         return list(kernels)

@@ -11,7 +11,7 @@ from fusepass.expressions.index import Size
 from fusepass.kernels import flex_blocks
 from fusepass.rules.site import Site
 from fusepass.selection import costs
-from fusepass.specification.attention import Attention, Band, Bias, Keep, KeyPadding, SoftCap
+from fusepass.specification.attention import Attention, Band, Bias, Function, Keep, KeyPadding, SoftCap
 
 LEARNED, FIXED = "learned bias", "bias"
 UNFUSED = "unfused"
@@ -46,8 +46,8 @@ def kind_of(
         learned: the slots of biases whose gradients are wanted.
     """
     words = [_visibility(spec)]
-    if any(isinstance(m, SoftCap) for m in spec.scores):
-        words.append("softcap")
+    words += ["softcap" for m in spec.scores if isinstance(m, SoftCap)]
+    words += ["function" for m in spec.scores if isinstance(m, Function)]
     for mod in spec.scores:
         if isinstance(mod, Bias):
             dense = {"i", "j"} <= set(mod.axes) and mod.slot not in thin

@@ -34,6 +34,7 @@ from fusepass.specification.atoms import (
     negligible,
     rounds_scores,
 )
+from fusepass.specification.functions import Function
 from fusepass.specification.modifiers import Modifier, ScoreModifier, WeightModifier, kinds
 from fusepass.specification.score_modifiers import (
     Absolute,
@@ -408,9 +409,9 @@ def reference(
 
 __all__ = [
     "Absolute", "Atom", "Attention", "Band", "Bias", "Cast", "Chunk", "Clamp", "Dense", "Document", "Dropout",
-    "Finite", "Floor", "Keep", "KeyGate", "KeyPadding", "LeakyReLU", "Mask", "Modifier", "Prefix", "Scale",
-    "ScaleBy", "ScoreModifier", "Sink", "SoftCap", "WeightModifier", "WeightScale", "Window", "ZeroEmptyRows",
-    "absorbs", "dtype_of_sum", "empty_rows", "fill_levels", "fills_after", "finite", "intersect",
-    "is_hiding", "is_less_precise", "kinds", "merge_scales", "negligible", "one_level", "reference",
-    "rounds_scores", "rounds_softmax", "softmax",
+    "Finite", "Floor", "Function", "Keep", "KeyGate", "KeyPadding", "LeakyReLU", "Mask", "Modifier", "Prefix",
+    "Scale", "ScaleBy", "ScoreModifier", "Sink", "SoftCap", "WeightModifier", "WeightScale", "Window",
+    "ZeroEmptyRows", "absorbs", "dtype_of_sum", "empty_rows", "fill_levels", "fills_after", "finite",
+    "intersect", "is_hiding", "is_less_precise", "kinds", "merge_scales", "negligible", "one_level",
+    "reference", "rounds_scores", "rounds_softmax", "softmax",
 ]  # fmt: skip

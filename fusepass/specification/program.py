@@ -104,7 +104,11 @@ def decode(text: str) -> Program:
 
 def _decode(entry: dict[str, Any]) -> Any:
     """The modifier with the given fields; JSON has lists in place of tuples."""
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items() if name != "is"}
+    given = {name: _frozen(v) for name, v in entry.items() if name != "is"}
     if "atoms" in given:
         given["atoms"] = tuple(Band(*bounds) for bounds in given["atoms"])
     return KINDS[entry["is"]](**given)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

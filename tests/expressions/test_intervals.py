@@ -43,7 +43,7 @@ NUMBERS = [
     -INF,
     NAN,
 ]
-UNARY = "neg abs exp exp2 log tanh sqrt rsqrt sigmoid relu nan_to_num cast isnan not".split()
+UNARY = "neg abs exp exp2 log tanh sqrt rsqrt sigmoid erf expm1 log1p relu nan_to_num cast isnan not".split()
 BINARY = "add sub mul div floordiv mod pow max min lt eq where".split()
 N = 4
 

@@ -20,7 +20,7 @@ from fusepass.expressions import arithmetic
 from fusepass.expressions.contents import Contents, Ramp, Uniform, describe
 from fusepass.expressions.index import AxisSpace, Facts
 from fusepass.expressions.ir import Expr, cast, const, expr, leaf, parse, pointwise, scalar_of, to_text, walk
-from fusepass.patterns.scores import number
+from fusepass.patterns.terms import number
 from fusepass.recognition.recognize import RULES
 from fusepass.reports import collector
 from fusepass.rules.engine import Scope, Term
@@ -183,7 +183,8 @@ def test_functions_of_constants(op: str, dtype: torch.dtype) -> None:
         got = folded(op, [value], [dtype], want.dtype)
         assert got.op == "const", (op, value)
         held = torch.tensor(got.attrs[0], dtype=want.dtype)
-        torch.testing.assert_close(held, want[0], equal_nan=True, rtol=2 * torch.finfo(dtype).eps, atol=0)
+        least = 1e-29 if op == "erf" else 0  # PyTorch's vectorised one gives zero
+        torch.testing.assert_close(held, want[0], equal_nan=True, rtol=2 * torch.finfo(dtype).eps, atol=least)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -91,6 +91,14 @@ CAPS = (
         "{s}.square()",
     ),
     *("torch.where({s} == -inf, -5.0, {s})", "torch.where({s}.isnan(), 0.0, {s})", "F.hardtanh({s}, -1, 1)"),
+    *("F.silu({s})", "F.gelu({s})", "{s} * torch.sigmoid(1.7 * {s})", "F.elu({s})", "F.logsigmoid({s})"),
+    *(
+        "{s} / (1 + {s}.abs())",
+        "torch.log1p(torch.exp({s}))",
+        "{s}.pow(3)",
+        "F.gelu({s}, approximate='tanh')",
+    ),
+    *("torch.maximum({s}, {t})", "{s} * torch.sigmoid({s} + {t})", "F.hardswish({s})", "F.mish({s})"),
     *("{s}.masked_fill({s} == 0, -1e9)", "torch.maximum({s}, torch.tensor(-10.0))", "{s}.clip(-1e3, 1e3)"),
 )
 UNDONE = (
@@ -102,6 +110,8 @@ UNDONE = (
         "{s}.float().half()",
         "{s}.relu()",
         "{s}.sigmoid()",
+        "F.silu({s})",
+        "F.softplus({s})",
     ),
     *(
         "{s}.half().float()",

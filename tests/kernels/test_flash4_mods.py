@@ -22,6 +22,8 @@ from fusepass.host.config import Options
 from fusepass.kernels import blocks, cute_mods, flash4_mods
 from fusepass.kernels import formula as fm
 from fusepass.reports.report import SiteReport
+from fusepass.specification.functions import OPERATIONS, Function
+from fusepass.specification.samples import Draw
 from tests.attention_cases import CASES
 from tests.checking import assert_same_accuracy, call
 from tests.checking import compiled as compiled_case
@@ -356,6 +358,8 @@ class Memory:
 def cute(monkeypatch: pytest.MonkeyPatch) -> None:
     mathematics = types.SimpleNamespace(
         exp=lambda x: Lanes(x.data.exp()), sqrt=lambda x: Lanes(x.data.sqrt()),
+        log1p=lambda x: Lanes(x.data.log1p()), expm1=lambda x: Lanes(x.data.expm1()),
+        log=lambda x: Lanes(x.data.log()), erf=lambda x: Lanes(x.data.erf()),
         tanh=lambda x, fastmath: Lanes(x.data.tanh()),
     )  # fmt: skip
 
@@ -449,6 +453,10 @@ def test_steps_of_a_score_and_their_derivatives(cute: None) -> None:
     torch.testing.assert_close(gradient.data, torch.autograd.grad(want, s, grad)[0])
 
 
+#: The samples of the modifier.
+FUNCTIONS: list[Any] = [mod for mod, _ in Function.samples(Draw())]
+
+
 @pytest.mark.parametrize(
     ("step", "function"),
     [
@@ -473,6 +481,27 @@ def test_functions_of_a_score_and_their_derivatives(
     grad = torch.randn(9)
     gradient = backward(Lanes(grad), Lanes(s.detach()), *at[:2], **named).data
     torch.testing.assert_close(gradient[:6], torch.autograd.grad(want, s, grad)[0][:6])
+
+
+@pytest.mark.parametrize("sample", FUNCTIONS, ids=str)
+def test_whole_functions_of_a_score_and_their_derivatives(sample: Function, cute: None) -> None:
+    """On the samples of the modifier: between them they use every operation."""
+    tensor = None if sample.slot is None else SLOPE
+    forward, backward = cute_mods.score_mods(fm.read(fm.text([["function", sample.steps, tensor]])))
+    s = torch.tensor([-3.0, -0.4, 0.0, 0.1, 0.8, 4.0], requires_grad=True)
+    element = torch.tensor(0.1)
+    at = [Lanes(torch.zeros(6, dtype=torch.int32)) for _ in range(4)]
+    named: dict[str, Any] = {"q_idx": at[2], "kv_idx": at[3], "seqlen_info": None}
+    named["aux_tensors"] = [] if tensor is None else [Memory(element[None])]
+    want = sample.apply(s, [element])
+    torch.testing.assert_close(forward(Lanes(s.detach()), *at[:2], **named).data, want.detach())
+    grad = torch.randn(6)
+    gradient = backward(Lanes(grad), Lanes(s.detach()), *at[:2], **named).data
+    torch.testing.assert_close(gradient, torch.autograd.grad(want, s, grad)[0])
+
+
+def test_every_operation_of_functions_is_written_and_sampled() -> None:
+    assert {step[0] for sample in FUNCTIONS for step in sample.steps} == set(OPERATIONS)
 
 
 def test_modifiers_are_kept_by_what_they_compute() -> None:
@@ -649,6 +678,13 @@ MODS: dict[str, tuple[float, list[Any], Any, int | None, int | None]] = {
     "abs": (0.8, [["abs"], ["scale", -1.0]], KEEP, None, None),
     "bias": (0.3, [["add", ["mul", SLOPE, GAP], 0.5]], None, None, 0),
     "factor": (0.3, [["times", SLOPE]], None, 5, None),
+    "function": (
+        0.8,
+        [["function", [["add", 0, None], ["sigmoid", 1], ["mul", 0, 2]], SLOPE]],
+        None,
+        None,
+        0,
+    ),
     "padding": (0.3, [], ["and", NEAR, KEEP], None, None),
     "bias and padding": (0.3, [["softcap", 0.7], ["add", ["mul", SLOPE, GAP], 0.5]], KEEP, None, None),
 }
@@ -663,7 +699,7 @@ def test_the_library_computes_what_the_operator_says(name: str, interface: CuteI
         torch.randn(2, n, h, d, requires_grad=True)
         for n, h, d in ((queries, 2, 8), (keys, 1, 8), (keys, 1, 4))
     )
-    scores = [torch.tensor([0.1, 0.02])] if any(s[0] in ("add", "times") for s in steps) else []
+    scores = [torch.tensor([0.1, 0.02])] if any("load" in fm.text(s) for s in steps) else []
     masks = [] if visible is None else [(torch.rand(2, keys) < 0.6) | (torch.arange(keys) < 2)]
     tables: list[Tensor] = []
     if visible is not None:
@@ -707,6 +743,10 @@ def _densely(q: Tensor, k: Tensor, v: Tensor, scores: list[Tensor], masks: list[
             s = s.abs()
         elif kind == "softcap":
             s = torch.tanh(s / given) * given
+        elif kind == "function":
+            s = Function(fm.read(fm.text(given)), 0).apply(
+                s, [fm.evaluate(fm.read(fm.text(factor[0])), letters, scores)]
+            )
         else:
             value = fm.evaluate(fm.read(fm.text(given)), letters, scores)
             s = s + value * factor[0] if kind == "add" else s * value

@@ -207,9 +207,9 @@ def scores_above_a_threshold(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @stays(_THEMSELVES)
-def scores_times_themselves(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def scores_times_those_of_the_next_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
-    return torch.softmax(s * s, -1) @ v
+    return torch.softmax(s * s.roll(1, -2), -1) @ v
 
 
 # ------------------------------------------------------------------------------- other functions
@@ -231,8 +231,18 @@ def exponentials_without_a_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @stays("'pow'")
-def squared_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.softmax(scores(q, k) ** 2, -1) @ v
+def scores_to_a_power_that_is_not_defined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(scores(q, k) ** 1.5, -1) @ v
+
+
+@stays("'exp'")
+def exponentials_that_may_overflow(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(scores(q, k).exp(), -1) @ v
+
+
+@stays("'sqrt'")
+def roots_with_infinite_slopes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(scores(q, k).relu().sqrt(), -1) @ v
 
 
 @stays(None)

@@ -22,6 +22,11 @@ def hidden_later(s: Tensor) -> Tensor:
     return s.masked_fill(torch.ones(6, 6).triu(1) > 0, -math.inf)
 
 
+def distance() -> Tensor:
+    """A tenth of the distance between query and key."""
+    return 0.1 * (torch.arange(6.0) - torch.arange(6.0)[:, None]).abs()
+
+
 #: What is recognised -> spellings of it.
 FUNCTIONS: dict[str, list[Scores]] = {
     "clamp -0.5 to inf, clamp -inf to 0.7": [
@@ -38,6 +43,43 @@ FUNCTIONS: dict[str, list[Scores]] = {
     "abs": [torch.abs, lambda s: s.abs_()],
     "abs, scale -2": [lambda s: -2 * s.abs()],
     "relu, causal": [lambda s: hidden_later(F.relu(s))],
+    "function mul(s, sigmoid(s))": [
+        F.silu,
+        lambda s: s * torch.sigmoid(s),
+        lambda s: F.silu(s, inplace=True),
+    ],
+    "function mul(s, sigmoid(s)), causal": [lambda s: hidden_later(F.silu(s))],
+    "function mul(s, sigmoid(mul(s, 1.702)))": [lambda s: s * torch.sigmoid(s * 1.702)],
+    "function mul(s, mul(add(erf(div(s, 1.414)), 1), 0.5))": [
+        F.gelu,
+        lambda s: s * ((torch.erf(s / math.sqrt(2)) + 1) * 0.5),
+    ],
+    "function mul(s, sigmoid(mul(mul(s, 1.596), add(mul(mul(s, s), 0.04471…": [
+        lambda s: F.gelu(s, approximate="tanh"),
+    ],
+    "function add(relu(s), expm1(min(s, 0)))": [F.elu, lambda s: s.relu() + torch.expm1(s.clamp(max=0))],
+    "function add(relu(s), mul(expm1(div(min(s, 0), 0.5)), 0.5))": [lambda s: F.celu(s, 0.5)],
+    "function add(relu(s), mul(expm1(min(s, 0)), 1.673)), scale 1.0507": [F.selu],
+    "function add(relu(s), log1p(exp(neg(abs(s)))))": [F.softplus],
+    "function add(relu(s), div(log1p(exp(neg(mul(abs(s), 2)))), 2))": [lambda s: F.softplus(s, beta=2)],
+    "function log1p(exp(s))": [lambda s: torch.log1p(torch.exp(s))],
+    "function log(add(exp(s), 1))": [lambda s: torch.log(torch.exp(s) + 1)],
+    "function mul(s, tanh(add(relu(s), log1p(exp(neg(abs(s)))))))": [F.mish],
+    "function div(s, add(abs(s), 1))": [F.softsign, lambda s: s / (s.abs() + 1)],
+    "function mul(s, div(min(max(add(s, 3), 0), 6), 6))": [F.hardswish],
+    "clamp -0.5 to inf, clamp -inf to 0.25": [lambda s: F.hardtanh(s, -0.5, 0.25)],
+    "function sigmoid(s)": [torch.sigmoid],
+    "function sub(s, tanh(s))": [F.tanhshrink],
+    "function pow(s, 3)": [lambda s: s**3],
+    "function mul(s, s)": [lambda s: s * s, torch.square],
+    "function div(s, sqrt(add(abs(s), 0.01)))": [lambda s: s / (s.abs() + 0.01).sqrt()],
+    "function div(1, add(abs(s), 1))": [lambda s: 1 / (s.abs() + 1)],
+    "function max(s, [ij])": [
+        lambda s: torch.maximum(s, -distance()),
+        lambda s: s.clamp(min=-distance()),
+    ],
+    "function mul(s, sigmoid(add(s, [ij])))": [lambda s: s * torch.sigmoid(s + distance())],
+    "causal, function sigmoid(s)": [lambda s: hidden_later(s).sigmoid()],
     "causal, clamp -3 to inf": [lambda s: hidden_later(s).clamp(min=-3)],
     "mask[ij]": [
         lambda s: s.masked_fill(DIAGONAL, -100.0),
@@ -65,6 +107,19 @@ OTHERS: list[Scores] = [
     lambda s: -s.masked_fill(DIAGONAL, 1e9),
     lambda s: s.masked_fill(DIAGONAL, -math.inf) - s.masked_fill(DIAGONAL, -math.inf).mean(-1, keepdim=True),
     lambda s: (s - s.mean(-1, keepdim=True)).relu(),
+    lambda s: s * torch.sigmoid(s.mT),
+    lambda s: s * torch.sigmoid(s.detach()),
+    lambda s: s * (s > 0.2),
+    lambda s: torch.log(s.abs()),
+    lambda s: s.abs().sqrt(),
+    lambda s: 1 / s,
+    torch.exp,
+    lambda s: (torch.exp(s) + 1) - torch.exp(s),
+    lambda s: s**1.5,
+    lambda s: hidden_later(s).sigmoid().log(),
+    lambda s: F.silu(s.masked_fill(DIAGONAL, -math.inf)),
+    lambda s: torch.maximum(s, s.amax(-1, keepdim=True) - 0.5),
+    lambda s: F.softplus(s, threshold=1),
 ]
 
 
@@ -116,8 +171,9 @@ def test_what_is_none_is_right(scores: Scores) -> None:
 
 
 def test_flex_computes_each_in_inference() -> None:
-    for words in ("relu", "leaky relu 0.2", "abs", "clamp 0.1 to inf"):
-        scores = FUNCTIONS[words][0]
+    for words, (scores, *_) in FUNCTIONS.items():
+        if not words:
+            continue
         q, k, v = (torch.randn(2, 2, 6, 8, generator=torch.Generator().manual_seed(n)) for n in range(3))
 
         def attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores = scores) -> Tensor:

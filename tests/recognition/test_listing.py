@@ -120,7 +120,7 @@ def odd_weights(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
 
 
 def odd_scores(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    return chain(q @ k.mT).softmax(-1) @ chain(v)
+    return chain(q @ k.mT).cumsum(-1).softmax(-1) @ chain(v)
 
 
 def exponential_of_weights(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:

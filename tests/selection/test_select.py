@@ -27,6 +27,7 @@ from fusepass.specification.attention import (
     Bias,
     Document,
     Dropout,
+    Function,
     KeyPadding,
     Mask,
     Sink,
@@ -153,6 +154,7 @@ def test_the_nearest_head_size_serves() -> None:
 
 # ---------------------------------------------------------------------------------------- a site as work
 
+SILU = Function((("sigmoid", 0), ("mul", 0, 1)))
 KINDS = {
     "full": spec(),
     "causal": spec(mask(Band(None, 0))),
@@ -160,6 +162,7 @@ KINDS = {
     "padding": spec(mask(Band(None, 0), KeyPadding())),
     "mask": spec(mask(Document())),
     "causal+softcap": spec(SoftCap(5.0), mask(Band(None, 0))),
+    "full+function": spec(SILU),
     "full+bias": spec(Bias(0, "hij")),
     "causal+thin bias": spec(Bias(0, "hj"), mask(Band(None, 0))),
     "causal+sink": spec(mask(Band(None, 0)), sink=Sink(1, "h")),
@@ -256,6 +259,7 @@ def test_without_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:
         (spec(mask(Band(None, 0), KeyPadding()), rows_seen=False), FLEX),
         (spec(mask(Band(100, 0)), queries=256, keys=256), SDPA),
         (spec(Bias(0, "hij")), SDPA),
+        (spec(SILU, mask(Band(None, 0))), FLEX),
         (spec(mask(Band(None, 0)), sink=Sink(1, "h")), FLASH3),
         (spec(mask(Band(None, 0)), sink=Sink(1, "h"), queries=256, keys=256), FLASH3),
         (spec(sink=Sink(1, "h"), queries=1), FLASH3),

@@ -7,8 +7,8 @@ handlers are in the modules that this one imports, by topic.  Nothing in them kn
 from __future__ import annotations
 
 from fusepass.dialects.handlers import HANDLERS
+from fusepass.dialects.torch import activations, joins
 from fusepass.dialects.torch import creation as torch_creation
-from fusepass.dialects.torch import joins
 from fusepass.dialects.torch import pointwise as torch_pointwise
 from fusepass.dialects.torch import products as torch_products
 from fusepass.dialects.torch import reductions as torch_reductions
@@ -18,6 +18,7 @@ from fusepass.dialects.torch import windows as torch_windows
 from fusepass.dialects.torch import writes as torch_writes
 
 TABLES = (
+    activations,
     joins,
     torch_creation,
     torch_pointwise,

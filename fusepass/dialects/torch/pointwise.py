@@ -11,7 +11,7 @@ from fusepass.expressions.ir import VIEWS, Expr, cast, const, converted, expr, i
 _SAME = {
     "neg": "neg", "negative": "neg", "logical_not": "not", "abs": "abs", "absolute": "abs", "exp": "exp",
     "exp2": "exp2", "log": "log", "tanh": "tanh", "sqrt": "sqrt", "rsqrt": "rsqrt", "sigmoid": "sigmoid",
-    "relu": "relu", "isnan": "isnan", "isinf": "isinf",
+    "erf": "erf", "expm1": "expm1", "log1p": "log1p", "relu": "relu", "isnan": "isnan", "isinf": "isinf",
     "mul": "mul", "multiply": "mul", "floordiv": "floordiv", "floor_divide": "floordiv", "remainder": "mod",
     "mod": "mod", "pow": "pow", "maximum": "max", "minimum": "min", "lt": "lt", "less": "lt", "le": "le",
     "less_equal": "le",
@@ -150,7 +150,8 @@ def _leaky_relu(r: Result, x: Expr, negative_slope: Value = 0.01, inplace: bool 
 
 
 @handles("clamp", "clip")
-def _clamp(r: Result, x: Expr, min: Value = None, max: Value = None) -> Expr | None:
+def clamped(r: Result, x: Expr, min: Value = None, max: Value = None) -> Expr | None:
+    """``min(max(x, low), high)``; either bound may be missing."""
     out: Expr = x
     for op, bound in (("max", min), ("min", max)):
         if bound is not None:
@@ -163,12 +164,12 @@ def _clamp(r: Result, x: Expr, min: Value = None, max: Value = None) -> Expr | N
 
 @handles("clamp_min")
 def _clamp_min(r: Result, x: Expr, min: Value) -> Expr | None:
-    return _clamp(r, x, min)
+    return clamped(r, x, min)
 
 
 @handles("clamp_max")
 def _clamp_max(r: Result, x: Expr, max: Value) -> Expr | None:
-    return _clamp(r, x, None, max)
+    return clamped(r, x, None, max)
 
 
 @handles("nan_to_num")
