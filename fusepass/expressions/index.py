@@ -119,6 +119,31 @@ class Facts:
         self._memo.clear()
         return bool(self._env.evaluate_expr(sympy.Eq(size, number)))
 
+    def example(self, size: Size) -> int | None:
+        """The value of a size in the example that was traced; None if it has none."""
+        if isinstance(size, int):
+            return size
+        values = getattr(self._env, "backed_var_to_val", None) or getattr(self._env, "var_to_val", {})
+        number = sympy.sympify(size).xreplace(dict(values))
+        return int(number) if number.is_number else None
+
+    def stays_below(self, size: Size, most: int) -> bool:
+        """Is a size at most a number: provably, or in the example?
+
+        In the second case PyTorch guards it, if sizes are restrictable.
+        """
+        if isinstance(size, int):
+            return size <= most
+        if self.at_most(size, most):
+            return True
+        value = self.example(size)
+        if value is not None and value > most:
+            return False
+        if set(sympy.sympify(size).free_symbols) <= set(self._restrictable):
+            self._memo.clear()
+            return bool(self._env.evaluate_expr(sympy.Le(size, most)))
+        return True
+
     def equal(self, a: Size, b: Size) -> bool:
         """Is ``a == b`` for every input the graph may be given?"""
         if isinstance(a, int) and isinstance(b, int):

@@ -65,6 +65,10 @@ class Target:
     compiled: bool = False
 
 
+#: CUDA launches no more blocks in the second and the third dimension of a grid.
+MOST_BLOCKS = 65535
+
+
 class Refused(Exception):
     """Raised while nodes are written: this kernel cannot serve the site."""
 
@@ -85,6 +89,7 @@ class Kernel:
         more: further reasons to refuse a specification that it takes: the machine, sizes, dtypes.
         of_torch: does it consist of operators whose derivatives PyTorch itself knows?
         rounds: does it round more than the dtype does, so that its error does not show whether it is correct?
+        flat: on a GPU, are batch and heads one dimension of its grid?
     """
 
     name: str
@@ -93,6 +98,7 @@ class Kernel:
     more: Callable[[Attention, Target], str | None] = nothing_more
     of_torch: bool = False
     rounds: bool = False
+    flat: bool = False
 
     def refuse(self, spec: Attention, target: Target) -> str | None:
         """Why it does not compute ``spec``, judged by the specification and the target; None if it does."""
@@ -110,8 +116,22 @@ class Kernel:
                     if needs_gradient(build, site.operands[slot].expr):
                         name = "a bias" if isinstance(mod, Bias) else f"'{mod}'"
                         raise Refused(f"it computes no gradient for {name}, which needs one")
+        if target.device == "cuda" and self.takes.rows != "written":
+            self._check_grid(site)
         out = self.emit(site, build, target)
         return out if self.takes.rows == "written" else with_infinite_rows(site, build, target, out)
+
+    def _check_grid(self, site: Site) -> None:
+        """Check that its blocks are not too many for a GPU.  Unknown sizes get a guard.
+
+        Raises:
+            Refused: a launch would fail, where the original's matrix products do not.
+        """
+        batch, heads = site.spec.batch, site.spec.heads
+        for count in (batch * heads,) if self.flat else (batch, heads):
+            if not site.space.facts.stays_below(count, MOST_BLOCKS):
+                what = "batch times heads" if self.flat else "its batch or its heads"
+                raise Refused(f"its kernels take at most {MOST_BLOCKS} blocks, and {what} are {count}")
 
 
 def needs_gradient(build: Builder, node: Expr) -> bool:

@@ -209,5 +209,5 @@ TAKES = Takes(
     rows="levels", hiding_biases=True,
 )  # fmt: skip
 OF_FORMULAS = replace(TAKES, scores=((Scale, ScaleBy, SoftCap, Bias, Mask),), sink=False, fills="hidden")
-FLEX = Kernel("flex", TAKES, emit, refuse)
-FLEX_FLASH = Kernel("flex_flash", replace(OF_FORMULAS, rows="one level"), emit_flash, refuse_flash)
+FLEX = Kernel("flex", TAKES, emit, refuse, flat=True)
+FLEX_FLASH = Kernel("flex_flash", replace(OF_FORMULAS, rows="one level"), emit_flash, refuse_flash, flat=True)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import sympy
 
 from fusepass.expressions.index import Size
 from fusepass.kernels import flex_blocks
@@ -87,12 +84,8 @@ def sizes_of(site: Site) -> dict[str, float]:
 
 def hint(size: Size, site: Site) -> int:
     """The value of a size in the example that was traced; 1024 if it has none."""
-    if isinstance(size, int):
-        return size
-    env: Any = site.space.facts._env
-    values = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
-    number = sympy.sympify(size).xreplace(dict(values))
-    return int(number) if number.is_number else 1024
+    known = site.space.facts.example(size)
+    return 1024 if known is None else known
 
 
 def work_of(site: Site, training: bool, learned: frozenset[int] = frozenset()) -> Work:

@@ -313,6 +313,21 @@ def test_facts_use_what_a_shape_environment_knows_and_not_its_hints() -> None:
     assert not facts.at_most(a, 7) and not facts.at_most(7, a)
 
 
+def test_sizes_that_stay_below_a_number_are_proved_guarded_or_taken_from_the_example() -> None:
+    env = ShapeEnv()
+    size, other = (
+        env.create_unspecified_symbol(n, ConstantSource(f"n{n}"), DimDynamic.DYNAMIC) for n in (7, 9)
+    )
+    facts = Facts(env, {size: 7})
+    assert facts.stays_below(8, 8) and not facts.stays_below(9, 8)
+    assert facts.example(size * other) == 63 and facts.example(5) == 5
+    assert not facts.stays_below(size, 6) and not facts.stays_below(other, 8)
+    assert not env.guards
+    assert facts.stays_below(other, 9) and not env.guards, "its example alone tells"
+    assert facts.stays_below(size, 8) and len(env.guards) == 1 and facts.at_most(size, 8)
+    assert facts.stays_below(size, 8) and len(env.guards) == 1
+
+
 def test_sizes() -> None:
     assert simplify_size(sympy.Integer(3)) == 3 and isinstance(simplify_size(sympy.Integer(3)), int)
     assert prod([]) == 1 and prod([2, 3]) == 6 and prod([2, S0]) == 2 * S0

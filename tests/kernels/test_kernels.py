@@ -37,6 +37,7 @@ from fusepass.specification.attention import (
     ZeroEmptyRows,
 )
 from tests.capture import agrees, close, compiled, copies, dynamo_graph, qkv
+from tests.fake_cuda import fake_graph, hopper
 from tests.specs import specification
 
 INF = math.inf
@@ -380,3 +381,27 @@ def test_flex_on_a_cpu_reads_queries_and_keys_from_memory() -> None:
     with torch.no_grad():
         got = torch.compile(fn, backend="fusepass", options={"kernel": "flex"})(x)
         torch.testing.assert_close(got, fn(x), rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------- grids of a GPU
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "left"),
+    [(70000, 1, True), (2, 70000, True), (300, 300, False), (200, 300, False)],
+)
+@pytest.mark.parametrize("kernel", ["sdpa", "flex", "reference"])
+def test_more_blocks_than_a_gpu_launches_are_refused(
+    kernel: str, batch: int, heads: int, left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlexAttention's grid has one dimension for batch and heads, the others have two."""
+    hopper(monkeypatch)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+    graph = fake_graph(attention, *[(batch, heads, 4, 16)] * 3)
+    (site,) = rewrite_graph(graph, Options(kernel=kernel)).sites
+    refused = kernel != "reference" and (left or (kernel == "flex" and batch * heads > 65535))
+    assert site.fused != refused
+    assert not refused or "at most 65535 blocks" in str(site.reason)
