@@ -7,6 +7,7 @@ to a product of queries and keys, gives every axis its role, and understands the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from fusepass.expressions.contents import Contents
-from fusepass.expressions.index import Affine, AxisSpace, Facts, Size
+from fusepass.expressions.index import Affine, AxisSpace, Facts, Size, prod
 from fusepass.expressions.ir import DTYPE_NAMES, Expr, expr
 from fusepass.patterns import heads
 from fusepass.patterns.distances import DISTANCES, squares_differences
@@ -70,6 +71,9 @@ class Rules:
 
 
 RULES = Rules()
+
+#: Keys in more dimensions than this, each summed on its own, are left alone.
+MOST_SUMMED = 3
 
 _DIFFERENCES = "the scores are squared differences, which are more exact than a product of queries and keys"
 
@@ -228,26 +232,30 @@ class _Reading:
         self.steps = 0
 
     def run(self) -> Site | Miss | None:
-        if len(self.summed) != 1:
-            raise Refuse("the product with the values sums over several dimensions", self.out.expr)
-        self.scope.keys = self.summed[0]
+        if not 0 < len(self.summed) <= MOST_SUMMED:
+            raise Refuse(
+                f"the product with the values sums over {len(self.summed)} dimensions", self.out.expr
+            )
+        self.scope.keys = self._number(self.summed)
         peeled = self._peel_weights()
         if peeled is None:
             return None
         mods, core = peeled
         along = self.scope.space.resolve(core.scores.index[core.dim])
-        single = self.summed[0].is_const and core.scores.expr.shape[core.dim] == 1
-        if along != self.scope.space.resolve(self.summed[0]) or (along.is_const and not single):
+        single = self.scope.keys.is_const and core.scores.expr.shape[core.dim] == 1
+        orders = map(self._number, itertools.permutations(self.summed))
+        keys = next((n for n in orders if self.scope.space.resolve(n) == along), None)
+        if keys is None or (along.is_const and not single):
             raise Refuse(
                 "the softmax runs over another axis than the one summed with the values", core.scores.expr
             )
+        self.scope.keys = keys
         if not holds_product(core.scores.expr):
             if squares_differences(core.scores.expr):
                 raise Refuse(_DIFFERENCES, core.scores.expr)
             return None  # a softmax of something else: routing, pooling with learned scores
-        if not single and not self.scope.facts.equal(
-            self._extent(self.summed[0]), core.scores.expr.shape[core.dim]
-        ):
+        extent = prod(map(self._extent, self.summed))
+        if not single and not self.scope.facts.equal(extent, core.scores.expr.shape[core.dim]):
             raise Refuse("the softmax runs over more keys than are summed with the values", core.scores.expr)
         rounds = is_less_precise(core.dtype, core.scores.expr.dtype)
         self.scope.sunk = core.sink is not None or core.form == "bare" or rounds
@@ -257,9 +265,16 @@ class _Reading:
             return replace(scores, reason=_DIFFERENCES) if differences else scores
         return self._finish(core, self._summed(core, scores), mods)
 
+    def _number(self, axes: Sequence[Affine]) -> Affine:
+        """The position that some axes, outermost first, count together."""
+        number = Affine()
+        for axis in axes:
+            number = number * self._extent(axis) + axis
+        return number
+
     def _extent(self, axis: Affine) -> Size:
         """The length of an axis."""
-        return self.scope.space.sizes[axis.terms[0][0]]
+        return 1 if axis.is_const else self.scope.space.sizes[axis.terms[0][0]]
 
     # -- peeling -----------------------------------------------------------------------------
 

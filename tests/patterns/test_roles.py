@@ -155,3 +155,47 @@ def test_without_a_mask_the_place_decides() -> None:
 
     seen = agrees(attention, torch.randn(B, 3, 7, D), torch.randn(B, 1, 5, D), torch.randn(B, 1, 5, D))
     assert ["H=3 G=1 Q=7 K=5" in site.spec for site in seen.sites] == [True], seen.sites
+
+
+# ---------------------------------------------------------------------------------------- several key axes
+
+GRID = (4, 5)
+
+
+def over_grid(axes: str = "ij", softmax: Callable[[Tensor], Tensor] | None = None) -> Callable[..., Tensor]:
+    """Attention of a grid of queries over a grid of keys, summed over both axes at once."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = torch.einsum(f"bhyxd,bhijd->bhyx{axes}", q, k) * 0.3
+        w = s.flatten(-2).softmax(-1).view(s.shape) if softmax is None else softmax(s)
+        return torch.einsum(f"bhyx{axes},bhijd->bhyxd", w, v)
+
+    return attention
+
+
+def summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = torch.einsum("bhyxd,bhijd->bhyxij", q, k) * 0.3
+    w = s.flatten(-2).softmax(-1).unflatten(-1, GRID)
+    out: Tensor = (w.unsqueeze(-1) * v[:, :, None, None]).sum((-3, -2))
+    return out
+
+
+def in_a_cube(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.unflatten(3, (5, 1)) for t in (q, k, v))
+    s = torch.einsum("bhyxzd,bhijkd->bhyxzijk", q, k)
+    return torch.einsum("bhyxzijk,bhijkd->bhyxzd", s.flatten(-3).softmax(-1).view(s.shape), v).squeeze(-2)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("program", [over_grid(), over_grid("ji"), summed, in_a_cube])
+def test_keys_in_several_axes_are_keys(program: Callable[..., Tensor], dynamic: bool) -> None:
+    given = [torch.randn(2, 3, *GRID, D, requires_grad=True) for _ in range(3)]
+    (site,) = agrees(program, *given, dynamic=dynamic).sites
+    assert site.fused and (dynamic or "K=20" in site.spec), site
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_a_softmax_over_some_of_the_axes_stays(axis: int) -> None:
+    program = over_grid(softmax=lambda s: s.softmax(axis))
+    (site,) = agrees(program, *(torch.randn(2, 3, *GRID, D) for _ in range(3))).sites
+    assert not site.fused and "another axis" in str(site.reason)
