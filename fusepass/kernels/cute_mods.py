@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusepass.kernels.formula import Formula, may_hide
+from fusepass.kernels.formula import Formula, may_hide, may_leave
 
 Value = Any
 """A number of Python, or a value of CuTe (``TensorSSA``)."""
@@ -49,6 +49,8 @@ def unwritable(formula: Formula) -> str | None:
         return str(kind)
     if kind == "cast" and formula[2] not in _CASTS:
         return f"a cast to {formula[2]}"
+    if kind == "load" and any(map(may_leave, formula[2])):
+        return "load by the distance between query and key"
     if kind in ("const", "index", "load"):
         return None
     if kind in ("floordiv", "mod") and not _is_count(*formula[1:]):

@@ -161,11 +161,15 @@ def slots_of(formula: Formula) -> set[int]:
 
 
 def is_dense(formula: Formula) -> bool:
-    """Does a formula read a tensor that varies over queries and keys together?"""
+    """Does a formula read a tensor with one dimension for queries and another for keys?
+
+    A tensor that is read at the distance between them has neither.
+    """
     if not isinstance(formula, (tuple, list)):
         return False
     if formula[:1] in (("load",), ["load"]):
-        return {"i", "j"} <= letters(formula)
+        of = [{term[1] for term in index[1]} & {"i", "j"} for index in formula[2]]
+        return {"i"} in of and {"j"} in of
     return any(is_dense(f) for f in formula)
 
 
@@ -202,8 +206,9 @@ def evaluate(formula: Formula, at: Mapping[str, Tensor], tensors: Sequence[Tenso
         tensor: Tensor = tensors[formula[1]]
         if tensor.dim() == 0:
             return tensor
-        where = tuple(_index(constant, terms, at) for constant, terms in formula[2])
-        result = tensor[where]
+        where = (_index(constant, terms, at) for constant, terms in formula[2])
+        pairs = zip(where, formula[2], range(tensor.dim()), strict=True)
+        result = tensor[tuple(_inside(i, tensor.shape[d]) if may_leave(f) else i for i, f, d in pairs)]
         return result
     if operation == "cast":
         result = evaluate(formula[1], at, tensors).to(DTYPES[formula[2]])
@@ -216,6 +221,19 @@ def evaluate(formula: Formula, at: Mapping[str, Tensor], tensors: Sequence[Tenso
             return result
     result = POINTWISE[operation](*(evaluate(f, at, tensors) for f in formula[1:]))
     return result
+
+
+def may_leave(index: Any) -> bool:
+    """May an index leave its tensor, where the position that it is computed for is hidden?
+
+    Windows over original keys read biases by the distance between query and key.
+    """
+    constant, terms = index
+    return bool(constant < 0 or any(factor < 0 for factor, *_ in terms))
+
+
+def _inside(index: Tensor, size: int) -> Tensor:
+    return index.clamp(0, size - 1)
 
 
 _OPPOSITE = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt", "eq": "ne", "ne": "eq"}
@@ -266,6 +284,6 @@ def _sums(terms: Any, at: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor |
 
 
 __all__ = [
-    "Formula", "Unwritable", "Writer", "evaluate", "is_dense", "letters", "may_hide", "read", "slots_of",
-    "text",
+    "Formula", "Unwritable", "Writer", "evaluate", "is_dense", "letters", "may_hide", "may_leave", "read",
+    "slots_of", "text",
 ]  # fmt: skip

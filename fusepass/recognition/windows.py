@@ -364,7 +364,6 @@ class _Windows:
         seen = names.every_row_sees(clauses)
         # A row that sees no key, with finite fills, gets the mean over its window, not over all keys.
         same = seen or spec.fills_are_infinite
-        same = same and not any(set(new.slots()) - set(mod.slots()) for mod, new in kept)
         scores = merge_scales([*map(Scale, scales), *(new for _, new in kept), *new_masks])
         return replace(
             old, spec=self._spec(meanings, scores, seen), roles=roles, keys=key, values=value,
@@ -392,7 +391,8 @@ class _Windows:
     ) -> list[tuple[ScoreModifier, ScoreModifier]] | None:
         """The modifiers other than masks, each with its form over the original keys.
 
-        A tensor that varies over a window gets an index that no view can express, so kernels cannot take it.
+        A tensor that varies over a window is read at the distance between query and key.  No view can express
+        that index, so only kernels with formulas take it.
         """
         scope = meanings.scope
         renamed: list[tuple[ScoreModifier, ScoreModifier]] = []

@@ -24,7 +24,7 @@ from fusepass.kernels.registry import registered
 from fusepass.rules.site import Site
 from fusepass.selection import costs
 from fusepass.selection.work import FIXED, LEARNED, UNFUSED, Work, kind_of, sizes_of, work_of
-from fusepass.specification.attention import Attention, Band, Document, Function, KeyPadding
+from fusepass.specification.attention import Attention, Band, Bias, Document, Function, KeyPadding
 
 #: Above this many query–key pairs a dense mask is the slower choice.
 LARGE = 1024 * 1024
@@ -91,6 +91,9 @@ def rank(
     """Kernels in the order in which to try them; ``Ranked(None)`` means that the site is faster unfused."""
     if target.device != "cuda":
         return [Ranked(k) for k in kernels]
+    if target.compiled and site.windowed is not None and site.spec.queries == 1:
+        # Each query has its copy of keys; TorchInductor reads it as fast as kernels whose tiles have one row.
+        return [Ranked(None), *map(Ranked, kernels)]
     if profile is None:
         return [Ranked(k) for k in by_rule(site.spec, sizes_of(site), kernels)]
     work = work_of(site, target.training, learned)
@@ -135,11 +138,17 @@ def skips_copies(kernel: Kernel, site: Site, target: Target) -> bool:
     It has to skip hidden keys without a tensor over queries and keys; on a CPU no kernel does.  On an H100, a
     kernel that takes the window's bounds was always faster.  FlexAttention, which needs block tables, was
     faster from about ``COPIED`` copied elements: for neighbourhoods of 7 by 7, from a grid of 16 by 16; for
-    blocks of 128 that look one block back, from a length of 8192.
+    blocks of 128 that look one block back, from a length of 8192.  It was slower in training where a tensor
+    is read at distances, because it sums the gradient of such a tensor with atomic operations.
     """
     if site.original is None or target.device != "cuda" or kernel is reference.REFERENCE:
         return False
     spec = site.original.spec
+    read = {
+        site.original.operands[slot] for mod in spec.scores for slot in mod.slots() if isinstance(mod, Bias)
+    }
+    if target.training and not read <= set(site.operands):
+        return False
     if kernel is sdpa.SDPA:
         return torch_flash.window(spec, target, spec.dtype) is not None
     if costs.sees_all(kernel.name, kind_of(spec)):

@@ -414,6 +414,8 @@ def test_formulas_have_the_values_that_pytorch_gives(name: str, cute: None) -> N
 def test_divisions_of_what_may_be_negative_are_not_written() -> None:
     reason = cute_mods.unwritable(fm.read(fm.text(["eq", ["floordiv", GAP, ["const", 3]], ["const", 1]])))
     assert reason == "floordiv of a number that may be negative"
+    table = ["load", 0, [[0, [[1, "b", 1, 0]]], [4, GAP[2]]]]
+    assert "by the distance" in str(cute_mods.unwritable(fm.read(fm.text(table))))
     assert cute_mods.unwritable(("cast", fm.read(fm.text(Q)), "f64")) == "a cast to f64"
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fusepass.compilation import rewrite
 from fusepass.compilation.rewrite import rewrite_graph
 from fusepass.host.config import Options
 from fusepass.kernels import BY_NAME, Target, flex, formula
@@ -388,6 +390,31 @@ def test_slopes_of_alibi_make_no_tensor_over_queries_and_keys(everywhere: None) 
 
     torch.compile(case.program, backend="fusepass", options={"inner": keep, "kernel": "flex"})(**inputs)
     assert largest <= max(t.numel() for t in inputs.values()) * 4  # repeated heads of keys and values
+
+
+def neighbours(x: Tensor) -> Tensor:
+    """Seven keys around every one of a sequence."""
+    return F.pad(x, (0, 0, 3, 3)).unfold(2, 7, 1).mT
+
+
+TABLE = torch.nn.Parameter(torch.randn(3, 7))
+
+
+def around(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    at = torch.arange(q.shape[2])[:, None] + torch.arange(-3, 4)
+    s = torch.einsum("bhsd,bhswd->bhsw", q, neighbours(k)) + TABLE.to(q.dtype)[:, None]
+    w = s.masked_fill((at < 0) | (at >= q.shape[2]), -INF).softmax(-1)
+    return torch.einsum("bhsw,bhswd->bhsd", w, neighbours(v))
+
+
+def test_biases_of_windows_are_read_at_distances(everywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a distance outside the window is outside the tensor: the pair is hidden."""
+    monkeypatch.setattr(rewrite, "skips_copies", lambda kernel, site, target: True)
+    given = {name: torch.randn(2, 3, 150, 8) for name in "qkv"}
+    got = call(compiled(around, "flex", "aot_eager"), given)
+    assert got.site.kernel == "flex" and got.site.kind == "window(3, 3), bias[hij]", got.site
+    assert got.site.reason is None, "not over copies"
+    assert_same_accuracy(got, call(around, given), call(around, given, torch.float64))
 
 
 def test_a_mask_under_a_softcap_stays_in_the_scores(everywhere: None) -> None:

@@ -17,7 +17,7 @@ from fusepass.kernels.flex import FLEX
 from fusepass.kernels.reference import REFERENCE
 from fusepass.kernels.sdpa import SDPA
 from fusepass.rules.site import Site
-from fusepass.selection.select import skips_copies
+from fusepass.selection.select import rank, skips_copies
 from tests import checking, windows
 from tests.windows import (
     AROUND,
@@ -193,6 +193,28 @@ def test_kernels_over_the_original_keys_are_chosen_by_cost(monkeypatch: pytest.M
     assert not any(skips_copies(kernel, large, cpu) for kernel in KERNELS)
     assert not any(skips_copies(kernel, replace(large, original=None), gpu) for kernel in KERNELS)
     assert not skips_copies(SDPA, large, gpu) and not skips_copies(REFERENCE, large, gpu)
+
+
+def test_copies_of_one_query_stay_where_a_compiler_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a tensor that learns is read at distances only in inference."""
+    seen: list[Site] = []
+    monkeypatch.setattr(rewrite, "skips_copies", lambda kernel, site, target: seen.append(site))
+
+    table = torch.nn.Parameter(torch.randn(3, WIDTH))
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = (F.pad(x, (0, 0, 3, 2)).unfold(2, 6, 1) for x in (k, v))
+        at = torch.arange(S)[:, None] + torch.arange(-3, 3)
+        s = torch.einsum("bhsd,bhsdw->bhsw", q, keys) + table.to(q.dtype)[:, None]
+        w = s.masked_fill((at < 0) | (at >= S), -INF).softmax(-1)
+        return torch.einsum("bhsw,bhsdw->bhsd", w, values)
+
+    check(program, f"{EDGES}, bias[hij]", kernel="reference")
+    large = replace(seen[0], spec=replace(seen[0].spec, batch=1 << 18))
+    gpu = Target("cuda", training=False, aten=False, compiled=True)
+    assert skips_copies(FLEX, large, gpu) and not skips_copies(FLEX, large, replace(gpu, training=True))
+    assert rank(large, gpu, KERNELS, None)[0].kernel is None
+    assert rank(large, replace(gpu, compiled=False), KERNELS, None)[0].kernel is not None
 
 
 # ---------------------------------------------------------------------------------------- look-alikes
