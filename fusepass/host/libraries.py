@@ -14,12 +14,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Package:
-    """A library, and how to tell whether it is installed without importing it."""
+    """A library, and how to tell whether it is installed without importing it.
+
+    config: a module with a table ``CONFIG`` of the flags that the library was built with, if there is one.
+    """
 
     name: str
     module: str
     file: str
     install: str
+    config: str = ""
 
     def installed(self) -> bool:
         """Does its file exist?  (Two distributions share the import name ``flash_attn``.)"""
@@ -50,7 +54,8 @@ FLASH3 = Package(
     "flash-attn-3",
     "flash_attn_interface",
     "",
-    "build it from the `hopper` folder of the flash-attention repository",
+    "pip install tokenspeed-fa3 (forward only), or build it from the `hopper` folder of flash-attention",
+    "flash_attn_config",
 )
 FLASH4 = Package("flash-attn-4", "flash_attn", "cute/interface.py", "pip install --pre flash-attn-4")
 FRONTEND = Package("nvidia-cudnn-frontend", "cudnn", "__init__.py", "pip install nvidia-cudnn-frontend")

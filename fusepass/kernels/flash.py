@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from fusepass.expressions.index import simplify_size
+from fusepass.host.libraries import GATES
 from fusepass.kernels import flash4_mods, flash_ops, fp8_ops
 from fusepass.kernels import formula as fm
 from fusepass.kernels.base import (
@@ -31,7 +32,7 @@ from fusepass.kernels.base import (
     row_operand,
     scaled,
 )
-from fusepass.kernels.gates import gate_refuses
+from fusepass.kernels.gates import build_refuses, gate_refuses
 from fusepass.rules.site import Site
 from fusepass.specification.attention import (
     Attention,
@@ -132,7 +133,10 @@ def kernel(name: str) -> Kernel:
         call = describe(spec, name)
         if isinstance(call, str) and name == "flash4" and flash4_mods.TAKES.refuse(spec) is None:
             return None
-        return call if isinstance(call, str) else None
+        if isinstance(call, str):
+            return call
+        package, needs = GATES[name].package, _needs(call, spec, target.training)
+        return None if package is None else build_refuses(package, needs, spec.head_dim)
 
     def emit(site: Site, build: Builder, target: Target) -> fx.Node:
         if name == "flash4" and isinstance(describe(site.spec, name), str):
@@ -141,6 +145,17 @@ def kernel(name: str) -> Kernel:
 
     takes = flash4_mods.OR_NATIVE if name == "flash4" else NATIVE[name]
     return Kernel(name, takes, emit, refuse)
+
+
+def _needs(call: Call, spec: Attention, training: bool) -> set[str]:
+    """The parts of a library that a call uses and that a build may lack."""
+    used = {
+        "backward": training,
+        "softcap": bool(call.softcap),
+        "local": call.left is not None or call.right not in (None, 0),
+        "fp16": spec.dtype is torch.float16,
+    }
+    return {part for part, needed in used.items() if needed}
 
 
 def _emit(name: str, site: Site, build: Builder) -> fx.Node:

@@ -19,7 +19,7 @@ from fusepass.host.libraries import FLASH3, GATES
 from fusepass.kernels import fp8_ops
 from fusepass.kernels.base import AROUND, Kernel, Refused, Target, after_weights, operands, scaled
 from fusepass.kernels.flash import shard_where_used
-from fusepass.kernels.gates import gate_refuses, import_refuses, installed
+from fusepass.kernels.gates import build_refuses, gate_refuses, import_refuses, installed
 from fusepass.rules.site import Site
 from fusepass.specification.attention import Attention, Mask, Scale, ScaleBy
 from fusepass.specification.takes import Takes
@@ -114,8 +114,10 @@ def hadamard(size: int, like: Tensor) -> Tensor:
 
 
 def library() -> str:
-    """The library to use: flash-attn 3, which writes bfloat16, if it can be imported; else cuDNN."""
-    return "flash3" if installed(FLASH3) and import_refuses(FLASH3) is None else "cudnn"
+    """The library to use: flash-attn 3, which writes bfloat16, if its build has FP8; else cuDNN."""
+    if not installed(FLASH3) or import_refuses(FLASH3) is not None:
+        return "cudnn"
+    return "flash3" if build_refuses(FLASH3, {"fp8"}, GATES["fp8"].head_dims or 0) is None else "cudnn"
 
 
 def refuse(spec: Attention, target: Target) -> str | None:

@@ -5,6 +5,7 @@ The table is in :mod:`fusepass.host.libraries`.  A kernel's ``refuse`` asks here
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache
 from importlib import import_module
 
@@ -89,6 +90,51 @@ def _head_sizes(gate: Gate, head_dim: Size, value_dim: Size, training: bool) -> 
     return None
 
 
+#: What a library may be built without, as its flags name it and as people do.
+_PARTS = {
+    "backward": "a backward pass", "softcap": "softcaps", "local": "windows", "fp16": "float16",
+    "fp8": "FP8", **{f"hdim{size}": f"head size {size}" for size in (64, 96, 128, 192, 256)},
+}  # fmt: skip
+_DISABLE = "FLASHATTENTION_DISABLE_"
+
+
+@cache
+def lacks(package: Package) -> tuple[str, ...]:
+    """What an installed library says that it was built without, in the words of ``_PARTS``.
+
+    Nothing if it does not say: then it has what its row in the table says.
+    """
+    if not package.config or not package.installed():
+        return ()
+    try:
+        flags = import_module(package.config).CONFIG["build_flags"]
+    except (ImportError, AttributeError, KeyError):
+        return ()
+    return tuple(part for part in _PARTS if flags.get(_DISABLE + part.upper()))
+
+
+def build_refuses(package: Package, needs: Collection[str], head_dim: Size) -> str | None:
+    """Why the installed build of a library does not have all that a site needs; None if it has, or is absent.
+
+    Args:
+        needs: the parts, in the words of ``_PARTS``.
+        head_dim: kernels of a larger head size compute a smaller one.
+    """
+    missing = lacks(package)
+    part = next((part for part in missing if part in needs), None)
+    if part is not None:
+        return f"the installed {package.name} was built without {_PARTS[part]}"
+    sizes = [size for size in (64, 96, 128, 192, 256) if f"hdim{size}" not in missing]
+    if missing and isinstance(head_dim, int) and head_dim > max(sizes, default=0):
+        return f"the installed {package.name} was built for head sizes up to {max(sizes, default=0)}"
+    return None
+
+
+def built_without(package: Package) -> str:
+    """What an installed library was built without, for people; empty if it has everything."""
+    return ", ".join(_PARTS[part] for part in lacks(package))
+
+
 def capability() -> Capability | None:
     """The compute capability of the current NVIDIA GPU."""
     if not torch.cuda.is_available() or torch.version.hip:
@@ -135,6 +181,6 @@ def import_refuses(package: Package) -> str | None:
 
 
 __all__ = [
-    "Capability", "capability", "capability_refuses", "gate_refuses", "import_refuses", "installed",
-    "library_refuses", "machine_refuses", "runs_here",
+    "Capability", "build_refuses", "built_without", "capability", "capability_refuses", "gate_refuses",
+    "import_refuses", "installed", "lacks", "library_refuses", "machine_refuses", "runs_here",
 ]  # fmt: skip

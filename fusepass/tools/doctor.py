@@ -22,7 +22,7 @@ from rich.table import Table
 
 from fusepass.host.kernel_names import LIBRARIES
 from fusepass.host.libraries import GATES
-from fusepass.kernels.gates import Capability, capability_refuses, installed, library_refuses
+from fusepass.kernels.gates import Capability, built_without, capability_refuses, installed, library_refuses
 from fusepass.kernels.registry import Registered, registered
 
 
@@ -181,7 +181,7 @@ def _library(kernel: str) -> Callable[[Machine], "Answer"]:
         if package is None:
             return refusal is None, refusal or "part of torch"
         there = installed(package)
-        version = machine.packages.get(package.name, "of unknown version")
+        version = machine.packages.get(package.name) or _of_module(package.module)
         state = (
             f"{package.name} {version}" if there else f"{package.name} is not installed: {package.install}"
         )
@@ -189,7 +189,8 @@ def _library(kernel: str) -> Callable[[Machine], "Answer"]:
             return False, f"{refusal}; {state}" + (" is installed" if there else "")
         if there and (broken := library_refuses(kernel)):
             return False, broken
-        return there, state
+        without = built_without(package) if there else ""
+        return there, f"{state}, built without {without}" if without else state
 
     return answer
 
@@ -234,6 +235,12 @@ def _torch_file(file: str) -> bool:
 
 
 @cache
+def _of_module(module: str) -> str:
+    """The distribution that a module is from, and its version: several build flash-attn 3."""
+    names = metadata.packages_distributions().get(module, [])
+    return f"from {names[0]} {metadata.version(names[0])}" if names else "of unknown version"
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

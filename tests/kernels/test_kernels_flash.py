@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, fx
 from fusepass.compilation.rewrite import rewrite_graph
 from fusepass.host import libraries
 from fusepass.host.config import Options
-from fusepass.kernels import BY_NAME, Kernel, Target, flash, flash_ops, gates
+from fusepass.kernels import BY_NAME, Kernel, Target, flash, flash_ops, fp8, gates
 from fusepass.kernels.cudnn import CUDNN
 from fusepass.kernels.flash import FLASH2, FLASH3, FLASH4
 from fusepass.reports.report import SiteReport
@@ -200,6 +201,35 @@ def test_a_library_that_lacks_a_part_is_not_called(
     assert words in str(gates.library_refuses("fp8"))
     runs, why = doctor._ANSWERS["flash4"](doctor.Machine((9, 0), "1 × GPU", {}))
     assert not runs and words in why
+
+
+@pytest.fixture
+def forward_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A build of flash-attn 3 without gradients, softcaps, FP8, and kernels for the largest heads."""
+    parts = dict.fromkeys(("BACKWARD", "SOFTCAP", "FP8", "HDIM256", "SM8x"), True) | {"LOCAL": False}
+    flags = {f"FLASHATTENTION_DISABLE_{part}": missing for part, missing in parts.items()}
+    (tmp_path / "built_so.py").write_text(f"CONFIG = {{'build_flags': {flags}}}\n")
+    (tmp_path / "flash_3_of_a_test.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    package = replace(libraries.FLASH3, module="flash_3_of_a_test", config="built_so")
+    monkeypatch.setitem(libraries.GATES, "flash3", replace(libraries.GATES["flash3"], package=package))
+    monkeypatch.setattr(fp8, "FLASH3", package)
+    yield
+    sys.modules.pop("built_so", None)
+
+
+def test_what_a_build_lacks_is_refused(everything: None, forward_only: None) -> None:
+    training = replace(CUDA, training=True)
+    window, capped = spec(Mask(0, -INF, atoms=(Band(9, 0),))), spec(SoftCap(3.0))
+    assert FLASH3.refuse(window, CUDA) is None
+    assert FLASH3.refuse(spec(head_dim=192, value_dim=192), CUDA) is None
+    assert "built without a backward pass" in str(FLASH3.refuse(window, training))
+    assert "built without softcaps" in str(FLASH3.refuse(capped, CUDA))
+    assert "head sizes up to 192" in str(FLASH3.refuse(spec(head_dim=256, value_dim=256), CUDA))
+    assert FLASH4.refuse(window, training) is None and FLASH4.refuse(capped, CUDA) is None
+    assert fp8.library() == "cudnn"
+    runs, why = doctor._ANSWERS["flash3"](doctor.Machine((9, 0), "1 × GPU", {}))
+    assert runs and why.endswith("built without a backward pass, softcaps, FP8, head size 256")
 
 
 # ---------------------------------------------------------------------------------------- what is written
