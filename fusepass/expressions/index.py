@@ -183,16 +183,23 @@ class Facts:
             return a // b if b and a % b == 0 else None
         if self.equal(a, b):
             return 1
-        a, b = self.settled(a), self.settled(b)
-        if b == 0:
-            return None
-        ratio = sympy.cancel(sympy.sympify(a) / b)
-        exact = (
-            ratio.is_polynomial() and all(c.is_Integer for c in sympy.Poly(ratio).coeffs())
-            if ratio.free_symbols
-            else ratio.is_Integer
-        )
-        return simplify_size(ratio) if exact else None
+        direct = _ratio(a, b)
+        return _ratio(self.settled(a), self.settled(b)) if direct is None else direct
+
+
+def _ratio(a: Size, b: Size) -> Size | None:
+    """``a / b`` if it is a polynomial of symbols and quotients with integer factors, else None.
+
+    Where ``b`` is zero, so is ``a``: then there are no elements, and any ratio will do.
+    """
+    if b == 0:
+        return None
+    ratio = sympy.cancel(sympy.sympify(a) / b)
+    plain = ratio.xreplace({q: sympy.Dummy(integer=True) for q in quotients(ratio)})
+    if not plain.free_symbols:
+        return simplify_size(ratio) if plain.is_Integer else None
+    exact = plain.is_polynomial() and all(c.is_Integer for c in sympy.Poly(plain).coeffs())
+    return simplify_size(ratio) if exact else None
 
 
 @dataclass(frozen=True)

@@ -313,6 +313,15 @@ def test_facts_use_what_a_shape_environment_knows_and_not_its_hints() -> None:
     assert not facts.at_most(a, 7) and not facts.at_most(7, a)
 
 
+def test_quotients_are_factors() -> None:
+    """Products of numbers of blocks are split into them, whether or not the divisions are exact."""
+    s, t = (sympy.Symbol(name, integer=True, nonnegative=True) for name in "st")
+    rows, columns = FloorDiv(s, 4), FloorDiv(t, 4)
+    facts = Facts()
+    assert facts.quotient(rows * columns, columns) == rows and facts.quotient(6 * rows, 2) == 3 * rows
+    assert facts.quotient(rows, 2) is None and facts.quotient(s, rows) is None
+
+
 def test_sizes_that_stay_below_a_number_are_proved_guarded_or_taken_from_the_example() -> None:
     env = ShapeEnv()
     size, other = (

@@ -126,6 +126,28 @@ def test_unknown_sizes_that_are_viewed_as_blocks_and_back(over: str) -> None:
     check(program, REACH["causal"][3], over=over, dynamic=True)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_blocks_of_a_grid_of_unknown_size(merged: bool, over: str) -> None:
+    """Blocks of 4 by 4 with a halo of one, counted in one axis or two (Vaswani et al., arXiv 2103.12731)."""
+
+    def halo(x: Tensor) -> Tensor:
+        return F.pad(x, (1, 1, 1, 1)).unfold(-2, 6, 4).unfold(-2, 6, 4)
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, y, x, h, d = q.shape
+        n, m = y // 4, x // 4
+        q = q.view(b, n, 4, m, 4, h, d).permute(0, 5, 1, 3, 2, 4, 6)
+        k, v = (halo(t.permute(0, 3, 4, 1, 2)).permute(0, 1, 3, 4, 5, 6, 2) for t in (k, v))
+        kept = halo(q.new_ones(y, x))
+        q, k, v = (t.reshape(b, h, *((n * m,) if merged else (n, m)), -1, d) for t in (q, k, v))
+        kept = kept.reshape(*((n * m,) if merged else (n, m)), 1, 36)
+        return (q @ k.mT).masked_fill(kept == 0, -INF).softmax(-1) @ v
+
+    given = {name: torch.randn(2, 8, 12, 3, 8) for name in "qkv"}
+    words = ", ".join(f"window(1, 1) of blocks of 4 along axis {axis}" for axis in (0, 1))
+    check(program, words, given, over, dynamic=True)
+
+
 def test_padding_is_key_padding(over: str) -> None:
     def program(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
         keys, values = (F.pad(t, (0, 0, 3, 2)).unfold(2, 6, 1) for t in (k, v))
