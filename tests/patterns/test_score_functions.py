@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fusepass import report
 from tests import checking  # noqa: F401  (faults of the pass are raised)
+from tests.capture import agrees, qkv
 
 Scores = Callable[[Tensor], Tensor]
 DIAGONAL = torch.eye(6, dtype=torch.bool)
@@ -168,6 +169,18 @@ def test_a_function_of_a_score_is_recognised(words: str, scores: Scores, kernel:
 @pytest.mark.parametrize("scores", OTHERS)
 def test_what_is_none_is_right(scores: Scores) -> None:
     compared(scores, "reference", False)
+
+
+def test_a_function_after_a_bias_that_may_hide_keys_stays() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return F.silu(q @ k.mT + mask).softmax(-1) @ v
+
+    learned = torch.nn.Parameter(torch.randn(6, 6), requires_grad=False)
+    mask = torch.zeros(6, 6).masked_fill(torch.ones(6, 6).triu(1) > 0, -1e9)
+    (site,) = agrees(attention, *qkv(), mask).sites
+    assert not site.fused and "applied to scores that a bias may hide" in str(site.reason)
+    (site,) = agrees(lambda q, k, v: attention(q, k, v, learned), *qkv()).sites
+    assert site.fused and "bias[ij], function" in site.spec
 
 
 def test_flex_computes_each_in_inference() -> None:
