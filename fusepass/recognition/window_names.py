@@ -30,6 +30,7 @@ class Dim:
         size: how many keys there are.
         key: the new axis of the keys.
         step: the distance between neighbouring keys of a window (its dilation).
+        backwards: are the keys in falling order, ``first + step * (width - 1 - w)``?
     """
 
     at: tuple[int, int]
@@ -39,6 +40,7 @@ class Dim:
     size: Size
     key: Affine
     step: int = 1
+    backwards: bool = False
 
     @property
     def last(self) -> Size:

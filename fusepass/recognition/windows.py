@@ -208,11 +208,14 @@ class _Windows:
                 return []
             counted = Affine(tuple((x, c) for x, c in index.terms if x in over))
             width = prod(self.space.sizes[x] for x in counted.axes)
-            step = _step(counted)
-            digits = self.space.digits(Affine(tuple((x, c // step) for x, c in counted.terms)), width)
+            step, backwards = _step(counted), all(isinstance(c, int) and c < 0 for _, c in counted.terms)
+            unit = -step if backwards else step
+            digits = self.space.digits(Affine(tuple((x, c // unit) for x, c in counted.terms)), width)
             if digits is None:
                 return []
-            dims.append(Dim((a, b), index - counted, digits, width, size, Affine(), step))
+            first = index - counted
+            first = first - simplify_size(step * (width - 1)) if backwards else first
+            dims.append(Dim((a, b), first, digits, width, size, Affine(), step, backwards))
         moving = {x for d in dims for x in self.starts.axes(d.first)}
         used = [x for d in dims for x in (*d.digits, *self.starts.axes(d.first))]
         if {x for d in dims for x in d.digits} != set(over) or len(set(used)) < len(used):
@@ -335,6 +338,8 @@ class _Windows:
                 return None
             if factor != 0:
                 inside = (dim.key - dim.first) * simplify_size(factor // dim.step)
+                if dim.backwards:
+                    inside = inside * -1 + simplify_size(factor * (dim.width - 1))
                 index = self.space.resolve(index - counted * factor + inside)
         return index
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -146,6 +147,40 @@ def test_blocks_of_a_grid_of_unknown_size(merged: bool, over: str) -> None:
     given = {name: torch.randn(2, 8, 12, 3, 8) for name in "qkv"}
     words = ", ".join(f"window(1, 1) of blocks of 4 along axis {axis}" for axis in (0, 1))
     check(program, words, given, over, dynamic=True)
+
+
+FALLING: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "index": (1, lambda x: x[:, :, (torch.arange(S)[:, None] - torch.arange(5)).clamp(min=0)]),
+    "index in steps": (2, lambda x: x[:, :, (torch.arange(S)[:, None] - 2 * torch.arange(5)).clamp(min=0)]),
+    "rolled": (1, lambda x: torch.stack([x.roll(n, 2) for n in range(5)], 3)),
+    "flipped": (1, lambda x: F.pad(x, (0, 0, 4, 0)).unfold(2, 5, 1).flip(-1).mT),
+}
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("name", FALLING)
+def test_the_last_key_may_come_first(name: str, narrow: bool, over: str) -> None:
+    step, unfolded = FALLING[name]
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        place = torch.arange(5)
+        hidden = torch.arange(S)[:, None] - step * place < 0
+        hidden = hidden | (place > 2) if narrow else hidden
+        s = torch.einsum("bhsd,bhswd->bhsw", q, unfolded(k)).masked_fill(hidden, -INF)
+        return torch.einsum("bhsw,bhswd->bhsd", s.softmax(-1), unfolded(v))
+
+    wide = step * (2 if narrow else 4)
+    check(program, f"window({wide})" if step == 1 else f"window({wide}, 0) in steps of {step}", over=over)
+
+
+def test_keys_and_values_in_other_orders_are_no_window(over: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (F.pad(t, (0, 0, 4, 0)).unfold(2, 5, 1) for t in (k, v))
+        hidden = torch.arange(S)[:, None] - torch.arange(5) < 0
+        s = torch.einsum("bhsd,bhsdw->bhsw", q, k.flip(-1)).masked_fill(hidden, -INF)
+        return torch.einsum("bhsw,bhsdw->bhsd", s.softmax(-1), v)
+
+    check(program, "mask[bj]", kernel="reference")
 
 
 def test_padding_is_key_padding(over: str) -> None:
