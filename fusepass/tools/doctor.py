@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fusepass.host.kernel_names import LIBRARIES
-from fusepass.host.libraries import GATES
+from fusepass.host.libraries import GATES, Package
 from fusepass.kernels.gates import Capability, built_without, capability_refuses, installed, library_refuses
 from fusepass.kernels.registry import Registered, registered
 
@@ -181,7 +181,7 @@ def _library(kernel: str) -> Callable[[Machine], "Answer"]:
         if package is None:
             return refusal is None, refusal or "part of torch"
         there = installed(package)
-        version = machine.packages.get(package.name) or _of_module(package.module)
+        version = machine.packages.get(package.name) or _of_module(package)
         state = (
             f"{package.name} {version}" if there else f"{package.name} is not installed: {package.install}"
         )
@@ -235,10 +235,13 @@ def _torch_file(file: str) -> bool:
 
 
 @cache
-def _of_module(module: str) -> str:
-    """The distribution that a module is from, and its version: several build flash-attn 3."""
-    names = metadata.packages_distributions().get(module, [])
-    return f"from {names[0]} {metadata.version(names[0])}" if names else "of unknown version"
+def _of_module(package: Package) -> str:
+    """The version of a library by the distribution that its module is from: several build flash-attn 3."""
+    names = metadata.packages_distributions().get(package.module, [])
+    if not names:
+        return "of unknown version"
+    version = metadata.version(names[0])
+    return version if names[0] == package.name else f"from {names[0]} {version}"
 
 
 def _version(name: str) -> str | None:

@@ -88,7 +88,7 @@ def every_second_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores(q, k), -1)[..., ::2] @ v[:, :, ::2]
 
 
-@stays("several dimensions")
+@stays(_AXIS)
 def values_summed_over_the_batch_too(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqk,bhkd->hqd", torch.softmax(scores(q, k), -1), v)
 
