@@ -42,6 +42,15 @@ def opmath(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
+@functools.cache
+def clamps_pass_bounds() -> bool:
+    """Does ``clamp`` pass the gradient of a number that equals a bound?  It does not from torch 2.15 on."""
+    with clean_context(draws=False), torch.enable_grad():
+        x = torch.zeros((), device="cpu", requires_grad=True)
+        (slope,) = torch.autograd.grad(x.clamp(min=0.0), x)
+        return bool(slope)
+
+
 def is_integer(dtype: torch.dtype) -> bool:
     """Is it an integer dtype?  Bool is not."""
     return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
@@ -171,4 +180,7 @@ def _computed(
     return converted(number, dtype)
 
 
-__all__ = ["COMPARISONS", "LOGIC", "Number", "converted", "folded", "rounded_to", "is_integer", "opmath"]
+__all__ = [
+    "COMPARISONS", "LOGIC", "Number", "clamps_pass_bounds", "converted", "folded", "rounded_to", "is_integer",
+    "opmath",
+]  # fmt: skip

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusepass.expressions.arithmetic import clamps_pass_bounds
 from fusepass.kernels.formula import Formula, may_hide, may_leave
 
 Value = Any
@@ -303,7 +304,10 @@ class Walk:
                 curve = self.cute.math.tanh(s / cap, fastmath=True)
                 return cap * curve, 1.0 - curve * curve
             case "clamp", low, high:
-                inside = self._and(operator.ge(*self._alike(s, low)), operator.le(*self._alike(s, high)))
+                above, below = (
+                    (operator.ge, operator.le) if clamps_pass_bounds() else (operator.gt, operator.lt)
+                )
+                inside = self._and(above(*self._alike(s, low)), below(*self._alike(s, high)))
                 return self._max(self._min(s, high), low), self._where(inside, 1.0, 0.0)
             case "leaky_relu", slope:
                 positive = operator.gt(*self._alike(s, 0.0))
@@ -361,7 +365,9 @@ class Walk:
 
 def _even(other: Value) -> float:
     """The derivative of an extreme of two equal numbers, as PyTorch has it."""
-    return 1.0 if isinstance(other, float) else 0.5
+    if isinstance(other, float):
+        return float(clamps_pass_bounds())
+    return 0.5
 
 
 #: The derivatives of an operation's result ``y`` by each of its arguments ``a`` and ``b``; ``w`` is the walk.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusepass.expressions.arithmetic import folded, opmath
+from fusepass.expressions.arithmetic import clamps_pass_bounds, folded, opmath
 from fusepass.specification.modifiers import Sample, ScoreModifier, Tensors, add_gradient
 from fusepass.specification.samples import Draw
 
@@ -47,7 +47,8 @@ def _extreme(bound: str, compare: Callable[..., Tensor], both: Callable[..., Ten
             halved = torch.where(a == b, g / 2, g)
             return halved.masked_fill(compare(a, b), 0.0), halved.masked_fill(compare(b, a), 0.0)
         x, number = (a, b) if isinstance(a, Tensor) else (b, a)
-        inside = torch.where(compare(number, x) | (x == number), g, torch.zeros_like(g))
+        taken = compare(number, x) | (x == number) if clamps_pass_bounds() else compare(number, x)
+        inside = torch.where(taken, g, torch.zeros_like(g))
         return inside, inside
 
     return Operation(compute, pull)

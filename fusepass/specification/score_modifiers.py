@@ -9,6 +9,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from fusepass.expressions.arithmetic import clamps_pass_bounds
 from fusepass.expressions.ir import DTYPES, const
 from fusepass.specification.atoms import Atom, absorbs
 from fusepass.specification.modifiers import Sample, ScoreModifier, Tensors, add_gradient
@@ -328,10 +329,15 @@ class Clamp(ScoreModifier):
 
     def apply(self, x: Tensor, operands: Tensors) -> Tensor:
         most = torch.finfo(x.dtype).max
-        return x.clamp(*(n if math.isinf(n) else min(max(n, -most), most) for n in (self.low, self.high)))
+        low, high = (n if math.isinf(n) else min(max(n, -most), most) for n in (self.low, self.high))
+        x = x if low == -math.inf else x.clamp(min=low)
+        return x if high == math.inf else x.clamp(max=high)
 
     def backward(self, grad: Tensor, before: Tensor, operands: Tensors, gradients: list[Tensor]) -> Tensor:
-        inside = (before >= self.low) & (before <= self.high)
+        closed = clamps_pass_bounds()
+        above = before >= self.low if closed or self.low == -math.inf else before > self.low
+        below = before <= self.high if closed or self.high == math.inf else before < self.high
+        inside = above & below
         return torch.where(inside, grad, torch.zeros_like(grad))
 
     def hidden(self, fill: float) -> float | None:
