@@ -196,32 +196,32 @@ class Walk:
         return x % y
 
     def _exp(self, x: Value) -> Value:
-        x = self._real(x)
-        return math.exp(x) if isinstance(x, float) else self.cute.math.exp(x)
+        return self._of_library(x, "exp")
 
     def _sqrt(self, x: Value) -> Value:
-        x = self._real(x)
-        return math.sqrt(x) if isinstance(x, float) else self.cute.math.sqrt(x)
+        return self._of_library(x, "sqrt")
 
     def _tanh(self, x: Value) -> Value:
         x = self._real(x)
         return math.tanh(x) if isinstance(x, float) else self.cute.math.tanh(x, fastmath=True)
 
-    def _log(self, x: Value) -> Value:
+    def _of_library(self, x: Value, name: str) -> Value:
+        """A function that Python and CuTe have under one name."""
         x = self._real(x)
-        return math.log(x) if isinstance(x, float) else self.cute.math.log(x)
+        result: Value = getattr(math if isinstance(x, float) else self.cute.math, name)(x)
+        return result
+
+    def _log(self, x: Value) -> Value:
+        return self._of_library(x, "log")
 
     def _log1p(self, x: Value) -> Value:
-        x = self._real(x)
-        return math.log1p(x) if isinstance(x, float) else self.cute.math.log1p(x)
+        return self._of_library(x, "log1p")
 
     def _expm1(self, x: Value) -> Value:
-        x = self._real(x)
-        return math.expm1(x) if isinstance(x, float) else self.cute.math.expm1(x)
+        return self._of_library(x, "expm1")
 
     def _erf(self, x: Value) -> Value:
-        x = self._real(x)
-        return math.erf(x) if isinstance(x, float) else self.cute.math.erf(x)
+        return self._of_library(x, "erf")
 
     def _exp2(self, x: Value) -> Value:
         return self._exp(self._mul(self._real(x), math.log(2)))

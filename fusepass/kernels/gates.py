@@ -90,10 +90,12 @@ def _head_sizes(gate: Gate, head_dim: Size, value_dim: Size, training: bool) -> 
     return None
 
 
+#: The head sizes that flash-attn 3 may be built for.
+_BUILT_SIZES = (64, 96, 128, 192, 256)
 #: What a library may be built without, as its flags name it and as people do.
 _PARTS = {
     "backward": "a backward pass", "softcap": "softcaps", "local": "windows", "fp16": "float16",
-    "fp8": "FP8", **{f"hdim{size}": f"head size {size}" for size in (64, 96, 128, 192, 256)},
+    "fp8": "FP8", **{f"hdim{size}": f"head size {size}" for size in _BUILT_SIZES},
 }  # fmt: skip
 _DISABLE = "FLASHATTENTION_DISABLE_"
 
@@ -124,7 +126,7 @@ def build_refuses(package: Package, needs: Collection[str], head_dim: Size) -> s
     part = next((part for part in missing if part in needs), None)
     if part is not None:
         return f"the installed {package.name} was built without {_PARTS[part]}"
-    sizes = [size for size in (64, 96, 128, 192, 256) if f"hdim{size}" not in missing]
+    sizes = [size for size in _BUILT_SIZES if f"hdim{size}" not in missing]
     if missing and isinstance(head_dim, int) and head_dim > max(sizes, default=0):
         return f"the installed {package.name} was built for head sizes up to {max(sizes, default=0)}"
     return None
